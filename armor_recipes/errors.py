@@ -1,0 +1,55 @@
+"""One tree of errors. Every message says what is wrong, the value, where, and what to do; the class says the exit code."""
+
+from __future__ import annotations
+
+
+class ArmorError(Exception):
+    """Root of all errors raised on purpose. `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class RecipeError(ArmorError):
+    """The recipe or the command's usage is wrong. The message lists every problem found, one a line."""
+
+    exit_code = 2
+
+
+class PlanError(ArmorError):
+    """The recipe is well formed but cannot be carried out on this model; nothing was changed."""
+
+    exit_code = 3
+
+
+class NumericalError(ArmorError):
+    """A computation met non-finite values or broke a checked invariant."""
+
+    exit_code = 4
+
+
+class InputError(ArmorError):
+    """An input (model, dataset, text file) cannot be read or does not hold what was asked of it."""
+
+    exit_code = 5
+
+
+class CheckpointError(InputError):
+    """A checkpoint folder is not what its format promises; the message names the file and the tensor."""
+
+
+class VerificationError(ArmorError):
+    """What was written does not read back as what was meant, or a lock does not match."""
+
+    exit_code = 6
+
+
+class ResourceError(ArmorError):
+    """Disk or memory ran out, or a worker was lost."""
+
+    exit_code = 7
+
+
+class QualityError(ArmorError):
+    """A quality gate that the recipe sets was not met."""
+
+    exit_code = 8

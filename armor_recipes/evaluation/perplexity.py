@@ -1,0 +1,154 @@
+"""Token-level perplexity: exp of the mean negative log-likelihood of the next token.
+
+Windows are contiguous, L tokens each, without overlap; each predicts its L−1 tokens after the first. No special tokens
+are added and the tail of the text is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from armor_recipes.calibration.text import load_documents
+from armor_recipes.calibration.tokens import Source, TokenSet, check_vocabulary, encode, hash_tokens, pack
+from armor_recipes.errors import InputError, NumericalError
+from armor_recipes.recipe.schema import PerplexitySpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Called after each batch with (windows done, windows in all).
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """exp(`nll`), with `nll` the mean over `tokens` predicted tokens in nats; `sha256` is the hash of the windows."""
+
+    value: float
+    nll: float
+    tokens: int
+    windows: int
+    dataset: str
+    sha256: str
+
+
+def evaluate(
+    model: nn.Module,
+    spec: PerplexitySpec,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    batch_size: int = 8,
+    on_progress: OnProgress | None = None,
+) -> Perplexity:
+    """Perplexity of a causal language model on the text that the spec names. Raises InputError and NumericalError."""
+    windows = evaluation_windows(spec, tokenizer, vocab_size=_vocab_size(model))
+    return measure(model, windows, batch_size=batch_size, on_progress=on_progress)
+
+
+def evaluation_windows(
+    spec: PerplexitySpec, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int | None = None
+) -> TokenSet:
+    """Cut the first `spec.windows` windows (None: all) from the text: its rows, empty ones too, joined by blank lines.
+
+    Raises InputError if the dataset cannot be read or is too short, or has an id that is not below `vocab_size`.
+    """
+    found = load_documents(spec.dataset, split=spec.split, text_column=spec.text_column)
+    stream = encode(["\n\n".join(found.rows)], tokenizer, end=False)
+    if vocab_size is not None:
+        check_vocabulary(stream, vocab_size, spec.dataset)
+    packed = pack(stream, spec.sequence_length)
+    asked = max(1, len(packed)) if spec.windows is None else spec.windows
+    if len(packed) < asked:
+        raise InputError(
+            f"{spec.dataset} has {len(packed)} windows of {spec.sequence_length} tokens ({len(stream)} tokens), but "
+            f"{asked} are needed to measure perplexity; name more text, a smaller `sequence_length` or fewer `windows`"
+        )
+    ids = packed[:asked].clone()
+    source = Source(spec.dataset, len(found.documents), found.empty, len(stream), len(packed), len(ids))
+    return TokenSet(ids, hash_tokens(ids), asked, (source,))
+
+
+def measure(
+    model: nn.Module, windows: TokenSet, *, batch_size: int = 8, on_progress: OnProgress | None = None
+) -> Perplexity:
+    """Perplexity of a causal language model on given windows. Raises NumericalError if it is not finite."""
+    nll, tokens = perplexity(model, windows.ids, batch_size=batch_size, on_progress=on_progress)
+    try:
+        value = math.exp(nll)
+    except OverflowError as error:
+        raise NumericalError(
+            f"perplexity on {windows.dataset} overflows: the mean loss is {nll:.6g} nats a token"
+        ) from error
+    return Perplexity(value, nll, tokens, len(windows.ids), windows.dataset, windows.sha256)
+
+
+def perplexity(
+    model: nn.Module, windows: Tensor, *, batch_size: int = 8, on_progress: OnProgress | None = None
+) -> tuple[float, int]:
+    """Mean negative log-likelihood in nats over the N·(L−1) targets of windows `(N, L)` int64, and their number.
+
+    The model runs in evaluation mode and gets its own mode back. Logits are taken in float32, their losses summed in
+    float64. Raises NumericalError if a window's loss is not finite, InputError if an id is not in the vocabulary.
+    """
+    count, length = windows.shape
+    if count < 1 or length < 2:
+        raise InputError(f"perplexity needs at least one window of two tokens; got {count} of {length}")
+    vocab_size = _vocab_size(model)
+    if vocab_size is not None:
+        check_vocabulary(windows, vocab_size, "the evaluation text")
+    losses = []
+    with torch.inference_mode(), _evaluating(model):
+        for batch in torch.split(windows, batch_size):
+            losses.append(_window_losses(model, batch.to(_device(model))))
+            if on_progress is not None:
+                on_progress(sum(map(len, losses)), count)
+        sums = torch.cat(losses).cpu()
+    broken = (~sums.isfinite()).nonzero().flatten().tolist()
+    if broken:
+        raise NumericalError(
+            f"the loss is not finite on {len(broken)} of {count} windows, first on window {broken[0]} (from 0)"
+        )
+    targets = count * (length - 1)
+    return float(sums.sum()) / targets, targets
+
+
+def _window_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """Sum of the targets' losses of each window `(B,)`, float64; one window at a time, since logits are large."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    sums = []
+    for row, window in zip(logits, ids, strict=True):
+        losses = functional.cross_entropy(row[:-1].float(), window[1:].to(row.device), reduction="none")
+        sums.append(losses.double().sum())
+    return torch.stack(sums)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    """Rows of the input embedding; None for a model that does not tell."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embeddings, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) else None

@@ -1,0 +1,1 @@
+"""Thin adapters to the neighbours, imported when they are needed: see `armor_recipes.integrations.deferred`."""

@@ -1,0 +1,126 @@
+"""Models and tokenizers named by a recipe, loaded through transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from armor_recipes import builtin
+from armor_recipes.errors import InputError, PlanError
+from armor_recipes.recipe.schema import ModelSpec
+
+BUILTIN_PREFIX = "builtin:"
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a recipe's model comes from, its configuration, and the dtypes to store and compute in."""
+
+    location: str
+    revision: str | None
+    config: PretrainedConfig
+    stored_dtype: torch.dtype
+    compute_dtype: torch.dtype
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or None for a hub id."""
+        path = Path(self.location)
+        return path if path.is_dir() else None
+
+
+def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = False) -> ModelSource:
+    """Read a model's configuration, no weights.
+
+    Raises InputError where it cannot be read, and PlanError where it is quantised or compressed but not `compressed` is said.
+    """
+    location = spec.id
+    if location.startswith(BUILTIN_PREFIX):
+        location = str(builtin.model_folder(location.removeprefix(BUILTIN_PREFIX)))
+    try:
+        config = AutoConfig.from_pretrained(location, revision=spec.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(_unreadable(spec.id, error)) from error
+    if getattr(config, "quantization_config", None) is not None and not compressed:
+        raise PlanError(f"model {spec.id} is already quantised or compressed; give the dense model it was made from")
+    stored = _DTYPES.get(spec.dtype) or getattr(config, "dtype", None) or torch.float32
+    if spec.compute_dtype != "auto":
+        compute = _DTYPES[spec.compute_dtype]
+    else:
+        compute = torch.float32 if device.type == "cpu" else stored
+    return ModelSource(location, spec.revision, config, stored, compute)
+
+
+def meta_model(source: ModelSource) -> PreTrainedModel:
+    """The model on the meta device: names and shapes without a byte of weights."""
+    with torch.device("meta"):
+        return _from_config(source.config)
+
+
+def load_model(source: ModelSource, *, device: torch.device) -> PreTrainedModel:
+    """The model in its compute dtype on `device`, in evaluation mode. Raises InputError where weights are missing or unreadable.
+
+    Parameters are rounded to the stored dtype, so that computing in float32 starts from the numbers that are stored. (Loading in
+    the stored dtype and casting afterwards would round the rotary frequencies too, which no later loader does.)
+    """
+    model = load_dense(source.location, dtype=source.compute_dtype, device=device, revision=source.revision)
+    if source.stored_dtype != source.compute_dtype:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(source.stored_dtype))
+    return model
+
+
+def load_dense(
+    location: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None
+) -> PreTrainedModel:
+    """A stock model from a folder or hub id, in evaluation mode. Raises InputError where weights are missing or unreadable."""
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "dtype": dtype}
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, info = load(location, output_loading_info=True, **options)
+    except Exception as error:
+        raise InputError(_unreadable(location, error)) from error
+    problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
+    if problems:
+        raise InputError(f"the weights of {location} do not fit its config.json: {problems}")
+    return moved(model, device=device, dtype=dtype)
+
+
+def moved(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model, moved in place, in evaluation mode."""
+    module: nn.Module = model
+    module.to(device=device, dtype=dtype).eval()
+    return model
+
+
+def load_tokenizer(source: ModelSource) -> Any | None:
+    """The model's tokenizer, or None where its folder or repository has none (generated models)."""
+    folder = source.folder
+    if folder is not None and not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the tokenizer of {source.location} cannot be read: {error}") from error
+
+
+def _from_config(config: PretrainedConfig) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    assert isinstance(model, PreTrainedModel)
+    model.tie_weights()
+    return model
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return (
+        f"model {name!r} cannot be read ({type(error).__name__}: {reason}); give a folder with a config.json, "
+        f"a hub id that this machine can reach, or builtin:NAME"
+    )

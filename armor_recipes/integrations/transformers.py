@@ -1,0 +1,174 @@
+"""transformers and compressed-tensors: read an ARMOR checkpoint with the stock loader, and write it again unchanged.
+
+The stock quantizer of transformers, for every module that `quantization_config` targets, asks the compressor registered
+under the group's format for the layout of the compressed module, on the meta device, and then fills it from the
+checkpoint. `ArmorCompressor` is that compressor. One method of compressed-tensors is wrapped besides, see `register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.offload.module import unwrap_offload_forward
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
+from compressed_tensors.quantization.utils.helpers import is_module_quantized
+from torch import Tensor, nn
+
+from armor_recipes.checkpoint.config import FORMAT, TENSOR_NAMES, block_size_of
+from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.reader import check_folder
+from armor_recipes.errors import ArmorError, CheckpointError
+from armor_recipes.runtime.backends import choose_backend
+from armor_recipes.runtime.linear import ArmorLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ArmorCompressor(BaseCompressor):  # type: ignore[misc]
+    """The layout of an ARMOR layer, for compressed-tensors' registry. It decompresses; only a recipe compresses."""
+
+    @classmethod
+    def compression_param_names(cls, scheme: QuantizationScheme) -> tuple[str, ...]:  # noqa: ARG003 - theirs
+        """Name a layer's tensors, bias aside."""
+        return TENSOR_NAMES
+
+    @classmethod
+    def can_compress(cls, module_type: type, scheme: QuantizationScheme) -> bool:  # noqa: ARG003 - theirs
+        """Refuse always, so that the format is never inferred: configs name it."""
+        return False
+
+    @classmethod
+    def decompress(
+        cls,
+        state_dict: dict[str, Tensor],
+        scheme: QuantizationScheme,  # noqa: ARG003 - theirs
+    ) -> dict[str, Tensor]:
+        """Put the folded weight in the place of a layer's packed tensors; other entries (a bias) stay."""
+        packed = PackedLinear(*(state_dict[name] for name in TENSOR_NAMES))
+        rest = {name: tensor for name, tensor in state_dict.items() if name not in TENSOR_NAMES}
+        return {**rest, "weight": packed.fold(packed.values.dtype)}
+
+    @classmethod
+    def compress_module(cls, module: nn.Module) -> None:
+        """Turn a linear layer on the meta device into an empty `ArmorLinear`, for the loader to fill.
+
+        Raises:
+            CheckpointError: if the module holds a weight (it would have to be factorised, which only a recipe does), is
+                no linear layer, or does not fit the block size.
+        """
+        if isinstance(module, ArmorLinear):
+            return
+        if not isinstance(module, nn.Linear) or not module.weight.is_meta:
+            raise CheckpointError(
+                f"{type(module).__name__} cannot be compressed to {FORMAT}: ARMOR layers are made from linear "
+                "layers by a recipe (`armor-apply`), and those of a checkpoint are laid out on the meta device"
+            )
+        _forget_quantization(module)
+        scheme: Any = module.quantization_scheme
+        block_size = block_size_of(scheme.weights.model_dump(), where="quantization_config")
+        ArmorLinear.adopt(module, block_size)
+        module.quantization_status = QuantizationStatus.COMPRESSED
+
+    @classmethod
+    def decompress_module(cls, module: nn.Module, leave_decompressed: bool = True) -> None:
+        """Turn an `ArmorLinear` into a plain linear layer that holds the folded weight."""
+        if isinstance(module, ArmorLinear):
+            with unwrap_offload_forward(module):  # decompress_model has wrapped forward to move tensors between devices
+                module.to_dense().__dict__.pop("forward", None)
+        if leave_decompressed:
+            module.quantization_status = QuantizationStatus.DECOMPRESSED
+        else:
+            for name in ("quantization_scheme", "quantization_status"):
+                module.__dict__.pop(name, None)
+
+
+def register() -> None:
+    """Make `from_pretrained` read ARMOR checkpoints. Importing this module does it; calling it again does nothing.
+
+    Raises `ArmorError` if another package has taken the format's name.
+
+    Besides the registration, `ModelCompressor.add_decompress_hook` is wrapped: the hook decompresses a model at its
+    first forward pass, for lack of kernels, and marks its config `decompressed`, which a model saved later then says of
+    itself. ARMOR layers run as they are, so where a model has no other compressed modules no hook is added.
+    """
+    if FORMAT in BaseCompressor.registered_names():
+        _check_registered()
+        return
+    BaseCompressor.register_value(ArmorCompressor, name=FORMAT)
+    ModelCompressor.add_decompress_hook = _unless_all_armor(ModelCompressor.add_decompress_hook)
+
+
+def load(
+    folder: str | Path,
+    *,
+    backend: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """Load a checkpoint that a recipe wrote (`compressed-tensors` or `dense`), checked, in evaluation mode.
+
+    Unlike `from_pretrained` this checks names, shapes and dtypes of every ARMOR tensor against config.json first, then
+    their contents, and accepts no format outside a fixed list; nothing that the checkpoint contains is executed.
+
+    Args:
+        folder: the checkpoint.
+        backend: `folded` or `reference`; None asks the environment variable ARMOR_BACKEND, then takes `folded`.
+        dtype: to compute in; `auto` is the stored one. Float32 holds every stored number exactly.
+        device: to move the model to.
+
+    Raises:
+        CheckpointError: if the folder is not what its format promises.
+        RecipeError: if the backend is unknown.
+    """
+    from transformers import AutoModelForCausalLM
+
+    chosen = choose_backend(backend)
+    check_folder(Path(folder))
+    options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load this model: {error}") from error
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its signature
+    for name, module in model.named_modules():
+        if isinstance(module, ArmorLinear):
+            module.label, module.backend = name, chosen.name
+            module.prepare()
+    return model
+
+
+def _check_registered() -> None:
+    other = BaseCompressor.get_value_from_registry(FORMAT)
+    if other is not ArmorCompressor:
+        raise ArmorError(
+            f"compressed-tensors' format {FORMAT} is registered to {other.__module__}.{other.__qualname__} already: "
+            "ARMOR checkpoints cannot be read in this process; armor_recipes needs compressed-tensors >= 0.17"
+        )
+
+
+def _forget_quantization(module: nn.Linear) -> None:
+    """Remove what the stock quantizer attached for a dense weight: a forward that quantises, and its scales."""
+    module.__dict__.pop("forward", None)
+    for name in [*module._parameters, *module._buffers]:
+        if name not in ("weight", "bias"):
+            delattr(module, name)
+
+
+def _unless_all_armor(add_hook: Callable[..., None]) -> Callable[..., None]:
+    @wraps(add_hook)
+    def add_decompress_hook(self: Any, model: nn.Module) -> None:
+        quantized = [module for module in model.modules() if is_module_quantized(module)]
+        if not quantized or not all(isinstance(module, ArmorLinear) for module in quantized):
+            add_hook(self, model)
+
+    return add_decompress_hook
+
+
+register()

@@ -1,0 +1,6 @@
+"""ARMOR: Ŵ = A · S · B with a 2:4 core S and block-diagonal A and B (arXiv 2510.05528)."""
+
+from armor_recipes.modifiers.armor.config import ARMORConfig
+from armor_recipes.modifiers.armor.modifier import ARMORModifier
+
+__all__ = ["ARMORConfig", "ARMORModifier"]

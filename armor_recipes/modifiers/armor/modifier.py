@@ -1,0 +1,100 @@
+"""`ARMORModifier`: from a module and its input statistics to a factorisation."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from armor_recipes.calibration.statistics import InputSecondMoment
+from armor_recipes.errors import PlanError
+from armor_recipes.modifiers.armor.config import ARMORConfig
+from armor_recipes.modifiers.base import Estimate, Modifier, ModuleShape, Outcome, SolveProgress
+from armor_recipes.modifiers.registry import register
+from armor_recipes.modifiers.seeding import module_seed
+from armor_recipes.solver import factorize, relative_loss
+
+AUTO_SIZES = (128, 64, 32, 16)
+#: Products of (O, I) with a block-diagonal factor in one cycle of `exact` and one step of `adam`.
+_PRODUCTS = {"exact": 15, "adam": 7}
+#: Working copies of an (O, I) float32 matrix that a solve holds at its peak.
+_WORKING_COPIES = 14
+
+
+@register
+class ARMORModifier(Modifier[ARMORConfig]):
+    """Factorises each targeted weight into A · S · B (arXiv 2510.05528)."""
+
+    config_type = ARMORConfig
+    category: ClassVar[str] = "prune"
+
+    def plan(self, module: ModuleShape) -> Estimate:
+        """Resolve the block size against the module's shape; PlanError names the sizes that would divide it."""
+        b_o, b_i = self.block_size(module)
+        factor_bytes = (module.d_out * b_o + module.d_in * b_i) * module.itemsize
+        core_bytes = module.dense_bytes // 2 + module.d_out * module.d_in // 8
+        flops = 1.0 * self.config.iterations * _PRODUCTS[self.config.solver]
+        flops *= module.d_out * module.d_in * (b_o + b_i)
+        return Estimate(
+            stored_bytes=core_bytes + factor_bytes,
+            factor_bytes=factor_bytes,
+            block_size=(b_o, b_i),
+            flops=flops,
+            peak_bytes=_WORKING_COPIES * module.d_out * module.d_in * 4,
+        )
+
+    def statistic(self, module: ModuleShape) -> InputSecondMoment:
+        """h: the mean of x² over the calibration tokens, `(I,)`."""
+        return InputSecondMoment(module.name, module.d_in)
+
+    def solve(
+        self, module: ModuleShape, weight: Tensor, statistic: InputSecondMoment, on_progress: SolveProgress | None
+    ) -> Outcome:
+        """Factorise the weight `(O, I)`."""
+        config = self.config
+        found = factorize(
+            weight,
+            statistic.value.to(weight.device),
+            block_size=self.block_size(module),
+            pattern=config.pattern,
+            objective=config.objective,
+            solver=config.solver,
+            iterations=config.iterations,
+            tolerance=config.tolerance,
+            seed=module_seed(config.seed, module.name),
+            on_progress=on_progress,
+        )
+        return Outcome(
+            weight=found.dense(),
+            losses=found.losses,
+            factorization=found,
+            stop_reason=found.stop_reason.value,
+            counts=found.counts,
+        )
+
+    def loss(self, weight: Tensor, statistic: InputSecondMoment, approximation: Tensor) -> float:
+        """The `diagonal` objective relative to Ŵ = 0."""
+        return relative_loss(weight, statistic.value.to(weight.device), approximation)
+
+    def block_size(self, module: ModuleShape) -> tuple[int, int]:
+        """(b_o, b_i) for this module. Raises PlanError where the size asked for does not divide the weight."""
+        asked = self.config.block_size
+        if asked == "auto":
+            sizes = [b for b in AUTO_SIZES if module.d_out % b == 0 and module.d_in % b == 0]
+            if not sizes or module.d_in % 8:
+                raise PlanError(_no_fit(module, "auto"))
+            return sizes[0], sizes[0]
+        b_o, b_i = (asked, asked) if isinstance(asked, int) else asked
+        if module.d_out % b_o or module.d_in % b_i or b_i % 4 or module.d_in % 8:
+            raise PlanError(_no_fit(module, asked))
+        return b_o, b_i
+
+
+def _no_fit(module: ModuleShape, asked: object) -> str:
+    out_sizes = [b for b in range(1, 513) if module.d_out % b == 0]
+    in_sizes = [b for b in range(4, 513, 4) if module.d_in % b == 0] if module.d_in % 8 == 0 else []
+    both = [b for b in in_sizes if b in out_sizes]
+    advice = f"sizes that fit both sides: {both}" if both else f"[out, in] sizes that fit: {out_sizes} x {in_sizes}"
+    if not in_sizes:
+        advice = f"no size fits, because the input side must be a multiple of 8: add {module.name!r} to `ignore`"
+    return f"block_size {asked} does not fit {module.name} ({module.d_out}x{module.d_in}); {advice}"

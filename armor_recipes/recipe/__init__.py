@@ -1,0 +1,35 @@
+"""The recipe: what a user may write, how files compose, and what is said when something is wrong."""
+
+from armor_recipes.recipe.composition import builtin_recipes
+from armor_recipes.recipe.json_schema import json_schema
+from armor_recipes.recipe.loading import load_recipe, load_recipe_mapping
+from armor_recipes.recipe.recipe import ModifierEntry, Recipe
+from armor_recipes.recipe.reference import reference_markdown
+from armor_recipes.recipe.schema import (
+    AtMost,
+    CalibrationSpec,
+    EvaluationSpec,
+    ModelSpec,
+    ModifierConfig,
+    OutputSpec,
+    PerplexitySpec,
+    WeightedDataset,
+)
+
+__all__ = [
+    "AtMost",
+    "CalibrationSpec",
+    "EvaluationSpec",
+    "ModelSpec",
+    "ModifierConfig",
+    "ModifierEntry",
+    "OutputSpec",
+    "PerplexitySpec",
+    "Recipe",
+    "WeightedDataset",
+    "builtin_recipes",
+    "json_schema",
+    "load_recipe",
+    "load_recipe_mapping",
+    "reference_markdown",
+]

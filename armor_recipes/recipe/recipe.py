@@ -1,0 +1,78 @@
+"""A checked recipe: what the rest of the house works from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from armor_recipes.recipe.schema import CalibrationSpec, EvaluationSpec, ModelSpec, ModifierConfig, OutputSpec
+from armor_recipes.recipe.stages import STAGE
+from armor_recipes.recipe.yaml_source import Dumper
+
+
+@dataclass(frozen=True, slots=True)
+class ModifierEntry:
+    """One modifier of a recipe.
+
+    `name` is `Kind` or `Kind@name`, unique within its group; `config` is checked, its `calibration` completed from the
+    default; `where` is the place that a message can point to (`recipe.yaml:12`).
+    """
+
+    name: str
+    kind: str
+    stage: str
+    group: str
+    config: ModifierConfig
+    where: str
+
+    @property
+    def key(self) -> str:
+        """`stage.group.name`."""
+        return f"{self.stage}.{self.group}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A checked recipe. `modifiers` and `stages` are in the order in which they run.
+
+    `resolved` is the merged input as plain data: without `extends`, with `model` as a mapping and groups as mappings,
+    paths as the user wrote them. The typed sections hold data files as absolute paths.
+    """
+
+    model: ModelSpec
+    modifiers: tuple[ModifierEntry, ...]
+    stages: tuple[str, ...]
+    calibration: CalibrationSpec | None
+    output: OutputSpec
+    evaluation: EvaluationSpec | None
+    resolved: dict[str, Any]
+
+    def resolved_yaml(self) -> str:
+        """Return `resolved` as YAML; loading it gives a recipe with the same hash."""
+        return yaml.dump(self.resolved, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+    def hash(self) -> str:
+        """Return the SHA-256, in hex, of the canonical JSON of `resolved` without `output.path`.
+
+        Keys are sorted where their order means nothing and kept where it does: stages, groups and modifiers.
+        """
+        sections = {key: value for key, value in self.resolved.items() if not key.endswith(STAGE)}
+        output = {key: value for key, value in sections["output"].items() if key != "path"}
+        stages = [
+            [
+                stage,
+                [
+                    [group, [[name, fields] for name, fields in modifiers.items()]]
+                    for group, modifiers in groups.items()
+                ],
+            ]
+            for stage, groups in self.resolved.items()
+            if stage.endswith(STAGE)
+        ]
+        canonical = {"sections": {**sections, "output": output}, "stages": stages}
+        text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -1,0 +1,121 @@
+"""The reference page's tables, written from the titles and descriptions of the models."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator
+from pydantic.fields import FieldInfo
+
+from armor_recipes.recipe.json_schema import EXTENDS_DESCRIPTION
+from armor_recipes.recipe.schema import (
+    AtMost,
+    CalibrationSpec,
+    EvaluationSpec,
+    ModelSpec,
+    ModifierConfig,
+    OutputSpec,
+    PerplexitySpec,
+    Sections,
+    WeightedDataset,
+)
+
+_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+_SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("model", ModelSpec),
+    ("calibration", CalibrationSpec),
+    ("calibration.samples", AtMost),
+    ("calibration.dataset (each of a list)", WeightedDataset),
+    ("evaluation", EvaluationSpec),
+    ("evaluation.perplexity", PerplexitySpec),
+    ("output", OutputSpec),
+)
+
+
+def reference_markdown(registry: Mapping[str, type[ModifierConfig]]) -> str:
+    """Return Markdown with one table of keys for each section, the keys that all modifiers share, and each kind's own.
+
+    The part about sections does not depend on `registry` and comes first; kinds are in alphabetical order.
+    """
+    top = [_row("extends", "text or list of text", "none", EXTENDS_DESCRIPTION), *_rows(Sections.model_fields)]
+    parts = [_table("Top level", "The keys beside the stages.", top)]
+    parts += [_table(f"`{name}`", _summary(model), _rows(model.model_fields)) for name, model in _SECTIONS]
+    parts.append(_table("Every modifier", "The keys that all modifiers share.", _rows(ModifierConfig.model_fields)))
+    for kind, model in sorted(registry.items()):
+        own = {name: field for name, field in model.model_fields.items() if name not in ModifierConfig.model_fields}
+        parts.append(_table(f"`{kind}`", _summary(model), _rows(own)))
+    return "\n".join(parts)
+
+
+def _summary(model: type[BaseModel]) -> str:
+    """Return the first line of the model's docstring."""
+    return (model.__doc__ or "").strip().split("\n")[0]
+
+
+def _table(title: str, summary: str, rows: Iterable[str]) -> str:
+    body = "\n".join(rows)
+    head = "| key | value | default | meaning |\n|---|---|---|---|"
+    table = f"{head}\n{body}" if body else "No keys beyond those that all modifiers share."
+    return f"### {title}\n\n{summary}\n\n{table}\n"
+
+
+def _rows(fields: Mapping[str, FieldInfo]) -> list[str]:
+    return [
+        _row(name, kind_of(_accepted(field)), _default(field), field.description or "")
+        for name, field in fields.items()
+    ]
+
+
+def _accepted(field: FieldInfo) -> object:
+    """Return the type that a field takes, which is wider than its own where a validator converts first."""
+    wider = [item.json_schema_input_type for item in field.metadata if isinstance(item, BeforeValidator)]
+    return wider[0] if wider else field.annotation
+
+
+def _row(name: str, kind: str, default: str, description: str) -> str:
+    cells = (f"`{name}`", kind, default, description)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value = field.get_default(call_default_factory=True)
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return f"`{str(value).lower()}`"
+        case ():
+            return "`[]`"
+        case _:
+            return f"`{value}`"
+
+
+def kind_of(annotation: object) -> str:
+    """Return how a field's type is described to a user: `text`, `list of text`, `auto, float16 or float32`, …."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return kind_of(parts[0])
+    if origin is Literal:
+        return _either(f"`{value}`" for value in parts)
+    if origin in (typing.Union, types.UnionType):
+        return _either(kind_of(part) for part in parts if part is not type(None))
+    if origin in (tuple, list):
+        return _kind_of_list([part for part in parts if part is not Ellipsis])
+    if isinstance(annotation, type):
+        return _PLAIN.get(annotation, "mapping")
+    return str(annotation)
+
+
+def _kind_of_list(parts: list[object]) -> str:
+    kinds = [kind_of(part) for part in parts]
+    return f"list of {kinds[0]}" if len(kinds) == 1 else f"[{', '.join(kinds)}]"
+
+
+def _either(kinds: Iterable[str]) -> str:
+    *most, last = dict.fromkeys(kinds)
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,231 @@
+"""What a recipe may say: frozen pydantic models, one for each section, every field with a title and a description.
+
+The models are strict: `samples: "128"` or `seed: true` is an error and not a guess; a whole number is accepted where a
+fraction may stand. Unknown keys are errors. A section that is required has no default, so that a missing section cannot
+turn into a silent default run.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Length = Annotated[int, Field(ge=2)]
+
+
+def _check_target(target: str) -> str:
+    """Return `target`; ValueError if it is a `re:` pattern that is not a regular expression."""
+    if not target.startswith("re:"):
+        return target
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(target.removeprefix("re:"))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"is not a regular expression ({error}); correct the pattern after 're:'") from error
+    return target
+
+
+def _as_tuple(value: object) -> object:
+    """Return a list as a tuple, so that Python users may write either; everything else untouched."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _one_or_many(value: object) -> object:
+    """Return a single name as a tuple of one: `targets: Linear` means `targets: [Linear]`, as in llm-compressor."""
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+Target = Annotated[Name, AfterValidator(_check_target)]
+Targets = Annotated[
+    tuple[Target, ...], BeforeValidator(_one_or_many, json_schema_input_type=Target | tuple[Target, ...])
+]
+
+
+class Strict(BaseModel):
+    """Base of all models of the recipe: frozen, strict, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSpec(Strict):
+    """The model to compress; `model: NAME` is short for `model: {id: NAME}`."""
+
+    id: Name = Field(
+        title="Model",
+        description="Hub id, local folder (relative to the working directory), or `builtin:NAME`.",
+    )
+    revision: Name | None = Field(
+        default=None, title="Revision", description="Branch, tag or commit of a hub id; left out, the hub's default."
+    )
+    dtype: DType = Field(
+        default="auto", title="Stored dtype", description="Dtype of the tensors written; `auto` is that of the input."
+    )
+    compute_dtype: DType = Field(
+        default="auto",
+        title="Compute dtype",
+        description="Dtype of forward passes; `auto` is float32 on a CPU and the stored dtype on a GPU.",
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        title="Trust remote code",
+        description="Only `false` is accepted: `true` would run Python code that comes with the model.",
+    )
+
+    @field_validator("trust_remote_code")
+    @classmethod
+    def _refuse_remote_code(cls, value: bool) -> bool:
+        if value:
+            raise ValueError(
+                "is refused: it would run Python code that comes with the model; "
+                "remove the key and use a model whose architecture is part of transformers"
+            )
+        return value
+
+
+class AtMost(Strict):
+    """A number of samples that may turn out smaller: `samples: {at_most: 128}`."""
+
+    at_most: Count = Field(
+        title="At most",
+        description="Take this many samples, or all there are if there are fewer (the report says how many).",
+    )
+
+
+class WeightedDataset(Strict):
+    """One dataset of a weighted mix."""
+
+    dataset: Name = Field(
+        title="Dataset", description="Hub id, local text, JSON, JSONL or parquet file, or `builtin:NAME`."
+    )
+    weight: float = Field(gt=0, title="Weight", description="Its share of the samples, relative to the other weights.")
+    split: Name | None = Field(
+        default=None, title="Split", description="Split of this dataset; left out, that of the calibration."
+    )
+    text_column: Name | None = Field(
+        default=None, title="Text column", description="Column that holds its text; left out, that of the calibration."
+    )
+    messages_column: Name | None = Field(
+        default=None,
+        title="Messages column",
+        description="Column that holds its chat messages; left out, that of the calibration.",
+    )
+
+
+Mix = Annotated[
+    tuple[WeightedDataset, ...],
+    Field(min_length=1),
+    BeforeValidator(_as_tuple, json_schema_input_type=tuple[WeightedDataset, ...]),
+]
+
+
+class CalibrationSpec(Strict):
+    """The text that modifiers are calibrated on; a modifier's own `calibration` takes the keys it lacks from here."""
+
+    dataset: Name | Mix = Field(
+        title="Dataset",
+        description=(
+            "Hub id, local text, JSON, JSONL or parquet file (relative to the file that names it), `builtin:NAME`, "
+            "or a list of `{dataset, weight}` mixed by the seed."
+        ),
+    )
+    split: Name = Field(default="train", title="Split", description="Split of a hub dataset.")
+    text_column: Name = Field(default="text", title="Text column", description="Column that holds the text.")
+    messages_column: Name | None = Field(
+        default=None,
+        title="Messages column",
+        description="Column that holds chat messages, put through the chat template; wins over `text_column`.",
+    )
+    samples: Count | AtMost = Field(
+        default=128,
+        title="Samples",
+        description="Number of windows; fewer in the data is an error unless written `{at_most: N}`.",
+    )
+    sequence_length: Length = Field(default=512, title="Sequence length", description="Tokens in a window.")
+    batch_size: Count = Field(default=8, title="Batch size", description="Windows in one forward pass.")
+    seed: Seed = Field(default=0, title="Seed", description="Seed of the choice of windows.")
+
+
+class PerplexitySpec(Strict):
+    """The text on which perplexity is measured before and after."""
+
+    dataset: Name = Field(
+        title="Dataset",
+        description="Hub id, local text, JSON, JSONL or parquet file (relative to this file), or `builtin:NAME`.",
+    )
+    split: Name = Field(default="test", title="Split", description="Split of a hub dataset.")
+    text_column: Name = Field(default="text", title="Text column", description="Column that holds the text.")
+    sequence_length: Length = Field(
+        default=512, title="Sequence length", description="Tokens L in a window; each window has L−1 targets."
+    )
+    windows: Count | None = Field(
+        default=None, title="Windows", description="Number of windows, from the start of the text; left out, all."
+    )
+
+
+class EvaluationSpec(Strict):
+    """What is measured before and after; without this section nothing is, and the summary says so."""
+
+    perplexity: PerplexitySpec = Field(title="Perplexity", description="Token-level perplexity on held-out text.")
+
+
+class OutputSpec(Strict):
+    """Where the result goes, and in which format."""
+
+    path: Name = Field(title="Path", description="Folder to write, relative to the working directory.")
+    format: Literal["compressed-tensors", "dense"] = Field(
+        default="compressed-tensors",
+        title="Format",
+        description="`compressed-tensors` keeps the 2:4 core and the factors packed; `dense` folds them into weights.",
+    )
+
+
+class Sections(Strict):
+    """The sections of a recipe beside its stages."""
+
+    model: ModelSpec = Field(
+        title="Model", description="The model to compress; a plain string is its `id`. Required, here or by argument."
+    )
+    calibration: CalibrationSpec | None = Field(
+        default=None, title="Calibration", description="Default for every modifier that needs data."
+    )
+    output: OutputSpec = Field(title="Output", description="Where the result goes. Required, here or by `--output`.")
+    evaluation: EvaluationSpec | None = Field(
+        default=None, title="Evaluation", description="What is measured before and after; left out, nothing is."
+    )
+
+
+class ModifierConfig(Strict):
+    """Base of every modifier's configuration: the keys that all modifiers share.
+
+    A subclass whose modifier cannot work without data sets `needs_calibration = True`; a recipe that gives it none is
+    refused.
+    """
+
+    needs_calibration: ClassVar[bool] = False
+
+    targets: Annotated[Targets, Field(min_length=1)] = Field(
+        title="Targets",
+        description="Modules to change: exact names, `re:` patterns on the full name, or class names such as `Linear`.",
+    )
+    ignore: Targets = Field(
+        default=(), title="Ignore", description="Modules to leave alone although `targets` matches them; same notation."
+    )
+    optional: bool = Field(
+        default=False, title="Optional", description="Whether `targets` may match no module at all without an error."
+    )
+    calibration: CalibrationSpec | None = Field(
+        default=None,
+        title="Calibration",
+        description="Data of this modifier; the keys it does not give come from the top-level `calibration`.",
+    )
+    seed: Seed = Field(
+        default=0, title="Seed", description="Seed of every random choice; each module derives its own from it."
+    )

@@ -1,0 +1,72 @@
+"""The model card: base model, licence, recipe and figures, for whoever finds the folder."""
+
+from __future__ import annotations
+
+import yaml
+
+from armor_recipes.evaluation.perplexity import Perplexity
+from armor_recipes.report.licence import Licence
+from armor_recipes.report.manifest import Facts
+
+
+def model_card(facts: Facts, licence: Licence) -> str:
+    """Markdown with the front matter that the hub reads. Depends on the run's inputs alone."""
+    header = {
+        **licence.fields,
+        "base_model": facts.recipe.model.id,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "tags": ["armor", "2:4", "sparse", "compressed-tensors"],
+    }
+    totals = facts.plan.totals
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False).strip()}
+---
+# {facts.recipe.model.id}, pruned to 2:4
+
+Made with [armor-recipes](https://pypi.org/project/armor-recipes/) from `{facts.recipe.model.id}`: {totals.modules} linear
+weights in 2:4 sparsity, each written as `A · S · B` with a 2:4 core S and block-diagonal A and B (ARMOR, arXiv
+2510.05528), or plain 2:4
+where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `armor_manifest.json`.
+
+| | dense | this checkpoint |
+|---|---|---|
+| bytes of those weights | {totals.bytes_before} | {totals.bytes_after} |
+{_perplexity_row(facts.before, facts.after)}
+{_dense_note(facts)}
+## Use
+
+{_usage(facts)}
+
+## Recipe
+
+```yaml
+{facts.recipe.resolved_yaml().strip()}
+```
+
+## Licence
+
+{licence.sentence}
+"""
+
+
+def _perplexity_row(before: Perplexity | None, after: Perplexity | None) -> str:
+    if before is None or after is None:
+        return "\nNothing was evaluated: the recipe has no `evaluation`."
+    where = f"{before.tokens} tokens of {before.dataset.rsplit('/', 1)[-1]}"
+    return f"| perplexity ({where}) | {before.value:.3f} | {after.value:.3f} |"
+
+
+def _dense_note(facts: Facts) -> str:
+    masked = sum(result.packed is None for result in facts.modules.values())
+    return f"\n{masked} of these weights are stored dense (zeros kept where they were pruned).\n" if masked else ""
+
+
+def _usage(facts: Facts) -> str:
+    load = "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
+    if all(result.packed is None for result in facts.modules.values()):
+        return f"```python\n{load}\n```"
+    return (
+        f"```python\nimport armor_recipes  # makes the format known to transformers\n{load}\n```\n\n"
+        "Without the package every stock loader raises; `ignore_mismatched_sizes=True` asks for new, random weights: do not use it."
+    )

@@ -1,0 +1,119 @@
+"""`armor_manifest.json`: everything that is a function of the inputs, so that equal runs write equal bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+import armor_recipes
+from armor_recipes.calibration.tokens import TokenSet
+from armor_recipes.evaluation.perplexity import Perplexity
+from armor_recipes.recipe import Recipe
+from armor_recipes.recipe.schema import CalibrationSpec
+from armor_recipes.session import ModuleResult, Plan
+from armor_recipes.solver.sweep import native_available
+
+#: Version of the checkpoint's layout. Every later release of 0.x reads what this one writes under the same number.
+FORMAT_VERSION = 1
+_PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "datasets", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What manifest and model card are written from; nothing in it depends on time or place."""
+
+    recipe: Recipe
+    plan: Plan
+    source_sha256: str
+    stored_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    device: str
+    tokens: Mapping[CalibrationSpec, TokenSet]
+    modules: Mapping[str, ModuleResult]
+    before: Perplexity | None
+    after: Perplexity | None
+
+
+def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
+    """Plain data for the manifest; `tensors` are SHA-256 by name, as written."""
+    plans = {module.name: module for module in facts.plan.modules}
+    return {
+        "format_version": FORMAT_VERSION,
+        "armor_recipes": armor_recipes.__version__,
+        "versions": {name: version(name) for name in _PACKAGES},
+        "compute": {
+            "device": facts.device,
+            "compute_dtype": str(facts.compute_dtype).removeprefix("torch."),
+            "stored_dtype": str(facts.stored_dtype).removeprefix("torch."),
+            "sweep": "native" if native_available() and facts.device == "cpu" else "torch",
+        },
+        "recipe_sha256": facts.recipe.hash(),
+        "model": {"id": facts.recipe.model.id, "revision": facts.recipe.model.revision, "sha256": facts.source_sha256},
+        "calibration": _calibration(facts),
+        "evaluation": {"before": _perplexity(facts.before), "after": _perplexity(facts.after)},
+        "totals": {
+            "modules": facts.plan.totals.modules,
+            "bytes_before": facts.plan.totals.bytes_before,
+            "bytes_after": facts.plan.totals.bytes_after,
+            "factor_bytes": facts.plan.totals.factor_bytes,
+        },
+        "modules": {name: _module(result, plans[name].block_size) for name, result in facts.modules.items()},
+        "tensors": dict(sorted(tensors.items())),
+    }
+
+
+def _module(result: ModuleResult, block_size: tuple[int, int] | None) -> dict[str, Any]:
+    return {
+        "modifier": result.modifier,
+        "block_size": None if block_size is None else list(block_size),
+        "first_loss": result.losses[0],
+        "last_loss": result.losses[-1],
+        "stored_loss": result.stored_loss,
+        "relative_error": result.error,
+        "iterations": result.iterations,
+        "stop_reason": result.stop_reason,
+        "tokens": result.tokens,
+        "counts": dict(result.counts),
+    }
+
+
+def _calibration(facts: Facts) -> list[dict[str, Any]]:
+    rows = []
+    for spec, tokens in facts.tokens.items():
+        users = [entry.key for entry in facts.recipe.modifiers if entry.config.calibration == spec]
+        rows.append(
+            {
+                "modifiers": users,
+                "samples": len(tokens.ids),
+                "sequence_length": tokens.ids.shape[1],
+                "sha256": tokens.sha256,
+            }
+        )
+    return rows
+
+
+def _perplexity(measured: Perplexity | None) -> dict[str, Any] | None:
+    if measured is None:
+        return None
+    return {
+        "perplexity": measured.value,
+        "nll": measured.nll,
+        "tokens": measured.tokens,
+        "windows": measured.windows,
+        "sha256": measured.sha256,
+    }
+
+
+def state_hash(model: nn.Module, dtype: torch.dtype) -> str:
+    """SHA-256 over a model's parameters, sorted by name, in their stored dtype: what the run started from."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {dtype}\n".encode())
+        digest.update(parameter.detach().to(dtype).contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

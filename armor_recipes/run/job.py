@@ -1,0 +1,283 @@
+"""Carry a recipe out from end to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import armor_recipes
+from armor_recipes.calibration.tokens import TokenSet, build_tokens
+from armor_recipes.checkpoint.staging import check_destination, staged
+from armor_recipes.checkpoint.writer import tensor_hashes, write_checkpoint
+from armor_recipes.errors import PlanError, RecipeError, ResourceError
+from armor_recipes.evaluation.perplexity import Perplexity, evaluate
+from armor_recipes.integrations.models import ModelSource, load_model, load_tokenizer, meta_model, moved, open_model
+from armor_recipes.modifiers import Modifier, config_types, modifiers
+from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
+from armor_recipes.recipe.schema import CalibrationSpec
+from armor_recipes.report.card import model_card
+from armor_recipes.report.licence import base_licence
+from armor_recipes.report.manifest import Facts, build_manifest, state_hash
+from armor_recipes.report.measure import Stopwatch
+from armor_recipes.run.result import Result
+from armor_recipes.run.verify import verify_reloaded
+from armor_recipes.session import Observer, Plan, Session, make_plan
+from armor_recipes.session.events import EvaluationProgressed, PhaseStarted, ignore_events
+
+RecipeLike = Recipe | str | Path | Mapping[str, object] | Sequence[str | Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A recipe that was checked and planned on a model's shapes; nothing has been read but configurations."""
+
+    recipe: Recipe
+    source: ModelSource
+    modifiers: Mapping[str, Modifier[Any]]
+    plan: Plan
+    device: torch.device
+
+
+def apply(
+    recipe: RecipeLike,
+    model: str | PreTrainedModel | None = None,
+    *,
+    tokenizer: Any | None = None,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = ignore_events,
+) -> Result:
+    """Run a recipe and write its checkpoint: what `armor-apply` does.
+
+    Args:
+        recipe: a path, a built-in recipe's name, several of them, a mapping with a recipe's keys, or a `Recipe`.
+        model: a hub id, folder or `builtin:` name that replaces the recipe's; or a model in memory, which is compressed in
+            place (the recipe's `model` then names where its configuration and tokenizer come from).
+        tokenizer: replaces the one that comes with the model.
+        overrides: `a.b.c=value`, as `--set`.
+        output: replaces `output.path`.
+        overwrite: replace an existing checkpoint at the output path.
+        device: where to compute.
+        observer: is called with each event of `armor_recipes.session.events`.
+
+    Raises:
+        ArmorError: one of its subclasses; nothing half-written is left behind.
+    """
+    named = model if isinstance(model, str) else None
+    loaded = None if isinstance(model, str) else model
+    resolved = read_recipe(recipe, overrides=overrides, model=named, output=None if output is None else str(output))
+    return execute(
+        prepare(resolved, device=device), loaded, tokenizer=tokenizer, overwrite=overwrite, observer=observer
+    )
+
+
+def read_recipe(
+    recipe: RecipeLike, *, overrides: Sequence[str] = (), model: str | None = None, output: str | None = None
+) -> Recipe:
+    """Load and check a recipe from any of the forms that `apply` takes. Raises RecipeError."""
+    if isinstance(recipe, Recipe):
+        if overrides or model is not None or output is not None:
+            raise RecipeError(
+                "overrides, model and output go with a recipe's path or mapping, not with a loaded Recipe"
+            )
+        return recipe
+    options: dict[str, Any] = {
+        "overrides": overrides,
+        "registry": config_types(),
+        "builtin_dir": builtin_recipe_dir(),
+        "model": model,
+        "output": output,
+    }
+    if isinstance(recipe, Mapping):
+        return load_recipe_mapping(recipe, **options)
+    return load_recipe([recipe] if isinstance(recipe, (str, Path)) else recipe, **options)
+
+
+def builtin_recipe_dir() -> Path:
+    """The folder of the recipes that come with the package."""
+    return Path(armor_recipes.__file__).parent / "recipes"
+
+
+def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
+    """Plan a recipe on the meta device. Raises PlanError with every problem found, InputError where the model has no config."""
+    target = parse_device(device)
+    source = open_model(recipe.model, device=target)
+    known = modifiers()
+    instances = {entry.key: known[entry.kind](entry.config) for entry in recipe.modifiers}
+    plan = make_plan(recipe, meta_model(source), instances, itemsize=source.stored_dtype.itemsize)
+    return Job(recipe, source, instances, plan, target)
+
+
+def parse_device(name: str) -> torch.device:
+    """The device of that name. Raises RecipeError for one that torch does not know or this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}; use cpu, cuda or cuda:N") from error
+    return device
+
+
+def execute(
+    job: Job,
+    model: PreTrainedModel | None = None,
+    *,
+    tokenizer: Any | None = None,
+    overwrite: bool = False,
+    observer: Observer = ignore_events,
+) -> Result:
+    """Carry out a prepared job: load, calibrate, evaluate, compress, evaluate again, write, verify, commit."""
+    output = Path(job.recipe.output.path)
+    check_destination(output, overwrite=overwrite)
+    watch = Stopwatch(observer)
+    with _resources():
+        run = _Run.start(job, model, tokenizer, watch)
+        before = run.evaluate("evaluate before")
+        source_hash = state_hash(run.model, job.source.stored_dtype)
+        results = run.compress()
+        after = run.evaluate("evaluate after")
+        facts = Facts(
+            recipe=job.recipe,
+            plan=job.plan,
+            source_sha256=source_hash,
+            stored_dtype=job.source.stored_dtype,
+            compute_dtype=job.source.compute_dtype,
+            device=job.device.type,
+            tokens=run.tokens,
+            modules=results,
+            before=before,
+            after=after,
+        )
+        watch.phase("save")
+        with staged(output, overwrite=overwrite) as folder:
+            run.write(folder, facts)
+            watch.phase("verify")
+            verify_reloaded(folder, run.model, packed=run.packed, seed_tokens=run.probe_tokens())
+            report = watch.report(folder, source=job.source.folder, plan=job.plan, modules=results)
+            (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return Result(job.plan, output, results, before, after, report)
+
+
+@dataclass(slots=True)
+class _Run:
+    """What is in memory while a job runs."""
+
+    job: Job
+    model: PreTrainedModel
+    tokenizer: Any | None
+    tokens: dict[CalibrationSpec, TokenSet]
+    watch: Stopwatch
+
+    @classmethod
+    def start(cls, job: Job, model: PreTrainedModel | None, tokenizer: Any | None, watch: Stopwatch) -> _Run:
+        """Load what is not given, and build the calibration windows before the first long computation."""
+        watch.phase("load")
+        tokenizer = load_tokenizer(job.source) if tokenizer is None else tokenizer
+        watch.phase("tokenize")
+        vocabulary = job.source.config.get_text_config().vocab_size
+        specs = dict.fromkeys(e.config.calibration for e in job.recipe.modifiers if e.config.calibration is not None)
+        tokens = {spec: build_tokens(spec, tokenizer=tokenizer, vocab_size=vocabulary) for spec in specs}
+        watch.phase("load weights")
+        loaded = load_model(job.source, device=job.device) if model is None else _given(model, job)
+        return cls(job, loaded, tokenizer, tokens, watch)
+
+    @property
+    def packed(self) -> bool:
+        """Whether factors are kept packed; else they are folded into plain weights."""
+        return self.job.recipe.output.format == "compressed-tensors"
+
+    def evaluate(self, phase: str) -> Perplexity | None:
+        """Perplexity on the recipe's held-out text, or None where it names none."""
+        wanted = self.job.recipe.evaluation
+        if wanted is None:
+            return None
+        self.watch.phase(phase)
+
+        def progress(done: int, total: int) -> None:
+            self.watch.observer(EvaluationProgressed(done, total))
+
+        return evaluate(self.model, wanted.perplexity, self.tokenizer, on_progress=progress)
+
+    def compress(self) -> dict[str, Any]:
+        """Run the session; results by module name."""
+        job = self.job
+        self.watch.phase("compress")
+        with Session(
+            job.recipe,
+            job.plan,
+            self.model,
+            job.modifiers,
+            self.tokens,
+            stored_dtype=job.source.stored_dtype,
+            keep_packed=self.packed,
+            observer=self.watch.observer,
+        ) as session:
+            return session.run()
+
+    def write(self, folder: Path, facts: Facts) -> None:
+        """Write everything but the report into an empty folder; the manifest comes last, since it hashes the tensors."""
+        layers = {name: result.packed for name, result in facts.modules.items() if result.packed is not None}
+        licence = base_licence(self.job.source)
+        files = {
+            "README.md": model_card(facts, licence).encode(),
+            "recipe.yaml": facts.recipe.resolved_yaml().encode(),
+            **licence.files,
+        }
+        write_checkpoint(
+            self.model,
+            layers,
+            folder,
+            tokenizer=self.tokenizer,
+            dtype=self.job.source.stored_dtype,
+            files=files,
+        )
+        manifest = build_manifest(facts, tensor_hashes(folder))
+        (folder / "armor_manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def probe_tokens(self) -> torch.Tensor:
+        """A calibration window, or the first token ids, to compare logits on: `(1, L)`."""
+        for tokens in self.tokens.values():
+            return tokens.ids[:1]
+        return torch.arange(min(32, self.job.source.config.get_text_config().vocab_size))[None]
+
+
+def _given(model: PreTrainedModel, job: Job) -> PreTrainedModel:
+    """A model handed in by the caller, checked against the plan and brought to the compute dtype and device, in place."""
+    for module in job.plan.modules:
+        try:
+            found = tuple(model.get_parameter(f"{module.name}.weight").shape)
+        except AttributeError as error:
+            raise PlanError(f"the model given has no {module.name}, which {job.recipe.model.id} has") from error
+        if found != (module.d_out, module.d_in):
+            raise PlanError(f"the model given has {module.name} {found}, planned was {(module.d_out, module.d_in)}")
+    return moved(model, device=job.device, dtype=job.source.compute_dtype)
+
+
+@contextmanager
+def _resources() -> Iterator[None]:
+    """Out of memory or disk, as errors of our own."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(
+            f"out of memory: {error}; lower calibration samples or batch_size, or use a larger machine"
+        ) from error
+    except OSError as error:
+        if error.errno in (ENOSPC, EDQUOT):
+            raise ResourceError(
+                f"no space left on the disk of {error.filename or 'the output'}; free some and run again"
+            ) from error
+        raise
+
+
+__all__ = ["Job", "PhaseStarted", "apply", "builtin_recipe_dir", "execute", "prepare", "read_recipe"]

@@ -1,0 +1,27 @@
+"""Evaluate a model that is already there: a checkpoint of ours, or any dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from armor_recipes.checkpoint.reader import read_config
+from armor_recipes.evaluation.perplexity import Perplexity, evaluate
+from armor_recipes.integrations.models import load_model, load_tokenizer, open_model
+from armor_recipes.integrations.transformers import load
+from armor_recipes.recipe.schema import ModelSpec, PerplexitySpec
+from armor_recipes.run.job import parse_device
+
+
+def evaluate_model(model: str, spec: PerplexitySpec, *, device: str = "cpu") -> Perplexity:
+    """Perplexity of a checkpoint folder of ours or of a dense model, computed in float32 on a CPU.
+
+    Raises InputError where the model or the text cannot be read.
+    """
+    target = parse_device(device)
+    packed = Path(model).is_dir() and "quantization_config" in read_config(Path(model))
+    source = open_model(ModelSpec(id=model), device=target, compressed=packed)
+    if packed:
+        loaded = load(Path(model), dtype=source.compute_dtype, device=target)
+    else:
+        loaded = load_model(source, device=target)
+    return evaluate(loaded, spec, load_tokenizer(source))

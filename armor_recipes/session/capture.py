@@ -1,0 +1,156 @@
+"""Activations at the door of the decoder layers, and the layers run one by one on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from armor_recipes.errors import PlanError
+from armor_recipes.session.hooks import Hooks
+from armor_recipes.session.layers import DecoderLayers
+
+#: A replayed layer must reproduce the model's own activations up to this share of their norm.
+_REPLAY_TOLERANCE = 1e-3
+
+
+class _StopForwardError(Exception):
+    """Raised by the hook on the first layer once its inputs are in hand; never leaves this module."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """One call of a decoder layer: its arguments without the hidden states, and those `(B, L, H)` by themselves."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
+        """Split a layer's arguments as the model passes them: hidden states first, or by the name `hidden_states`."""
+        if args:
+            return cls(args[0], args[1:], dict(kwargs), by_name=False)
+        rest = dict(kwargs)
+        return cls(rest.pop("hidden_states"), (), rest, by_name=True)
+
+    def run(self, layer: nn.Module) -> Tensor:
+        """The layer's output hidden states `(B, L, H)`."""
+        if self.by_name:
+            out = layer(hidden_states=self.hidden, **self.kwargs)
+        else:
+            out = layer(self.hidden, *self.args, **self.kwargs)
+        hidden = out[0] if isinstance(out, tuple) else out
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+
+class Stream:
+    """The activations of one calibration set: what every batch brings to the next layer, with the arguments that go along.
+
+    Most models pass every layer the same arguments; then only the first layer's are kept. Where they differ (sliding and
+    full attention in turn, say), each layer's own are.
+    """
+
+    def __init__(self, calls: list[list[LayerCall]], layers: DecoderLayers) -> None:
+        self._calls = calls
+        self._layers = layers
+        self.hidden = [batch[0].hidden for batch in calls]
+
+    def calls(self, layer: int) -> Iterator[LayerCall]:
+        """What layer `layer` is called with, a batch at a time; `hidden` must have come as far as that layer."""
+        for hidden, batch in zip(self.hidden, self._calls, strict=True):
+            yield replace(batch[min(layer, len(batch) - 1)], hidden=hidden)
+
+    def run(self, layer: int) -> Iterator[Tensor]:
+        """Run layer `layer` on every batch; yields its outputs and leaves the stream where it is."""
+        for call in self.calls(layer):
+            yield call.run(self._layers.modules[layer])
+
+    def observe(self, layer: int) -> None:
+        """Run layer `layer` on every batch for its hooks' sake."""
+        for _ in self.run(layer):
+            pass
+
+    def advance(self, layer: int) -> None:
+        """Replace the activations by layer `layer`'s outputs."""
+        for index, output in enumerate(self.run(layer)):
+            self.hidden[index] = output
+
+
+def capture_stream(model: nn.Module, layers: DecoderLayers, ids: Tensor, *, batch_size: int, hooks: Hooks) -> Stream:
+    """Take the first layer's inputs for every batch of `ids` `(N, L)`; the model's forward pass is stopped there.
+
+    The first window goes through the whole model once, to see whether all layers get the same arguments and whether
+    running the layers one by one gives the model's own activations. Raises PlanError where it does not.
+    """
+    probe, output = _run_model(model, layers, ids[:1], hooks, through=True)
+    _check_replay(model, layers, probe, output)
+    same = all(_same_arguments(probe[0], call) for call in probe[1:])
+    batches = [_run_model(model, layers, batch, hooks, through=not same)[0] for batch in ids.split(batch_size)]
+    first = [replace(batch[0]) for batch in batches]
+    if same:
+        return Stream([[call] for call in first], layers)
+    empty = torch.empty(0)
+    return Stream([[batch[0], *(replace(call, hidden=empty) for call in batch[1:])] for batch in batches], layers)
+
+
+def _run_model(
+    model: nn.Module, layers: DecoderLayers, ids: Tensor, hooks: Hooks, *, through: bool
+) -> tuple[list[LayerCall], Tensor | None]:
+    """Layer calls of one batch: all layers' with `through`, else the first's; with `through` the last layer's output too."""
+    calls: list[LayerCall] = []
+    outputs: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(LayerCall.of(args, kwargs))
+        if not through:
+            raise _StopForwardError
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    with hooks:
+        for layer in layers.modules if through else layers.modules[:1]:
+            hooks.before(layer, before)
+        hooks.after(layers.modules[-1], after)
+        try:
+            model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+        except _StopForwardError:
+            return calls, None
+    return calls, outputs[-1]
+
+
+def _same_arguments(left: LayerCall, right: LayerCall) -> bool:
+    return left.by_name == right.by_name and _same(left.args, right.args) and _same(left.kwargs, right.kwargs)
+
+
+def _same(left: Any, right: Any) -> bool:
+    if left is right:
+        return True
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.shape == right.shape and bool(torch.equal(left, right))
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):
+        return len(left) == len(right) and all(_same(a, b) for a, b in zip(left, right, strict=True))
+    return type(left) is type(right) and not isinstance(left, Tensor) and bool(left == right)
+
+
+def _check_replay(model: nn.Module, layers: DecoderLayers, probe: list[LayerCall], output: Tensor | None) -> None:
+    """Layer by layer from the first inputs must end where the model's own pass ended."""
+    hidden = probe[0].hidden
+    if len(probe) == len(layers.modules):
+        for call, layer in zip(probe, layers.modules, strict=True):
+            hidden = replace(call, hidden=hidden).run(layer)
+    assert output is not None
+    error = float((hidden - output).float().norm() / output.float().norm())
+    if len(probe) != len(layers.modules) or not error <= _REPLAY_TOLERANCE:
+        raise PlanError(
+            f"{type(model).__name__}: running its {len(layers.modules)} decoder layers one by one does not reproduce the model "
+            f"({len(probe)} calls, relative difference {error:.3g}): its layers share state, which is not supported"
+        )

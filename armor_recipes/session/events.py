@@ -1,0 +1,59 @@
+"""What a running job tells whoever watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseStarted:
+    """A named phase of the run begins: `load`, `evaluate before`, `stage prune_stage`, `save`, `verify` and so on."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStarted:
+    """Work on decoder layer `index` of `total` begins."""
+
+    stage: str
+    index: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class SolveProgressed:
+    """A module's solve went on: iterations done and at most, best relative loss."""
+
+    module: str
+    done: int
+    at_most: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFinished:
+    """A module was solved and applied; `share` is how much of the run's estimated solving work is now done, 0 to 1."""
+
+    module: str
+    first_loss: float
+    last_loss: float
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationProgressed:
+    """Windows evaluated so far."""
+
+    done: int
+    total: int
+
+
+Event = PhaseStarted | LayerStarted | SolveProgressed | ModuleFinished | EvaluationProgressed
+Observer = Callable[[Event], None]
+
+
+def ignore_events(event: Event) -> None:
+    """The observer of a run that nobody watches."""

@@ -1,0 +1,53 @@
+"""One owner for every hook: nested scopes, each of which removes its own hooks on any exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Hooks:
+    """A depth-counted context manager. Hooks added inside a `with` belong to that depth and go when it is left.
+
+    Leaving an inner scope never touches the hooks of an outer one. Adding a hook outside any scope is an error.
+    """
+
+    def __init__(self) -> None:
+        self._scopes: list[list[RemovableHandle]] = []
+
+    @property
+    def depth(self) -> int:
+        """How many scopes are open."""
+        return len(self._scopes)
+
+    @property
+    def active(self) -> int:
+        """How many hooks are in place."""
+        return sum(len(scope) for scope in self._scopes)
+
+    def __enter__(self) -> Hooks:
+        self._scopes.append([])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in reversed(self._scopes.pop()):
+            handle.remove()
+
+    def before(self, module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> None:
+        """Call `hook(module, args, kwargs)` before each forward of `module`, until the scope is left."""
+        self._own(lambda: module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(self, module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], Any], None]) -> None:
+        """Call `hook(module, args, output)` after each forward of `module`, until the scope is left."""
+        self._own(lambda: module.register_forward_hook(hook))
+
+    def _own(self, add: Callable[[], RemovableHandle]) -> None:
+        if not self._scopes:
+            raise RuntimeError("a hook was added outside `with hooks:`; nothing would remove it")
+        self._scopes[-1].append(add())

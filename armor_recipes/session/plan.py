@@ -1,0 +1,221 @@
+"""The plan: every target resolved, checked and costed on shapes alone, before any weight is read. A run executes it and no more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from armor_recipes.errors import PlanError
+from armor_recipes.modifiers import Modifier, ModuleShape
+from armor_recipes.recipe import ModifierEntry, Recipe
+from armor_recipes.recipe.schema import AtMost, CalibrationSpec
+from armor_recipes.session.layers import DecoderLayers, find_decoder_layers
+from armor_recipes.session.targets import resolve_targets
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlan:
+    """What will happen to one module. `modifier` is an entry's key, bytes are those of the stored weight, `layer` counts from 0."""
+
+    name: str
+    modifier: str
+    stage: str
+    layer: int
+    d_out: int
+    d_in: int
+    block_size: tuple[int, int] | None
+    blocks: tuple[int, int] | None
+    bytes_before: int
+    bytes_after: int
+    factor_bytes: int
+    flops: float
+    peak_bytes: int
+
+    @property
+    def overhead_percent(self) -> float:
+        """Bytes of A and B as a percentage of the dense weight's."""
+        return 100.0 * self.factor_bytes / self.bytes_before
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over the plan. `peak_bytes` and `seconds` are estimates for this machine; the rest is exact."""
+
+    modules: int
+    bytes_before: int
+    bytes_after: int
+    factor_bytes: int
+    untouched_bytes: int
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Modules by stage, layer and modifier order; `ignored` are linear modules that an `ignore` held back."""
+
+    model: str
+    layers: tuple[str, ...]
+    modules: tuple[ModulePlan, ...]
+    ignored: tuple[str, ...]
+    totals: Totals
+
+    def for_layer(self, stage: str, layer: int, modifier: str) -> tuple[ModulePlan, ...]:
+        """The modules that a modifier takes in one layer, in the model's order."""
+        return tuple(m for m in self.modules if (m.stage, m.layer, m.modifier) == (stage, layer, modifier))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `--plan --json`."""
+        data = asdict(self)
+        for row, module in zip(data["modules"], self.modules, strict=True):
+            row["overhead_percent"] = round(module.overhead_percent, 3)
+        return data
+
+
+def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, Modifier[Any]], *, itemsize: int) -> Plan:
+    """Resolve, check and cost the recipe on a model (meta tensors will do). All problems are raised at once as PlanError.
+
+    `modifiers` holds an instance for each entry's key; `itemsize` is the bytes of a stored weight value.
+    """
+    layers = find_decoder_layers(model)
+    problems: list[str] = []
+    rows: list[ModulePlan] = []
+    ignored: dict[str, None] = {}
+    for entry in recipe.modifiers:
+        try:
+            matched = resolve_targets(model, entry.config)
+        except PlanError as error:
+            problems.append(f"{entry.where}: {entry.name}: {error}")
+            continue
+        ignored.update((name, None) for name in matched.ignored)
+        for name in matched.names:
+            try:
+                rows.append(_plan_module(entry, modifiers[entry.key], model, layers, name, itemsize))
+            except PlanError as error:
+                problems.append(f"{entry.where}: {entry.name}: {error}")
+    problems += _conflicts(recipe, rows, modifiers) + _late_dense(recipe)
+    if problems:
+        raise PlanError("\n".join(problems))
+    order = {entry.key: i for i, entry in enumerate(recipe.modifiers)}
+    stages = {stage: i for i, stage in enumerate(recipe.stages)}
+    rows.sort(key=lambda m: (stages[m.stage], m.layer, order[m.modifier]))
+    touched = {m.name for m in rows}
+    return Plan(
+        model=recipe.model.id,
+        layers=layers.names,
+        modules=tuple(rows),
+        ignored=tuple(name for name in ignored if name not in touched),
+        totals=_totals(recipe, rows, model, itemsize),
+    )
+
+
+def _plan_module(
+    entry: ModifierEntry, modifier: Modifier[Any], model: nn.Module, layers: DecoderLayers, name: str, itemsize: int
+) -> ModulePlan:
+    layer = layers.layer_of(name)
+    if layer is None:
+        raise PlanError(
+            f"{name} is not inside a decoder layer, where calibration inputs are taken; add {name!r} to `ignore`"
+        )
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    shared = [other for other, m in model.named_modules(remove_duplicate=False) if m is linear and other != name]
+    shared += [other for other, p in model.named_parameters(remove_duplicate=False) if p is linear.weight][1:]
+    if shared:
+        raise PlanError(f"the weight of {name} is tied to {shared[0]}; add {name!r} to `ignore`")
+    shape = ModuleShape(name, linear.out_features, linear.in_features, itemsize)
+    cost = modifier.plan(shape)
+    block = cost.block_size
+    return ModulePlan(
+        name=name,
+        modifier=entry.key,
+        stage=entry.stage,
+        layer=layer,
+        d_out=shape.d_out,
+        d_in=shape.d_in,
+        block_size=block,
+        blocks=None if block is None else (shape.d_out // block[0], shape.d_in // block[1]),
+        bytes_before=shape.dense_bytes,
+        bytes_after=cost.stored_bytes,
+        factor_bytes=cost.factor_bytes,
+        flops=cost.flops,
+        peak_bytes=cost.peak_bytes,
+    )
+
+
+def _conflicts(recipe: Recipe, rows: list[ModulePlan], modifiers: Mapping[str, Modifier[Any]]) -> list[str]:
+    """Two modifiers of one category on a module, or one that cannot follow another, as messages."""
+    where = {entry.key: entry.where for entry in recipe.modifiers}
+    seen: dict[str, list[str]] = {}
+    problems = []
+    for row in rows:
+        for earlier in seen.setdefault(row.name, []):
+            category, previous = modifiers[row.modifier].category, modifiers[earlier].category
+            if category == previous:
+                problems.append(
+                    f"{where[row.modifier]}: {_name(row.modifier)}: {row.name} is already taken by "
+                    f"{_name(earlier)} ({where[earlier]}), and both {category}; narrow the targets of one of them"
+                )
+            elif previous in modifiers[row.modifier].cannot_follow:
+                reason = modifiers[row.modifier].cannot_follow[previous]
+                problems.append(
+                    f"{where[row.modifier]}: {_name(row.modifier)}: cannot follow {_name(earlier)} on {row.name}: {reason}"
+                )
+        seen[row.name].append(row.modifier)
+    return problems
+
+
+def _name(key: str) -> str:
+    return key.split(".", 2)[-1]
+
+
+def _late_dense(recipe: Recipe) -> list[str]:
+    """`propagate: dense` after a stage that changed weights: the dense model is gone by then."""
+    return [
+        f"{entry.where}: {entry.name}: propagate: dense needs the original model, but stage {entry.stage} comes after "
+        f"{recipe.stages[0]}, which has changed it; put the modifier into {recipe.stages[0]}"
+        for entry in recipe.modifiers
+        if getattr(entry.config, "propagate", "") == "dense" and entry.stage != recipe.stages[0]
+    ]
+
+
+def _totals(recipe: Recipe, rows: list[ModulePlan], model: nn.Module, itemsize: int) -> Totals:
+    touched = {m.name for m in rows}
+    before = sum({m.name: m.bytes_before for m in rows}.values())
+    parameters = sum(p.numel() for p in model.parameters())
+    streams = {
+        (e.config.calibration, getattr(e.config, "propagate", "")) for e in recipe.modifiers if e.config.calibration
+    }
+    hidden = getattr(getattr(model, "config", None), "hidden_size", 0) or 0
+    stream_bytes = sum(4 * hidden * _tokens(spec) for spec, _ in streams if spec is not None)
+    layer_flops = 2.0 * parameters * sum(_tokens(spec) for spec, _ in streams if spec is not None)
+    flops = sum(m.flops for m in rows) + 2 * layer_flops
+    return Totals(
+        modules=len(touched),
+        bytes_before=before,
+        bytes_after=sum({m.name: m.bytes_after for m in rows}.values()),
+        factor_bytes=sum({m.name: m.factor_bytes for m in rows}.values()),
+        untouched_bytes=parameters * itemsize - before,
+        peak_bytes=4 * parameters + stream_bytes + max((m.peak_bytes for m in rows), default=0),
+        seconds=round(flops / _flops_per_second(), 1) if rows else 0.0,
+    )
+
+
+def _tokens(spec: CalibrationSpec) -> int:
+    samples = spec.samples.at_most if isinstance(spec.samples, AtMost) else spec.samples
+    return samples * spec.sequence_length
+
+
+def _flops_per_second() -> float:
+    """Speed of a float32 product of the size that solves are made of, measured here and now (a few milliseconds)."""
+    left, right = torch.ones(16, 512, 64), torch.ones(16, 64, 64)
+    torch.bmm(left, right)
+    started = time.perf_counter()
+    for _ in range(10):
+        torch.bmm(left, right)
+    return 10 * 2.0 * 16 * 512 * 64 * 64 / (time.perf_counter() - started)

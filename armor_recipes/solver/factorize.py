@@ -1,0 +1,220 @@
+"""The one door of the solver: a weight and its input statistics in, `A · S · B` out."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from armor_recipes.errors import NumericalError
+from armor_recipes.solver.adam import AdamProblem, solve_adam
+from armor_recipes.solver.blockdiag import left_multiply, right_multiply
+from armor_recipes.solver.exact import ExactProblem, solve_exact
+from armor_recipes.solver.normalize import Normalized, fill_dead_channels, nowag_normalize
+from armor_recipes.solver.patterns import GROUP, PATTERNS, index_to_mask, magnitude_mask, mask_to_index
+from armor_recipes.solver.result import Factorization, Factors, StopReason
+
+SOLVERS = ("exact", "adam")
+OBJECTIVES = ("diagonal",)
+#: Slack of the invariant loss_t ≤ loss_0: the last loss is computed afresh from the returned float32 factors.
+_ROUNDING = 1e-5
+#: What `on_progress` is called with after every iteration: iterations done, iterations at most, best relative loss.
+Progress = Callable[[int, int, float], None]
+
+
+def factorize(
+    weight: Tensor,
+    second_moment: Tensor,
+    *,
+    block_size: int | tuple[int, int],
+    pattern: str = "2:4",
+    objective: str = "diagonal",
+    solver: str = "exact",
+    iterations: int,
+    tolerance: float = 0.0,
+    mask: Tensor | None = None,
+    seed: int,
+    on_progress: Progress | None = None,
+    native: bool | None = None,
+) -> Factorization:
+    """Factorise `W ≈ A · S · B` with S 2:4 and A, B block-diagonal (ARMOR, arXiv 2510.05528).
+
+    Minimises `Σ_ij (W̄ − Ŵ)²_ij h_j` on the NoWag-normalised W̄ (paper, Eq. 2), starting from NoWag-P.
+
+    Args:
+        weight: W `(O, I)`, any float dtype; solved in float32 on its device.
+        second_moment: h `(I,)`, mean of x² over the calibration tokens.
+        block_size: b for both factors, or `(b_o, b_i)`; must divide `(O, I)`, b_i a multiple of 4.
+        pattern: `"2:4"`.
+        objective: `"diagonal"`.
+        solver: `"exact"` (block coordinate descent with momentum) or `"adam"` (our implementation of the paper's method).
+        iterations: cycles of `exact`, Adam steps of `adam`; 0 gives NoWag-P.
+        tolerance: `exact` stops when five cycles together gain less than this, relative; 0 never stops it early.
+            `adam` keeps the paper's rule.
+        mask: bool `(O, I)`, 2:4; given, it stays fixed.
+        seed: seeds the groups that `adam` draws; `exact` draws nothing.
+        on_progress: called after each iteration with (done, at most, best relative loss).
+        native: None takes the compiled sweep where it was built; False the torch reference.
+
+    Raises:
+        ValueError: shapes, sizes or names that do not fit.
+        NumericalError: values that are not finite, or a loss above NoWag-P's.
+    """
+    sizes = check_arguments(weight, second_moment, block_size, pattern=pattern, objective=objective, solver=solver)
+    normal, h, dead = _prepare(weight, second_moment)
+    scores = normal.weight.square() * h
+    start = nowag_start(normal.weight, magnitude_mask(scores) if mask is None else mask, sizes)
+    clock = _Clock(total=float(scores.double().sum()), iterations=iterations, on_progress=on_progress)
+    clock.enter(_weighted_error(normal.weight, h, start))
+    counts = Counter(_dead_count(dead))
+    run = _Run(normal.weight, h, fixed=mask is not None, iterations=iterations, tolerance=tolerance, counts=counts)
+    factors, reason = run.exact(start, clock, native) if solver == "exact" else run.adam(start, clock, seed)
+    clock.check(_weighted_error(normal.weight, h, factors))
+    return _result(normal, factors, clock, reason, counts)
+
+
+def check_arguments(
+    weight: Tensor,
+    second_moment: Tensor,
+    block_size: int | tuple[int, int],
+    *,
+    pattern: str = "2:4",
+    objective: str = "diagonal",
+    solver: str = "exact",
+) -> tuple[int, int]:
+    """Validate what `factorize` is given; returns `(b_o, b_i)`. Raises ValueError with the value that does not fit."""
+    for name, value, known in (
+        ("pattern", pattern, PATTERNS),
+        ("objective", objective, OBJECTIVES),
+        ("solver", solver, SOLVERS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+    if weight.ndim != 2 or second_moment.shape != weight.shape[1:]:
+        raise ValueError(
+            f"weight must be (O, I) and second_moment (I,), got {tuple(weight.shape)} and {tuple(second_moment.shape)}"
+        )
+    b_o, b_i = (block_size, block_size) if isinstance(block_size, int) else block_size
+    d_out, d_in = weight.shape
+    if b_o < 1 or d_out % b_o:
+        raise ValueError(f"block_size {b_o=} does not divide {d_out=}")
+    if b_i < 1 or d_in % b_i or b_i % GROUP:
+        raise ValueError(f"block_size {b_i=} must divide {d_in=} and be a multiple of {GROUP}")
+    return b_o, b_i
+
+
+def nowag_mask(weight: Tensor, second_moment: Tensor) -> tuple[Tensor, dict[str, int]]:
+    """NoWag-P's 2:4 mask, bool `(O, I)`: the top 2 of each group by W̄²_ij · h_j, ties to the lower index; and counts.
+
+    Raises NumericalError for values that are not finite.
+    """
+    normal, h, dead = _prepare(weight, second_moment)
+    return magnitude_mask(normal.weight.square() * h), _dead_count(dead)
+
+
+def _prepare(weight: Tensor, second_moment: Tensor) -> tuple[Normalized, Tensor, int]:
+    """W̄ with its norms, h scaled to mean 1, and how many dead channels were filled."""
+    h, dead = fill_dead_channels(second_moment.float())
+    return nowag_normalize(checked_finite(weight.float())), h / h.mean(), dead
+
+
+def _dead_count(dead: int) -> dict[str, int]:
+    return {"dead_channels": dead} if dead else {}
+
+
+def checked_finite(weight: Tensor) -> Tensor:
+    """The weight itself. Raises NumericalError where a value is not finite."""
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise NumericalError(f"{bad} of {weight.numel()} weights are not finite")
+    return weight
+
+
+def nowag_start(target: Tensor, mask: Tensor, sizes: tuple[int, int]) -> Factors:
+    """NoWag-P as factors: A = I, B = I, S = W̄ on the mask."""
+    (d_out, d_in), (b_o, b_i) = target.shape, sizes
+    eye_o, eye_i = (torch.eye(size, dtype=target.dtype, device=target.device) for size in sizes)
+    return Factors(
+        a=eye_o.repeat(d_out // b_o, 1, 1),
+        core=target * mask,
+        b=eye_i.repeat(d_in // b_i, 1, 1),
+        index=mask_to_index(mask),
+    )
+
+
+def _weighted_error(target: Tensor, h: Tensor, factors: Factors) -> float:
+    error = target - left_multiply(factors.a, right_multiply(factors.core, factors.b))
+    return float((error.double().square() * h).sum())
+
+
+@dataclass(slots=True)
+class _Run:
+    """One solve on W̄ `(O, I)` with weights h `(I,)`; factors go in and come out unscaled."""
+
+    target: Tensor
+    h: Tensor
+    fixed: bool
+    iterations: int
+    tolerance: float
+    counts: Counter[str]
+
+    def exact(self, start: Factors, clock: _Clock, native: bool | None) -> tuple[Factors, StopReason]:
+        root = self.h.sqrt().view(start.b.shape[0], 1, -1)
+        problem = ExactProblem(self.target * self.h.sqrt(), fixed_mask=self.fixed, native=native, counts=self.counts)
+        scaled = Factors(start.a, start.core, start.b * root, start.index)
+        found, reason = solve_exact(
+            problem, scaled, iterations=self.iterations, tolerance=self.tolerance, record=clock.enter
+        )
+        return Factors(found.a, found.core, found.b / root, found.index), reason
+
+    def adam(self, start: Factors, clock: _Clock, seed: int) -> tuple[Factors, StopReason]:
+        generator = torch.Generator(device=self.target.device).manual_seed(seed)
+        problem = AdamProblem(self.target, self.h, generator, fixed_mask=self.fixed)
+        return solve_adam(problem, start, iterations=self.iterations, record=clock.enter)
+
+
+class _Clock:
+    """Keeps the trace of best relative losses and their times, and checks the invariant at the end."""
+
+    def __init__(self, *, total: float, iterations: int, on_progress: Progress | None) -> None:
+        self.total = total
+        self.iterations = iterations
+        self.on_progress = on_progress
+        self.started = time.perf_counter()
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def enter(self, squared_error: float) -> None:
+        """Record the best loss after one more iteration."""
+        self.losses.append(squared_error / self.total if self.total > 0 else 0.0)
+        self.seconds.append(time.perf_counter() - self.started)
+        if self.on_progress is not None and len(self.losses) > 1:
+            self.on_progress(len(self.losses) - 1, self.iterations, self.losses[-1])
+
+    def check(self, squared_error: float) -> None:
+        """Raise NumericalError if the final factors are worse than NoWag-P (the paper's Theorem 3.1 says they cannot be)."""
+        final = squared_error / self.total if self.total > 0 else 0.0
+        if not final <= self.losses[0] * (1 + _ROUNDING) + _ROUNDING**2:
+            raise NumericalError(f"the solver ended at relative loss {final:.6g}, above its start {self.losses[0]:.6g}")
+
+
+def _result(
+    normal: Normalized, factors: Factors, clock: _Clock, reason: StopReason, counts: Counter[str]
+) -> Factorization:
+    """Fold the norms into A's rows and B's columns."""
+    a = factors.a * normal.rows.view(*factors.a.shape[:2], 1)
+    b = factors.b * normal.columns.view(factors.b.shape[0], 1, -1)
+    return Factorization(
+        a=a.contiguous(),
+        core=factors.core,
+        mask=index_to_mask(factors.index),
+        b=b.contiguous(),
+        losses=tuple(clock.losses),
+        seconds=tuple(clock.seconds),
+        stop_reason=reason,
+        counts=dict(counts),
+    )

@@ -1,0 +1,61 @@
+"""What a solver returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+from armor_recipes.solver.blockdiag import fold
+
+
+class StopReason(StrEnum):
+    """Why an iteration ended."""
+
+    ITERATIONS = "iterations"
+    TOLERANCE = "tolerance"
+
+
+@dataclass(frozen=True, slots=True)
+class Factorization:
+    """`Ŵ = A · S · B` for one weight `(O, I)`; norms are folded in, so Ŵ approximates the raw weight.
+
+    Attributes:
+        a: output factor A, float32 `(J, b_o, b_o)`.
+        core: S, float32 `(O, I)`, zero outside `mask`.
+        mask: bool `(O, I)`, exactly two kept entries in every four of a row.
+        b: input factor B, float32 `(K, b_i, b_i)`.
+        losses: best loss so far relative to Ŵ = 0, an entry an iteration; index 0 is NoWag-P.
+        seconds: seconds since the start at each entry of `losses`.
+        stop_reason: why the iteration ended.
+        counts: how often something out of the ordinary was done (dead channels filled, jitter added).
+    """
+
+    a: Tensor
+    core: Tensor
+    mask: Tensor
+    b: Tensor
+    losses: tuple[float, ...]
+    seconds: tuple[float, ...]
+    stop_reason: StopReason
+    counts: Mapping[str, int]
+
+    def dense(self) -> Tensor:
+        """Ŵ, float32 `(O, I)`."""
+        return fold(self.a, self.core, self.b)
+
+
+@dataclass(slots=True)
+class Factors:
+    """Working state of a solver in its own coordinates: A, S, B, and the mask of S as an index `(O, I/4)` into the pairs."""
+
+    a: Tensor
+    core: Tensor
+    b: Tensor
+    index: Tensor
+
+    def clone(self) -> Factors:
+        """A copy that shares no memory."""
+        return Factors(self.a.clone(), self.core.clone(), self.b.clone(), self.index.clone())

@@ -1,0 +1,418 @@
+"""The solver's promises, checked against brute force, closed forms and planted solutions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armor_recipes.errors import NumericalError
+from armor_recipes.solver import StopReason, factorize, nowag_mask, relative_loss
+from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor, fold
+from armor_recipes.solver.exact import (
+    ExactProblem,
+    cycle,
+    residual,
+    solve_normal,
+    squared_error,
+    to_blocks,
+    update_a,
+    update_b,
+    update_core,
+)
+from armor_recipes.solver.factorize import nowag_start
+from armor_recipes.solver.normalize import fill_dead_channels, nowag_normalize
+from armor_recipes.solver.patterns import PAIRS, index_to_mask, magnitude_mask, mask_to_index
+from armor_recipes.solver.result import Factors
+from armor_recipes.solver.sweep import SweepProblem, native_available, sweep
+
+SHAPES = st.sampled_from([(8, 8, (4, 4)), (16, 24, (8, 8)), (12, 16, (6, 8)), (8, 32, (8, 16)), (10, 8, (5, 4))])
+SEEDS = st.integers(0, 2**31)
+
+
+def problem_of(
+    seed: int, d_out: int, d_in: int, *, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(d_out, d_in, generator=generator, dtype=dtype) * (
+        0.2 + torch.rand(d_in, generator=generator, dtype=dtype)
+    )
+    return weight, torch.rand(d_in, generator=generator, dtype=dtype) + 0.05
+
+
+def random_factors(seed: int, d_out: int, d_in: int, sizes: tuple[int, int]) -> tuple[ExactProblem, Factors]:
+    """A float64 problem with factors that are neither identity nor optimal."""
+    weight, h = problem_of(seed, d_out, d_in, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed + 1)
+    start = nowag_start(weight, magnitude_mask(weight.square() * h), sizes)
+    noise = [torch.randn(x.shape, generator=generator, dtype=x.dtype) * 0.2 for x in (start.a, start.b)]
+    factors = Factors(
+        start.a + noise[0], start.core, (start.b + noise[1]) * h.sqrt().view(start.b.shape[0], 1, -1), start.index
+    )
+    return ExactProblem(weight * h.sqrt(), native=False), factors
+
+
+def test_block_diagonal_products_by_hand() -> None:
+    a = torch.tensor([[[2.0]], [[3.0]]])
+    b = torch.tensor([[[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 5.0]]])
+    core = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 2.0, 1.0, 0.0]])
+    assert fold(a, core, b).tolist() == [[2.0, 2.0, 0.0, 10.0], [0.0, 6.0, 3.0, 0.0]]
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert apply_input_factor(x, b).tolist() == [3.0, 2.0, 3.0, 20.0]
+    assert apply_output_factor(torch.tensor([1.0, 1.0]), a).tolist() == [2.0, 3.0]
+
+
+@given(shape=SHAPES, seed=SEEDS)
+@settings(max_examples=25, deadline=None)
+def test_fold_equals_running_the_factors(shape: tuple[int, int, tuple[int, int]], seed: int) -> None:
+    d_out, d_in, sizes = shape
+    _, factors = random_factors(seed, d_out, d_in, sizes)
+    x = torch.randn(3, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    through = apply_output_factor(apply_input_factor(x, factors.b) @ factors.core.T, factors.a)
+    torch.testing.assert_close(
+        through.float(), x.float() @ fold(factors.a, factors.core, factors.b).T, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_magnitude_mask_keeps_two_and_breaks_ties_to_the_lower_index() -> None:
+    scores = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 3.0, 3.0, 5.0]])
+    assert magnitude_mask(scores).int().tolist() == [[1, 1, 0, 0, 0, 1, 0, 1]]
+
+
+@given(index=st.lists(st.integers(0, 5), min_size=1, max_size=40))
+def test_mask_index_round_trip(index: list[int]) -> None:
+    tensor = torch.tensor([index], dtype=torch.uint8)
+    assert torch.equal(mask_to_index(index_to_mask(tensor)), tensor)
+
+
+def test_mask_that_is_not_2of4_is_refused() -> None:
+    with pytest.raises(ValueError, match="exactly 2"):
+        mask_to_index(torch.tensor([[True, True, True, False]]))
+
+
+def test_nowag_normalisation_undoes_itself() -> None:
+    weight, _ = problem_of(0, 6, 8)
+    normal = nowag_normalize(weight)
+    torch.testing.assert_close(normal.rows[:, None] * normal.weight * normal.columns, weight)
+    assert torch.linalg.vector_norm(normal.weight, dim=1).allclose(torch.ones(6), atol=1e-3)
+
+
+def test_iteration_zero_is_nowag_p() -> None:
+    weight, h = problem_of(3, 16, 24)
+    found = factorize(weight, h, block_size=8, iterations=0, seed=0)
+    mask, counts = nowag_mask(weight, h)
+    assert torch.equal(found.mask, mask)
+    assert counts == {}
+    torch.testing.assert_close(found.dense(), weight * mask)
+    assert found.losses == pytest.approx([relative_loss(weight, h, weight * mask)])
+
+
+@pytest.mark.parametrize("solver", ["exact", "adam"])
+@given(shape=SHAPES, seed=SEEDS)
+@settings(max_examples=15, deadline=None)
+def test_result_is_2of4_monotone_and_measured_true(
+    solver: str, shape: tuple[int, int, tuple[int, int]], seed: int
+) -> None:
+    d_out, d_in, sizes = shape
+    weight, h = problem_of(seed, d_out, d_in)
+    found = factorize(weight, h, block_size=sizes, solver=solver, iterations=12, seed=seed)
+    assert (found.mask.view(d_out, -1, 4).sum(-1) == 2).all()
+    assert not found.core[~found.mask].any()
+    assert all(late <= early for early, late in zip(found.losses, found.losses[1:], strict=False))
+    assert len(found.losses) == len(found.seconds)
+    assert relative_loss(weight, h, found.dense()) == pytest.approx(found.losses[-1], rel=1e-3, abs=1e-6)
+    assert found.a.shape == (d_out // sizes[0], sizes[0], sizes[0])
+    assert found.b.shape == (d_in // sizes[1], sizes[1], sizes[1])
+
+
+@given(shape=SHAPES, seed=SEEDS)
+@settings(max_examples=25, deadline=None)
+def test_no_exact_update_raises_the_loss(shape: tuple[int, int, tuple[int, int]], seed: int) -> None:
+    problem, factors = random_factors(seed, shape[0], shape[1], shape[2])
+    loss = squared_error(problem, factors)
+    for update in (update_core, update_a, update_b, update_core, update_b, update_a):
+        update(problem, factors)
+        after = squared_error(problem, factors)
+        assert after <= loss * (1 + 1e-12)
+        loss = after
+
+
+@given(shape=SHAPES, seed=SEEDS)
+@settings(max_examples=10, deadline=None)
+def test_a_and_b_updates_are_the_minimisers(shape: tuple[int, int, tuple[int, int]], seed: int) -> None:
+    """Against least squares on the columns (rows) that a block sees."""
+    problem, factors = random_factors(seed, shape[0], shape[1], shape[2])
+    b_o, b_i = shape[2]
+    t = torch.cat([factors.core[:, k * b_i : (k + 1) * b_i] @ block for k, block in enumerate(factors.b)], dim=1)
+    update_a(problem, factors)
+    for j in range(factors.a.shape[0]):
+        rows = slice(j * b_o, (j + 1) * b_o)
+        best = torch.linalg.lstsq(t[rows].T, problem.target[rows].T).solution.T
+        least = (problem.target[rows] - best @ t[rows]).square().sum()
+        assert (problem.target[rows] - factors.a[j] @ t[rows]).square().sum() <= least * 1.001 + 1e-9
+    u = torch.cat([block @ factors.core[j * b_o : (j + 1) * b_o] for j, block in enumerate(factors.a)])
+    update_b(problem, factors)
+    for k in range(factors.b.shape[0]):
+        columns = slice(k * b_i, (k + 1) * b_i)
+        best = torch.linalg.pinv(u[:, columns], rtol=1e-10) @ problem.target[:, columns]
+        least = (problem.target[:, columns] - u[:, columns] @ best).square().sum()
+        assert (problem.target[:, columns] - u[:, columns] @ factors.b[k]).square().sum() <= least * 1.001 + 1e-9
+
+
+@given(seed=SEEDS, row=st.integers(0, 3), group=st.integers(0, 1))
+@settings(max_examples=25, deadline=None)
+def test_a_group_step_equals_brute_force_over_its_masks(seed: int, row: int, group: int) -> None:
+    """Rows and groups other than one are frozen by hand; the sweep's choice for it must be the best of the six."""
+    problem, factors = random_factors(seed, 4, 8, (4, 8))
+    best = min(group_losses(problem, factors, row, group))
+    a, b = factors.a, factors.b
+    correlation = a[0].T @ residual(problem, factors) @ b[0].T
+    columns = slice(4 * group, 4 * group + 4)
+    lone = SweepProblem(
+        correlation=correlation[row : row + 1, columns].reshape(1, 1, 1, 4).clone(),
+        core=factors.core[row : row + 1, columns].reshape(1, 1, 1, 4).clone(),
+        index=factors.index[row : row + 1, group : group + 1].reshape(1, 1, 1, 1).clone(),
+        gram_a=(a[0].T @ a[0])[row, row].reshape(1, 1, 1),
+        gram_b=(b[0] @ b[0].T)[columns, columns].reshape(1, 4, 4),
+        fixed_mask=False,
+    )
+    sweep(lone, native=False)
+    factors.core[row, columns] = lone.core.flatten()
+    assert squared_error(problem, factors) == pytest.approx(best, rel=1e-8)
+
+
+def group_losses(problem: ExactProblem, factors: Factors, row: int, group: int) -> list[float]:
+    """The loss with the group's best values under each of the six masks, by least squares."""
+    losses = []
+    for pair in combinations(range(4), 2):
+        trial = factors.clone()
+        trial.core[row, 4 * group : 4 * group + 4] = 0
+        columns = [4 * group + i for i in pair]
+        basis = torch.stack([torch.outer(trial.a[0][:, row], trial.b[0][c]).flatten() for c in columns], dim=1)
+        values = torch.linalg.lstsq(basis, residual(problem, trial).flatten()[:, None]).solution[:, 0]
+        trial.core[row, columns] = values
+        losses.append(squared_error(problem, trial))
+    return losses
+
+
+def test_sweeps_on_4x4_never_beat_the_best_of_all_masks(capsys: pytest.CaptureFixture[str]) -> None:
+    """With A and B fixed: 6^4 = 1,296 masks, each solved by least squares; the distance of the sweeps is printed."""
+    ratios = []
+    for seed in range(3):
+        problem, factors = random_factors(seed, 4, 4, (4, 4))
+        best = min(mask_loss(problem, factors, code) for code in range(6**4))
+        for _ in range(50):
+            update_core(problem, factors)
+        ratios.append(squared_error(problem, factors) / best)
+    with capsys.disabled():
+        print(f"\n4x4, A and B fixed: loss after sweeps / best of 1,296 masks = {[round(r, 4) for r in ratios]}")
+    assert all(ratio >= 1 - 1e-9 for ratio in ratios)
+
+
+def mask_loss(problem: ExactProblem, factors: Factors, code: int) -> float:
+    kept = [(row, c) for row in range(4) for c in PAIRS[code // 6**row % 6]]
+    basis = torch.stack([torch.outer(factors.a[0][:, r], factors.b[0][c]).flatten() for r, c in kept], dim=1)
+    target = problem.target.flatten()[:, None]
+    solution = torch.linalg.lstsq(basis, target).solution
+    return float((target - basis @ solution).square().sum())
+
+
+@pytest.mark.skipif(not native_available(), reason="the compiled sweep was not built")
+@pytest.mark.parametrize("fixed", [False, True])
+@given(shape=SHAPES, seed=SEEDS)
+@settings(max_examples=25, deadline=None)
+def test_compiled_sweep_equals_the_torch_sweep(fixed: bool, shape: tuple[int, int, tuple[int, int]], seed: int) -> None:
+    problem, factors = random_factors(seed, shape[0], shape[1], shape[2])
+    a, b = factors.a.float(), factors.b.float()
+    found = []
+    for native in (True, False):
+        work = SweepProblem(
+            correlation=to_blocks(
+                (a.flatten(0, 1).new_zeros(shape[:2])) + residual(problem, factors).float(), *shape[2]
+            ),
+            core=to_blocks(factors.core.float(), *shape[2]),
+            index=to_blocks(factors.index, shape[2][0], shape[2][1] // 4),
+            gram_a=(a.mT @ a).contiguous(),
+            gram_b=(b @ b.mT).contiguous(),
+            fixed_mask=fixed,
+        )
+        sweep(work, native=native)
+        found.append(work)
+    same = found[0].index == found[1].index
+    assert same.float().mean() > 0.97  # a near tie may round either way, and later groups follow
+    if same.all():
+        torch.testing.assert_close(found[0].core, found[1].core, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not native_available(), reason="the compiled sweep was not built")
+def test_compiled_sweep_does_not_depend_on_the_number_of_threads() -> None:
+    weight, h = problem_of(5, 64, 96)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(factorize(weight, h, block_size=16, iterations=5, seed=0))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0].core, found[1].core)
+    assert torch.equal(found[0].a, found[1].a)
+
+
+def test_block_size_one_by_four_only_scales_rows() -> None:
+    weight, h = problem_of(1, 8, 16)
+    found = factorize(weight, h, block_size=(1, 16), iterations=3, seed=0)
+    assert found.a.shape == (8, 1, 1)
+
+
+@pytest.mark.parametrize("solver", ["exact", "adam"])
+def test_a_given_mask_stays_fixed(solver: str) -> None:
+    weight, h = problem_of(7, 16, 16)
+    mask = torch.tensor([True, False, False, True]).repeat(16, 4)
+    found = factorize(weight, h, block_size=8, solver=solver, iterations=20, mask=mask, seed=0)
+    assert torch.equal(found.mask, mask)
+    assert found.losses[-1] < found.losses[0]
+
+
+def test_planted_factors_are_recovered_with_the_true_mask() -> None:
+    generator = torch.Generator().manual_seed(0)
+    size, b = 64, 8
+    near_eye = lambda n: torch.eye(b) + torch.randn(n, b, b, generator=generator) * 0.3 / b**0.5  # noqa: E731
+    scores = torch.rand(size, size, generator=generator)
+    mask = magnitude_mask(scores)
+    core = torch.randn(size, size, generator=generator) * mask
+    weight = fold(near_eye(size // b), core, near_eye(size // b))
+    found = factorize(weight, torch.ones(size), block_size=b, iterations=3000, mask=mask, seed=0)
+    assert (weight - found.dense()).norm() / weight.norm() < 1e-3
+
+
+def test_permuting_row_blocks_permutes_the_result() -> None:
+    weight, h = problem_of(11, 32, 16)
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = weight.view(4, 8, 16)[order].reshape(32, 16)
+    first = factorize(weight, h, block_size=8, iterations=0, seed=0)
+    second = factorize(permuted, h, block_size=8, iterations=0, seed=0)
+    torch.testing.assert_close(second.core.view(4, 8, 16), first.core.view(4, 8, 16)[order], rtol=1e-5, atol=1e-7)
+
+
+def test_a_row_block_is_solved_as_if_alone() -> None:
+    """With B fixed (one cycle's A update), row blocks do not see each other."""
+    problem, factors = random_factors(13, 16, 8, (8, 8))
+    update_core(problem, factors)
+    alone, single = random_factors(13, 16, 8, (8, 8))
+    half = ExactProblem(alone.target[8:], native=False)
+    part = Factors(single.a[1:], single.core[8:], single.b, single.index[8:])
+    update_core(half, part)
+    torch.testing.assert_close(part.core, factors.core[8:])
+
+
+def test_exact_is_deterministic_and_leaves_the_global_generator_alone() -> None:
+    weight, h = problem_of(17, 32, 32)
+    state = torch.get_rng_state()
+    for solver in ("exact", "adam"):
+        first = factorize(weight, h, block_size=8, solver=solver, iterations=10, seed=3)
+        second = factorize(weight, h, block_size=8, solver=solver, iterations=10, seed=3)
+        assert torch.equal(first.dense(), second.dense())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tolerance_stops_early_and_zero_never_does() -> None:
+    weight, h = problem_of(19, 64, 64)
+    loose = factorize(weight, h, block_size=4, iterations=200, tolerance=0.05, seed=0)
+    assert loose.stop_reason is StopReason.TOLERANCE
+    assert len(loose.losses) < 201
+    never = factorize(weight, h, block_size=4, iterations=60, tolerance=0.0, seed=0)
+    assert never.stop_reason is StopReason.ITERATIONS
+    assert len(never.losses) == 61
+
+
+def test_dead_channels_are_filled_with_the_mean_of_the_others_and_counted() -> None:
+    filled, count = fill_dead_channels(torch.tensor([0.0, 2.0, 4.0, 0.0]))
+    assert filled.tolist() == [3.0, 2.0, 4.0, 3.0]
+    assert count == 2
+    weight, h = problem_of(23, 8, 8)
+    h[2] = 0
+    assert factorize(weight, h, block_size=4, iterations=2, seed=0).counts["dead_channels"] == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda w, h: w[0].fill_(float("nan")), "weights are not finite"),
+        (lambda w, h: h[0].fill_(float("inf")), "not finite"),
+        (lambda w, h: h.zero_(), "no calibration signal"),
+        (lambda w, h: h[1].fill_(-1.0), "negative"),
+    ],
+)
+def test_values_that_cannot_be_solved_are_errors(spoil, message) -> None:  # type: ignore[no-untyped-def]
+    weight, h = problem_of(0, 8, 8)
+    spoil(weight, h)
+    with pytest.raises(NumericalError, match=message):
+        factorize(weight, h, block_size=4, iterations=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block_size": 3}, "does not divide"),
+        ({"block_size": (4, 6)}, "multiple of 4"),
+        ({"block_size": 4, "solver": "sgd"}, "solver='sgd'"),
+        ({"block_size": 4, "pattern": "1:4"}, "pattern='1:4'"),
+        ({"block_size": 4, "objective": "hessian"}, "objective='hessian'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    weight, h = problem_of(0, 8, 8)
+    with pytest.raises(ValueError, match=message):
+        factorize(weight, h, iterations=1, seed=0, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("solver", ["exact", "adam"])
+@pytest.mark.parametrize("kind", ["zero rows", "zero columns", "zero weight", "outliers", "bfloat16"])
+def test_awkward_weights_have_a_defined_outcome(solver: str, kind: str) -> None:
+    weight, h = problem_of(29, 16, 16)
+    match kind:
+        case "zero rows":
+            weight[3:9] = 0
+        case "zero columns":
+            weight[:, 4:12] = 0
+        case "zero weight":
+            weight.zero_()
+        case "outliers":
+            weight[2, 5] = 1e4
+            h[7] = 1e4
+        case _:
+            weight = weight.bfloat16()
+    found = factorize(weight, h, block_size=8, solver=solver, iterations=20, seed=0)
+    assert torch.isfinite(found.dense()).all()
+    assert found.losses[-1] <= found.losses[0]
+
+
+def test_normal_equations_count_their_jitter_and_give_up_with_a_typed_error() -> None:
+    counts: Counter[str] = Counter()
+    good = torch.eye(3)[None].repeat(2, 1, 1)
+    torch.testing.assert_close(solve_normal(2 * good, good, counts), good / (2 + 2e-6))
+    assert not counts
+    slightly = torch.diag(torch.tensor([1.0, 1.0, -3e-6]))[None]
+    solve_normal(slightly, good[:1], counts)
+    assert counts["gram_jitter"] == 1
+    with pytest.raises(NumericalError, match="not positive definite"):
+        solve_normal(torch.diag(torch.tensor([1.0, 1.0, -1.0]))[None], good[:1], counts)
+
+
+def test_a_cycle_lowers_a_loss_that_can_be_lowered() -> None:
+    problem, factors = random_factors(31, 16, 24, (8, 8))
+    before = squared_error(problem, factors)
+    assert squared_error(problem, cycle(problem, factors)) < 0.9 * before
+
+
+def test_progress_is_reported_for_every_iteration() -> None:
+    weight, h = problem_of(37, 8, 8)
+    seen: list[tuple[int, int, float]] = []
+    found = factorize(weight, h, block_size=4, iterations=5, seed=0, on_progress=lambda *event: seen.append(event))
+    assert [event[0] for event in seen] == [1, 2, 3, 4, 5]
+    assert [event[2] for event in seen] == list(found.losses[1:])
