@@ -14,8 +14,10 @@ from armor_recipes.integrations.deferred import after_import
 
 if TYPE_CHECKING:
     from armor_recipes.integrations.transformers import load as load
+    from armor_recipes.run import Result as Result
+    from armor_recipes.run import apply as apply
 
-__all__ = ["__version__", "load"]
+__all__ = ["Result", "__version__", "apply", "load"]
 
 try:
     __version__ = version("armor-recipes")
@@ -29,11 +31,15 @@ def _register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """`load`, imported when it is first used: torch and transformers take seconds."""
+    """`apply`, `load` and `Result`, imported when first used: torch and transformers take seconds."""
     if name == "load":
         from armor_recipes.integrations.transformers import load
 
         return load
+    if name in ("apply", "Result"):
+        from armor_recipes import run
+
+        return getattr(run, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -367,7 +367,7 @@ def write_ids(stream: Tensor, path: Path) -> None:
 
 FACTS = """\
 {parameters:,} parameters (tied embeddings counted once), stored in bfloat16; trained for {steps:,} steps of
-{step_tokens:,} tokens on {train_tokens:,} tokens.
+{step_tokens:,} tokens, drawn from {train_tokens:,} tokens of text.
 
 Perplexity per token on the {heldout_tokens:,} held-out tokens (`builtin:pydoc-heldout`, windows of {window}, weights
 rounded to bfloat16, float32 arithmetic):
@@ -383,7 +383,9 @@ The bigram model has its counts from the same {train_tokens:,} tokens, and its i
 
 MODEL_CARD = """\
 ---
-license: psf-2.0
+license: other
+license_name: psf-2.0
+license_link: https://docs.python.org/3/license.html
 language: en
 library_name: transformers
 pipeline_tag: text-generation
@@ -408,8 +410,8 @@ CPython {python}: `pydoc_data.topics` and the docstrings of the standard library
 
 > Copyright © 2001-2023 Python Software Foundation. All Rights Reserved.
 
-That text is used under the PSF License Agreement (SPDX `PSF-2.0`), <https://docs.python.org/3/license.html>. Changes
-made: docstrings were taken out of their sources, deduplicated, split into three parts and turned into token ids. No
+That text is used under the PSF License Agreement (SPDX `PSF-2.0`), which stands at the end of this file; a few modules
+carry further notices, which <https://docs.python.org/3/license.html> lists. Changes made: docstrings were taken out of their sources, deduplicated, split into three parts and turned into token ids. No
 vendored third-party package is included (`ensurepip`'s wheels and `site-packages` are left out), nor are folders of
 tests.
 
@@ -439,7 +441,18 @@ To train it again, with CPython {python}:
 ```
 python tools/train_stdlib_llama.py --output armor_recipes/builtin
 ```
+
+## PSF License Agreement
+
+{license}
 """
+
+
+def read_license() -> str:
+    """Return the PSF License Agreement, cut out of the LICENSE.txt that ships with Python."""
+    text = (Path(sysconfig.get_path("stdlib")) / "LICENSE.txt").read_text(encoding="utf-8")
+    begin, end = text.index("PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2"), text.index("BEOPEN.COM LICENSE AGREEMENT")
+    return text[begin:end].strip()
 
 
 def write_notices(figures: Figures, options: argparse.Namespace) -> None:
@@ -448,7 +461,7 @@ def write_notices(figures: Figures, options: argparse.Namespace) -> None:
     common = {"facts": facts, "python": platform.python_version(), "vocabulary": VOCABULARY, "eot": EOT}
     shares = {"validation": VALIDATION_SHARE, "heldout": HELDOUT_SHARE, "train": 1 - VALIDATION_SHARE - HELDOUT_SHARE}
     card = MODEL_CARD.format(**common)
-    notice = NOTICE.format(**common, **shares, shingle=SHINGLE_WORDS, **asdict(figures))
+    notice = NOTICE.format(**common, **shares, shingle=SHINGLE_WORDS, license=read_license(), **asdict(figures))
     (options.output / "stdlib-llama" / "README.md").write_text(card, encoding="utf-8")
     (options.output / "NOTICE.md").write_text(notice, encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """Pure mathematics on tensors: normalisation, 2:4 masks, block-diagonal products, and the solvers behind `factorize`."""
 
-from armor_recipes.solver.factorize import factorize, nowag_mask
+from armor_recipes.solver.entry import factorize, nowag_mask
 from armor_recipes.solver.normalize import relative_loss
 from armor_recipes.solver.result import Factorization, StopReason
 
