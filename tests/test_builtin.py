@@ -29,7 +29,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    return loaded
 
 
 def test_files_are_small_enough_for_a_package() -> None:
@@ -110,13 +111,13 @@ def bigram_loss(train: np.ndarray, evaluated: np.ndarray, weight: float) -> floa
 
 def test_heldout_perplexity_is_below_half_of_a_bigram_model(model: PreTrainedModel) -> None:
     heldout = builtin.token_ids("pydoc-heldout").astype(np.int64)
-    rows = heldout[: 24 * LENGTH].reshape(-1, LENGTH)
+    rows = heldout[: 12 * LENGTH].reshape(-1, LENGTH)
     train = builtin.token_ids("pydoc").astype(np.int64)
     bigram = min(bigram_loss(train, rows, weight / 20) for weight in range(1, 20))
     batch = torch.from_numpy(rows)
     with torch.no_grad():
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss.item()
-    assert math.exp(loss) < 0.5 * math.exp(bigram)
+    assert math.exp(loss) < 0.4 * math.exp(bigram)
 
 
 @pytest.mark.parametrize("name", ["", "Pydoc", "../errors", "builtin:pydoc", "stdlib-llama"])

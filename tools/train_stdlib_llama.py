@@ -411,8 +411,10 @@ CPython {python}: `pydoc_data.topics` and the docstrings of the standard library
 > Copyright © 2001-2023 Python Software Foundation. All Rights Reserved.
 
 That text is used under the PSF License Agreement (SPDX `PSF-2.0`), which stands at the end of this file; a few modules
-carry further notices, which <https://docs.python.org/3/license.html> lists. Changes made: docstrings were taken out of their sources, deduplicated, split into three parts and turned into token ids. No
-vendored third-party package is included (`ensurepip`'s wheels and `site-packages` are left out), nor are folders of
+carry further notices, which <https://docs.python.org/3/license.html> lists.
+
+Changes made: docstrings were taken out of their sources, deduplicated, split into three parts and turned into token ids.
+No vendored third-party package is included (`ensurepip`'s wheels and `site-packages` are left out), nor are folders of
 tests.
 
 ## What is here
@@ -499,11 +501,13 @@ def publish(
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="gets stdlib-llama/, *.bin and NOTICE.md")
+    parser.add_argument(
+        "--output", type=Path, default=Path("armor_recipes/builtin"), help="gets stdlib-llama/, *.bin and NOTICE.md"
+    )
     parser.add_argument("--work", type=Path, default=Path("out/stdlib-llama"), help="the best weights so far")
     parser.add_argument("--publish-only", action="store_true", help="no training: publish the best weights in --work")
     parser.add_argument("--resume", action="store_true", help="go on from the progress in --work")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=3e-3)

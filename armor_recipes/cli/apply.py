@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -17,8 +16,8 @@ app = typer.Typer(
 )
 
 _EPILOG = """
-Examples:  armor-apply quickstart  ·  armor-apply my.yaml --plan  ·  armor-apply base.yaml mine.yaml --output out/mine --overwrite
-·  armor-apply my.yaml --set prune_stage.armor_modifiers.ARMORModifier.block_size=32
+Examples:  armor-apply quickstart  |  armor-apply my.yaml --plan  |  armor-apply base.yaml mine.yaml --output out/mine --overwrite
+|  armor-apply my.yaml --set prune_stage.armor_modifiers.ARMORModifier.block_size=32
 
 Exit codes: 0 done, 1 a bug here, 2 recipe or usage, 3 plan refused, 4 numerical failure, 5 input or checkpoint unreadable,
 6 verification mismatch, 7 disk or memory, 8 quality gate, 130 interrupted, 143 terminated.
@@ -45,7 +44,8 @@ def apply_command(
         bool, typer.Option("--json", help="Print the plan or the result as JSON on standard output.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Also write report.json to this file.")
+        Path | None,
+        typer.Option("--report", metavar="FILE", dir_okay=False, help="Also write report.json to this file."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:N.")] = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary; errors only.")] = False,
@@ -55,7 +55,7 @@ def apply_command(
     from armor_recipes.cli.tables import plan_table, resolved_recipe, result_json, summary
     from armor_recipes.cli.view import progress_view
     from armor_recipes.run import execute, prepare
-    from armor_recipes.run.job import read_recipe
+    from armor_recipes.run.job import check_writable, read_recipe
 
     quiet_libraries()
     out, err = Console(), Console(stderr=True)
@@ -66,11 +66,13 @@ def apply_command(
         else:
             out.print(plan_table(job.plan), *resolved_recipe(job.recipe))
         return
+    if report is not None:
+        check_writable(report, "--report")
     with progress_view(err, quiet=quiet) as view:
         result = execute(job, overwrite=overwrite, observer=view)
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(result.output / "report.json", report)
+        report.write_text(json.dumps(dict(result.report), indent=2) + "\n", encoding="utf-8")
     if as_json:
         print(json.dumps(result_json(result), indent=2))
     elif not quiet:

@@ -8,13 +8,21 @@ from typing import Annotated
 import typer
 
 
+def _not_empty(value: str) -> str:
+    if not value:
+        raise typer.BadParameter("must not be empty")
+    return value
+
+
 def eval_command(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder, a model folder, a hub id, or builtin:NAME.")],
+    model: Annotated[
+        str, typer.Argument(callback=_not_empty, help="A checkpoint folder, a model folder, a hub id, or builtin:NAME.")
+    ],
     dataset: Annotated[
-        str, typer.Option(help="Text to measure on: a file, a hub id, or builtin:NAME.")
+        str, typer.Option(callback=_not_empty, help="Text to measure on: a file, a hub id, or builtin:NAME.")
     ] = "builtin:pydoc-heldout",
-    split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "test",
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(callback=_not_empty, help="Split of a hub dataset.")] = "test",
+    text_column: Annotated[str, typer.Option(callback=_not_empty, help="Column that holds the text.")] = "text",
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Number of windows from the start; left out, all.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",

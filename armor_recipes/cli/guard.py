@@ -25,11 +25,14 @@ class TerminatedError(BaseException):
 def run_command(app: typer.Typer, *, name: str) -> NoReturn:
     """Run a typer app and exit with the code of `docs/cli.md`; no traceback reaches a user but for a bug here."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # compressed-tensors' bars would tear ours
     with _terminate_as_exception():
-        code = _guarded(lambda: app(prog_name=name, standalone_mode=False))
-    sys.stdout.flush()
+        code = _guarded(lambda: _flushed(app(prog_name=name, standalone_mode=False)))
     sys.exit(code)
+
+
+def _flushed(code: object) -> object:
+    sys.stdout.flush()  # here, where a reader that is gone (`| head`) is still our business
+    return code
 
 
 def _guarded(command: Callable[[], object]) -> int:
@@ -43,8 +46,8 @@ def _guarded(command: Callable[[], object]) -> int:
         return _complain("interrupted; nothing half-written was left behind", INTERRUPTED)
     except TerminatedError:
         return _complain("terminated; nothing half-written was left behind", TERMINATED)
-    except BrokenPipeError:
-        sys.stderr.close()
+    except (BrokenPipeError, SystemExit):  # click and rich make a SystemExit of a reader that is gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more as it ends
         return 0
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "show"):
@@ -65,6 +68,7 @@ def _complain(message: str, code: int) -> int:
 @contextmanager
 def _terminate_as_exception() -> Iterator[None]:
     def stop(_signal: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the cleaning up short
         raise TerminatedError
 
     before = signal.signal(signal.SIGTERM, stop)

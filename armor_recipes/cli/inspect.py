@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armor_recipes.checkpoint.reader import CheckpointSize, LayerSize
+if TYPE_CHECKING:  # importing it takes torch's seconds, which `armor --help` need not pay
+    from armor_recipes.checkpoint.reader import CheckpointSize, LayerSize
 
 
 def inspect_command(
@@ -24,8 +25,9 @@ def inspect_command(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=str(folder))
+    table = Table(title=Text(str(folder)))
     for heading in ("layer", "shape", "block", "core"):
         table.add_column(heading, overflow="fold")
     for heading in ("bytes", "dense bytes", "ratio"):
@@ -35,7 +37,8 @@ def inspect_command(
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
     print(
-        f"{len(found.layers)} ARMOR layers; {found.nbytes} bytes with all other tensors, dense {found.dense_nbytes}, ratio {found.ratio:.3f}"
+        f"{len(found.layers)} ARMOR layers; {found.nbytes} bytes with all other tensors, dense {found.dense_nbytes}, "
+        f"ratio {found.ratio:.3f}"
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +18,7 @@ from armor_recipes.session import ModulePlan, Plan
 
 def plan_table(plan: Plan) -> RenderableType:
     """Every module with shape, blocks and bytes, then totals."""
-    table = Table(title=f"Plan for {plan.model}: {len(plan.layers)} decoder layers")
+    table = Table(title=Text(f"Plan for {plan.model}: {len(plan.layers)} decoder layers"))
     for heading in ("module", "modifier", "shape", "block", "blocks"):
         table.add_column(heading, overflow="fold")
     for heading in ("bytes before", "after", "factors"):
@@ -27,7 +28,8 @@ def plan_table(plan: Plan) -> RenderableType:
     totals = plan.totals
     lines = [
         f"{totals.modules} weights: {size(totals.bytes_before)} -> {size(totals.bytes_after)} "
-        f"({percent(totals.bytes_after, totals.bytes_before)}), factors {percent(totals.factor_bytes, totals.bytes_before)} of dense",
+        f"({percent(totals.bytes_after, totals.bytes_before)}), "
+        f"factors {percent(totals.factor_bytes, totals.bytes_before)} of dense",
         f"other weights: {size(totals.untouched_bytes)}, unchanged",
         f"estimated here: {totals.seconds:.0f} s, {size(totals.peak_bytes)} peak memory",
     ]
@@ -66,7 +68,7 @@ def summary(result: Result) -> RenderableType:
         table.add_column(heading, justify="right")
     before, after, report = result.perplexity_before, result.perplexity_after, result.report
     if before is not None and after is not None:
-        name = f"perplexity ({before.tokens} tokens of {before.dataset.rsplit('/', 1)[-1]})"
+        name = escape(f"perplexity ({before.tokens} tokens of {before.dataset.rsplit('/', 1)[-1]})")
         table.add_row(name, f"{before.value:.3f}", f"{after.value:.3f}", f"{after.value / before.value:.3f}")
     small, large = report["size_after_bytes"], report["size_before_bytes"]
     table.add_row(
@@ -80,7 +82,7 @@ def summary(result: Result) -> RenderableType:
         "pruned weights",
         size(totals.bytes_before),
         size(totals.bytes_after),
-        f"{totals.bytes_after / totals.bytes_before:.3f}",
+        f"{totals.bytes_after / totals.bytes_before:.3f}" if totals.bytes_before else "-",
     )
     firsts, lasts = _mean_losses(result)
     table.add_row("mean relative loss", f"{firsts:.5f}", f"{lasts:.5f}", f"{lasts / firsts:.3f}" if firsts else "-")

@@ -42,11 +42,11 @@ def progress_view(console: Console, *, quiet: bool) -> Iterator[View]:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:<16}"),
+        TextColumn("{task.description:<16}", markup=False),
         BarColumn(bar_width=None),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
         expand=True,
     )

@@ -45,7 +45,7 @@ def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = Fals
         location = str(builtin.model_folder(location.removeprefix(BUILTIN_PREFIX)))
     try:
         config = AutoConfig.from_pretrained(location, revision=spec.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers' own validation errors share no base class
         raise InputError(_unreadable(spec.id, error)) from error
     if getattr(config, "quantization_config", None) is not None and not compressed:
         raise PlanError(f"model {spec.id} is already quantised or compressed; give the dense model it was made from")
@@ -58,22 +58,50 @@ def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = Fals
 
 
 def meta_model(source: ModelSource) -> PreTrainedModel:
-    """The model on the meta device: names and shapes without a byte of weights."""
-    with torch.device("meta"):
-        return _from_config(source.config)
+    """The model on the meta device: names and shapes without a byte of weights.
+
+    Raises PlanError for what is no decoder-only language model, InputError where the configuration makes no model.
+    """
+    name = type(source.config).__name__
+    if getattr(source.config, "is_encoder_decoder", False):
+        raise PlanError(
+            f"model {source.location} ({name}) has an encoder; only decoder-only language models are supported"
+        )
+    if type(source.config) not in AutoModelForCausalLM._model_mapping:
+        raise PlanError(
+            f"model {source.location} ({name}) is no causal language model that transformers knows; give one"
+        )
+    try:
+        with torch.device("meta"):
+            return _from_config(source.config)
+    except Exception as error:  # a wrong value in config.json raises whatever the architecture's code meets first
+        raise InputError(_unreadable(source.location, error)) from error
 
 
 def load_model(source: ModelSource, *, device: torch.device) -> PreTrainedModel:
     """The model in its compute dtype on `device`, in evaluation mode. Raises InputError where weights are missing or unreadable.
 
-    Parameters are rounded to the stored dtype, so that computing in float32 starts from the numbers that are stored. (Loading in
-    the stored dtype and casting afterwards would round the rotary frequencies too, which no later loader does.)
+    Its numbers are those of the stored dtype, see `rounded`.
     """
     model = load_dense(source.location, dtype=source.compute_dtype, device=device, revision=source.revision)
-    if source.stored_dtype != source.compute_dtype:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(parameter.to(source.stored_dtype))
+    return rounded(model, source.stored_dtype)
+
+
+def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model with everything that is saved rounded in place to `dtype`, so that computing starts from what is stored.
+
+    (Casting to the stored dtype and back would round the rotary frequencies too, which no later loader does.) Raises
+    InputError for numbers that do not fit.
+    """
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_floating_point() or tensor.dtype == dtype:
+                continue
+            cast = tensor.to(dtype)
+            lost = int((cast.isfinite() != tensor.isfinite()).sum())
+            if lost:
+                raise InputError(f"{lost} numbers of {name} do not fit {dtype}: set model.dtype to bfloat16 or float32")
+            tensor.copy_(cast)
     return model
 
 
@@ -84,19 +112,30 @@ def load_dense(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "dtype": dtype}
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, info = load(location, output_loading_info=True, **options)
+        # Weights of the wrong shape are told by `info`, with their names, which transformers' own error leaves out.
+        model, info = load(location, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise InputError(_unreadable(location, error)) from error
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
     if problems:
         raise InputError(f"the weights of {location} do not fit its config.json: {problems}")
-    return moved(model, device=device, dtype=dtype)
+    module: nn.Module = model
+    module.to(device=device).eval()
+    return model
 
 
 def moved(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The same model, moved in place, in evaluation mode."""
+    """The same model, moved in place, in evaluation mode.
+
+    Only what is saved is cast: `model.to(dtype)` would round the rotary frequencies too, which no later loader does.
+    """
     module: nn.Module = model
-    module.to(device=device, dtype=dtype).eval()
+    module.to(device=device).eval()
+    for tensor in module.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     return model
 
 
@@ -107,7 +146,7 @@ def load_tokenizer(source: ModelSource) -> Any | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exceptions
         raise InputError(f"the tokenizer of {source.location} cannot be read: {error}") from error
 
 

@@ -184,7 +184,7 @@ def _local(node: Scalar) -> object:
         return name
     try:
         path = node.mark.folder / Path(name).expanduser()
-        if name.startswith(DATA_PREFIXES) or name.endswith(DATA_SUFFIXES) or path.exists():
+        if name.startswith(DATA_PREFIXES) or name.endswith(DATA_SUFFIXES) or path.is_file():
             return str(path.resolve())
     except (OSError, ValueError, RuntimeError):  # too long for a path, or a home folder that is not known
         return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,15 @@ from armor_recipes.checkpoint.staging import check_destination, staged
 from armor_recipes.checkpoint.writer import tensor_hashes, write_checkpoint
 from armor_recipes.errors import PlanError, RecipeError, ResourceError
 from armor_recipes.evaluation.perplexity import Perplexity, evaluate
-from armor_recipes.integrations.models import ModelSource, load_model, load_tokenizer, meta_model, moved, open_model
+from armor_recipes.integrations.models import (
+    ModelSource,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    moved,
+    open_model,
+    rounded,
+)
 from armor_recipes.modifiers import Modifier, config_types, modifiers
 from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
 from armor_recipes.recipe.schema import CalibrationSpec
@@ -31,6 +40,9 @@ from armor_recipes.run.result import Result
 from armor_recipes.run.verify import verify_reloaded
 from armor_recipes.session import Observer, Plan, Session, make_plan
 from armor_recipes.session.events import EvaluationProgressed, PhaseStarted, ignore_events
+
+#: What torch says when a CPU allocation fails; it raises a plain RuntimeError.
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 
 RecipeLike = Recipe | str | Path | Mapping[str, object] | Sequence[str | Path]
 
@@ -48,7 +60,7 @@ class Job:
 
 def apply(
     recipe: RecipeLike,
-    model: str | PreTrainedModel | None = None,
+    model: str | Path | PreTrainedModel | None = None,
     *,
     tokenizer: Any | None = None,
     overrides: Sequence[str] = (),
@@ -73,8 +85,12 @@ def apply(
     Raises:
         ArmorError: one of its subclasses; nothing half-written is left behind.
     """
-    named = model if isinstance(model, str) else None
-    loaded = None if isinstance(model, str) else model
+    named = str(model) if isinstance(model, (str, Path)) else None
+    loaded = None if isinstance(model, (str, Path)) else model
+    if loaded is not None and not isinstance(loaded, PreTrainedModel):
+        raise RecipeError(
+            f"model is a {type(loaded).__name__}: give a hub id, a folder, builtin:NAME or a PreTrainedModel"
+        )
     resolved = read_recipe(recipe, overrides=overrides, model=named, output=None if output is None else str(output))
     return execute(
         prepare(resolved, device=device), loaded, tokenizer=tokenizer, overwrite=overwrite, observer=observer
@@ -122,8 +138,8 @@ def parse_device(name: str) -> torch.device:
     """The device of that name. Raises RecipeError for one that torch does not know or this machine does not have."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}; use cpu, cuda or cuda:N") from error
     return device
 
@@ -138,7 +154,7 @@ def execute(
 ) -> Result:
     """Carry out a prepared job: load, calibrate, evaluate, compress, evaluate again, write, verify, commit."""
     output = Path(job.recipe.output.path)
-    check_destination(output, overwrite=overwrite)
+    _check_output(output, overwrite=overwrite)
     watch = Stopwatch(observer)
     with _resources():
         run = _Run.start(job, model, tokenizer, watch)
@@ -166,6 +182,27 @@ def execute(
             report = watch.report(folder, source=job.source.folder, plan=job.plan, modules=results)
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return Result(job.plan, output, results, before, after, report)
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise RecipeError, before anything is computed, where a checkpoint could not be put there at the end."""
+    try:
+        check_destination(output, overwrite=overwrite)
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise RecipeError(f"output.path {output} is no path that can be written: {error}; choose another") from error
+    check_writable(output, "output.path")
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Raise RecipeError where a file or folder could not be made at `path`, which `what` names in the message."""
+    try:
+        parent = next(folder for folder in path.resolve().parents if folder.exists())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{what} {path} is no path that can be written: {error}; choose another") from error
+    if not parent.is_dir():
+        raise RecipeError(f"{what} {path} lies below {parent}, which is not a folder; choose another path")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RecipeError(f"{what} {path} cannot be written: no permission in {parent}; choose another path")
 
 
 @dataclass(slots=True)
@@ -252,7 +289,7 @@ class _Run:
 
 
 def _given(model: PreTrainedModel, job: Job) -> PreTrainedModel:
-    """A model handed in by the caller, checked against the plan and brought to the compute dtype and device, in place."""
+    """A caller's model, checked against the plan, brought to compute dtype and device and rounded as stored, all in place."""
     for module in job.plan.modules:
         try:
             found = tuple(model.get_parameter(f"{module.name}.weight").shape)
@@ -260,7 +297,20 @@ def _given(model: PreTrainedModel, job: Job) -> PreTrainedModel:
             raise PlanError(f"the model given has no {module.name}, which {job.recipe.model.id} has") from error
         if found != (module.d_out, module.d_in):
             raise PlanError(f"the model given has {module.name} {found}, planned was {(module.d_out, module.d_in)}")
-    return moved(model, device=job.device, dtype=job.source.compute_dtype)
+    _refuse_rounded_buffers(model, job)
+    return rounded(moved(model, device=job.device, dtype=job.source.compute_dtype), job.source.stored_dtype)
+
+
+def _refuse_rounded_buffers(model: PreTrainedModel, job: Job) -> None:
+    """Buffers that are not saved (rotary frequencies) are made anew by a loader, in full; rounded ones are another model."""
+    full = {name: buffer.dtype for name, buffer in meta_model(job.source).named_buffers()}
+    for name in dict(model.named_buffers()).keys() & full.keys() - model.state_dict().keys():
+        dtype = model.get_buffer(name).dtype
+        if dtype.itemsize < full[name].itemsize:
+            raise PlanError(
+                f"the model given has {name} in {dtype} instead of {full[name]}: it was cast as a whole, which rounds what no "
+                "loader rounds; load it with from_pretrained(…, dtype=…) instead of casting it with .to()"
+            )
 
 
 @contextmanager
@@ -268,7 +318,9 @@ def _resources() -> Iterator[None]:
     """Out of memory or disk, as errors of our own."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and _CPU_OUT_OF_MEMORY not in str(error):
+            raise
         raise ResourceError(
             f"out of memory: {error}; lower calibration samples or batch_size, or use a larger machine"
         ) from error
@@ -280,4 +332,4 @@ def _resources() -> Iterator[None]:
         raise
 
 
-__all__ = ["Job", "PhaseStarted", "apply", "builtin_recipe_dir", "execute", "prepare", "read_recipe"]
+__all__ = ["Job", "PhaseStarted", "apply", "builtin_recipe_dir", "check_writable", "execute", "prepare", "read_recipe"]

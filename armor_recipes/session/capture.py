@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.errors import PlanError
+from armor_recipes.errors import NumericalError, PlanError
 from armor_recipes.session.hooks import Hooks
 from armor_recipes.session.layers import DecoderLayers
 
@@ -148,6 +148,11 @@ def _check_replay(model: nn.Module, layers: DecoderLayers, probe: list[LayerCall
         for call, layer in zip(probe, layers.modules, strict=True):
             hidden = replace(call, hidden=hidden).run(layer)
     assert output is not None
+    if not bool(output.isfinite().all()):
+        raise NumericalError(
+            f"{type(model).__name__}: the output of its last decoder layer is not finite before anything was changed: check "
+            "the model's weights, or set a wider model.compute_dtype"
+        )
     error = float((hidden - output).float().norm() / output.float().norm())
     if len(probe) != len(layers.modules) or not error <= _REPLAY_TOLERANCE:
         raise PlanError(

@@ -93,11 +93,13 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, Modifier
             problems.append(f"{entry.where}: {entry.name}: {error}")
             continue
         ignored.update((name, None) for name in matched.ignored)
+        refused: dict[str, list[str]] = {}
         for name in matched.names:
             try:
                 rows.append(_plan_module(entry, modifiers[entry.key], model, layers, name, itemsize))
             except PlanError as error:
-                problems.append(f"{entry.where}: {entry.name}: {error}")
+                refused.setdefault(str(error).replace(name, "{}"), []).append(name)
+        problems += [f"{entry.where}: {entry.name}: {_once(text, names)}" for text, names in refused.items()]
     problems += _conflicts(recipe, rows, modifiers) + _late_dense(recipe)
     if problems:
         raise PlanError("\n".join(problems))
@@ -125,7 +127,8 @@ def _plan_module(
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     shared = [other for other, m in model.named_modules(remove_duplicate=False) if m is linear and other != name]
-    shared += [other for other, p in model.named_parameters(remove_duplicate=False) if p is linear.weight][1:]
+    weights = ((other, p) for other, p in model.named_parameters(remove_duplicate=False) if other != f"{name}.weight")
+    shared += [other for other, p in weights if p is linear.weight]
     if shared:
         raise PlanError(f"the weight of {name} is tied to {shared[0]}; add {name!r} to `ignore`")
     shape = ModuleShape(name, linear.out_features, linear.in_features, itemsize)
@@ -146,6 +149,12 @@ def _plan_module(
         flops=cost.flops,
         peak_bytes=cost.peak_bytes,
     )
+
+
+def _once(text: str, names: list[str]) -> str:
+    """One message for modules that are refused for the same reason: it names the first and counts the others."""
+    others = f" (and {len(names) - 1} more like it: {', '.join(names[1:4])}{', …' if len(names) > 4 else ''})"
+    return text.replace("{}", names[0]) + (others if len(names) > 1 else "")
 
 
 def _conflicts(recipe: Recipe, rows: list[ModulePlan], modifiers: Mapping[str, Modifier[Any]]) -> list[str]:

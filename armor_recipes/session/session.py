@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from armor_recipes.calibration.tokens import TokenSet
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.errors import ArmorError
+from armor_recipes.errors import ArmorError, NumericalError
 from armor_recipes.modifiers import Modifier, ModuleShape, Outcome, Statistic
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
@@ -29,6 +29,7 @@ from armor_recipes.session.events import (
 from armor_recipes.session.hooks import Hooks
 from armor_recipes.session.layers import find_decoder_layers
 from armor_recipes.session.plan import ModulePlan, Plan
+from armor_recipes.solver import relative_error
 
 #: One stream of activations for each distinct calibration set and way of propagating errors.
 _StreamKey = tuple[CalibrationSpec, str]
@@ -183,6 +184,7 @@ class Session:
             self.observer(SolveProgressed(module.name, done, at_most, loss))
 
         try:
+            _refuse_zero(weight)
             outcome = modifier.solve(self._shape(module), weight.detach(), statistic, progress)
             packed, stored = self._stored(outcome)
             stored_loss = modifier.loss(weight.detach(), statistic, stored)
@@ -195,7 +197,7 @@ class Session:
             modifier=entry.key,
             losses=outcome.losses,
             stored_loss=stored_loss,
-            error=float((weight - stored).norm() / weight.norm()),
+            error=relative_error(weight.detach(), stored),
             tokens=0 if statistic is None else statistic.tokens,
             iterations=len(outcome.losses) - 1,
             stop_reason=outcome.stop_reason,
@@ -215,10 +217,17 @@ class Session:
         if outcome.factorization is None or not self.keep_packed:
             return None, outcome.weight.to(self.stored_dtype).to(compute)
         packed = PackedLinear.from_factorization(outcome.factorization, self.stored_dtype)
-        return packed, packed.fold(compute)
+        factors = packed.values.to(compute), packed.bitmask, packed.a.to(compute), packed.b.to(compute)
+        return packed, PackedLinear(*factors).fold(compute)
 
     def _shape(self, module: ModulePlan) -> ModuleShape:
         return ModuleShape(module.name, module.d_out, module.d_in, self.stored_dtype.itemsize)
+
+
+def _refuse_zero(weight: Tensor) -> None:
+    """All measures are relative to the weight, so there must be one."""
+    if not bool(weight.any()):
+        raise NumericalError("every number of its weight is zero: there is nothing to prune; add it to `ignore`")
 
 
 def _stream_key(entry: ModifierEntry) -> _StreamKey | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from armor_recipes.errors import NumericalError
-from armor_recipes.solver.blockdiag import left_multiply, right_multiply
+from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
 from armor_recipes.solver.patterns import GROUP, PAIRS, index_to_mask, mask_to_index, pair_table
 from armor_recipes.solver.result import Factors, StopReason
 
@@ -88,7 +88,7 @@ def _finish(kept: Factors) -> Factors:
 
 
 def _loss(state: _State) -> float:
-    value = float((state.error * state.weighted).sum())
+    value = stable_sum(state.error * state.weighted)
     if not value < float("inf"):
         raise NumericalError(f"the loss of the adam solver became {value}")
     return value

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver.adam import AdamProblem, solve_adam
-from armor_recipes.solver.blockdiag import left_multiply, right_multiply
+from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
 from armor_recipes.solver.exact import ExactProblem, solve_exact
 from armor_recipes.solver.normalize import Normalized, fill_dead_channels, nowag_normalize
 from armor_recipes.solver.patterns import GROUP, PATTERNS, index_to_mask, magnitude_mask, mask_to_index
@@ -68,7 +68,7 @@ def factorize(
     normal, h, dead = _prepare(weight, second_moment)
     scores = normal.weight.square() * h
     start = nowag_start(normal.weight, magnitude_mask(scores) if mask is None else mask, sizes)
-    clock = _Clock(total=float(scores.double().sum()), iterations=iterations, on_progress=on_progress)
+    clock = _Clock(total=stable_sum(scores), iterations=iterations, on_progress=on_progress)
     clock.enter(_weighted_error(normal.weight, h, start))
     counts = Counter(_dead_count(dead))
     run = _Run(normal.weight, h, fixed=mask is not None, iterations=iterations, tolerance=tolerance, counts=counts)
@@ -148,7 +148,7 @@ def nowag_start(target: Tensor, mask: Tensor, sizes: tuple[int, int]) -> Factors
 
 def _weighted_error(target: Tensor, h: Tensor, factors: Factors) -> float:
     error = target - left_multiply(factors.a, right_multiply(factors.core, factors.b))
-    return float((error.double().square() * h).sum())
+    return stable_sum(error.double().square() * h)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from armor_recipes.errors import NumericalError
-from armor_recipes.solver.blockdiag import left_multiply, right_multiply
+from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
 from armor_recipes.solver.patterns import GROUP
 from armor_recipes.solver.result import Factors, StopReason
 from armor_recipes.solver.sweep import SweepProblem, sweep
@@ -96,8 +96,8 @@ def residual(problem: ExactProblem, factors: Factors) -> Tensor:
 
 
 def squared_error(problem: ExactProblem, factors: Factors) -> float:
-    """`‖E‖²`, summed in float64. Raises NumericalError where it is not finite."""
-    value = float(residual(problem, factors).double().square().sum())
+    """`‖E‖²`, squared in float32 and summed in float64. Raises NumericalError where it is not finite."""
+    value = stable_sum(residual(problem, factors).square())
     if not value < float("inf"):
         raise NumericalError(
             f"the reconstruction loss became {value}: the weight or its statistics are out of float32's range"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from armor_recipes.errors import NumericalError
+from armor_recipes.solver.blockdiag import stable_sum
 
 NORM_EPSILON = 1e-5
 
@@ -56,4 +57,10 @@ def relative_loss(weight: Tensor, second_moment: Tensor, approximation: Tensor) 
     h = fill_dead_channels(second_moment.double())[0]
     normal = nowag_normalize(weight.double())
     error = normal.weight - approximation.double() / normal.columns / normal.rows[:, None]
-    return float((error.square() * h).sum() / (normal.weight.square() * h).sum())
+    return stable_sum(error.square() * h) / stable_sum(normal.weight.square() * h)
+
+
+def relative_error(weight: Tensor, approximation: Tensor) -> float:
+    """`‖W − Ŵ‖ / ‖W‖` in the Frobenius norm, for raw weights `(O, I)`; 0 for W = Ŵ = 0."""
+    total = stable_sum(weight.double().square())
+    return (stable_sum((weight - approximation).double().square()) / total) ** 0.5 if total > 0 else 0.0

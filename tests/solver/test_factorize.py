@@ -24,7 +24,7 @@ from armor_recipes.solver.exact import (
     update_b,
     update_core,
 )
-from armor_recipes.solver.factorize import nowag_start
+from armor_recipes.solver.entry import nowag_start
 from armor_recipes.solver.normalize import fill_dead_channels, nowag_normalize
 from armor_recipes.solver.patterns import PAIRS, index_to_mask, magnitude_mask, mask_to_index
 from armor_recipes.solver.result import Factors
@@ -249,24 +249,19 @@ def test_compiled_sweep_equals_the_torch_sweep(fixed: bool, shape: tuple[int, in
 
 
 @pytest.mark.skipif(not native_available(), reason="the compiled sweep was not built")
-def test_compiled_sweep_does_not_depend_on_the_number_of_threads() -> None:
-    weight, h = problem_of(5, 64, 96)
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    weight, h = problem_of(5, 576, 384)
     before = torch.get_num_threads()
     try:
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(factorize(weight, h, block_size=16, iterations=5, seed=0))
+            found.append(factorize(weight, h, block_size=64, iterations=4, seed=0))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0].core, found[1].core)
     assert torch.equal(found[0].a, found[1].a)
-
-
-def test_block_size_one_by_four_only_scales_rows() -> None:
-    weight, h = problem_of(1, 8, 16)
-    found = factorize(weight, h, block_size=(1, 16), iterations=3, seed=0)
-    assert found.a.shape == (8, 1, 1)
+    assert found[0].losses == found[1].losses
 
 
 @pytest.mark.parametrize("solver", ["exact", "adam"])

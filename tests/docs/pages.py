@@ -1,0 +1,74 @@
+"""The pages of the documentation and their code blocks."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+)
+RECIPES = tuple(sorted((ROOT / "recipes").glob("*.yaml")))
+_BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(*languages: str, page: Path | None = None) -> list[Block]:
+    """All blocks in these languages, of one page or of all."""
+    found = []
+    for path in PAGES if page is None else (page,):
+        text = path.read_text(encoding="utf-8")
+        for match in _BLOCK.finditer(text):
+            if match["language"] in languages:
+                line = text.count("\n", 0, match.start()) + 1
+                found.append(Block(path, line, match["language"], textwrap.dedent(match["text"])))
+    return found
+
+
+def without_blocks(page: Path) -> str:
+    """A page's prose."""
+    return _BLOCK.sub("", page.read_text(encoding="utf-8"))
+
+
+def section(page: Path, heading: str) -> str:
+    """What stands under a `## ` heading, up to the next one."""
+    text = page.read_text(encoding="utf-8")
+    assert f"\n## {heading}\n" in text, f"{page} has no section {heading!r}"
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def commands(*languages: str) -> list[tuple[str, str]]:
+    """(place, command) for every line of the shell blocks, continued lines joined, comments dropped."""
+    found = []
+    for block in blocks(*languages):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            command = line.strip().removeprefix("$ ").split("  #")[0].strip()
+            if command and not command.startswith("#"):
+                found.append((str(block), command))
+    return found
+
+
+def inline_commands() -> list[tuple[str, str]]:
+    """(page, command) for every complete `armor…` command in running text; not names of verbs, nor with placeholders."""
+    found = []
+    for page in PAGES:
+        for span in re.findall(r"`(armor-apply [^`]+|armor \w+ [^`]+)`", without_blocks(page)):
+            if not re.search(r"\b[A-Z]{2,}\b|[\[…]", span):
+                found.append((str(page.relative_to(ROOT)), span))
+    return found

@@ -1,0 +1,72 @@
+"""CONTRIBUTING.md's "Add a modifier", followed to the letter: a package with an entry point, and a run of its recipe."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pages import ROOT, blocks
+
+import armor_recipes
+from armor_recipes.modifiers import modifiers, registry
+from armor_recipes.recipe import reference_markdown
+from armor_recipes.solver.patterns import GROUP, KEPT
+
+PAGE = ROOT / "CONTRIBUTING.md"
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The page's module, installed as a package that registers through the page's entry point; gone afterwards."""
+    modifiers()  # those that come with the package are registered before the registry is copied
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+    (group,) = (tomllib.loads(block.text)["project"]["entry-points"] for block in blocks("toml", page=PAGE))
+    ((name, module),) = group[registry.ENTRY_POINT_GROUP].items()
+    site = tmp_path / "site"
+    info = site / f"{module}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{registry.ENTRY_POINT_GROUP}]\n{name} = {module}\n")
+    (source,) = blocks("python", page=PAGE)
+    (site / f"{module}.py").write_text(source.text, encoding="utf-8")
+    monkeypatch.syspath_prepend(site)
+    registry._discover.cache_clear()
+    yield
+    sys.modules.pop(module, None)
+    registry._discover.cache_clear()
+
+
+@pytest.mark.usefixtures("plugin")
+def test_the_pages_modifier_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (recipe,) = blocks("yaml", page=PAGE)
+    Path("wanda.yaml").write_text(recipe.text, encoding="utf-8")
+    result = armor_recipes.apply("wanda.yaml", model=str(tiny_llama))
+    assert len(result.modules) == 6
+    model = armor_recipes.load(result.output)
+    for name, module in result.modules.items():
+        weight = model.get_parameter(f"{name}.weight")
+        assert torch.equal(
+            (weight != 0).unflatten(1, (-1, GROUP)).sum(-1), torch.full_like(weight[:, ::GROUP], KEPT).long()
+        )
+        assert 0 < module.stored_loss < 1
+        assert module.stored_loss == pytest.approx(module.losses[-1], rel=1e-6)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_the_pages_modifier_is_in_schema_and_reference() -> None:
+    kinds = registry.config_types()
+    assert {"ARMORModifier", "NoWagModifier", "WandaModifier"} <= set(kinds)
+    assert "### `WandaModifier`" in reference_markdown(kinds)
+
+
+def test_the_plugin_leaves_no_trace() -> None:
+    assert "WandaModifier" not in modifiers()
+
+
+def test_the_page_names_itself() -> None:
+    assert str(Path(__file__).relative_to(ROOT)) in PAGE.read_text(encoding="utf-8")

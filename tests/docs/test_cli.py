@@ -1,0 +1,114 @@
+"""docs/cli.md against the command line, and every command of the docs against its parser."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from pages import ROOT, blocks, commands, inline_commands, section
+
+from armor_recipes import errors
+from armor_recipes.cli import apply, guard, main
+from armor_recipes.run import prepare
+from armor_recipes.run.job import read_recipe
+
+PAGE = ROOT / "docs" / "cli.md"
+SHELL = inline_commands() + commands("bash", "console")
+ARMOR = [(place, shlex.split(line)) for place, line in SHELL if line.startswith("armor")]
+ARMOR_IDS = [f"{place} {' '.join(words[:2])}" for place, words in ARMOR]
+
+
+def parsers() -> dict[str, Any]:
+    """The parser of `armor-apply` and of each verb, by the words that call it."""
+    verbs: Any = typer.main.get_command(main.app)
+    named = {f"armor {verb}": command for verb, command in verbs.commands.items()}
+    return {"armor-apply": typer.main.get_command(apply.app), **named}
+
+
+def options(command: Any) -> set[str]:
+    """Every spelling of every flag, those of the help included."""
+    group: Any = typer.main.get_command(main.app)
+    parent = None if command.name == "apply-command" else group.make_context("armor", ["schema"])
+    params = command.get_params(command.make_context("x", [], parent=parent, resilient_parsing=True))
+    return {name for param in params if param.param_type_name == "option" for name in param.opts}
+
+
+def test_every_command_has_a_section_and_no_other() -> None:
+    headings = re.findall(r"^## (armor.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(headings) == sorted(parsers())
+
+
+@pytest.mark.parametrize("name", sorted(parsers()))
+def test_every_flag_is_documented_and_no_other(name: str) -> None:
+    rows = re.findall(r"^\| (`-.*?) \|", section(PAGE, name), re.MULTILINE)
+    documented = {flag for row in rows for flag in re.findall(r"`(--?[a-z-]+)", row)}
+    assert documented == options(parsers()[name])
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    classes = [
+        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.ArmorError)
+    ]
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*?) ?\|$", section(PAGE, "Exit codes"), re.MULTILINE)
+    documented = {name: int(code) for code, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert documented == {cls.__name__: cls.exit_code for cls in classes}
+    codes = {int(code) for code, _ in rows}
+    assert codes == {0, guard.BUG, guard.USAGE, guard.INTERRUPTED, guard.TERMINATED, *documented.values()}
+
+
+def arguments(words: list[str]) -> tuple[Any, list[str]]:
+    """The parser that a command line is for, and what it is given (a redirection is the shell's)."""
+    words = words[: words.index(">")] if ">" in words else words
+    return (
+        (parsers()["armor-apply"], words[1:])
+        if words[0] == "armor-apply"
+        else (parsers()[" ".join(words[:2])], words[2:])
+    )
+
+
+@pytest.mark.parametrize("words", [words for _, words in ARMOR], ids=ARMOR_IDS)
+def test_commands_of_the_docs_parse(words: list[str]) -> None:
+    command, given = arguments(words)
+    assert command.make_context(words[0], given).params is not None
+
+
+@pytest.fixture
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the recipes and README's first recipe in it."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "first.yaml").write_text(blocks("yaml", page=ROOT / "README.md")[0].text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+APPLY = [(place, words) for place, words in ARMOR if words[0] == "armor-apply"]
+
+
+@pytest.mark.parametrize(
+    "words", [words for _, words in APPLY], ids=[f"{place} {' '.join(w[1:3])}" for place, w in APPLY]
+)
+@pytest.mark.usefixtures("working_directory")
+def test_recipes_of_commands_plan(words: list[str]) -> None:
+    command, given = arguments(words)
+    params = command.make_context(words[0], given).params
+    recipe = read_recipe(params["recipes"], overrides=params["overrides"] or (), output=params["output"])
+    if not recipe.model.id.startswith("builtin:"):  # a model that has to be fetched first: its shapes stand in
+        recipe = read_recipe(params["recipes"], overrides=params["overrides"] or (), model="builtin:stdlib-llama")
+    assert prepare(recipe).plan.modules
+
+
+def test_other_commands_of_the_docs_exist() -> None:
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    missing = []
+    for place, line in SHELL:
+        words = shlex.split(line)
+        name = Path(words[0]).name
+        known = name in ("armor", "armor-apply") or (name == "make" and words[1] in targets)
+        known = known or (name == "python" and (words[1] == "-m" or (ROOT / words[1]).is_file()))
+        if not known:
+            missing.append(f"{place}: {line}")
+    assert not missing

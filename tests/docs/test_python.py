@@ -1,0 +1,37 @@
+"""Python blocks of the docs run, page by page, in one namespace a page and a folder of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from pages import PAGES, ROOT, blocks
+
+import armor_recipes
+
+#: CONTRIBUTING.md's blocks make a modifier: test_add_a_modifier.py.
+PYTHON = [page for page in PAGES if page.name != "CONTRIBUTING.md" and blocks("python", page=page)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint, for blocks that load one from `folder`."""
+    recipe: Mapping[str, object] = {
+        "model": str(tiny_llama),
+        "calibration": {"dataset": "builtin:random-tokens", "samples": 4, "sequence_length": 16},
+        "prune_stage": {
+            "armor_modifiers": {"ARMORModifier": {"targets": ["re:.*_proj$"], "block_size": 8, "iterations": 3}}
+        },
+        "output": {"path": str(tmp_path_factory.mktemp("checkpoint") / "out")},
+    }
+    return armor_recipes.apply(recipe).output
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
+def test_blocks_run(page: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "first.yaml").write_text(blocks("yaml", page=ROOT / "README.md")[0].text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page", "folder": str(checkpoint)}
+    for block in blocks("python", page=page):
+        exec(compile("\n" * block.line + block.text, str(block.page), "exec"), names)

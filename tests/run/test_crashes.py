@@ -1,0 +1,151 @@
+"""However a run ends, there is a complete checkpoint at the output or none, nothing beside it, and no hook on the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_samples import ARMOR, hook_count, make_model, recipe
+from transformers import PreTrainedModel
+
+from armor_recipes.checkpoint.writer import tensor_hashes
+from armor_recipes.errors import InputError, NumericalError, ResourceError, VerificationError
+from armor_recipes.integrations.transformers import load
+from armor_recipes.run import apply, job
+from armor_recipes.session.events import Event, ModuleFinished, PhaseStarted
+
+
+class Stop:
+    """An observer that raises when a phase begins, or in the middle of the solves."""
+
+    def __init__(self, phase: str, error: BaseException) -> None:
+        self.phase = phase
+        self.error = error
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, PhaseStarted) and event.name == self.phase:
+            raise self.error
+        if isinstance(event, ModuleFinished) and self.phase == "solve" and "layers.1" in event.module:
+            raise self.error
+
+
+PHASES = ["load weights", "compress", "solve", "save", "verify"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom"), NumericalError("nan")], ids=repr)
+def test_an_end_in_any_phase_leaves_nothing(llama: Path, tmp_path: Path, phase: str, error: BaseException) -> None:
+    model = make_model()
+    with pytest.raises(type(error)):
+        apply(recipe(llama, tmp_path / "deep" / "out"), model, observer=Stop(phase, error))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert not (tmp_path / "deep" / "out").exists()
+    assert not list((tmp_path / "deep").glob(".*")) if (tmp_path / "deep").exists() else True
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_old_checkpoint_stays_whole(llama: Path, tmp_path: Path, phase: str) -> None:
+    apply(recipe(llama, tmp_path / "out", ARMORModifier={**ARMOR, "iterations": 0}))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        apply(recipe(llama, tmp_path / "out"), overwrite=True, observer=Stop(phase, KeyboardInterrupt()))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    load(tmp_path / "out")
+
+
+def fail_with(error: BaseException) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("name", ["write_checkpoint", "tensor_hashes", "build_manifest", "model_card", "verify_reloaded"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk on fire")], ids=repr)
+def test_an_end_inside_of_writing_leaves_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException
+) -> None:
+    monkeypatch.setattr(job, name, fail_with(error))
+    with pytest.raises(type(error)):
+        apply(recipe(llama, tmp_path / "out", ARMORModifier={**ARMOR, "iterations": 0}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_reads_back_differently_is_not_put_in_place(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write: Any = job.write_checkpoint
+
+    def write_another(model: PreTrainedModel, *args: Any, **options: Any) -> None:
+        write(model, *args, **options)
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)  # in memory, after it was written
+
+    monkeypatch.setattr(job, "write_checkpoint", write_another)
+    with pytest.raises(VerificationError, match="differs from the one in memory"):
+        apply(recipe(llama, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        (MemoryError("no more"), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (OSError(28, "No space left on device", "out"), "no space left"),
+        (OSError(122, "Disk quota exceeded", "out"), "no space left"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("name", ["build_tokens", "load_model", "write_checkpoint"])
+def test_what_ran_out_is_told(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, word: str
+) -> None:
+    monkeypatch.setattr(job, name, fail_with(error))
+    with pytest.raises(ResourceError, match=word):
+        apply(recipe(llama, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_torch_cannot_get_is_told(llama: Path, tmp_path: Path) -> None:
+    mapping = recipe(llama, tmp_path / "out")
+    mapping["calibration"]["samples"] = 10**12
+    with pytest.raises(ResourceError, match="out of memory"):
+        apply(mapping)
+
+
+def test_memory_that_runs_out_while_loading_is_not_called_a_broken_model(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from armor_recipes.integrations import models
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", fail_with(MemoryError("no more")))
+    with pytest.raises(ResourceError, match="out of memory"):
+        apply(recipe(llama, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
+def test_broken_weights(llama: Path, tmp_path: Path, content: bytes) -> None:
+    broken = tmp_path / "m"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((llama / "config.json").read_bytes())
+    (broken / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read"):
+        apply(recipe(broken, tmp_path / "out"))
+
+
+def test_weights_that_do_not_fit_their_configuration_are_named(llama: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "m"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
+    config = (llama / "config.json").read_text()
+    (broken / "config.json").write_text(config.replace('"intermediate_size": 64', '"intermediate_size": 128'))
+    with pytest.raises(InputError, match=r"mismatched_keys.*layers\.0\.mlp\.down_proj"):
+        apply(recipe(broken, tmp_path / "out"))
+    (broken / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(InputError, match=r"missing_keys.*layers\.2\.mlp"):
+        apply(recipe(broken, tmp_path / "out"))

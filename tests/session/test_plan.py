@@ -1,0 +1,227 @@
+"""The plan: exact bytes, and every reason to refuse, all at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_samples import ALL, ARMOR, ATTENTION, MLP, make_job, recipe, save_model
+from torch import nn
+from transformers import BartConfig, T5Config
+
+from armor_recipes.checkpoint.reader import inspect, read_header
+from armor_recipes.errors import InputError, PlanError
+from armor_recipes.run import apply
+from armor_recipes.run.job import read_recipe
+from armor_recipes.session import make_plan
+
+EDGE = "model.layers.0.mlp.down_proj"
+
+
+def refusal(mapping: dict[str, Any]) -> str:
+    with pytest.raises(PlanError) as caught:
+        make_job(mapping)
+    return str(caught.value)
+
+
+def armor(**fields: Any) -> dict[str, Any]:
+    return {**ARMOR, **fields}
+
+
+@pytest.mark.parametrize("block_size", [4, 16, [8, 32], "auto"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bytes_are_those_of_the_files(block_size: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", "llama-gqa-tied", dtype)
+    mapping = recipe(
+        folder,
+        tmp_path / "out",
+        ARMORModifier=armor(targets=[ATTENTION], block_size=block_size),
+        NoWagModifier={"targets": [MLP]},
+    )
+    mapping["prune_stage"]["armor_modifiers"]["ARMORModifier"]["ignore"] = ["re:.*k_proj$", "re:.*v_proj$"]
+    result = apply(mapping)
+    plan, found, header = result.plan, inspect(result.output), read_header(result.output)
+    planned = {m.name: m for m in plan.modules}
+    assert len(plan.ignored) == 4
+    assert {name for name in planned if "attn" in name} == {layer.name for layer in found.layers}
+    for layer in found.layers:
+        module = planned[layer.name]
+        assert (module.bytes_after, module.bytes_before) == (layer.nbytes, layer.dense_nbytes)
+        assert module.block_size == layer.block_size
+        assert module.blocks == (layer.shape[0] // layer.block_size[0], layer.shape[1] // layer.block_size[1])
+        factors = sum(header[f"{layer.name}.{part}"].nbytes for part in ("armor_a", "armor_b"))
+        assert module.factor_bytes == factors
+        assert module.overhead_percent == pytest.approx(100 * factors / layer.dense_nbytes)
+    for name in (name for name in planned if "mlp" in name):
+        assert planned[name].bytes_after == header[f"{name}.weight"].nbytes == planned[name].bytes_before
+        assert (planned[name].block_size, planned[name].blocks, planned[name].factor_bytes) == (None, None, 0)
+    totals = plan.totals
+    assert totals.bytes_after + totals.untouched_bytes == sum(info.nbytes for info in header.values())
+    assert totals.bytes_before + totals.untouched_bytes == sum(i.nbytes for i in read_header(folder).values())
+    assert totals.modules == len(plan.modules)
+
+
+def test_rows_are_in_the_order_of_the_run(llama: Path) -> None:
+    plan = make_job(recipe(llama, NoWagModifier={"targets": [MLP]}, ARMORModifier=armor(targets=[ATTENTION]))).plan
+    assert [(m.layer, m.modifier.rsplit(".", 1)[-1]) for m in plan.modules] == [
+        *[(0, "NoWagModifier")] * 3,
+        *[(0, "ARMORModifier")] * 4,
+        *[(1, "NoWagModifier")] * 3,
+        *[(1, "ARMORModifier")] * 4,
+    ]
+    assert json.loads(json.dumps(plan.to_dict()))["modules"][0]["overhead_percent"] == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "near"),
+    [
+        (r"re:.*self_atn\.q_proj$", "q_proj"),
+        ("model.layers.0.mlp.downproj", "model.layers.0.mlp.down_proj"),
+        ("re:q_proj$", "q_proj"),
+        ("Conv1D", "model.layers"),
+        ("re:^$", "model.layers"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_names_the_nearest(llama: Path, target: str, near: str) -> None:
+    message = refusal(recipe(llama, ARMORModifier=armor(targets=[target])))
+    assert f"target {target!r} matches no linear module" in message
+    assert near in message.split("nearest: ")[1].split(". Correct")[0]
+
+
+def test_one_dead_pattern_among_living_ones_is_an_error(llama: Path) -> None:
+    assert "'re:.*nothing' matches no linear" in refusal(recipe(llama, ARMORModifier=armor(targets=[ALL, "re:.*nothing"])))
+
+
+def test_optional_may_match_nothing(llama: Path) -> None:
+    mapping = recipe(
+        llama, ARMORModifier=armor(), NoWagModifier={"targets": [r"re:.*experts.*"], "optional": True}
+    )
+    assert {m.modifier.rsplit(".", 1)[-1] for m in make_job(mapping).plan.modules} == {"ARMORModifier"}
+
+
+def test_a_block_that_does_not_divide_names_the_sizes_that_do(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", "llama-gqa-tied")
+    message = refusal(recipe(folder, ARMORModifier=armor(block_size=32)))
+    assert message.count("\n") == 3  # k_proj and v_proj of both layers: 16x32
+    assert "block_size 32 does not fit model.layers.0.self_attn.k_proj (16x32)" in message
+    assert "sizes that fit both sides: [4, 8, 16]" in message
+    assert "input side" not in message
+
+
+@pytest.mark.parametrize("block_size", [3, 64, [8, 6], [48, 8], 2])
+def test_block_sizes_that_do_not_fit(llama: Path, block_size: Any) -> None:
+    assert "does not fit model.layers.0." in refusal(recipe(llama, ARMORModifier=armor(block_size=block_size)))
+
+
+def test_the_language_model_head_lies_outside_the_layers(llama: Path) -> None:
+    message = refusal(recipe(llama, ARMORModifier=armor(targets=["Linear"])))
+    assert "lm_head is not inside a decoder layer" in message
+    assert "add 'lm_head' to `ignore`" in message
+    mapping = recipe(llama, ARMORModifier=armor(targets=["Linear"], ignore=["lm_head"]))
+    plan = make_job(mapping).plan
+    assert (len(plan.modules), plan.ignored) == (14, ("lm_head",))
+
+
+def test_a_pattern_on_something_with_other_weights_is_refused(llama: Path) -> None:
+    message = refusal(recipe(llama, ARMORModifier=armor(targets=[r"re:.*(up_proj|norm|embed_tokens)$"])))
+    assert "model.embed_tokens (Embedding)" in message
+    assert "narrow the pattern" in message
+
+
+def test_containers_may_be_matched_along_the_way(llama: Path) -> None:
+    plan = make_job(recipe(llama, ARMORModifier=armor(targets=[r"re:.*mlp.*"]))).plan
+    assert len(plan.modules) == 6
+
+
+def test_ignore_that_holds_everything_back_is_refused(llama: Path) -> None:
+    message = refusal(recipe(llama, ARMORModifier=armor(targets=[MLP], ignore=["re:.*mlp.*"])))
+    assert "`ignore` holds back all 6 modules" in message
+    assert make_job(recipe(llama, ARMORModifier=armor(targets=[MLP], ignore=["re:.*mlp.*"], optional=True))).plan.ignored
+
+
+def test_two_pruning_modifiers_on_one_module_are_refused(llama: Path) -> None:
+    message = refusal(recipe(llama, ARMORModifier=armor(), NoWagModifier={"targets": [r"re:.*layers\.0\.mlp\.up_proj$"]}))
+    assert "model.layers.0.mlp.up_proj is already taken by ARMORModifier" in message
+    assert "both prune" in message
+    message = refusal(recipe(llama, ARMORModifier=armor(targets=[MLP]), ARMORModifier__more=armor(targets=[MLP])))
+    assert message.count("already taken by ARMORModifier") == 6
+
+
+def test_dense_inputs_are_gone_in_a_later_stage(llama: Path) -> None:
+    mapping = recipe(llama, ARMORModifier=armor(targets=[ATTENTION]))
+    mapping["late_stage"] = {"armor_modifiers": {"NoWagModifier": {"targets": [MLP], "propagate": "dense"}}}
+    message = refusal(mapping)
+    assert "NoWagModifier: propagate: dense needs the original model" in message
+    assert "put the modifier into prune_stage" in message
+
+
+def test_all_problems_are_told_at_once(llama: Path) -> None:
+    mapping = recipe(
+        llama,
+        ARMORModifier=armor(targets=["re:.*upp_proj"]),
+        ARMORModifier__b=armor(targets=[MLP], block_size=48),
+        NoWagModifier={"targets": ["Linear"]},
+        NoWagModifier__b={"targets": [ATTENTION]},
+    )
+    lines = refusal(mapping).splitlines()
+    wanted = ("matches no linear", "block_size 48", "lm_head is not inside", "already taken by NoWagModifier")
+    for part in wanted:
+        assert any(part in line for line in lines), part
+    assert all(line.startswith("<") or ":" in line for line in lines)
+
+
+def test_weights_shared_between_layers_are_refused(llama: Path) -> None:
+    job = make_job(recipe(llama))
+    model: Any = type("Tiny", (nn.Module,), {})()
+    model.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(16, 16)}) for _ in range(2))
+    model.layers[1]["q"].weight = model.layers[0]["q"].weight
+    mapping = recipe(llama, ARMORModifier=armor(targets=[r"re:layers.*q$"]))
+    with pytest.raises(PlanError) as caught:
+        make_plan(read_recipe(mapping), model, job.modifiers, itemsize=2)
+    assert "the weight of layers.0.q is tied to layers.1.q.weight" in str(caught.value)
+    assert "the weight of layers.1.q is tied to layers.0.q.weight" in str(caught.value)
+
+
+def test_planning_reads_no_weights(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
+    assert len(make_job(recipe(tmp_path)).plan.modules) == 14
+
+
+@pytest.mark.parametrize(
+    "config",
+    [T5Config(d_model=32, num_layers=2, num_heads=4), BartConfig(d_model=32, encoder_layers=1, decoder_layers=1)],
+    ids=["t5", "bart"],
+)
+def test_an_encoder_is_refused(config: Any, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    assert "has an encoder; only decoder-only" in refusal(recipe(tmp_path))
+
+
+def test_a_model_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    assert "no causal language model" in refusal(recipe(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "many"},
+        {"num_attention_heads": 5},
+        {"hidden_act": "none of these"},
+        {"model_type": "unheard of"},
+        {"hidden_size": [1]},
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_an_input_error(llama: Path, tmp_path: Path, change: Any) -> None:
+    config = {**json.loads((llama / "config.json").read_text()), **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="cannot be read"):
+        make_job(recipe(tmp_path))
+
+
+def test_a_compressed_model_is_refused(llama: Path, tmp_path: Path) -> None:
+    apply(recipe(llama, tmp_path / "once", ARMORModifier=armor(iterations=0)))
+    assert "already quantised or compressed" in refusal(recipe(tmp_path / "once"))
