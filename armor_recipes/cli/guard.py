@@ -40,10 +40,8 @@ def _guarded(command: Callable[[], object]) -> int:
         code = command()
     except ArmorError as error:
         return _complain(f"error: {error}", error.exit_code)
-    except typer.Abort:
-        return _complain("interrupted; nothing half-written was left behind", INTERRUPTED)
-    except KeyboardInterrupt:
-        return _complain("interrupted; nothing half-written was left behind", INTERRUPTED)
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
     except TerminatedError:
         return _complain("terminated; nothing half-written was left behind", TERMINATED)
     except (BrokenPipeError, SystemExit):  # click and rich make a SystemExit of a reader that is gone (`| head`)
@@ -57,6 +55,8 @@ def _guarded(command: Callable[[], object]) -> int:
         return _complain(
             f"this is a bug in armor-recipes ({type(error).__name__}); please report it with the recipe", BUG
         )
+    if code == INTERRUPTED:  # typer makes this code of a KeyboardInterrupt, without a word
+        return _complain("interrupted; nothing half-written was left behind", INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 

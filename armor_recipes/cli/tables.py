@@ -31,7 +31,7 @@ def plan_table(plan: Plan) -> RenderableType:
         f"({percent(totals.bytes_after, totals.bytes_before)}), "
         f"factors {percent(totals.factor_bytes, totals.bytes_before)} of dense",
         f"other weights: {size(totals.untouched_bytes)}, unchanged",
-        f"estimated here: {totals.seconds:.0f} s, {size(totals.peak_bytes)} peak memory",
+        f"estimated here: {totals.seconds:.0f} s without evaluation, {size(totals.peak_bytes)} peak memory",
     ]
     if plan.ignored:
         lines.append(f"held back by ignore: {', '.join(plan.ignored)}")

@@ -24,6 +24,8 @@ from armor_recipes.recipe.schema import PerplexitySpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: Values of logits in one forward pass.
+LOGITS_AT_MOST = 1 << 26
 #: Called after each batch with (windows done, windows in all).
 OnProgress = Callable[[int, int], None]
 
@@ -106,7 +108,7 @@ def perplexity(
         check_vocabulary(windows, vocab_size, "the evaluation text")
     losses = []
     with torch.inference_mode(), _evaluating(model):
-        for batch in torch.split(windows, batch_size):
+        for batch in torch.split(windows, fitting_batch(batch_size, length, vocab_size)):
             losses.append(_window_losses(model, batch.to(_device(model))))
             if on_progress is not None:
                 on_progress(sum(map(len, losses)), count)
@@ -118,6 +120,11 @@ def perplexity(
         )
     targets = count * (length - 1)
     return float(sums.sum()) / targets, targets
+
+
+def fitting_batch(batch_size: int, length: int, vocab_size: int | None) -> int:
+    """Windows in one pass: `batch_size`, or as many as keep the logits `(B, L, V)` below 2^26 values (256 MB in float32)."""
+    return max(1, min(batch_size, LOGITS_AT_MOST // (length * (vocab_size or 1))))
 
 
 def _window_losses(model: nn.Module, ids: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
@@ -43,18 +46,34 @@ def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = Fals
     location = spec.id
     if location.startswith(BUILTIN_PREFIX):
         location = str(builtin.model_folder(location.removeprefix(BUILTIN_PREFIX)))
+    if spec.revision is not None and Path(location).is_dir():
+        raise InputError(
+            f"model {spec.id} is a local folder, which has no revision {spec.revision!r}; remove `revision`"
+        )
     try:
         config = AutoConfig.from_pretrained(location, revision=spec.revision, trust_remote_code=False)
     except Exception as error:  # transformers' own validation errors share no base class
         raise InputError(_unreadable(spec.id, error)) from error
     if getattr(config, "quantization_config", None) is not None and not compressed:
         raise PlanError(f"model {spec.id} is already quantised or compressed; give the dense model it was made from")
-    stored = _DTYPES.get(spec.dtype) or getattr(config, "dtype", None) or torch.float32
+    stored = _DTYPES.get(spec.dtype) or getattr(config, "dtype", None) or _written_dtype(Path(location))
     if spec.compute_dtype != "auto":
         compute = _DTYPES[spec.compute_dtype]
     else:
         compute = torch.float32 if device.type == "cpu" else stored
     return ModelSource(location, spec.revision, config, stored, compute)
+
+
+def _written_dtype(folder: Path) -> torch.dtype:
+    """The floating dtype of most numbers in a folder's safetensors files, for a config.json that names none; else float32."""
+    counts: Counter[str] = Counter()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                part = tensors.get_slice(name)
+                counts[part.get_dtype()] += prod(part.get_shape())
+    known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    return next((known[name] for name, _ in counts.most_common() if name in known), torch.float32)
 
 
 def meta_model(source: ModelSource) -> PreTrainedModel:
@@ -123,7 +142,8 @@ def load_dense(
         raise InputError(f"the weights of {location} do not fit its config.json: {problems}")
     module: nn.Module = model
     module.to(device=device).eval()
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def moved(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-import armor_recipes
 from armor_recipes.calibration.tokens import TokenSet
 from armor_recipes.evaluation.perplexity import Perplexity
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.session import ModuleResult, Plan
 from armor_recipes.solver.sweep import native_available
+from armor_recipes.version import __version__
 
 #: Version of the checkpoint's layout. Every later release of 0.x reads what this one writes under the same number.
 FORMAT_VERSION = 1
@@ -45,7 +45,7 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
     plans = {module.name: module for module in facts.plan.modules}
     return {
         "format_version": FORMAT_VERSION,
-        "armor_recipes": armor_recipes.__version__,
+        "armor_recipes": __version__,
         "versions": {name: version(name) for name in _PACKAGES},
         "compute": {
             "device": facts.device,

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-import armor_recipes
 from armor_recipes.calibration.tokens import TokenSet, build_tokens
 from armor_recipes.checkpoint.staging import check_destination, staged
 from armor_recipes.checkpoint.writer import tensor_hashes, write_checkpoint
@@ -121,17 +120,46 @@ def read_recipe(
 
 def builtin_recipe_dir() -> Path:
     """The folder of the recipes that come with the package."""
-    return Path(armor_recipes.__file__).parent / "recipes"
+    return Path(__file__).parents[1] / "recipes"
 
 
 def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
     """Plan a recipe on the meta device. Raises PlanError with every problem found, InputError where the model has no config."""
     target = parse_device(device)
     source = open_model(recipe.model, device=target)
+    _check_lengths(recipe, source)
     known = modifiers()
     instances = {entry.key: known[entry.kind](entry.config) for entry in recipe.modifiers}
-    plan = make_plan(recipe, meta_model(source), instances, itemsize=source.stored_dtype.itemsize)
+    shapes = meta_model(source)
+    _check_packable(recipe, shapes)
+    plan = make_plan(recipe, shapes, instances, itemsize=source.stored_dtype.itemsize)
     return Job(recipe, source, instances, plan, target)
+
+
+def _check_packable(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Fused expert weights are written under other names than the model's own, which the packed layout cannot follow."""
+    fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    if fused and recipe.output.format == "compressed-tensors":
+        raise PlanError(
+            f"{recipe.model.id} has {len(fused)} fused expert weights ({fused[0]}, …), which output.format compressed-tensors "
+            "does not support yet: set output.format: dense"
+        )
+
+
+def _check_lengths(recipe: Recipe, source: ModelSource) -> None:
+    """Windows longer than the model's positions end in an index error (learned positions) or in text it never learned."""
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    specs = {f"{entry.where}: {entry.name}: calibration": entry.config.calibration for entry in recipe.modifiers}
+    lengths = {where: spec.sequence_length for where, spec in specs.items() if spec is not None}
+    if recipe.evaluation is not None:
+        lengths["evaluation.perplexity"] = recipe.evaluation.perplexity.sequence_length
+    problems = [
+        f"{where}: sequence_length {length} is longer than the {longest} positions of {recipe.model.id}; lower it"
+        for where, length in lengths.items()
+        if isinstance(longest, int) and length > longest
+    ]
+    if problems:
+        raise PlanError("\n".join(problems))
 
 
 def parse_device(name: str) -> torch.device:
@@ -154,9 +182,9 @@ def execute(
 ) -> Result:
     """Carry out a prepared job: load, calibrate, evaluate, compress, evaluate again, write, verify, commit."""
     output = Path(job.recipe.output.path)
-    _check_output(output, overwrite=overwrite)
+    _check_output(output, job.source.folder, overwrite=overwrite)
     watch = Stopwatch(observer)
-    with _resources():
+    with resource_errors():
         run = _Run.start(job, model, tokenizer, watch)
         before = run.evaluate("evaluate before")
         source_hash = state_hash(run.model, job.source.stored_dtype)
@@ -184,13 +212,15 @@ def execute(
     return Result(job.plan, output, results, before, after, report)
 
 
-def _check_output(output: Path, *, overwrite: bool) -> None:
+def _check_output(output: Path, source: Path | None, *, overwrite: bool) -> None:
     """Raise RecipeError, before anything is computed, where a checkpoint could not be put there at the end."""
     try:
         check_destination(output, overwrite=overwrite)
     except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
         raise RecipeError(f"output.path {output} is no path that can be written: {error}; choose another") from error
     check_writable(output, "output.path")
+    if source is not None and source.resolve().is_relative_to(output.resolve()):
+        raise RecipeError(f"output.path {output} is or holds the model that is to be compressed; choose another path")
 
 
 def check_writable(path: Path, what: str) -> None:
@@ -304,7 +334,7 @@ def _given(model: PreTrainedModel, job: Job) -> PreTrainedModel:
 def _refuse_rounded_buffers(model: PreTrainedModel, job: Job) -> None:
     """Buffers that are not saved (rotary frequencies) are made anew by a loader, in full; rounded ones are another model."""
     full = {name: buffer.dtype for name, buffer in meta_model(job.source).named_buffers()}
-    for name in dict(model.named_buffers()).keys() & full.keys() - model.state_dict().keys():
+    for name in sorted(dict(model.named_buffers()).keys() & full.keys() - model.state_dict().keys()):
         dtype = model.get_buffer(name).dtype
         if dtype.itemsize < full[name].itemsize:
             raise PlanError(
@@ -314,7 +344,7 @@ def _refuse_rounded_buffers(model: PreTrainedModel, job: Job) -> None:
 
 
 @contextmanager
-def _resources() -> Iterator[None]:
+def resource_errors() -> Iterator[None]:
     """Out of memory or disk, as errors of our own."""
     try:
         yield

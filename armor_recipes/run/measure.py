@@ -9,7 +9,7 @@ from armor_recipes.evaluation.perplexity import Perplexity, evaluate
 from armor_recipes.integrations.models import load_model, load_tokenizer, open_model
 from armor_recipes.integrations.transformers import load
 from armor_recipes.recipe.schema import ModelSpec, PerplexitySpec
-from armor_recipes.run.job import parse_device
+from armor_recipes.run.job import parse_device, resource_errors
 
 
 def evaluate_model(model: str, spec: PerplexitySpec, *, device: str = "cpu") -> Perplexity:
@@ -20,8 +20,9 @@ def evaluate_model(model: str, spec: PerplexitySpec, *, device: str = "cpu") -> 
     target = parse_device(device)
     packed = Path(model).is_dir() and "quantization_config" in read_config(Path(model))
     source = open_model(ModelSpec(id=model), device=target, compressed=packed)
-    if packed:
-        loaded = load(Path(model), dtype=source.compute_dtype, device=target)
-    else:
-        loaded = load_model(source, device=target)
-    return evaluate(loaded, spec, load_tokenizer(source))
+    with resource_errors():
+        if packed:
+            loaded = load(Path(model), dtype=source.compute_dtype, device=target)
+        else:
+            loaded = load_model(source, device=target)
+        return evaluate(loaded, spec, load_tokenizer(source))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from armor_recipes.errors import PlanError
 from armor_recipes.modifiers import Modifier, ModuleShape
 from armor_recipes.recipe import ModifierEntry, Recipe
-from armor_recipes.recipe.schema import AtMost, CalibrationSpec
+from armor_recipes.session.estimate import calibration_tokens, estimate_peak_bytes, estimate_seconds
 from armor_recipes.session.layers import DecoderLayers, find_decoder_layers
 from armor_recipes.session.targets import resolve_targets
 
@@ -44,7 +42,7 @@ class ModulePlan:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over the plan. `peak_bytes` and `seconds` are estimates for this machine; the rest is exact."""
+    """Sums over the plan. `peak_bytes` and `seconds` (without evaluation) are estimates for this machine; the rest is exact."""
 
     modules: int
     bytes_before: int
@@ -197,34 +195,14 @@ def _totals(recipe: Recipe, rows: list[ModulePlan], model: nn.Module, itemsize: 
     touched = {m.name for m in rows}
     before = sum({m.name: m.bytes_before for m in rows}.values())
     parameters = sum(p.numel() for p in model.parameters())
-    streams = {
-        (e.config.calibration, getattr(e.config, "propagate", "")) for e in recipe.modifiers if e.config.calibration
-    }
-    hidden = getattr(getattr(model, "config", None), "hidden_size", 0) or 0
-    stream_bytes = sum(4 * hidden * _tokens(spec) for spec, _ in streams if spec is not None)
-    layer_flops = 2.0 * parameters * sum(_tokens(spec) for spec, _ in streams if spec is not None)
-    flops = sum(m.flops for m in rows) + 2 * layer_flops
+    specs = {(e.config.calibration, getattr(e.config, "propagate", "")) for e in recipe.modifiers}
+    tokens = sum(calibration_tokens(spec) for spec, _ in specs if spec is not None)
     return Totals(
         modules=len(touched),
         bytes_before=before,
         bytes_after=sum({m.name: m.bytes_after for m in rows}.values()),
         factor_bytes=sum({m.name: m.factor_bytes for m in rows}.values()),
         untouched_bytes=parameters * itemsize - before,
-        peak_bytes=4 * parameters + stream_bytes + max((m.peak_bytes for m in rows), default=0),
-        seconds=round(flops / _flops_per_second(), 1) if rows else 0.0,
+        peak_bytes=estimate_peak_bytes(model, tokens, solve_bytes=max((m.peak_bytes for m in rows), default=0)),
+        seconds=estimate_seconds(sum(m.flops for m in rows), parameters, tokens),
     )
-
-
-def _tokens(spec: CalibrationSpec) -> int:
-    samples = spec.samples.at_most if isinstance(spec.samples, AtMost) else spec.samples
-    return samples * spec.sequence_length
-
-
-def _flops_per_second() -> float:
-    """Speed of a float32 product of the size that solves are made of, measured here and now (a few milliseconds)."""
-    left, right = torch.ones(16, 512, 64), torch.ones(16, 64, 64)
-    torch.bmm(left, right)
-    started = time.perf_counter()
-    for _ in range(10):
-        torch.bmm(left, right)
-    return 10 * 2.0 * 16 * 512 * 64 * 64 / (time.perf_counter() - started)

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "session"))
 
-from engine_samples import save_model  # noqa: E402 - found on the path that was just extended
+from engine_samples import save_model
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def test_every_form_of_a_recipe_gives_the_same(llama: Path, tmp_path: Path) -> N
 
 def test_the_model_argument_replaces_the_recipes(llama: Path, tmp_path: Path) -> None:
     mapping = recipe("nowhere", tmp_path / "out")
-    for number, model in enumerate((str(llama), llama)):
+    models: list[str | Path] = [str(llama), llama]
+    for number, model in enumerate(models):
         result = apply(mapping, model, output=tmp_path / str(number))
         assert result.plan.model == str(llama)
     with pytest.raises(InputError, match="'nowhere' cannot be read"):
@@ -95,7 +97,7 @@ def test_a_loaded_recipe_takes_no_overrides(llama: Path) -> None:
     loaded = read_recipe(recipe(llama))
     for options in ({"output": "x"}, {"overrides": ["a=1"]}):
         with pytest.raises(RecipeError, match="not with a loaded Recipe"):
-            apply(loaded, **options)  # type: ignore[arg-type]
+            apply(loaded, **options)
 
 
 # --- the result ------------------------------------------------------------------------------------------------------------
@@ -219,10 +221,18 @@ def test_plain_pruning_leaves_two_of_four_untouched(llama: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("stored", "compute"),
-    [("float32", "bfloat16"), ("bfloat16", "float16"), ("float16", "auto"), ("bfloat16", "bfloat16"), ("auto", "float16")],
+    [
+        ("float32", "bfloat16"),
+        ("bfloat16", "float16"),
+        ("float16", "auto"),
+        ("bfloat16", "bfloat16"),
+        ("auto", "float16"),
+    ],
 )
 def test_any_pair_of_dtypes_verifies(llama: Path, tmp_path: Path, stored: str, compute: str) -> None:
-    mapping = recipe(llama, tmp_path / "out", ARMORModifier={**ARMOR, "targets": [ATTENTION]}, NoWagModifier={"targets": [MLP]})
+    mapping = recipe(
+        llama, tmp_path / "out", ARMORModifier={**ARMOR, "targets": [ATTENTION]}, NoWagModifier={"targets": [MLP]}
+    )
     mapping["model"] = {"id": str(llama), "dtype": stored, "compute_dtype": compute}
     result = apply(mapping)
     wanted = torch.bfloat16 if stored == "auto" else getattr(torch, stored)
@@ -280,6 +290,31 @@ def test_somebodys_data_is_never_replaced(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="it is no model"):
         apply(recipe(llama, tmp_path / "out"), overwrite=True)
     assert (tmp_path / "out" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("output", ["model", "link", "model/../model", "."])
+def test_the_source_is_never_replaced(llama: Path, tmp_path: Path, output: str) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    (tmp_path / "config.json").write_text("{}")  # so that the folder above looks like a model, too
+    with pytest.raises(RecipeError, match="is or holds the model that is to be compressed"):
+        apply(recipe(tmp_path / "model", tmp_path / output), overwrite=True)
+    assert tensor_hashes(tmp_path / "model") == tensor_hashes(llama)
+
+
+def test_a_folder_has_no_revision(llama: Path, tmp_path: Path) -> None:
+    mapping = recipe(llama, tmp_path / "out")
+    mapping["model"] = {"id": str(llama), "revision": "main"}
+    with pytest.raises(InputError, match="has no revision 'main'"):
+        apply(mapping)
+
+
+@pytest.mark.parametrize("backend", ["reference", "nonsense"])
+def test_the_environments_backend_does_not_touch_a_run(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setenv("ARMOR_BACKEND", backend)
+    assert apply(recipe(llama, tmp_path / "out")).output.is_dir()
 
 
 @pytest.mark.parametrize("name", ["file/below", "a" * 300, "nul\0byte"])

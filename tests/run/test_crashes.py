@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from engine_samples import ARMOR, hook_count, make_model, recipe
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from armor_recipes.checkpoint.writer import tensor_hashes
 from armor_recipes.errors import InputError, NumericalError, ResourceError, VerificationError
 from armor_recipes.integrations.transformers import load
 from armor_recipes.run import apply, job
@@ -64,7 +63,9 @@ def fail_with(error: BaseException) -> Any:
     return fail
 
 
-@pytest.mark.parametrize("name", ["write_checkpoint", "tensor_hashes", "build_manifest", "model_card", "verify_reloaded"])
+@pytest.mark.parametrize(
+    "name", ["write_checkpoint", "tensor_hashes", "build_manifest", "model_card", "verify_reloaded"]
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk on fire")], ids=repr)
 def test_an_end_inside_of_writing_leaves_nothing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException
@@ -78,7 +79,7 @@ def test_an_end_inside_of_writing_leaves_nothing(
 def test_a_checkpoint_that_reads_back_differently_is_not_put_in_place(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write: Any = job.write_checkpoint
+    write: Any = vars(job)["write_checkpoint"]
 
     def write_another(model: PreTrainedModel, *args: Any, **options: Any) -> None:
         write(model, *args, **options)
@@ -88,6 +89,26 @@ def test_a_checkpoint_that_reads_back_differently_is_not_put_in_place(
     monkeypatch.setattr(job, "write_checkpoint", write_another)
     with pytest.raises(VerificationError, match="differs from the one in memory"):
         apply(recipe(llama, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output_format", ["compressed-tensors", "dense"])
+def test_a_checkpoint_that_does_not_load_is_not_put_in_place(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output_format: str
+) -> None:
+    hashes: Any = vars(job)["tensor_hashes"]
+
+    def hash_then_damage(folder: Path) -> Any:
+        found = hashes(folder)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        return found
+
+    monkeypatch.setattr(job, "tensor_hashes", hash_then_damage)
+    mapping = recipe(llama, tmp_path / "out")
+    mapping["output"]["format"] = output_format
+    with pytest.raises(VerificationError, match="cannot be loaded again"):
+        apply(mapping)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,9 +142,7 @@ def test_memory_that_torch_cannot_get_is_told(llama: Path, tmp_path: Path) -> No
 def test_memory_that_runs_out_while_loading_is_not_called_a_broken_model(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from armor_recipes.integrations import models
-
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", fail_with(MemoryError("no more")))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail_with(MemoryError("no more")))
     with pytest.raises(ResourceError, match="out of memory"):
         apply(recipe(llama, tmp_path / "out"))
 

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from armor_recipes.run import apply
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory, so that recipes may name relative paths."""
     monkeypatch.chdir(tmp_path)
     save_model(Path("model"), "llama-gqa-tied")
-    yield tmp_path
+    return tmp_path
 
 
 def mixed(output: str, **fields: Any) -> dict[str, Any]:
@@ -68,7 +67,9 @@ def test_global_random_generators_are_left_alone(workplace: Path) -> None:
 
 def test_the_manifest_tells_nothing_of_time_and_place(workplace: Path) -> None:
     (workplace / "notes.txt").write_text("It was a bright cold day in April, and the clocks were striking.\n" * 90)
-    mapping = recipe("builtin:stdlib-llama", "out", ARMORModifier={"targets": [r"re:.*layers\.0.*q_proj$"], "iterations": 1})
+    mapping = recipe(
+        "builtin:stdlib-llama", "out", ARMORModifier={"targets": [r"re:.*layers\.0.*q_proj$"], "iterations": 1}
+    )
     mapping["calibration"] = {"dataset": "notes.txt", "samples": 2, "sequence_length": 16}
     mapping["evaluation"] = {"perplexity": {"dataset": "./notes.txt", "sequence_length": 16, "windows": 2}}
     result = apply(mapping)

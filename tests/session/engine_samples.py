@@ -76,7 +76,8 @@ def make_model(kind: str = "llama", dtype: torch.dtype = torch.bfloat16) -> PreT
     """A random model whose numbers are those of `dtype`, held in float32; the global RNG is left as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = MODELS[kind]().eval()
+        model = MODELS[kind]()
+    model.eval()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         noise = 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -119,9 +120,7 @@ def make_session(job: Job, model: PreTrainedModel | None = None, **options: Any)
     loaded = load_model(job.source, device=job.device) if model is None else model
     specs = {e.config.calibration for e in job.recipe.modifiers if e.config.calibration is not None}
     tokens = {spec: build_tokens(spec, tokenizer=None, vocab_size=SIZES["vocab_size"]) for spec in specs}
-    return Session(
-        job.recipe, job.plan, loaded, job.modifiers, tokens, stored_dtype=job.source.stored_dtype, **options
-    )
+    return Session(job.recipe, job.plan, loaded, job.modifiers, tokens, stored_dtype=job.source.stored_dtype, **options)
 
 
 def hook_count(model: nn.Module) -> int:
@@ -153,7 +152,7 @@ def second_moments(model: nn.Module, ids: Tensor, names: list[str]) -> dict[str,
 
 def rng_states() -> tuple[object, ...]:
     """States of the global generators of torch, numpy and Python."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global state is what is looked at
+    name, keys, *rest = np.random.get_state()
     return torch.get_rng_state().tolist(), name, np.asarray(keys).tolist(), rest, random.getstate()
 
 

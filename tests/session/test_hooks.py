@@ -49,9 +49,13 @@ def test_any_exception_removes_the_hooks_of_all_scopes(error: type[BaseException
     def fail(_: nn.Module, __: tuple[Any, ...], ___: dict[str, Any]) -> None:
         raise error
 
-    with pytest.raises(error), hooks, hooks:
-        hooks.before(module, fail)
-        module(torch.zeros(4))
+    def run() -> None:
+        with hooks, hooks:
+            hooks.before(module, fail)
+            module(torch.zeros(4))
+
+    with pytest.raises(error):
+        run()
     assert (hooks.depth, hook_count(module)) == (0, 0)
 
 

@@ -92,20 +92,22 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(llama: Path, target: s
 
 
 def test_one_dead_pattern_among_living_ones_is_an_error(llama: Path) -> None:
-    assert "'re:.*nothing' matches no linear" in refusal(recipe(llama, ARMORModifier=armor(targets=[ALL, "re:.*nothing"])))
+    assert "'re:.*nothing' matches no linear" in refusal(
+        recipe(llama, ARMORModifier=armor(targets=[ALL, "re:.*nothing"]))
+    )
 
 
 def test_optional_may_match_nothing(llama: Path) -> None:
-    mapping = recipe(
-        llama, ARMORModifier=armor(), NoWagModifier={"targets": [r"re:.*experts.*"], "optional": True}
-    )
+    mapping = recipe(llama, ARMORModifier=armor(), NoWagModifier={"targets": [r"re:.*experts.*"], "optional": True})
     assert {m.modifier.rsplit(".", 1)[-1] for m in make_job(mapping).plan.modules} == {"ARMORModifier"}
 
 
 def test_a_block_that_does_not_divide_names_the_sizes_that_do(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "m", "llama-gqa-tied")
     message = refusal(recipe(folder, ARMORModifier=armor(block_size=32)))
-    assert message.count("\n") == 3  # k_proj and v_proj of both layers: 16x32
+    assert "\n" not in message  # one line for k_proj and v_proj of both layers: 16x32
+    for name in ("v_proj", "layers.0", "layers.1"):
+        assert name in message
     assert "block_size 32 does not fit model.layers.0.self_attn.k_proj (16x32)" in message
     assert "sizes that fit both sides: [4, 8, 16]" in message
     assert "input side" not in message
@@ -139,11 +141,15 @@ def test_containers_may_be_matched_along_the_way(llama: Path) -> None:
 def test_ignore_that_holds_everything_back_is_refused(llama: Path) -> None:
     message = refusal(recipe(llama, ARMORModifier=armor(targets=[MLP], ignore=["re:.*mlp.*"])))
     assert "`ignore` holds back all 6 modules" in message
-    assert make_job(recipe(llama, ARMORModifier=armor(targets=[MLP], ignore=["re:.*mlp.*"], optional=True))).plan.ignored
+    assert make_job(
+        recipe(llama, ARMORModifier=armor(targets=[MLP], ignore=["re:.*mlp.*"], optional=True))
+    ).plan.ignored
 
 
 def test_two_pruning_modifiers_on_one_module_are_refused(llama: Path) -> None:
-    message = refusal(recipe(llama, ARMORModifier=armor(), NoWagModifier={"targets": [r"re:.*layers\.0\.mlp\.up_proj$"]}))
+    message = refusal(
+        recipe(llama, ARMORModifier=armor(), NoWagModifier={"targets": [r"re:.*layers\.0\.mlp\.up_proj$"]})
+    )
     assert "model.layers.0.mlp.up_proj is already taken by ARMORModifier" in message
     assert "both prune" in message
     message = refusal(recipe(llama, ARMORModifier=armor(targets=[MLP]), ARMORModifier__more=armor(targets=[MLP])))
@@ -220,6 +226,20 @@ def test_a_configuration_that_makes_no_model_is_an_input_error(llama: Path, tmp_
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="cannot be read"):
         make_job(recipe(tmp_path))
+
+
+def test_windows_longer_than_the_models_positions_are_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", "opt")
+    mapping = recipe(folder, ARMORModifier=armor(targets=[r"re:.*\.fc[12]$"]))
+    mapping["calibration"]["sequence_length"] = 64
+    assert len(make_job(mapping).plan.modules) == 4
+    mapping["calibration"]["sequence_length"] = 65
+    mapping["evaluation"] = {"perplexity": {"dataset": "builtin:pydoc-heldout", "sequence_length": 66}}
+    lines = refusal(mapping).splitlines()
+    assert [line.split("; ")[0].split(": ", 1)[1] for line in lines] == [
+        f"ARMORModifier: calibration: sequence_length 65 is longer than the 64 positions of {folder}",
+        f"sequence_length 66 is longer than the 64 positions of {folder}",
+    ]
 
 
 def test_a_compressed_model_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,20 @@ from armor_recipes.solver import relative_loss
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """The second moment that each module was solved with."""
     found: dict[str, Tensor] = {}
     for kind in (ARMORModifier, NoWagModifier):
         solve: Any = kind.solve
 
-        def solve_and_note(self: Any, module: Any, weight: Any, statistic: Any, progress: Any, solve: Any = solve) -> Any:
+        def solve_and_note(
+            self: Any, module: Any, weight: Any, statistic: Any, progress: Any, solve: Any = solve
+        ) -> Any:
             found[module.name] = statistic.value
             return solve(self, module, weight, statistic, progress)
 
         monkeypatch.setattr(kind, "solve", solve_and_note)
-    yield found
+    return found
 
 
 def run(mapping: dict[str, Any]) -> tuple[Session, dict[str, Tensor]]:
@@ -110,7 +111,7 @@ def test_the_order_of_the_recipe_matters(llama: Path) -> None:
     armor, nowag = {**ARMOR, "targets": [ATTENTION]}, {"targets": [MLP]}
     one, _ = run(recipe(llama, ARMORModifier=armor, NoWagModifier=nowag))
     two, _ = run(recipe(llama, NoWagModifier=nowag, ARMORModifier=armor))
-    first = [m.modifier.rsplit(".", 1)[-1] for m in one.plan.modules][0], next(iter(one.results.values())).modifier
+    first = next(m.modifier.rsplit(".", 1)[-1] for m in one.plan.modules), next(iter(one.results.values())).modifier
     assert first == ("ARMORModifier", "prune_stage.armor_modifiers.ARMORModifier")
     assert next(iter(two.results.values())).modifier.endswith("NoWagModifier")
     # The first MLP is pruned before attention in one run and after it in the other: h differs, and o_proj's does not.
@@ -207,7 +208,10 @@ def test_training_mode_is_given_back(llama: Path) -> None:
 def test_an_all_zero_weight_is_named(llama: Path) -> None:
     session = make_session(make_job(recipe(llama)))
     session.model.get_parameter("model.layers.1.self_attn.v_proj.weight").data.zero_()
-    with pytest.raises(NumericalError, match=r"layers\.1\.self_attn\.v_proj: every number of its weight is zero"), session:
+    with (
+        pytest.raises(NumericalError, match=r"layers\.1\.self_attn\.v_proj: every number of its weight is zero"),
+        session,
+    ):
         session.run()
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver import StopReason, factorize, nowag_mask, relative_loss
 from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor, fold
+from armor_recipes.solver.entry import nowag_start
 from armor_recipes.solver.exact import (
     ExactProblem,
     cycle,
@@ -24,7 +25,6 @@ from armor_recipes.solver.exact import (
     update_b,
     update_core,
 )
-from armor_recipes.solver.entry import nowag_start
 from armor_recipes.solver.normalize import fill_dead_channels, nowag_normalize
 from armor_recipes.solver.patterns import PAIRS, index_to_mask, magnitude_mask, mask_to_index
 from armor_recipes.solver.result import Factors

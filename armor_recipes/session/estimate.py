@@ -1,0 +1,52 @@
+"""What a run will take on this machine: estimates, for `--plan` and the report, never for a decision."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from armor_recipes.recipe.schema import AtMost, CalibrationSpec
+
+#: Bytes of a value while computing on a CPU: float32.
+_VALUE = 4
+#: Passes of the decoder layers over the calibration tokens: one to observe, one to go on.
+_PASSES = 2
+
+
+def calibration_tokens(spec: CalibrationSpec) -> int:
+    """Tokens that a calibration takes at most."""
+    samples = spec.samples.at_most if isinstance(spec.samples, AtMost) else spec.samples
+    return samples * spec.sequence_length
+
+
+def estimate_peak_bytes(model: nn.Module, tokens: int, *, solve_bytes: int) -> int:
+    """The process as it is, the model, and the larger of: activations with one solve, or a second copy of the model to verify."""
+    config = getattr(model, "config", None)
+    hidden = getattr(config, "hidden_size", 0) or 0
+    weights = _VALUE * sum(p.numel() for p in model.parameters())
+    activations = _VALUE * hidden * tokens
+    return resident_bytes() + weights + max(activations + solve_bytes, 2 * weights)
+
+
+def estimate_seconds(solve_flops: float, parameters: int, tokens: int) -> float:
+    """Solves and calibration passes at the speed of a product of the size that solves are made of, measured here and now."""
+    return round((solve_flops + _PASSES * 2.0 * parameters * tokens) / _flops_per_second(), 1)
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now; 0 where the system does not say (`/proc` is Linux's)."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
+
+
+def _flops_per_second() -> float:
+    left, right = torch.ones(16, 512, 64), torch.ones(16, 64, 64)
+    torch.bmm(left, right)
+    started = time.perf_counter()
+    for _ in range(10):
+        torch.bmm(left, right)
+    return 10 * 2.0 * 16 * 512 * 64 * 64 / (time.perf_counter() - started)

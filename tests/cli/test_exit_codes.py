@@ -1,0 +1,219 @@
+"""Every documented exit code, provoked for real; and no traceback for whatever a user gets wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Shell, write_recipe
+from engine_samples import ARMOR, make_model
+
+from armor_recipes.run import job
+
+
+@pytest.fixture
+def file(llama: Path, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path, llama)
+
+
+def test_0_done(shell: Shell, file: Path) -> None:
+    done = shell("armor-apply", file)
+    assert (done.code, done.err.splitlines()[-1]) == (0, "verify")
+
+
+def test_1_a_bug_here_shows_its_traceback(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(job, "build_tokens", fail)
+    done = shell("armor-apply", file)
+    assert done.code == 1
+    assert "Traceback" in done.err
+    assert "this is a bug in armor-recipes (ZeroDivisionError); please report it" in done.err
+
+
+USAGE = [
+    ("armor-apply",),
+    ("armor-apply", "--no-such-flag"),
+    ("armor-apply", "no-such-recipe"),
+    ("armor-apply", "."),
+    ("armor-apply", "{file}", "--set"),
+    ("armor-apply", "{file}", "--set", "nonsense"),
+    ("armor-apply", "{file}", "--set", "calibration.samples=many"),
+    ("armor-apply", "{file}", "--set", "prune_stage.armor_modifiers.ARMORModifier.block_sise=3"),
+    ("armor-apply", "{file}", "--set", "output.path="),
+    ("armor-apply", "{file}", "--output", ""),
+    ("armor-apply", "{file}", "--output", "recipe.yaml"),
+    ("armor-apply", "{file}", "--output", "recipe.yaml/below"),
+    ("armor-apply", "{file}", "--output", "/"),
+    ("armor-apply", "{file}", "--output", "n" * 300),
+    ("armor-apply", "{file}", "--overwrite", "--output", "."),
+    ("armor-apply", "{file}", "--device", "toaster"),
+    ("armor-apply", "{file}", "--device", "meta"),
+    ("armor-apply", "{file}", "--device", "cpu:x"),
+    ("armor-apply", "{file}", "--report", "."),
+    ("armor-apply", "{file}", "--report", "recipe.yaml/below"),
+    ("armor", "no-such-verb"),
+    ("armor", "eval"),
+    ("armor", "eval", ""),
+    ("armor", "eval", "builtin:stdlib-llama", "--windows", "0"),
+    ("armor", "eval", "builtin:stdlib-llama", "--sequence-length", "1"),
+    ("armor", "eval", "builtin:stdlib-llama", "--dataset", ""),
+    ("armor", "eval", "builtin:stdlib-llama", "--device", "toaster"),
+    ("armor", "recipes", "no-such-recipe"),
+    ("armor", "inspect"),
+]
+
+
+@pytest.mark.parametrize("words", USAGE, ids=" ".join)
+def test_2_recipe_or_usage(shell: Shell, file: Path, words: tuple[str, ...]) -> None:
+    done = shell(*(word.format(file=file) for word in words))
+    assert done.code == 2, done.err
+    assert done.err.strip()
+    assert not done.out
+
+
+def test_2_all_errors_of_a_recipe_at_once(shell: Shell, file: Path) -> None:
+    text = file.read_text().replace("samples: 5", "sampels: 5").replace("iterations: 3", "iterations: -3")
+    file.write_text(text)
+    done = shell("armor-apply", file)
+    assert done.code == 2
+    assert "sampels: unknown key; nearest valid key: samples" in done.err
+    assert "iterations: must be" in done.err
+    assert done.err.count("recipe.yaml:") == 2
+
+
+def test_3_plan_refused(shell: Shell, file: Path) -> None:
+    done = shell("armor-apply", file, "--set", "prune_stage.armor_modifiers.ARMORModifier.block_size=48")
+    assert done.code == 3
+    assert "sizes that fit both sides" in done.err
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_4_numerical_failure(shell: Shell, tmp_path: Path, compressed: bool) -> None:
+    model = make_model()
+    weight = model.model.layers[1].mlp.up_proj.weight.data
+    weight.zero_() if compressed else weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "m")
+    done = shell("armor-apply", write_recipe(tmp_path, tmp_path / "m"))
+    assert done.code == 4
+    assert ("model.layers.1.mlp." if compressed else "not finite before anything was changed") in done.err
+    assert not (tmp_path / "out").exists()
+
+
+BROKEN_MODELS: dict[str, dict[str, Any]] = {
+    "hidden_size": {"hidden_size": "x"},
+    "heads": {"num_attention_heads": 5},
+    "activation": {"hidden_act": "none"},
+    "type": {"model_type": "unheard"},
+    "sizes": {"intermediate_size": 128},
+    "layers": {"num_hidden_layers": 9},
+}
+
+
+@pytest.mark.parametrize("change", BROKEN_MODELS.values(), ids=BROKEN_MODELS)
+def test_5_a_broken_model(shell: Shell, llama: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    shutil.copytree(llama, tmp_path / "m")
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **change}))
+    done = shell("armor-apply", write_recipe(tmp_path, tmp_path / "m"))
+    assert done.code == 5, done.err
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"version": 3}', '{"tokenizer_class": "Nothing"}'])
+def test_5_a_broken_tokenizer(shell: Shell, llama: Path, tmp_path: Path, name: str, content: str) -> None:
+    shutil.copytree(llama, tmp_path / "m")
+    (tmp_path / "m" / name).write_text(content)
+    done = shell("armor-apply", write_recipe(tmp_path, tmp_path / "m"))
+    assert done.code in (0, 5), done.err  # transformers makes do with some of these
+    assert done.code == 0 or "error: the tokenizer of" in done.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("armor-apply", "{file}", "--set", "model.id=no/where"),
+        ("armor-apply", "{file}", "--set", "model.id=builtin:nothing"),
+        ("armor-apply", "{file}", "--set", "calibration.dataset=missing.txt"),
+        ("armor-apply", "{file}", "--set", "calibration.dataset=builtin:pydoc"),  # the model has no tokenizer
+        ("armor-apply", "{file}", "--set", "evaluation.perplexity.dataset=builtin:pydoc-heldout"),
+        ("armor-apply", "quickstart", "--set", "calibration.samples=100000000"),
+        ("armor", "eval", "no/where"),
+        ("armor", "eval", "."),
+        ("armor", "eval", "builtin:stdlib-llama", "--dataset", "missing.txt"),
+        ("armor", "eval", "builtin:stdlib-llama", "--dataset", "builtin:nothing"),
+        ("armor", "eval", "builtin:stdlib-llama", "--windows", "100000000"),
+        ("armor", "inspect", "missing"),
+        ("armor", "inspect", "recipe.yaml"),
+        ("armor", "inspect", "."),
+        ("armor", "inspect", ""),
+        ("armor", "inspect", "{model}"),  # a dense one
+    ],
+    ids=" ".join,
+)
+def test_5_input_unreadable(shell: Shell, file: Path, llama: Path, words: tuple[str, ...]) -> None:
+    done = shell(*(word.format(file=file, model=llama) for word in words))
+    assert done.code == 5, done.err
+    assert done.err.splitlines()[-1].startswith("error: ")
+
+
+def test_6_verification_mismatch(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write: Any = vars(job)["write_checkpoint"]
+
+    def write_then_change(model: Any, *args: Any, **options: Any) -> None:
+        write(model, *args, **options)
+        model.model.norm.weight.data.add_(1)
+
+    monkeypatch.setattr(job, "write_checkpoint", write_then_change)
+    done = shell("armor-apply", file)
+    assert done.code == 6
+    assert "was not put in place" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_7_memory(shell: Shell, file: Path) -> None:
+    done = shell("armor-apply", file, "--set", "calibration.samples=1000000000000")
+    assert done.code == 7
+    assert "lower calibration samples" in done.err
+
+
+def test_7_disk(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "out/model.safetensors")
+
+    monkeypatch.setattr(job, "write_checkpoint", fail)
+    done = shell("armor-apply", file)
+    assert done.code == 7
+    assert "no space left" in done.err
+
+
+def test_130_an_interrupt(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "write_checkpoint", interrupt)
+    done = shell("armor-apply", file)
+    assert done.code == 130
+    assert done.err.splitlines()[-1] == "interrupted; nothing half-written was left behind"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_output_is_refused_before_anything_is_loaded(shell: Shell, file: Path) -> None:
+    assert shell("armor-apply", file, "--quiet").code == 0
+    done = shell("armor-apply", file)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "--overwrite" in done.err
+    assert (
+        shell(
+            "armor-apply",
+            file,
+            "--overwrite",
+            "--set",
+            f"prune_stage.armor_modifiers.ARMORModifier.seed={ARMOR['iterations']}",
+        ).code
+        == 0
+    )

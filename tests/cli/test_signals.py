@@ -1,0 +1,56 @@
+"""Real signals to a real process in the middle of a solve."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import finished, process, write_recipe
+from engine_samples import ARMOR
+
+from armor_recipes.checkpoint.writer import tensor_hashes
+from armor_recipes.integrations.transformers import load
+from armor_recipes.run import apply
+
+
+def wait_for_a_solve(running: subprocess.Popen[str]) -> None:
+    """Until the first layer is done, so that the second is being solved."""
+    assert running.stderr is not None
+    for line in running.stderr:
+        if "layer 1/" in line:
+            return
+    raise AssertionError("the run ended before a layer was solved")
+
+
+SHORT = {**ARMOR, "iterations": 2, "targets": [r"re:.*layers\.0\..*q_proj$"]}
+LONG = {**ARMOR, "iterations": 10**7, "targets": [r"re:.*layers\.1\..*q_proj$"], "solver": "adam"}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "old"),
+    [
+        (signal.SIGINT, 130, True),
+        (signal.SIGTERM, 143, False),
+        pytest.param(signal.SIGINT, 130, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_leaves_the_old_checkpoint_or_none(
+    llama: Path, tmp_path: Path, number: signal.Signals, code: int, old: bool
+) -> None:
+    if old:
+        apply(write_recipe(tmp_path, llama))
+    before = tensor_hashes(tmp_path / "out") if old else None
+    file = write_recipe(tmp_path, llama, ARMORModifier=SHORT, ARMORModifier__long=LONG)
+    running = process("armor-apply", file, *(["--overwrite"] if old else []), cwd=tmp_path)
+    wait_for_a_solve(running)
+    running.send_signal(number)
+    done = finished(running)
+    assert (done.code, "Traceback" in done.err) == (code, False)
+    assert "nothing half-written was left behind" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["out", "recipe.yaml"] if old else ["recipe.yaml"])
+    if old:
+        assert tensor_hashes(tmp_path / "out") == before
+        load(tmp_path / "out")
