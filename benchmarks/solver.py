@@ -175,11 +175,12 @@ def report(rows: list[dict[str, Any]]) -> str:
             f"{row['adam']['last_loss']:.6f} ({row['adam']['seconds']:.0f} s) | {row['exact']['last_loss']:.6f} "
             f"({row['exact']['seconds']:.1f} s) | " + " | ".join(ratios) + " |"
         )
-    last = [row["at"][-1]["ratio"] for row in rows if row["at"] and row["at"][-1]["ratio"]]
-    if last:
+    last = [row["at"][-1]["ratio"] for row in rows if row["at"]]
+    reached = [ratio for ratio in last if ratio]
+    if reached:
         lines.append(
-            f"\nMedian at the last checkpoint: {statistics.median(last):.0f}x, geometric mean "
-            f"{statistics.geometric_mean(last):.0f}x, over {len(last)} of {len(rows)} weights."
+            f"\nAt the last checkpoint: reached on {len(reached)} of {len(last)} weights; median ratio "
+            f"{statistics.median(ratio or 0.0 for ratio in last):.0f}x with a weight where it is not reached counted as 0."
         )
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine_samples import ALL, ARMOR, ATTENTION, MLP, make_job, recipe, save_model
 from torch import nn
-from transformers import BartConfig, T5Config
+from transformers import BartConfig, MixtralConfig, T5Config
 
 from armor_recipes.checkpoint.reader import inspect, read_header
 from armor_recipes.errors import InputError, PlanError
@@ -240,6 +240,31 @@ def test_windows_longer_than_the_models_positions_are_refused(tmp_path: Path) ->
         f"ARMORModifier: calibration: sequence_length 65 is longer than the 64 positions of {folder}",
         f"sequence_length 66 is longer than the 64 positions of {folder}",
     ]
+
+
+def test_fused_experts_are_refused_where_they_cannot_be_packed(tmp_path: Path) -> None:
+    MixtralConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=2,
+    ).save_pretrained(tmp_path)
+    mapping = recipe(tmp_path, ARMORModifier=armor(targets=[ATTENTION]))
+    assert "fused expert weights" in refusal(mapping)
+    mapping["output"]["format"] = "dense"
+    assert len(make_job(mapping).plan.modules) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_config_without_a_dtype_is_stored_as_its_weights_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", dtype=dtype)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert make_job(recipe(folder)).source.stored_dtype is dtype
 
 
 def test_a_compressed_model_is_refused(llama: Path, tmp_path: Path) -> None:
