@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from armor_recipes.calibration.spec import Spec
 from armor_recipes.calibration.text import RANDOM_TOKENS, load_documents
 from armor_recipes.errors import InputError
+from armor_recipes.recipe.schema import CalibrationSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,11 +80,11 @@ class _Pool:
     tokens: int = 0
 
 
-def build_tokens(spec: Spec, *, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> TokenSet:
+def build_tokens(spec: CalibrationSpec, *, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> TokenSet:
     """Choose calibration windows. The same spec, data and tokenizer give the same ids; no global RNG is used.
 
     Args:
-        spec: a `CalibrationSpec`.
+        spec: the `calibration` section, complete.
         tokenizer: the model's; None will do for `builtin:random-tokens`.
         vocab_size: rows of the model's embedding; every id is below it.
 
@@ -167,7 +167,7 @@ def check_vocabulary(ids: Tensor, vocab_size: int, dataset: str) -> None:
         )
 
 
-def _parts(spec: Spec) -> tuple[_Part, ...]:
+def _parts(spec: CalibrationSpec) -> tuple[_Part, ...]:
     if isinstance(spec.dataset, str):
         return (_Part(spec.dataset, 1.0, spec.split, spec.text_column, spec.messages_column),)
     return tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from armor_recipes.recipe import Recipe
+from armor_recipes.report.manifest import dataset_name
 from armor_recipes.run import Result
 from armor_recipes.session import ModulePlan, Plan
 
@@ -68,7 +70,7 @@ def summary(result: Result) -> RenderableType:
         table.add_column(heading, justify="right")
     before, after, report = result.perplexity_before, result.perplexity_after, result.report
     if before is not None and after is not None:
-        name = escape(f"perplexity ({before.tokens} tokens of {before.dataset.rsplit('/', 1)[-1]})")
+        name = escape(f"perplexity ({before.tokens} tokens of {dataset_name(before.dataset)})")
         table.add_row(name, f"{before.value:.3f}", f"{after.value:.3f}", f"{after.value / before.value:.3f}")
     small, large = report["size_after_bytes"], report["size_before_bytes"]
     table.add_row(
@@ -87,12 +89,23 @@ def summary(result: Result) -> RenderableType:
     firsts, lasts = _mean_losses(result)
     table.add_row("mean relative loss", f"{firsts:.5f}", f"{lasts:.5f}", f"{lasts / firsts:.3f}" if firsts else "-")
     lines = [] if before is not None else ["perplexity: not measured, the recipe has no `evaluation`"]
+    lines += [_calibration_line(row) for row in report["calibration"]]
     lines += [f"{name}: {count}" for name, count in sorted(total_counts(result).items())]
     lines.append(
         f"{totals.modules} modules in {report['seconds']:.0f} s, peak memory {size(report['peak_memory_bytes'])}"
     )
     lines.append(f"checkpoint: {result.output}")
     return Group(table, Text("\n".join(lines)))
+
+
+def _calibration_line(row: Mapping[str, Any]) -> str:
+    """Windows and datasets of one calibration set, with rows that were empty and windows that were not to be had."""
+    parts = []
+    for source in row["sources"]:
+        empty = f" ({source['empty']} empty rows passed over)" if source["empty"] else ""
+        parts.append(f"{source['taken']} of {source['dataset']}{empty}")
+    short = f", {row['asked']} asked for at most" if row["samples"] < row["asked"] else ""
+    return f"calibrated on {row['samples']} windows of {row['sequence_length']} tokens{short}: {', '.join(parts)}"
 
 
 def _mean_losses(result: Result) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import yaml
 
 from armor_recipes.evaluation.perplexity import Perplexity
 from armor_recipes.report.licence import Licence
-from armor_recipes.report.manifest import Facts
+from armor_recipes.report.manifest import Facts, dataset_name
 
 
 def model_card(facts: Facts, licence: Licence) -> str:
@@ -53,7 +53,7 @@ where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `
 def _perplexity_row(before: Perplexity | None, after: Perplexity | None) -> str:
     if before is None or after is None:
         return "\nNothing was evaluated: the recipe has no `evaluation`."
-    where = f"{before.tokens} tokens of {before.dataset.rsplit('/', 1)[-1]}"
+    where = f"{before.tokens} tokens of {dataset_name(before.dataset)}"
     return f"| perplexity ({where}) | {before.value:.3f} | {after.value:.3f} |"
 
 

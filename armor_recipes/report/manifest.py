@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
         },
         "recipe_sha256": facts.recipe.hash(),
         "model": {"id": facts.recipe.model.id, "revision": facts.recipe.model.revision, "sha256": facts.source_sha256},
-        "calibration": _calibration(facts),
+        "calibration": calibration_rows(facts),
         "evaluation": {"before": _perplexity(facts.before), "after": _perplexity(facts.after)},
         "totals": {
             "modules": facts.plan.totals.modules,
@@ -83,19 +84,27 @@ def _module(result: ModuleResult, block_size: tuple[int, int] | None) -> dict[st
     }
 
 
-def _calibration(facts: Facts) -> list[dict[str, Any]]:
-    rows = []
-    for spec, tokens in facts.tokens.items():
-        users = [entry.key for entry in facts.recipe.modifiers if entry.config.calibration == spec]
-        rows.append(
-            {
-                "modifiers": users,
-                "samples": len(tokens.ids),
-                "sequence_length": tokens.ids.shape[1],
-                "sha256": tokens.sha256,
-            }
-        )
-    return rows
+def calibration_rows(facts: Facts) -> list[dict[str, Any]]:
+    """What was calibrated on: for each set who used it, how many windows came of how many asked, and what each dataset gave.
+
+    Local files go by their names alone, so that nothing depends on the folder.
+    """
+    return [
+        {
+            "modifiers": [entry.key for entry in facts.recipe.modifiers if entry.config.calibration == spec],
+            "asked": tokens.asked,
+            "samples": len(tokens.ids),
+            "sequence_length": tokens.ids.shape[1],
+            "sha256": tokens.sha256,
+            "sources": [{**asdict(source), "dataset": dataset_name(source.dataset)} for source in tokens.sources],
+        }
+        for spec, tokens in facts.tokens.items()
+    ]
+
+
+def dataset_name(dataset: str) -> str:
+    """A dataset's name without the folder of a local file."""
+    return Path(dataset).name if Path(dataset).is_absolute() else dataset
 
 
 def _perplexity(measured: Perplexity | None) -> dict[str, Any] | None:
