@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from armor_recipes.calibration.tokens import TokenSet
+from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.evaluation.perplexity import Perplexity
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
@@ -20,8 +21,6 @@ from armor_recipes.session import ModuleResult, Plan
 from armor_recipes.solver.sweep import native_available
 from armor_recipes.version import __version__
 
-#: Version of the checkpoint's layout. Every later release of 0.x reads what this one writes under the same number.
-FORMAT_VERSION = 1
 _PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "datasets", "numpy")
 
 
@@ -52,7 +51,7 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
             "device": facts.device,
             "compute_dtype": str(facts.compute_dtype).removeprefix("torch."),
             "stored_dtype": str(facts.stored_dtype).removeprefix("torch."),
-            "sweep": "native" if native_available() and facts.device == "cpu" else "torch",
+            "sweep": sweep_form(facts.device),
         },
         "recipe_sha256": facts.recipe.hash(),
         "model": {"id": facts.recipe.model.id, "revision": facts.recipe.model.revision, "sha256": facts.source_sha256},
@@ -82,6 +81,11 @@ def _module(result: ModuleResult, block_size: tuple[int, int] | None) -> dict[st
         "tokens": result.tokens,
         "counts": dict(result.counts),
     }
+
+
+def sweep_form(device: str) -> str:
+    """Which form of the solver's sweep runs on a device type: `native` (compiled) or `torch`."""
+    return "native" if native_available() and device == "cpu" else "torch"
 
 
 def calibration_rows(facts: Facts) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.report.card import model_card
 from armor_recipes.report.licence import base_licence
-from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, state_hash
+from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, state_hash, sweep_form
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.result import Result
 from armor_recipes.run.verify import verify_reloaded
@@ -210,6 +210,7 @@ def execute(
             report = {
                 **watch.report(folder, source=job.source.folder, plan=job.plan, modules=results),
                 "calibration": calibration_rows(facts),
+                "sweep": sweep_form(job.device.type),
             }
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return Result(job.plan, output, results, before, after, report)
