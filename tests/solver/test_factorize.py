@@ -142,25 +142,26 @@ def test_no_exact_update_raises_the_loss(shape: tuple[int, int, tuple[int, int]]
 
 
 @given(shape=SHAPES, seed=SEEDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_and_b_updates_are_the_minimisers(shape: tuple[int, int, tuple[int, int]], seed: int) -> None:
-    """Against least squares on the columns (rows) that a block sees."""
+    """Each step minimises ‖E‖² + ε‖step‖²: its gradient is zero, whatever the conditioning; ε is 1e-6 of the mean diagonal."""
     problem, factors = random_factors(seed, shape[0], shape[1], shape[2])
     b_o, b_i = shape[2]
-    t = torch.cat([factors.core[:, k * b_i : (k + 1) * b_i] @ block for k, block in enumerate(factors.b)], dim=1)
+    before = factors.clone()
     update_a(problem, factors)
-    for j in range(factors.a.shape[0]):
+    t = torch.cat([factors.core[:, k * b_i : (k + 1) * b_i] @ block for k, block in enumerate(factors.b)], dim=1)
+    for j, block in enumerate(factors.a):
         rows = slice(j * b_o, (j + 1) * b_o)
-        best = torch.linalg.lstsq(t[rows].T, problem.target[rows].T).solution.T
-        least = (problem.target[rows] - best @ t[rows]).square().sum()
-        assert (problem.target[rows] - factors.a[j] @ t[rows]).square().sum() <= least * 1.001 + 1e-9
-    u = torch.cat([block @ factors.core[j * b_o : (j + 1) * b_o] for j, block in enumerate(factors.a)])
+        ridge = 1e-6 * t[rows].square().sum() / b_o
+        gradient = (problem.target[rows] - block @ t[rows]) @ t[rows].T
+        torch.testing.assert_close(gradient, ridge * (block - before.a[j]), rtol=1e-6, atol=1e-9)
     update_b(problem, factors)
-    for k in range(factors.b.shape[0]):
+    u = torch.cat([block @ factors.core[j * b_o : (j + 1) * b_o] for j, block in enumerate(factors.a)])
+    for k, block in enumerate(factors.b):
         columns = slice(k * b_i, (k + 1) * b_i)
-        best = torch.linalg.pinv(u[:, columns], rtol=1e-10) @ problem.target[:, columns]
-        least = (problem.target[:, columns] - u[:, columns] @ best).square().sum()
-        assert (problem.target[:, columns] - u[:, columns] @ factors.b[k]).square().sum() <= least * 1.001 + 1e-9
+        ridge = 1e-6 * u[:, columns].square().sum() / b_i
+        gradient = u[:, columns].T @ (problem.target[:, columns] - u[:, columns] @ block)
+        torch.testing.assert_close(gradient, ridge * (block - before.b[k]), rtol=1e-6, atol=1e-9)
 
 
 @given(seed=SEEDS, row=st.integers(0, 3), group=st.integers(0, 1))
