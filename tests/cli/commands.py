@@ -16,9 +16,11 @@ from engine_samples import recipe
 from armor_recipes.cli import apply, main
 
 MAINS: dict[str, Callable[[], object]] = {"armor-apply": apply.main, "armor": main.main}
+#: A job in a background shell inherits an ignored SIGINT, and so would what it starts: these listen all the same.
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 START = {
-    "armor-apply": "from armor_recipes.cli.apply import main; main()",
-    "armor": "from armor_recipes.cli.main import main; main()",
+    "armor-apply": LISTEN + "from armor_recipes.cli.apply import main; main()",
+    "armor": LISTEN + "from armor_recipes.cli.main import main; main()",
 }
 
 
