@@ -38,7 +38,7 @@ from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.result import Result
 from armor_recipes.run.verify import verify_reloaded
 from armor_recipes.session import Observer, Plan, Session, make_plan
-from armor_recipes.session.events import EvaluationProgressed, PhaseStarted, ignore_events
+from armor_recipes.session.events import EvaluationProgressed, ignore_events
 
 #: What torch says when a CPU allocation fails; it raises a plain RuntimeError.
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
@@ -366,4 +366,4 @@ def resource_errors() -> Iterator[None]:
         raise
 
 
-__all__ = ["Job", "PhaseStarted", "apply", "builtin_recipe_dir", "check_writable", "execute", "prepare", "read_recipe"]
+__all__ = ["Job", "apply", "builtin_recipe_dir", "check_writable", "execute", "prepare", "read_recipe"]
