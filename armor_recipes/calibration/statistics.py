@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,14 @@ from armor_recipes.errors import NumericalError
 
 #: Values converted to float64 at once (32 MB), so that a large batch does not need several times its memory.
 _CHUNK = 1 << 22
+#: Rows summed in float32 by one product of `InputGram`: its rounding error, about 1e-6, does not grow with the number of tokens.
+_GRAM_ROWS = 2048
 
 
-class InputSecondMoment:
-    """h_i = (1/T) Σ_t x_ti², the mean over the T input rows of each squared input channel.
+class _InputMean(ABC):
+    """A mean over a module's input rows, accumulated in float64 on the device of the inputs.
 
-    Accumulated in float64, so that neither the number of rows nor their grouping into batches shows in float32. The sum
-    stays on the device of the inputs, and nothing waits for it before `value` is read.
+    Nothing waits for the device before a value is read.
     """
 
     def __init__(self, name: str, d_in: int) -> None:
@@ -36,20 +39,30 @@ class InputSecondMoment:
                 f"inputs of {self.name} have shape {tuple(x.shape)}; the last dimension must be {self.d_in}"
             )
         rows = x.detach().reshape(-1, self.d_in)
-        if self._sum is None:
-            self._sum = torch.zeros(self.d_in, dtype=torch.float64, device=x.device)
-        for chunk in torch.split(rows, max(1, _CHUNK // self.d_in)):
-            self._sum += chunk.to(torch.float64).square().sum(0).to(self._sum.device)
+        for chunk in torch.split(rows, self._rows_at_once()):
+            share = self._share(chunk)
+            self._sum = share if self._sum is None else self._sum.add_(share.to(self._sum.device))
         self._tokens += rows.shape[0]
 
-    @property
-    def value(self) -> Tensor:
-        """The second moment h `(I,)`, float32. Raises NumericalError if no row was seen or a channel is not finite."""
+    @abstractmethod
+    def _rows_at_once(self) -> int:
+        """Rows of a chunk."""
+
+    @abstractmethod
+    def _share(self, rows: Tensor) -> Tensor:
+        """What a chunk of rows `(t, I)` adds to the sum, a new float64 tensor."""
+
+    def _mean(self) -> Tensor:
+        """The mean in float64. Raises NumericalError if no row was seen."""
         if self._sum is None or self._tokens == 0:
             raise NumericalError(
                 f"no calibration token reached {self.name}; add it to `ignore`, or calibrate on other text"
             )
-        mean = (self._sum / self._tokens).to(torch.float32)
+        return self._sum / self._tokens
+
+    def _checked(self, h: Tensor) -> Tensor:
+        """The second moment h `(I,)` as float32. Raises NumericalError where a channel is not finite."""
+        mean = h.to(torch.float32)
         broken = int((~mean.isfinite()).sum())
         if broken:
             raise NumericalError(
@@ -57,3 +70,48 @@ class InputSecondMoment:
                 f"over {self._tokens} calibration tokens; check the model's weights, or set a wider `compute_dtype`"
             )
         return mean
+
+
+class InputSecondMoment(_InputMean):
+    """h_i = (1/T) Σ_t x_ti², the mean over the T input rows of each squared input channel.
+
+    Accumulated in float64, so that neither the number of rows nor their grouping into batches shows in float32.
+    """
+
+    def _rows_at_once(self) -> int:
+        return max(1, _CHUNK // self.d_in)
+
+    def _share(self, rows: Tensor) -> Tensor:
+        return rows.to(torch.float64).square().sum(0)
+
+    @property
+    def value(self) -> Tensor:
+        """The second moment h `(I,)`, float32. Raises NumericalError if no row was seen or a channel is not finite."""
+        return self._checked(self._mean())
+
+
+class InputGram(_InputMean):
+    """H = XᵀX / T, the mean over the T input rows of the products of each two input channels.
+
+    Products are float32 over at most 2048 rows of one call of `update`, and summed in float64. Rows are not kept back to
+    fill a chunk: the same calls give the same bits, another grouping into batches differs by float32 rounding.
+    """
+
+    def _rows_at_once(self) -> int:
+        return _GRAM_ROWS
+
+    def _share(self, rows: Tensor) -> Tensor:
+        x = rows.to(torch.float32)
+        return (x.T @ x).to(torch.float64)
+
+    @property
+    def value(self) -> Tensor:
+        """H `(I, I)`, float32 and exactly symmetric. Raises NumericalError if no row was seen or a channel is not finite."""
+        mean = self._mean()
+        self._checked(mean.diagonal())  # |H_ij| ≤ √(H_ii H_jj): no other entry is the first to overflow
+        return ((mean + mean.T) / 2).to(torch.float32)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The second moment h `(I,)`, float32. Raises as `value` does."""
+        return self._checked(self._mean().diagonal())

@@ -21,7 +21,7 @@ from armor_recipes.session import ModulePlan, Plan
 def plan_table(plan: Plan) -> RenderableType:
     """Every module with shape, blocks and bytes, then totals."""
     table = Table(title=Text(f"Plan for {plan.model}: {len(plan.layers)} decoder layers"))
-    for heading in ("module", "modifier", "shape", "block", "blocks"):
+    for heading in ("module", "modifier", "shape", "block", "blocks", "stored"):
         table.add_column(heading, overflow="fold")
     for heading in ("bytes before", "after", "factors"):
         table.add_column(heading, justify="right")
@@ -35,6 +35,12 @@ def plan_table(plan: Plan) -> RenderableType:
         f"other weights: {size(totals.untouched_bytes)}, unchanged",
         f"estimated here: {totals.seconds:.0f} s without evaluation, {size(totals.peak_bytes)} peak memory",
     ]
+    folded = sum(module.stored_as == "dense" and module.block_size is not None for module in plan.modules)
+    if folded:
+        lines.append(
+            f"{folded} factorised weights cannot be packed (that needs 2:4, blocks of a multiple of 4 columns, and rows of a "
+            "multiple of 8): stored as the dense product A·S·B, without factors and no smaller than before"
+        )
     if plan.ignored:
         lines.append(f"held back by ignore: {', '.join(plan.ignored)}")
     return Group(table, Text("\n".join(lines)))
@@ -48,6 +54,7 @@ def _plan_row(module: ModulePlan) -> tuple[str, ...]:
         f"{module.d_out}x{module.d_in}",
         "-" if block is None else f"{block[0]}x{block[1]}",
         "-" if blocks is None else f"{blocks[0]}+{blocks[1]}",
+        module.stored_as,
         str(module.bytes_before),
         str(module.bytes_after),
         f"{module.overhead_percent:.1f} %",

@@ -9,17 +9,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from armor_recipes.recipe.schema import ModifierConfig
 from armor_recipes.solver import Factorization
+from armor_recipes.solver.patterns import parse_pattern
 
 #: Called during a solve with (iterations done, at most, best relative loss).
 SolveProgress = Callable[[int, int, float], None]
 Propagate = Literal["compressed", "dense"]
+StoredAs = Literal["packed", "dense"]
+
+
+def _checked_pattern(text: str) -> str:
+    """The pattern in its plain form. Raises ValueError where it is none."""
+    return str(parse_pattern(text))
+
+
+SparsityPattern = Annotated[
+    str, AfterValidator(_checked_pattern), Field(json_schema_extra={"pattern": "^[0-9]{1,2}:[0-9]{1,2}$"})
+]
 
 
 class CalibratedConfig(ModifierConfig):
@@ -30,12 +42,14 @@ class CalibratedConfig(ModifierConfig):
     propagate: Propagate = Field(
         default="compressed",
         title="Error propagation",
-        description="Where calibration inputs come from: `compressed`, the model as compressed so far; `dense`, the original model.",
+        description="Where calibration inputs come from: `compressed`, the model as compressed so far; `dense`, the original "
+        "model.",
     )
-    pattern: Literal["2:4"] = Field(
+    pattern: SparsityPattern = Field(
         default="2:4",
         title="Sparsity pattern",
-        description="Kept values in every group of consecutive entries of a row.",
+        description="`N:M`: N kept values in every M consecutive entries of a row, M at most 32 and a divisor of the row's "
+        "length. Only 2:4 is packed; other patterns are stored dense, which the plan shows.",
     )
 
 
@@ -64,6 +78,7 @@ class Estimate:
         block_size: (b_o, b_i), or None without factors.
         flops: floating-point operations of the solve, for the estimate of time.
         peak_bytes: working memory of the solve.
+        stored_as: `packed` (a 2:4 core and its factors) or `dense` (one plain weight, whatever made it).
     """
 
     stored_bytes: int
@@ -71,11 +86,12 @@ class Estimate:
     peak_bytes: int
     factor_bytes: int = 0
     block_size: tuple[int, int] | None = None
+    stored_as: StoredAs = "dense"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A solved module: the approximated weight Ŵ `(O, I)` float32, its factors if it has any, and what was measured.
+    """A solved module: the approximated weight Ŵ `(O, I)` float32, its factors if they are to be stored, and what was measured.
 
     `losses` are relative to Ŵ = 0, first entry the start of the method. `counts` names everything out of the ordinary.
     """

@@ -11,22 +11,24 @@ from armor_recipes.report.manifest import Facts, dataset_name
 
 def model_card(facts: Facts, licence: Licence) -> str:
     """Markdown with the front matter that the hub reads. Depends on the run's inputs alone."""
+    patterns = sorted({p for entry in facts.recipe.modifiers if (p := getattr(entry.config, "pattern", None))})
+    named = ", ".join(patterns) or "N:M"
     header = {
         **licence.fields,
         "base_model": facts.recipe.model.id,
         "base_model_relation": "quantized",
         "library_name": "transformers",
-        "tags": ["armor", "2:4", "sparse", "compressed-tensors"],
+        "tags": ["armor", *patterns, "sparse", "compressed-tensors"],
     }
     totals = facts.plan.totals
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
-# {facts.recipe.model.id}, pruned to 2:4
+# {facts.recipe.model.id}, pruned to {named}
 
 Made with [armor-recipes](https://pypi.org/project/armor-recipes/) from `{facts.recipe.model.id}`: {totals.modules} linear
-weights in 2:4 sparsity, each written as `A · S · B` with a 2:4 core S and block-diagonal A and B (ARMOR, arXiv
-2510.05528), or plain 2:4
+weights in {named} sparsity, each written as `A · S · B` with a core S in that pattern and block-diagonal A and B (ARMOR, arXiv
+2510.05528), or plainly pruned
 where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `armor_manifest.json`.
 
 | | dense | this checkpoint |
@@ -58,8 +60,17 @@ def _perplexity_row(before: Perplexity | None, after: Perplexity | None) -> str:
 
 
 def _dense_note(facts: Facts) -> str:
-    masked = sum(result.packed is None for result in facts.modules.values())
-    return f"\n{masked} of these weights are stored dense (zeros kept where they were pruned).\n" if masked else ""
+    """What is said of weights without factors in the checkpoint: plainly pruned ones, and products A·S·B."""
+    dense = {name for name, result in facts.modules.items() if result.packed is None}
+    folded = sum(module.name in dense and module.block_size is not None for module in facts.plan.modules)
+    masked = len(dense) - folded
+    notes = [f"\n{masked} of these weights are stored dense (zeros kept where they were pruned).\n"] if masked else []
+    if folded:
+        notes.append(
+            f"\n{folded} of these weights are stored as the dense product `A · S · B`: their factors are not in the checkpoint, "
+            "and the product has no zeros, so it is no smaller and no faster than the original.\n"
+        )
+    return "".join(notes)
 
 
 def _usage(facts: Facts) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from armor_recipes.errors import PlanError
 from armor_recipes.modifiers import Modifier, ModuleShape
+from armor_recipes.modifiers.base import StoredAs
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.session.estimate import calibration_tokens, estimate_peak_bytes, estimate_seconds
 from armor_recipes.session.layers import DecoderLayers, find_decoder_layers
@@ -18,7 +19,10 @@ from armor_recipes.session.targets import resolve_targets
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan:
-    """What will happen to one module. `modifier` is an entry's key, bytes are those of the stored weight, `layer` counts from 0."""
+    """What will happen to one module. `modifier` is an entry's key, bytes are those of the stored weight, `layer` counts from 0.
+
+    `stored_as`: `packed` (core and factors) or `dense` (a plain weight: masked, or the product A·S·B of what cannot be packed).
+    """
 
     name: str
     modifier: str
@@ -33,6 +37,7 @@ class ModulePlan:
     factor_bytes: int
     flops: float
     peak_bytes: int
+    stored_as: StoredAs = "dense"
 
     @property
     def overhead_percent(self) -> float:
@@ -146,6 +151,7 @@ def _plan_module(
         factor_bytes=cost.factor_bytes,
         flops=cost.flops,
         peak_bytes=cost.peak_bytes,
+        stored_as=cost.stored_as,
     )
 
 

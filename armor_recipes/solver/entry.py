@@ -15,7 +15,14 @@ from armor_recipes.solver.adam import AdamProblem, solve_adam
 from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
 from armor_recipes.solver.exact import ExactProblem, solve_exact
 from armor_recipes.solver.normalize import Normalized, fill_dead_channels, nowag_normalize
-from armor_recipes.solver.patterns import GROUP, PATTERNS, index_to_mask, magnitude_mask, mask_to_index
+from armor_recipes.solver.patterns import (
+    TWO_OF_FOUR,
+    Pattern,
+    index_to_mask,
+    magnitude_mask,
+    mask_to_index,
+    parse_pattern,
+)
 from armor_recipes.solver.result import Factorization, Factors, StopReason
 
 SOLVERS = ("exact", "adam")
@@ -41,40 +48,42 @@ def factorize(
     on_progress: Progress | None = None,
     native: bool | None = None,
 ) -> Factorization:
-    """Factorise `W ≈ A · S · B` with S 2:4 and A, B block-diagonal (ARMOR, arXiv 2510.05528).
+    """Factorise `W ≈ A · S · B` with S in an N:M pattern and A, B block-diagonal (ARMOR, arXiv 2510.05528).
 
     Minimises `Σ_ij (W̄ − Ŵ)²_ij h_j` on the NoWag-normalised W̄ (paper, Eq. 2), starting from NoWag-P.
 
     Args:
         weight: W `(O, I)`, any float dtype; solved in float32 on its device.
         second_moment: h `(I,)`, mean of x² over the calibration tokens.
-        block_size: b for both factors, or `(b_o, b_i)`; must divide `(O, I)`, b_i a multiple of 4.
-        pattern: `"2:4"`.
+        block_size: b for both factors, or `(b_o, b_i)`; must divide `(O, I)`. For `adam` b_i is a multiple of M.
+        pattern: `"N:M"`, 1 <= N < M <= 32, M a divisor of I: N kept values in every M consecutive ones of a row.
+            For M <= 8 each group is solved over all its masks, for larger ones over two (`groups.eliminate`).
         objective: `"diagonal"`.
         solver: `"exact"` (block coordinate descent with momentum) or `"adam"` (our implementation of the paper's method).
         iterations: cycles of `exact`, Adam steps of `adam`; 0 gives NoWag-P.
         tolerance: `exact` stops when five cycles together gain less than this, relative; 0 never stops it early.
             `adam` keeps the paper's rule.
-        mask: bool `(O, I)`, 2:4; given, it stays fixed.
+        mask: bool `(O, I)` in the pattern; given, it stays fixed.
         seed: seeds the groups that `adam` draws; `exact` draws nothing.
         on_progress: called after each iteration with (done, at most, best relative loss).
-        native: None takes the compiled sweep where it was built; False the torch reference.
+        native: None takes the compiled sweep where it was built (M <= 8); False the torch reference.
 
     Raises:
         ValueError: shapes, sizes or names that do not fit.
         NumericalError: values that are not finite, or a loss above NoWag-P's.
     """
     sizes = check_arguments(weight, second_moment, block_size, pattern=pattern, objective=objective, solver=solver)
+    form = parse_pattern(pattern)
     normal, h, dead = _prepare(weight, second_moment)
     scores = normal.weight.square() * h
-    start = nowag_start(normal.weight, magnitude_mask(scores) if mask is None else mask, sizes)
+    start = nowag_start(normal.weight, magnitude_mask(scores, form) if mask is None else mask, sizes, form)
     clock = _Clock(total=stable_sum(scores), iterations=iterations, on_progress=on_progress)
     clock.enter(_weighted_error(normal.weight, h, start))
     counts = Counter(_dead_count(dead))
-    run = _Run(normal.weight, h, fixed=mask is not None, iterations=iterations, tolerance=tolerance, counts=counts)
+    run = _Run(normal.weight, h, form, mask is not None, iterations, tolerance, counts)
     factors, reason = run.exact(start, clock, native) if solver == "exact" else run.adam(start, clock, seed)
     clock.check(_weighted_error(normal.weight, h, factors))
-    return _result(normal, factors, clock, reason, counts)
+    return _result(normal, factors, form, clock, reason, counts)
 
 
 def check_arguments(
@@ -88,7 +97,6 @@ def check_arguments(
 ) -> tuple[int, int]:
     """Validate what `factorize` is given; returns `(b_o, b_i)`. Raises ValueError with the value that does not fit."""
     for name, value, known in (
-        ("pattern", pattern, PATTERNS),
         ("objective", objective, OBJECTIVES),
         ("solver", solver, SOLVERS),
     ):
@@ -102,18 +110,23 @@ def check_arguments(
     d_out, d_in = weight.shape
     if b_o < 1 or d_out % b_o:
         raise ValueError(f"block_size {b_o=} does not divide {d_out=}")
-    if b_i < 1 or d_in % b_i or b_i % GROUP:
-        raise ValueError(f"block_size {b_i=} must divide {d_in=} and be a multiple of {GROUP}")
+    if b_i < 1 or d_in % b_i:
+        raise ValueError(f"block_size {b_i=} does not divide {d_in=}")
+    group = parse_pattern(pattern).group
+    if d_in % group:
+        raise ValueError(f"pattern {pattern} needs a multiple of {group} columns, and {d_in=}")
+    if solver == "adam" and b_i % group:
+        raise ValueError(f"solver='adam' needs block_size {b_i=} to be a multiple of {group} with pattern {pattern}")
     return b_o, b_i
 
 
-def nowag_mask(weight: Tensor, second_moment: Tensor) -> tuple[Tensor, dict[str, int]]:
-    """NoWag-P's 2:4 mask, bool `(O, I)`: the top 2 of each group by W̄²_ij · h_j, ties to the lower index; and counts.
+def nowag_mask(weight: Tensor, second_moment: Tensor, *, pattern: str = "2:4") -> tuple[Tensor, dict[str, int]]:
+    """NoWag-P's N:M mask, bool `(O, I)`: the top N of each group by W̄²_ij · h_j, ties to the lower index; and counts.
 
-    Raises NumericalError for values that are not finite.
+    Raises ValueError for a pattern that is none, NumericalError for values that are not finite.
     """
     normal, h, dead = _prepare(weight, second_moment)
-    return magnitude_mask(normal.weight.square() * h), _dead_count(dead)
+    return magnitude_mask(normal.weight.square() * h, parse_pattern(pattern)), _dead_count(dead)
 
 
 def _prepare(weight: Tensor, second_moment: Tensor) -> tuple[Normalized, Tensor, int]:
@@ -134,7 +147,7 @@ def checked_finite(weight: Tensor) -> Tensor:
     return weight
 
 
-def nowag_start(target: Tensor, mask: Tensor, sizes: tuple[int, int]) -> Factors:
+def nowag_start(target: Tensor, mask: Tensor, sizes: tuple[int, int], pattern: Pattern = TWO_OF_FOUR) -> Factors:
     """NoWag-P as factors: A = I, B = I, S = W̄ on the mask."""
     (d_out, d_in), (b_o, b_i) = target.shape, sizes
     eye_o, eye_i = (torch.eye(size, dtype=target.dtype, device=target.device) for size in sizes)
@@ -142,7 +155,7 @@ def nowag_start(target: Tensor, mask: Tensor, sizes: tuple[int, int]) -> Factors
         a=eye_o.repeat(d_out // b_o, 1, 1),
         core=target * mask,
         b=eye_i.repeat(d_in // b_i, 1, 1),
-        index=mask_to_index(mask),
+        index=mask_to_index(mask, pattern),
     )
 
 
@@ -157,6 +170,7 @@ class _Run:
 
     target: Tensor
     h: Tensor
+    pattern: Pattern
     fixed: bool
     iterations: int
     tolerance: float
@@ -164,7 +178,13 @@ class _Run:
 
     def exact(self, start: Factors, clock: _Clock, native: bool | None) -> tuple[Factors, StopReason]:
         root = self.h.sqrt().view(start.b.shape[0], 1, -1)
-        problem = ExactProblem(self.target * self.h.sqrt(), fixed_mask=self.fixed, native=native, counts=self.counts)
+        problem = ExactProblem(
+            self.target * self.h.sqrt(),
+            fixed_mask=self.fixed,
+            native=native,
+            counts=self.counts,
+            pattern=self.pattern,
+        )
         scaled = Factors(start.a, start.core, start.b * root, start.index)
         found, reason = solve_exact(
             problem, scaled, iterations=self.iterations, tolerance=self.tolerance, record=clock.enter
@@ -173,7 +193,7 @@ class _Run:
 
     def adam(self, start: Factors, clock: _Clock, seed: int) -> tuple[Factors, StopReason]:
         generator = torch.Generator(device=self.target.device).manual_seed(seed)
-        problem = AdamProblem(self.target, self.h, generator, fixed_mask=self.fixed)
+        problem = AdamProblem(self.target, self.h, generator, fixed_mask=self.fixed, pattern=self.pattern)
         return solve_adam(problem, start, iterations=self.iterations, record=clock.enter)
 
 
@@ -203,7 +223,7 @@ class _Clock:
 
 
 def _result(
-    normal: Normalized, factors: Factors, clock: _Clock, reason: StopReason, counts: Counter[str]
+    normal: Normalized, factors: Factors, pattern: Pattern, clock: _Clock, reason: StopReason, counts: Counter[str]
 ) -> Factorization:
     """Fold the norms into A's rows and B's columns."""
     a = factors.a * normal.rows.view(*factors.a.shape[:2], 1)
@@ -211,7 +231,7 @@ def _result(
     return Factorization(
         a=a.contiguous(),
         core=factors.core,
-        mask=index_to_mask(factors.index),
+        mask=index_to_mask(factors.index, pattern),
         b=b.contiguous(),
         losses=tuple(clock.losses),
         seconds=tuple(clock.seconds),

@@ -5,6 +5,7 @@ All functions work in scaled coordinates: target `W̄ √h` and B scaled likewis
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,17 +15,23 @@ from torch import Tensor
 
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
-from armor_recipes.solver.patterns import GROUP
+from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern
 from armor_recipes.solver.result import Factors, StopReason
-from armor_recipes.solver.sweep import SweepProblem, sweep
+from armor_recipes.solver.sweep import SweepProblem, join_blocks, sweep
 
 #: Ridge of the normal equations as a share of the mean diagonal. An increment with a ridge is a proximal step: it cannot
 #: raise the loss, whatever the ridge.
 _RIDGE = 1e-6
 _JITTER_TRIES = 4
-#: `tolerance` is compared with the relative gain over this many cycles: a rejected extrapolation gains nothing by itself.
-_PATIENCE = 5
-_BETA_SHRINK, _BETA_GROW, _BETA_STEP = 0.7, 1.05, 0.02
+#: `tolerance` is compared with the relative gain over this many cycles; as many follow with little momentum, to settle.
+_PATIENCE = 10
+#: A cycle may end this much above the last one, relative, before it is thrown away: momentum crosses low ridges that way.
+_SLACK = 1e-2
+#: Momentum after a cycle that was thrown away, and its recovery with each that was kept.
+_SHRINK, _GROW = 0.7, 1.05
+_WARM_CYCLES, _WARM_FROM, _BASE = 8, 0.5, 0.9
+#: Cycles until nothing damps the motion (or half of all cycles, if that is sooner), and the share after which it cools.
+_FULL_AT, _COOL_AFTER = 30, 0.85
 
 
 @dataclass(slots=True)
@@ -35,6 +42,7 @@ class ExactProblem:
     fixed_mask: bool = False
     native: bool | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    pattern: Pattern = TWO_OF_FOUR
 
 
 def solve_exact(
@@ -45,29 +53,47 @@ def solve_exact(
     tolerance: float,
     record: Callable[[float], None],
 ) -> tuple[Factors, StopReason]:
-    """Run cycles sweep → A → B with momentum and restart; `record` gets the best squared error after each cycle.
+    """Run cycles sweep → A → B with momentum; `record` gets the best squared error after each cycle.
 
-    A cycle that starts from extrapolated factors and ends higher is thrown away and followed by a plain cycle; both count.
-    Returns the best factors seen, which are never worse than those given.
+    Every cycle starts from factors extrapolated by `momentum`. One that ends more than `_SLACK` above its predecessor is
+    thrown away and followed by a plain cycle; both count. Returns the best factors seen, never worse than those given.
     """
-    last, now = factors, factors
-    best = squared_error(problem, now)
+    last = now = kept = factors
+    best = current = squared_error(problem, now)
     history = [best]
-    beta = 0.0
-    for _ in range(iterations):
-        trial = cycle(problem, extrapolate(now, last, beta=beta) if beta > 0 else now.clone())
+    damping, end, settling = 1.0, iterations, False
+    step = 0
+    while step < end:
+        beta = damping * (_BASE if settling else momentum(step, iterations))
+        trial = cycle(problem, now.clone() if last is now else extrapolate(now, last, beta=beta))
         loss = squared_error(problem, trial)
-        if loss < best:
-            last, now, best = now, trial, loss
-            beta = _BETA_GROW * beta + _BETA_STEP if last is not factors else _BETA_STEP
-        elif beta > 0:
-            beta, last = _BETA_SHRINK * beta, now
-            # The next cycle is plain: `last is now` leaves nothing to extrapolate.
+        if loss < current * (1 + _SLACK):
+            last, now, current = now, trial, loss
+            damping = min(1.0, _GROW * damping)
+        else:
+            last, damping = now, _SHRINK * damping
+        if current < best:
+            best, kept = current, now
         record(best)
         history.append(best)
-        if converged(history, tolerance):
-            return now, StopReason.TOLERANCE
-    return now, StopReason.ITERATIONS
+        step += 1
+        if not settling and converged(history, tolerance):
+            settling, end = True, min(end, step + _PATIENCE)
+    return kept, StopReason.TOLERANCE if step < iterations else StopReason.ITERATIONS
+
+
+def momentum(step: int, total: int) -> float:
+    """β of cycle `step` of `total`: from 0.5 to 0.9 in 8 cycles, on to 1 within 30 or half of all, 0.9 for the last 15 %.
+
+    At β = 1 nothing damps the motion, and masks go on changing: that, not speed, is what a lower end comes from
+    (`docs/solver.md` has the measurements). Above 1 masks freeze early; the last cycles settle what still swings.
+    """
+    progress = step / total
+    if progress >= _COOL_AFTER:
+        return _BASE
+    if step < _WARM_CYCLES:
+        return _WARM_FROM + (_BASE - _WARM_FROM) * step / _WARM_CYCLES
+    return _BASE + (1 - _BASE) * min(1.0, max(2 * progress, step / _FULL_AT))
 
 
 def converged(history: list[float], tolerance: float) -> bool:
@@ -85,7 +111,8 @@ def cycle(problem: ExactProblem, factors: Factors) -> Factors:
 
 def extrapolate(now: Factors, last: Factors, *, beta: float) -> Factors:
     """`now + β (now − last)` in A, B and those groups of S whose mask did not change."""
-    same = (now.index == last.index).repeat_interleave(GROUP, dim=1)
+    group = now.core.shape[1] // now.index.shape[1]
+    same = (now.index == last.index).repeat_interleave(group, dim=1)
     core = torch.where(same, torch.lerp(last.core, now.core, 1 + beta), now.core)
     return Factors(torch.lerp(last.a, now.a, 1 + beta), core, torch.lerp(last.b, now.b, 1 + beta), now.index.clone())
 
@@ -106,17 +133,19 @@ def squared_error(problem: ExactProblem, factors: Factors) -> float:
 
 
 def update_core(problem: ExactProblem, factors: Factors) -> None:
-    """One sweep over all groups of S (`armor_recipes.solver.sweep`)."""
+    """One sweep over all groups of S (`armor_recipes.solver.sweep`), in blocks wide enough that no group straddles two."""
     a, b = factors.a, factors.b
     correlation = right_multiply(left_multiply(a.mT, residual(problem, factors)), b.mT)
-    shape = (a.shape[-1], b.shape[-1])
+    group = problem.pattern.group
+    shape = (a.shape[-1], math.lcm(b.shape[-1], group))
     work = SweepProblem(
         correlation=to_blocks(correlation, *shape),
         core=to_blocks(factors.core, *shape),
-        index=to_blocks(factors.index, shape[0], shape[1] // GROUP),
+        index=to_blocks(factors.index, shape[0], shape[1] // group),
         gram_a=torch.bmm(a.mT, a).contiguous(),
-        gram_b=torch.bmm(b, b.mT).contiguous(),
+        gram_b=join_blocks(torch.bmm(b, b.mT), shape[1]),
         fixed_mask=problem.fixed_mask,
+        pattern=problem.pattern,
     )
     sweep(work, native=problem.native)
     factors.core, factors.index = from_blocks(work.core), from_blocks(work.index)

@@ -23,8 +23,15 @@ class Normalized:
 
 
 def nowag_normalize(weight: Tensor) -> Normalized:
-    """W̄: each column of W `(O, I)` divided by its 2-norm + 1e-5, then each row of the result by its 2-norm + 1e-5."""
+    """W̄: each column of W `(O, I)` divided by its 2-norm + 1e-5, then each row of the result by its 2-norm + 1e-5.
+
+    Raises NumericalError where a norm is out of the dtype's range: W̄ would be zero.
+    """
     columns = torch.linalg.vector_norm(weight, dim=0) + NORM_EPSILON
+    if not bool(torch.isfinite(columns).all()):
+        raise NumericalError(
+            f"the weight's columns have 2-norms beyond the range of {weight.dtype}: scale the weight down"
+        )
     scaled = weight / columns
     rows = torch.linalg.vector_norm(scaled, dim=1) + NORM_EPSILON
     return Normalized(weight=scaled / rows[:, None], rows=rows, columns=columns)

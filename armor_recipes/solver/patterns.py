@@ -1,46 +1,103 @@
-"""The 2:4 pattern: two kept values in every four consecutive entries of a row."""
+"""N:M patterns: N kept values in every M consecutive entries of a row. The masks of a group, and their numbering.
+
+A group of at most `TABLE_GROUP` entries numbers its masks in lexicographic order (2:4: 01, 02, 03, 12, 13, 23), so that
+all can be tried and ties go to lower indices. In a larger group a mask's number is its bits: bit i is entry i.
+"""
 
 from __future__ import annotations
 
+import functools
+import re
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-GROUP = 4
-KEPT = 2
-#: The six masks of 2:4 as index pairs, in the order in which ties are broken: lower indices first.
-PAIRS: tuple[tuple[int, int], ...] = tuple((a, b) for a, b in combinations(range(GROUP), KEPT))
-PATTERNS = ("2:4",)
+#: The largest group, and the largest whose masks are numbered, stored and tried one by one.
+MAX_GROUP, TABLE_GROUP = 32, 8
 
 
-def pair_table(device: torch.device | None = None) -> Tensor:
-    """The six masks as a `(6, 4)` bool table, in the order of `PAIRS`."""
-    table = torch.zeros(len(PAIRS), GROUP, dtype=torch.bool)
-    for row, pair in enumerate(PAIRS):
-        table[row, list(pair)] = True
-    return table.to(device)
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """`keep` (N) values in every `group` (M) consecutive entries of a row. Raises ValueError unless 1 <= N < M <= 32."""
+
+    keep: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.keep < self.group <= MAX_GROUP:
+            raise ValueError(
+                f"pattern {self} must keep N of every M entries with 1 <= N < M <= {MAX_GROUP}, such as 2:4 or 4:8"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}"
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the masks of a group are numbered in lexicographic order and can all be tried (M <= 8)."""
+        return self.group <= TABLE_GROUP
 
 
-def magnitude_mask(scores: Tensor) -> Tensor:
-    """Keep the two largest scores of each group of four of `(O, I)`, ties to the lower index; returns bool `(O, I)`."""
-    groups = scores.unflatten(1, (-1, GROUP))
-    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., :KEPT]
+TWO_OF_FOUR = Pattern(2, 4)
+
+
+def parse_pattern(text: str) -> Pattern:
+    """`"N:M"` as a Pattern. Raises ValueError that says what is allowed."""
+    found = re.fullmatch(r"([0-9]{1,2}):([0-9]{1,2})", text)
+    if found is None:
+        raise ValueError(f"pattern={text!r} is not of the form N:M (keep N of every M entries), such as 2:4 or 4:8")
+    return Pattern(int(found[1]), int(found[2]))
+
+
+@functools.cache
+def mask_lanes(pattern: Pattern) -> tuple[tuple[int, ...], ...]:
+    """The masks of a group with M <= 8 as tuples of kept entries, in the order of their numbers."""
+    if not pattern.has_table:
+        raise ValueError(f"the masks of pattern {pattern} are not listed: that is for groups of at most {TABLE_GROUP}")
+    return tuple(combinations(range(pattern.group), pattern.keep))
+
+
+def mask_table(pattern: Pattern = TWO_OF_FOUR, device: torch.device | None = None) -> Tensor:
+    """The masks of a group with M <= 8 as bool `(masks, M)`, in the order of their numbers."""
+    lanes = torch.tensor(mask_lanes(pattern), device=device)
+    table: Tensor = (lanes[:, :, None] == torch.arange(pattern.group, device=device)).any(1)
+    return table
+
+
+def magnitude_mask(scores: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
+    """Keep the N largest scores of each group of M of `(O, I)`, ties to the lower index; returns bool `(O, I)`."""
+    groups = scores.unflatten(1, (-1, pattern.group))
+    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., : pattern.keep]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, value=True).flatten(1)
 
 
-def mask_to_index(mask: Tensor) -> Tensor:
-    """Index into `PAIRS` of each group of a 2:4 mask `(O, I)`; uint8 `(O, I/4)`. Raises ValueError if a group is not 2:4."""
-    groups = mask.unflatten(1, (-1, GROUP))
-    if not bool((groups.sum(-1) == KEPT).all()):
-        raise ValueError("mask: every group of 4 consecutive entries of a row must keep exactly 2")
-    code = (groups * torch.tensor([1, 2, 4, 8], device=mask.device)).sum(-1)
-    lookup = torch.zeros(16, dtype=torch.uint8)
-    for index, (first, second) in enumerate(PAIRS):
-        lookup[(1 << first) | (1 << second)] = index
-    return lookup.to(mask.device)[code]
+def mask_to_index(mask: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
+    """The number of each group's mask, `(O, I/M)`, of a mask `(O, I)`: uint8 where M <= 8, else int64 of its bits.
+
+    Raises ValueError if a group does not keep exactly N.
+    """
+    groups = mask.unflatten(1, (-1, pattern.group))
+    if not bool((groups.sum(-1) == pattern.keep).all()):
+        raise ValueError(
+            f"mask: every group of {pattern.group} consecutive entries of a row must keep exactly {pattern.keep}"
+        )
+    bits: Tensor = (groups * _bit_values(pattern, mask.device)).sum(-1)
+    if not pattern.has_table:
+        return bits
+    number_of = torch.zeros(1 << pattern.group, dtype=torch.uint8)
+    for number, lanes in enumerate(mask_lanes(pattern)):
+        number_of[sum(1 << lane for lane in lanes)] = number
+    return number_of.to(mask.device)[bits]
 
 
-def index_to_mask(index: Tensor) -> Tensor:
-    """Inverse of `mask_to_index`: uint8 `(O, I/4)` to bool `(O, I)`."""
-    return pair_table(index.device)[index.long()].flatten(1)
+def index_to_mask(index: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
+    """Inverse of `mask_to_index`: `(O, I/M)` to bool `(O, I)`."""
+    if pattern.has_table:
+        return mask_table(pattern, index.device)[index.long()].flatten(1)
+    return ((index[..., None] & _bit_values(pattern, index.device)) != 0).flatten(1)
+
+
+def _bit_values(pattern: Pattern, device: torch.device) -> Tensor:
+    return torch.ones(pattern.group, dtype=torch.int64, device=device) << torch.arange(pattern.group, device=device)

@@ -25,7 +25,7 @@ class Factorization:
     Attributes:
         a: output factor A, float32 `(J, b_o, b_o)`.
         core: S, float32 `(O, I)`, zero outside `mask`.
-        mask: bool `(O, I)`, exactly two kept entries in every four of a row.
+        mask: bool `(O, I)`, exactly N kept entries in every M of a row.
         b: input factor B, float32 `(K, b_i, b_i)`.
         losses: best loss so far relative to Ŵ = 0, an entry an iteration; index 0 is NoWag-P.
         seconds: seconds since the start at each entry of `losses`.
@@ -49,7 +49,10 @@ class Factorization:
 
 @dataclass(slots=True)
 class Factors:
-    """Working state of a solver in its own coordinates: A, S, B, and the mask of S as an index `(O, I/4)` into the pairs."""
+    """Working state of a solver in its own coordinates: A, S, B, and the masks of S's groups by number, `(O, I/M)`.
+
+    `patterns.mask_to_index` numbers them.
+    """
 
     a: Tensor
     core: Tensor

@@ -1,4 +1,4 @@
-"""One Gauss-Seidel sweep over every group of the 2:4 core, masks included (see `docs/solver.md`).
+"""One Gauss-Seidel sweep over every group of the N:M core, masks included (see `docs/solver.md`).
 
 For block (j, k), with G_A = A_jᵀA_j, G_B = B_kB_kᵀ and P = A_jᵀ E B_kᵀ, row r, group g with current values s:
 
@@ -21,21 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armor_recipes.solver.patterns import GROUP, PAIRS
+from armor_recipes.solver.groups import minor_inverses, solve_group
+from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern, mask_lanes
 
-_FIRST = [pair[0] for pair in PAIRS]
-_SECOND = [pair[1] for pair in PAIRS]
-#: A 2x2 minor with a determinant below this share of its diagonal product counts as singular: its mask offers nothing.
-_SINGULAR = 1e-6
 #: Entries of S below which starting another thread costs more than it saves.
 _WORTH_A_THREAD = 1 << 16
 
 
 @dataclass(slots=True)
 class SweepProblem:
-    """What a sweep reads and writes, cut in blocks: `correlation`, `core` `(J, K, b_o, b_i)`, `index` uint8 `(J, K, b_o, b_i/4)`.
+    """What a sweep reads and writes, cut in blocks: `correlation`, `core` `(J, K, b_o, b_i)`, `index` `(J, K, b_o, b_i/M)`.
 
-    `gram_a` `(J, b_o, b_o)`, `gram_b` `(K, b_i, b_i)`. `correlation`, `core` and `index` are changed in place.
+    `gram_a` `(J, b_o, b_o)`, `gram_b` `(K, b_i, b_i)`; b_i is a multiple of M (`join_blocks` makes it one), `index` as
+    `mask_to_index` numbers masks. `correlation`, `core` and `index` are changed in place.
     """
 
     correlation: Tensor
@@ -44,6 +42,7 @@ class SweepProblem:
     gram_a: Tensor
     gram_b: Tensor
     fixed_mask: bool
+    pattern: Pattern = TWO_OF_FOUR
 
 
 def native_available() -> bool:
@@ -52,67 +51,69 @@ def native_available() -> bool:
 
 
 def sweep(problem: SweepProblem, *, native: bool | None = None) -> None:
-    """Run one sweep in place. `native=None` takes the compiled kernel for contiguous float32 CPU tensors when it was built."""
-    eligible = problem.core.dtype == torch.float32 and problem.core.device.type == "cpu"
+    """Run one sweep in place.
+
+    `native=None` takes the compiled kernel, when it was built, for contiguous float32 CPU tensors and groups of at most 8.
+    """
+    eligible = problem.core.dtype == torch.float32 and problem.core.device.type == "cpu" and problem.pattern.has_table
     if native is None:
         native = eligible and native_available()
-    inverses = pair_inverses(problem.gram_b)
+    inverses = _group_inverses(problem) if problem.pattern.has_table else None
     if native:
         _sweep_native(problem, inverses)
     else:
         _sweep_torch(problem, inverses)
 
 
-def pair_inverses(gram_b: Tensor) -> Tensor:
-    """The six 2×2 inverses of each group's Gram matrix: `(K, b_i/4, 6, 3)` as (aa, ab, bb); zero where singular."""
-    blocks, size, _ = gram_b.shape
-    groups = gram_b.reshape(blocks, size // GROUP, GROUP, size // GROUP, GROUP)
-    diagonal = groups.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    aa, bb = diagonal[..., _FIRST, _FIRST], diagonal[..., _SECOND, _SECOND]
-    ab = diagonal[..., _FIRST, _SECOND]
-    determinant = aa * bb - ab * ab
-    regular = determinant > _SINGULAR * aa * bb
-    scale = torch.where(regular, determinant, torch.ones_like(determinant)).reciprocal() * regular
-    return torch.stack((bb * scale, -ab * scale, aa * scale), dim=-1).contiguous()
+def join_blocks(gram: Tensor, width: int) -> Tensor:
+    """Put neighbours of `(K, b, b)` on the diagonals of blocks of `width`, a multiple of b: `(K·b/width, width, width)`.
+
+    So a group that straddles two blocks of B lies in one block of the sweep; the zeros between them change nothing.
+    """
+    size = gram.shape[-1]
+    count = width // size
+    joined = gram.new_zeros(gram.shape[0] // count, count, size, count, size)
+    lane = torch.arange(count, device=gram.device)
+    joined[:, lane, :, lane] = gram.unflatten(0, (-1, count)).transpose(0, 1)
+    return joined.reshape(-1, width, width)
 
 
-def _sweep_torch(problem: SweepProblem, inverses: Tensor) -> None:
+def _group_inverses(problem: SweepProblem) -> Tensor:
+    """`(K, b_i/M, C, N, N)`: the inverses of every group's minors."""
+    gram, size = problem.gram_b, problem.pattern.group
+    groups = gram.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3)
+    return minor_inverses(groups.movedim(-1, 1), problem.pattern).contiguous()
+
+
+def _sweep_torch(problem: SweepProblem, inverses: Tensor | None) -> None:
     """The reference: one row and group at a time, batched over all blocks."""
-    rows, groups = problem.core.shape[2], problem.core.shape[3] // GROUP
+    rows, groups = problem.index.shape[2:]
     for row in range(rows):
         pivot = problem.gram_a[:, row, row][:, None, None].clamp(min=0)
         shift = torch.zeros_like(problem.core[:, :, row])
         for group in range(groups):
-            _solve_group(problem, inverses[:, group], row, group, pivot, shift)
+            _step(problem, None if inverses is None else inverses[:, group], row, group, pivot, shift)
         below = problem.gram_a[:, row + 1 :, row]
         problem.correlation[:, :, row + 1 :] -= below[:, None, :, None] * shift[:, :, None, :]
 
 
-def _solve_group(problem: SweepProblem, inverses: Tensor, row: int, group: int, pivot: Tensor, shift: Tensor) -> None:
-    """Solve one group of every block exactly over its masks; `shift` accumulates Δ_row · G_B."""
-    columns = slice(group * GROUP, (group + 1) * GROUP)
+def _step(problem: SweepProblem, inverses: Tensor | None, row: int, group: int, pivot: Tensor, shift: Tensor) -> None:
+    """Solve one group of every block; `shift` accumulates Δ_row · G_B."""
+    size = problem.pattern.group
+    columns = slice(group * size, (group + 1) * size)
     gram = problem.gram_b[:, columns]
-    s = problem.core[:, :, row, columns]
-    share = (s[..., None] * gram[None, :, :, columns]).sum(-2)
-    c = problem.correlation[:, :, row, columns] + pivot * (share - shift[..., columns])
-    first, second = c[..., _FIRST], c[..., _SECOND]
-    v1 = inverses[..., 0] * first + inverses[..., 1] * second
-    v2 = inverses[..., 1] * first + inverses[..., 2] * second
-    score = v1 * first + v2 * second
-    current = problem.index[:, :, row, group].long()
-    best = current if problem.fixed_mask else score.argmax(-1)
-    chosen = best[..., None]
-    safe = torch.where(pivot > 0, pivot, torch.ones_like(pivot))
-    table = torch.tensor([_FIRST, _SECOND], device=best.device)
-    new = torch.zeros_like(s)
-    new.scatter_(-1, table[0][best][..., None], v1.gather(-1, chosen) / safe)
-    new.scatter_(-1, table[1][best][..., None], v2.gather(-1, chosen) / safe)
-    now = (s * (pivot * share - 2 * c)).sum(-1)
-    better = (-score.gather(-1, chosen) / safe)[..., 0] < now
-    better &= (pivot > 0)[..., 0]
-    delta = torch.where(better[..., None], new - s, torch.zeros_like(s))
-    problem.core[:, :, row, columns] = torch.where(better[..., None], new, s)
-    problem.index[:, :, row, group] = torch.where(better, best, current).to(torch.uint8)
+    old = problem.core[:, :, row, columns].clone()
+    problem.core[:, :, row, columns], problem.index[:, :, row, group] = solve_group(
+        problem.correlation[:, :, row, columns] - pivot * shift[..., columns],
+        gram[:, :, columns],
+        old,
+        problem.index[:, :, row, group],
+        pivot,
+        pattern=problem.pattern,
+        fixed_mask=problem.fixed_mask,
+        inverses=inverses,
+    )
+    delta = problem.core[:, :, row, columns] - old
     shift += (delta[..., None] * gram).sum(-2)
 
 
@@ -124,16 +125,19 @@ def _native_sweep() -> Callable[..., None] | None:
         return None
     function: Any = ctypes.CDLL(spec.origin).armor_sweep
     function.restype = None
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6
+    function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 9
     return function  # type: ignore[no-any-return]
 
 
-def _sweep_native(problem: SweepProblem, inverses: Tensor) -> None:
+def _sweep_native(problem: SweepProblem, inverses: Tensor | None) -> None:
     """Hand the blocks to the compiled kernel, split over `torch.get_num_threads()` threads."""
     function = _native_sweep()
-    tensors = (problem.correlation, problem.core, problem.index, problem.gram_a, problem.gram_b, inverses)
-    if function is None or not all(t.is_contiguous() for t in tensors):
-        raise RuntimeError("the compiled sweep needs its extension and contiguous tensors")
+    if function is None or inverses is None:
+        raise RuntimeError("the compiled sweep needs its extension, and groups of at most 8 entries")
+    lanes = torch.tensor(mask_lanes(problem.pattern), dtype=torch.uint8)
+    tensors = (problem.correlation, problem.core, problem.index, problem.gram_a, problem.gram_b, inverses, lanes)
+    if not all(t.is_contiguous() for t in tensors):
+        raise RuntimeError("the compiled sweep needs contiguous tensors")
     row_blocks, column_blocks, rows, width = problem.core.shape
     total = row_blocks * column_blocks
     pointers = [t.data_ptr() for t in tensors]
@@ -143,8 +147,8 @@ def _sweep_native(problem: SweepProblem, inverses: Tensor) -> None:
     scratch = torch.empty(threads, width)
 
     def run(part: int) -> None:
-        begin, end, fixed = bounds[part], bounds[part + 1], int(problem.fixed_mask)
-        function(*pointers, scratch[part].data_ptr(), column_blocks, rows, width, begin, end, fixed)
+        sizes = (column_blocks, rows, width, lanes.shape[1], problem.pattern.group, lanes.shape[0])
+        function(*pointers, scratch[part].data_ptr(), *sizes, bounds[part], bounds[part + 1], int(problem.fixed_mask))
 
     if threads == 1:
         run(0)

@@ -14,7 +14,6 @@ from pages import ROOT, blocks
 import armor_recipes
 from armor_recipes.modifiers import modifiers, registry
 from armor_recipes.recipe import reference_markdown
-from armor_recipes.solver.patterns import GROUP, KEPT
 
 PAGE = ROOT / "CONTRIBUTING.md"
 
@@ -44,15 +43,13 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_pages_modifier_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (recipe,) = blocks("yaml", page=PAGE)
-    Path("wanda.yaml").write_text(recipe.text, encoding="utf-8")
-    result = armor_recipes.apply("wanda.yaml", model=str(tiny_llama))
+    Path("ria.yaml").write_text(recipe.text, encoding="utf-8")
+    result = armor_recipes.apply("ria.yaml", model=str(tiny_llama))
     assert len(result.modules) == 6
     model = armor_recipes.load(result.output)
     for name, module in result.modules.items():
         weight = model.get_parameter(f"{name}.weight")
-        assert torch.equal(
-            (weight != 0).unflatten(1, (-1, GROUP)).sum(-1), torch.full_like(weight[:, ::GROUP], KEPT).long()
-        )
+        assert torch.equal((weight != 0).unflatten(1, (-1, 4)).sum(-1), torch.full_like(weight[:, ::4], 2).long())
         assert 0 < module.stored_loss < 1
         assert module.stored_loss == pytest.approx(module.losses[-1], rel=1e-6)
 
@@ -60,12 +57,12 @@ def test_the_pages_modifier_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: 
 @pytest.mark.usefixtures("plugin")
 def test_the_pages_modifier_is_in_schema_and_reference() -> None:
     kinds = registry.config_types()
-    assert {"ARMORModifier", "NoWagModifier", "WandaModifier"} <= set(kinds)
-    assert "### `WandaModifier`" in reference_markdown(kinds)
+    assert {"ARMORModifier", "NoWagModifier", "RIAModifier"} <= set(kinds)
+    assert "### `RIAModifier`" in reference_markdown(kinds)
 
 
 def test_the_plugin_leaves_no_trace() -> None:
-    assert "WandaModifier" not in modifiers()
+    assert "RIAModifier" not in modifiers()
 
 
 def test_the_page_names_itself() -> None:

@@ -23,7 +23,10 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"block_size": (4, 8), "iterations": 0},
         {"block_size": "auto", "iterations": 4, "solver": "adam"},
     ],
+    "MagnitudeModifier": [{}],
     "NoWagModifier": [{}],
+    "SparseGPTModifier": [{}, {"damping": 0.1}],
+    "WandaModifier": [{}],
 }
 CASES = [(name, index) for name in modifiers() for index in range(len(EXAMPLES.get(name, [{}])))]
 SHAPE = ModuleShape("model.layers.0.mlp.up_proj", 32, 16, 2)

@@ -113,9 +113,41 @@ def test_a_block_that_does_not_divide_names_the_sizes_that_do(tmp_path: Path) ->
     assert "input side" not in message
 
 
-@pytest.mark.parametrize("block_size", [3, 64, [8, 6], [48, 8], 2])
+@pytest.mark.parametrize("block_size", [3, 64, [8, 6], [48, 8]])
 def test_block_sizes_that_do_not_fit(llama: Path, block_size: Any) -> None:
     assert "does not fit model.layers.0." in refusal(recipe(llama, ARMORModifier=armor(block_size=block_size)))
+
+
+@pytest.mark.parametrize("fields", [{"block_size": 2}, {"pattern": "1:4"}, {"pattern": "8:16", "block_size": [8, 4]}])
+def test_what_cannot_be_packed_is_planned_and_stored_dense(tmp_path: Path, fields: dict[str, Any]) -> None:
+    folder = save_model(tmp_path / "m", "llama")
+    armors = {"ARMORModifier": armor(targets=[ATTENTION], **fields), "ARMORModifier__b": armor(targets=[MLP])}
+    result = apply(recipe(folder, tmp_path / "out", **armors))
+    header = read_header(result.output)
+    for module in result.plan.modules:
+        packed = "mlp" in module.name
+        assert module.stored_as == ("packed" if packed else "dense")
+        assert (result.modules[module.name].packed is not None) == packed
+        assert module.block_size is not None
+        if not packed:
+            assert module.factor_bytes == 0
+            assert module.bytes_after == module.bytes_before == header[f"{module.name}.weight"].nbytes
+    assert {row["stored_as"] for row in result.plan.to_dict()["modules"]} == {"packed", "dense"}
+    card = (result.output / "README.md").read_text()
+    assert (
+        "8 of these weights are stored as the dense product `A · S · B`: their factors are not in the checkpoint"
+        in card
+    )
+    assert ", ".join(sorted({"2:4", fields.get("pattern", "2:4")})) in card
+
+
+def test_a_pattern_that_does_not_fit_is_refused_with_the_module(llama: Path) -> None:
+    message = refusal(recipe(llama, ARMORModifier=armor(pattern="2:6")))
+    assert "pattern 2:6 needs rows of a multiple of 6 entries, model.layers.0." in message
+    assert "to `ignore`" in message
+    message = refusal(recipe(llama, ARMORModifier=armor(pattern="4:8", block_size=[8, 4], solver="adam")))
+    assert "block_size (8, 4) does not fit" in message
+    assert "(adam needs multiples of 8)" in message
 
 
 def test_the_language_model_head_lies_outside_the_layers(llama: Path) -> None:

@@ -2,58 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from solver_samples import SEEDS, problem_of, random_factors
 
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver import StopReason, factorize, nowag_mask, relative_loss
 from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor, fold
-from armor_recipes.solver.entry import nowag_start
 from armor_recipes.solver.exact import (
     ExactProblem,
     cycle,
-    residual,
-    solve_normal,
     squared_error,
-    to_blocks,
     update_a,
     update_b,
     update_core,
 )
 from armor_recipes.solver.normalize import fill_dead_channels, nowag_normalize
-from armor_recipes.solver.patterns import PAIRS, index_to_mask, magnitude_mask, mask_to_index
+from armor_recipes.solver.patterns import index_to_mask, magnitude_mask, mask_to_index
 from armor_recipes.solver.result import Factors
-from armor_recipes.solver.sweep import SweepProblem, native_available, sweep
+from armor_recipes.solver.sweep import native_available
 
 SHAPES = st.sampled_from([(8, 8, (4, 4)), (16, 24, (8, 8)), (12, 16, (6, 8)), (8, 32, (8, 16)), (10, 8, (5, 4))])
-SEEDS = st.integers(0, 2**31)
-
-
-def problem_of(
-    seed: int, d_out: int, d_in: int, *, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(d_out, d_in, generator=generator, dtype=dtype) * (
-        0.2 + torch.rand(d_in, generator=generator, dtype=dtype)
-    )
-    return weight, torch.rand(d_in, generator=generator, dtype=dtype) + 0.05
-
-
-def random_factors(seed: int, d_out: int, d_in: int, sizes: tuple[int, int]) -> tuple[ExactProblem, Factors]:
-    """A float64 problem with factors that are neither identity nor optimal."""
-    weight, h = problem_of(seed, d_out, d_in, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed + 1)
-    start = nowag_start(weight, magnitude_mask(weight.square() * h), sizes)
-    noise = [torch.randn(x.shape, generator=generator, dtype=x.dtype) * 0.2 for x in (start.a, start.b)]
-    factors = Factors(
-        start.a + noise[0], start.core, (start.b + noise[1]) * h.sqrt().view(start.b.shape[0], 1, -1), start.index
-    )
-    return ExactProblem(weight * h.sqrt(), native=False), factors
 
 
 def test_block_diagonal_products_by_hand() -> None:
@@ -131,18 +105,6 @@ def test_result_is_2of4_monotone_and_measured_true(
 
 @given(shape=SHAPES, seed=SEEDS)
 @settings(max_examples=25, deadline=None)
-def test_no_exact_update_raises_the_loss(shape: tuple[int, int, tuple[int, int]], seed: int) -> None:
-    problem, factors = random_factors(seed, shape[0], shape[1], shape[2])
-    loss = squared_error(problem, factors)
-    for update in (update_core, update_a, update_b, update_core, update_b, update_a):
-        update(problem, factors)
-        after = squared_error(problem, factors)
-        assert after <= loss * (1 + 1e-12)
-        loss = after
-
-
-@given(shape=SHAPES, seed=SEEDS)
-@settings(max_examples=25, deadline=None)
 def test_a_and_b_updates_are_the_minimisers(shape: tuple[int, int, tuple[int, int]], seed: int) -> None:
     """Each step minimises ‖E‖² + ε‖step‖²: its gradient is zero, whatever the conditioning; ε is 1e-6 of the mean diagonal."""
     problem, factors = random_factors(seed, shape[0], shape[1], shape[2])
@@ -164,44 +126,10 @@ def test_a_and_b_updates_are_the_minimisers(shape: tuple[int, int, tuple[int, in
         torch.testing.assert_close(gradient, ridge * (block - before.b[k]), rtol=1e-6, atol=1e-9)
 
 
-@given(seed=SEEDS, row=st.integers(0, 3), group=st.integers(0, 1))
-@settings(max_examples=25, deadline=None)
-def test_a_group_step_equals_brute_force_over_its_masks(seed: int, row: int, group: int) -> None:
-    """Rows and groups other than one are frozen by hand; the sweep's choice for it must be the best of the six."""
-    problem, factors = random_factors(seed, 4, 8, (4, 8))
-    best = min(group_losses(problem, factors, row, group))
-    a, b = factors.a, factors.b
-    correlation = a[0].T @ residual(problem, factors) @ b[0].T
-    columns = slice(4 * group, 4 * group + 4)
-    lone = SweepProblem(
-        correlation=correlation[row : row + 1, columns].reshape(1, 1, 1, 4).clone(),
-        core=factors.core[row : row + 1, columns].reshape(1, 1, 1, 4).clone(),
-        index=factors.index[row : row + 1, group : group + 1].reshape(1, 1, 1, 1).clone(),
-        gram_a=(a[0].T @ a[0])[row, row].reshape(1, 1, 1),
-        gram_b=(b[0] @ b[0].T)[columns, columns].reshape(1, 4, 4),
-        fixed_mask=False,
-    )
-    sweep(lone, native=False)
-    factors.core[row, columns] = lone.core.flatten()
-    assert squared_error(problem, factors) == pytest.approx(best, rel=1e-8)
-
-
-def group_losses(problem: ExactProblem, factors: Factors, row: int, group: int) -> list[float]:
-    """The loss with the group's best values under each of the six masks, by least squares."""
-    losses = []
-    for pair in combinations(range(4), 2):
-        trial = factors.clone()
-        trial.core[row, 4 * group : 4 * group + 4] = 0
-        columns = [4 * group + i for i in pair]
-        basis = torch.stack([torch.outer(trial.a[0][:, row], trial.b[0][c]).flatten() for c in columns], dim=1)
-        values = torch.linalg.lstsq(basis, residual(problem, trial).flatten()[:, None]).solution[:, 0]
-        trial.core[row, columns] = values
-        losses.append(squared_error(problem, trial))
-    return losses
-
-
-def test_sweeps_on_4x4_never_beat_the_best_of_all_masks(capsys: pytest.CaptureFixture[str]) -> None:
-    """With A and B fixed: 6^4 = 1,296 masks, each solved by least squares; the distance of the sweeps is printed."""
+def test_sweeps_on_4x4_never_beat_the_best_of_all_masks(
+    capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
+) -> None:
+    """With A and B fixed: 6^4 = 1,296 masks, each solved by least squares; the distance of the sweeps is reported."""
     ratios = []
     for seed in range(3):
         problem, factors = random_factors(seed, 4, 4, (4, 4))
@@ -209,44 +137,18 @@ def test_sweeps_on_4x4_never_beat_the_best_of_all_masks(capsys: pytest.CaptureFi
         for _ in range(50):
             update_core(problem, factors)
         ratios.append(squared_error(problem, factors) / best)
+    record_property("loss after sweeps / best of 1,296 masks", ratios)
     with capsys.disabled():
         print(f"\n4x4, A and B fixed: loss after sweeps / best of 1,296 masks = {[round(r, 4) for r in ratios]}")
-    assert all(ratio >= 1 - 1e-9 for ratio in ratios)
+    assert all(1 - 1e-9 <= ratio < 1.5 for ratio in ratios)
 
 
 def mask_loss(problem: ExactProblem, factors: Factors, code: int) -> float:
-    kept = [(row, c) for row in range(4) for c in PAIRS[code // 6**row % 6]]
+    kept = [(row, c) for row in range(4) for c in list(combinations(range(4), 2))[code // 6**row % 6]]
     basis = torch.stack([torch.outer(factors.a[0][:, r], factors.b[0][c]).flatten() for r, c in kept], dim=1)
     target = problem.target.flatten()[:, None]
     solution = torch.linalg.lstsq(basis, target).solution
     return float((target - basis @ solution).square().sum())
-
-
-@pytest.mark.skipif(not native_available(), reason="the compiled sweep was not built")
-@pytest.mark.parametrize("fixed", [False, True])
-@given(shape=SHAPES, seed=SEEDS)
-@settings(max_examples=25, deadline=None)
-def test_compiled_sweep_equals_the_torch_sweep(fixed: bool, shape: tuple[int, int, tuple[int, int]], seed: int) -> None:
-    problem, factors = random_factors(seed, shape[0], shape[1], shape[2])
-    a, b = factors.a.float(), factors.b.float()
-    found = []
-    for native in (True, False):
-        work = SweepProblem(
-            correlation=to_blocks(
-                (a.flatten(0, 1).new_zeros(shape[:2])) + residual(problem, factors).float(), *shape[2]
-            ),
-            core=to_blocks(factors.core.float(), *shape[2]),
-            index=to_blocks(factors.index, shape[2][0], shape[2][1] // 4),
-            gram_a=(a.mT @ a).contiguous(),
-            gram_b=(b @ b.mT).contiguous(),
-            fixed_mask=fixed,
-        )
-        sweep(work, native=native)
-        found.append(work)
-    same = found[0].index == found[1].index
-    assert same.float().mean() > 0.97  # a near tie may round either way, and later groups follow
-    if same.all():
-        torch.testing.assert_close(found[0].core, found[1].core, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(not native_available(), reason="the compiled sweep was not built")
@@ -282,17 +184,21 @@ def test_planted_factors_are_recovered_with_the_true_mask() -> None:
     mask = magnitude_mask(scores)
     core = torch.randn(size, size, generator=generator) * mask
     weight = fold(near_eye(size // b), core, near_eye(size // b))
-    found = factorize(weight, torch.ones(size), block_size=b, iterations=3000, mask=mask, seed=0)
+    found = factorize(weight, torch.ones(size), block_size=b, iterations=300, mask=mask, seed=0)
     assert (weight - found.dense()).norm() / weight.norm() < 1e-3
 
 
-def test_permuting_row_blocks_permutes_the_result() -> None:
-    weight, h = problem_of(11, 32, 16)
-    order = torch.tensor([2, 0, 3, 1])
-    permuted = weight.view(4, 8, 16)[order].reshape(32, 16)
-    first = factorize(weight, h, block_size=8, iterations=0, seed=0)
-    second = factorize(permuted, h, block_size=8, iterations=0, seed=0)
-    torch.testing.assert_close(second.core.view(4, 8, 16), first.core.view(4, 8, 16)[order], rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_permuting_blocks_permutes_the_result(side: str) -> None:
+    """Blocks of rows, or of columns with their h, are independent but for the order of sums."""
+    weight, h = problem_of(11, 32, 32)
+    order = torch.arange(32).view(4, 8)[[2, 0, 3, 1]].flatten()
+    permuted = (weight[order], h) if side == "rows" else (weight[:, order], h[order])
+    first = factorize(weight, h, block_size=8, iterations=4, seed=0).dense()
+    second = factorize(*permuted, block_size=8, iterations=4, seed=0).dense()
+    wanted = first[order] if side == "rows" else first[:, order]
+    assert (wanted - first).norm() > 0.5 * first.norm()
+    torch.testing.assert_close(second, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_row_block_is_solved_as_if_alone() -> None:
@@ -355,9 +261,14 @@ def test_values_that_cannot_be_solved_are_errors(spoil, message) -> None:  # typ
     ("arguments", "message"),
     [
         ({"block_size": 3}, "does not divide"),
-        ({"block_size": (4, 6)}, "multiple of 4"),
+        ({"block_size": (4, 3)}, "b_i=3 does not divide d_in=8"),
         ({"block_size": 4, "solver": "sgd"}, "solver='sgd'"),
-        ({"block_size": 4, "pattern": "1:4"}, "pattern='1:4'"),
+        ({"block_size": 4, "pattern": "2-4"}, "pattern='2-4' is not of the form N:M"),
+        ({"block_size": 4, "pattern": "4:4"}, "pattern 4:4 must keep N of every M entries with 1 <= N < M <= 32"),
+        ({"block_size": 4, "pattern": "0:4"}, "pattern 0:4 must"),
+        ({"block_size": 4, "pattern": "2:33"}, "pattern 2:33 must"),
+        ({"block_size": 4, "pattern": "2:6"}, "pattern 2:6 needs a multiple of 6 columns, and d_in=8"),
+        ({"block_size": 2, "solver": "adam"}, "needs block_size b_i=2 to be a multiple of 4 with pattern 2:4"),
         ({"block_size": 4, "objective": "hessian"}, "objective='hessian'"),
     ],
 )
@@ -365,39 +276,6 @@ def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -
     weight, h = problem_of(0, 8, 8)
     with pytest.raises(ValueError, match=message):
         factorize(weight, h, iterations=1, seed=0, **arguments)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("solver", ["exact", "adam"])
-@pytest.mark.parametrize("kind", ["zero rows", "zero columns", "zero weight", "outliers", "bfloat16"])
-def test_awkward_weights_have_a_defined_outcome(solver: str, kind: str) -> None:
-    weight, h = problem_of(29, 16, 16)
-    match kind:
-        case "zero rows":
-            weight[3:9] = 0
-        case "zero columns":
-            weight[:, 4:12] = 0
-        case "zero weight":
-            weight.zero_()
-        case "outliers":
-            weight[2, 5] = 1e4
-            h[7] = 1e4
-        case _:
-            weight = weight.bfloat16()
-    found = factorize(weight, h, block_size=8, solver=solver, iterations=20, seed=0)
-    assert torch.isfinite(found.dense()).all()
-    assert found.losses[-1] <= found.losses[0]
-
-
-def test_normal_equations_count_their_jitter_and_give_up_with_a_typed_error() -> None:
-    counts: Counter[str] = Counter()
-    good = torch.eye(3)[None].repeat(2, 1, 1)
-    torch.testing.assert_close(solve_normal(2 * good, good, counts), good / (2 + 2e-6))
-    assert not counts
-    slightly = torch.diag(torch.tensor([1.0, 1.0, -3e-6]))[None]
-    solve_normal(slightly, good[:1], counts)
-    assert counts["gram_jitter"] == 1
-    with pytest.raises(NumericalError, match="not positive definite"):
-        solve_normal(torch.diag(torch.tensor([1.0, 1.0, -1.0]))[None], good[:1], counts)
 
 
 def test_a_cycle_lowers_a_loss_that_can_be_lowered() -> None:

@@ -1,4 +1,4 @@
-"""ARMOR: Ŵ = A · S · B with a 2:4 core S and block-diagonal A and B (arXiv 2510.05528)."""
+"""ARMOR: Ŵ = A · S · B with an N:M core S and block-diagonal A and B (arXiv 2510.05528)."""
 
 from armor_recipes.modifiers.armor.config import ARMORConfig
 from armor_recipes.modifiers.armor.modifier import ARMORModifier

@@ -23,7 +23,8 @@ class ARMORConfig(CalibratedConfig):
     iterations: Annotated[int, Field(strict=True, ge=0)] = Field(
         default=200,
         title="Iterations",
-        description="Cycles of `exact` or steps of `adam` for each module. 0 gives plain NoWag-P pruning, stored with identity factors.",
+        description="Cycles of `exact` or steps of `adam` for each module. 0 gives plain NoWag-P pruning, stored with identity "
+        "factors.",
     )
     solver: Literal["exact", "adam"] = Field(
         default="exact",

@@ -13,6 +13,7 @@ from armor_recipes.modifiers.base import Estimate, Modifier, ModuleShape, Outcom
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.seeding import module_seed
 from armor_recipes.solver import factorize, relative_loss
+from armor_recipes.solver.patterns import parse_pattern
 
 AUTO_SIZES = (128, 64, 32, 16)
 #: Products of (O, I) with a block-diagonal factor in one cycle of `exact` and one step of `adam`.
@@ -29,10 +30,14 @@ class ARMORModifier(Modifier[ARMORConfig]):
     category: ClassVar[str] = "prune"
 
     def plan(self, module: ModuleShape) -> Estimate:
-        """Resolve the block size against the module's shape; PlanError names the sizes that would divide it."""
+        """Resolve the block size against the module's shape; PlanError names the sizes that would divide it.
+
+        What cannot be packed is stored as the dense product A·S·B, and costs its bytes.
+        """
         b_o, b_i = self.block_size(module)
-        factor_bytes = (module.d_out * b_o + module.d_in * b_i) * module.itemsize
-        core_bytes = module.dense_bytes // 2 + module.d_out * module.d_in // 8
+        packed = self.packs(module)
+        factor_bytes = (module.d_out * b_o + module.d_in * b_i) * module.itemsize if packed else 0
+        core_bytes = module.dense_bytes // 2 + module.d_out * module.d_in // 8 if packed else module.dense_bytes
         flops = 1.0 * self.config.iterations * _PRODUCTS[self.config.solver]
         flops *= module.d_out * module.d_in * (b_o + b_i)
         return Estimate(
@@ -41,6 +46,7 @@ class ARMORModifier(Modifier[ARMORConfig]):
             block_size=(b_o, b_i),
             flops=flops,
             peak_bytes=_WORKING_COPIES * module.d_out * module.d_in * 4,
+            stored_as="packed" if packed else "dense",
         )
 
     def statistic(self, module: ModuleShape) -> InputSecondMoment:
@@ -67,7 +73,7 @@ class ARMORModifier(Modifier[ARMORConfig]):
         return Outcome(
             weight=found.dense(),
             losses=found.losses,
-            factorization=found,
+            factorization=found if self.packs(module) else None,
             stop_reason=found.stop_reason.value,
             counts=found.counts,
         )
@@ -77,24 +83,29 @@ class ARMORModifier(Modifier[ARMORConfig]):
         return relative_loss(weight, statistic.value.to(weight.device), approximation)
 
     def block_size(self, module: ModuleShape) -> tuple[int, int]:
-        """(b_o, b_i) for this module. Raises PlanError where the size asked for does not divide the weight."""
+        """(b_o, b_i) for this module. Raises PlanError where pattern or size do not fit the weight."""
+        group = parse_pattern(self.config.pattern).group
+        if module.d_in % group:
+            raise PlanError(
+                f"pattern {self.config.pattern} needs rows of a multiple of {group} entries, {module.name} has "
+                f"{module.d_in}: add {module.name!r} to `ignore`"
+            )
         asked = self.config.block_size
-        if asked == "auto":
-            sizes = [b for b in AUTO_SIZES if module.d_out % b == 0 and module.d_in % b == 0]
-            if not sizes or module.d_in % 8:
-                raise PlanError(_no_fit(module, "auto"))
-            return sizes[0], sizes[0]
-        b_o, b_i = (asked, asked) if isinstance(asked, int) else asked
-        if module.d_out % b_o or module.d_in % b_i or b_i % 4 or module.d_in % 8:
-            raise PlanError(_no_fit(module, asked))
-        return b_o, b_i
+        sizes = AUTO_SIZES if asked == "auto" else (asked,)
+        step = group if self.config.solver == "adam" else 1
+        for b_o, b_i in ((size, size) if isinstance(size, int) else size for size in sizes):
+            if module.d_out % b_o == 0 and module.d_in % b_i == 0 and b_i % step == 0:
+                return b_o, b_i
+        raise PlanError(_no_fit(module, asked, group) + (f" (adam needs multiples of {group})" if step > 1 else ""))
+
+    def packs(self, module: ModuleShape) -> bool:
+        """Whether the checkpoint can keep core and factors: 2:4, groups that straddle no blocks, whole bytes of bitmask."""
+        return self.config.pattern == "2:4" and self.block_size(module)[1] % 4 == 0 and module.d_in % 8 == 0
 
 
-def _no_fit(module: ModuleShape, asked: object) -> str:
+def _no_fit(module: ModuleShape, asked: object, group: int) -> str:
     out_sizes = [b for b in range(1, 513) if module.d_out % b == 0]
-    in_sizes = [b for b in range(4, 513, 4) if module.d_in % b == 0] if module.d_in % 8 == 0 else []
+    in_sizes = [b for b in range(group, 513, group) if module.d_in % b == 0]
     both = [b for b in in_sizes if b in out_sizes]
     advice = f"sizes that fit both sides: {both}" if both else f"[out, in] sizes that fit: {out_sizes} x {in_sizes}"
-    if not in_sizes:
-        advice = f"no size fits, because the input side must be a multiple of 8: add {module.name!r} to `ignore`"
     return f"block_size {asked} does not fit {module.name} ({module.d_out}x{module.d_in}); {advice}"

@@ -1,4 +1,4 @@
-/* One Gauss-Seidel sweep over every group of a 2:4 core: the compiled form of armor_recipes/solver/sweep.py, which is its
+/* One Gauss-Seidel sweep over every group of an N:M core, M <= 8: the compiled form of armor_recipes/solver/sweep.py, which is its
  * reference and holds the mathematics. Compiled with -ffp-contract=off and without reassociation, so that every vector
  * width gives the same bits. Blocks [begin, end) of the J*K blocks are independent of each other. */
 #define PY_SSIZE_T_CLEAN
@@ -18,61 +18,82 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-static const int FIRST[6] = {0, 0, 0, 1, 1, 2};
-static const int SECOND[6] = {1, 2, 3, 2, 3, 3};
+#if defined(__GNUC__) || defined(__clang__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+#define MOST 8 /* entries of a group */
+
+/* The masks of a pattern: `count` lists of `keep` of the `group` entries. */
+typedef struct {
+    int keep, group, count;
+    const uint8_t *lanes;
+} masks_t;
+
+static const uint8_t PAIRS[12] = {0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3};
 
 /* y[0..n) += alpha * x[0..n) */
-static inline void axpy(float *restrict y, const float *restrict x, float alpha, int64_t n) {
+INLINE void axpy(float *restrict y, const float *restrict x, float alpha, int64_t n) {
     for (int64_t i = 0; i < n; i++) y[i] += alpha * x[i];
 }
 
 /* Solve one group exactly; returns 1 and fills delta when the group changed. */
-static inline int solve_group(const float *p, const float *shift, float *s, uint8_t *index, const float *gram,
-                              int64_t width, const float *inverse, float pivot, int fixed_mask, float delta[4]) {
-    float share[4], c[4], now = 0.0f;
-    for (int i = 0; i < 4; i++) {
-        share[i] = s[0] * gram[i] + s[1] * gram[width + i] + s[2] * gram[2 * width + i] + s[3] * gram[3 * width + i];
+INLINE int solve_group(const float *p, const float *shift, float *s, uint8_t *index, const float *gram, int64_t width,
+                       const float *inverse, float pivot, int fixed_mask, const masks_t masks, float delta[MOST]) {
+    float share[MOST], c[MOST], best_value[MOST] = {0}, now = 0.0f;
+    for (int i = 0; i < masks.group; i++) {
+        share[i] = s[0] * gram[i];
+        for (int l = 1; l < masks.group; l++) share[i] += s[l] * gram[l * width + i];
         c[i] = p[i] + pivot * (share[i] - shift[i]);
     }
-    for (int i = 0; i < 4; i++) now += s[i] * (pivot * share[i] - 2.0f * c[i]);
+    for (int i = 0; i < masks.group; i++) now += s[i] * (pivot * share[i] - 2.0f * c[i]);
     int best = *index;
-    float best_score = -1.0f, v1 = 0.0f, v2 = 0.0f;
-    for (int m = 0; m < 6; m++) {
+    float best_score = -1.0f;
+    for (int m = 0; m < masks.count; m++) {
         if (fixed_mask && m != *index) continue;
-        const float ca = c[FIRST[m]], cb = c[SECOND[m]];
-        const float a = inverse[3 * m] * ca + inverse[3 * m + 1] * cb;
-        const float b = inverse[3 * m + 1] * ca + inverse[3 * m + 2] * cb;
-        const float score = a * ca + b * cb;
-        if (score > best_score) best_score = score, best = m, v1 = a, v2 = b;
+        const uint8_t *lane = masks.lanes + m * masks.keep;
+        const float *rows = inverse + m * masks.keep * masks.keep;
+        float value[MOST], score = 0.0f;
+        for (int i = 0; i < masks.keep; i++) {
+            value[i] = rows[i * masks.keep] * c[lane[0]];
+            for (int l = 1; l < masks.keep; l++) value[i] += rows[i * masks.keep + l] * c[lane[l]];
+            score += value[i] * c[lane[i]];
+        }
+        if (score > best_score) {
+            best_score = score, best = m;
+            for (int i = 0; i < masks.keep; i++) best_value[i] = value[i];
+        }
     }
     if (!(-best_score / pivot < now)) return 0;
-    for (int i = 0; i < 4; i++) delta[i] = -s[i];
-    delta[FIRST[best]] += v1 / pivot;
-    delta[SECOND[best]] += v2 / pivot;
-    for (int i = 0; i < 4; i++) s[i] = 0.0f;
-    s[FIRST[best]] = v1 / pivot;
-    s[SECOND[best]] = v2 / pivot;
+    const uint8_t *lane = masks.lanes + best * masks.keep;
+    for (int i = 0; i < masks.group; i++) delta[i] = -s[i], s[i] = 0.0f;
+    for (int i = 0; i < masks.keep; i++) {
+        s[lane[i]] = best_value[i] / pivot;
+        delta[lane[i]] += s[lane[i]];
+    }
     *index = (uint8_t)best;
     return 1;
 }
 
 /* All rows and groups of one block; correlation is updated for the rows below, shift holds delta_row * G_B. */
-CLONES
-static void sweep_block(float *p, float *s, uint8_t *index, const float *gram_a, const float *gram_b,
-                        const float *inverses, int64_t rows, int64_t width, int fixed_mask, float *shift) {
-    const int64_t groups = width / 4;
+INLINE void sweep_block(float *p, float *s, uint8_t *index, const float *gram_a, const float *gram_b,
+                        const float *inverses, int64_t rows, int64_t width, int fixed_mask, float *shift,
+                        const masks_t masks) {
+    const int64_t size = masks.group, groups = width / size, stride = masks.count * masks.keep * masks.keep;
     for (int64_t r = 0; r < rows; r++) {
         const float pivot = gram_a[r * rows + r];
         if (!(pivot > 0.0f)) continue;
         memset(shift, 0, (size_t)width * sizeof(float));
         for (int64_t g = 0; g < groups; g++) {
-            float delta[4];
-            const int64_t at = r * width + 4 * g;
-            const float *gram = gram_b + 4 * g * width;
-            if (!solve_group(p + at, shift + 4 * g, s + at, index + r * groups + g, gram + 4 * g, width,
-                             inverses + 18 * g, pivot, fixed_mask, delta))
+            float delta[MOST];
+            const int64_t at = r * width + size * g;
+            const float *gram = gram_b + size * g * width;
+            if (!solve_group(p + at, shift + size * g, s + at, index + r * groups + g, gram + size * g, width,
+                             inverses + stride * g, pivot, fixed_mask, masks, delta))
                 continue;
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < masks.group; i++)
                 if (delta[i] != 0.0f) axpy(shift, gram + i * width, delta[i], width);
         }
         for (int64_t below = r + 1; below < rows; below++)
@@ -80,16 +101,38 @@ static void sweep_block(float *p, float *s, uint8_t *index, const float *gram_a,
     }
 }
 
-/* correlation, core (J,K,rows,width); index (J,K,rows,width/4); gram_a (J,rows,rows); gram_b (K,width,width);
- * inverses (K,width/4,6,3); shift (width) is scratch. */
+/* 2:4 with its numbers known to the compiler, and any other pattern; the operations are the same. */
+CLONES
+static void sweep_pairs(float *p, float *s, uint8_t *index, const float *gram_a, const float *gram_b,
+                        const float *inverses, int64_t rows, int64_t width, int fixed_mask, float *shift) {
+    const masks_t masks = {2, 4, 6, PAIRS};
+    sweep_block(p, s, index, gram_a, gram_b, inverses, rows, width, fixed_mask, shift, masks);
+}
+
+CLONES
+static void sweep_any(float *p, float *s, uint8_t *index, const float *gram_a, const float *gram_b,
+                      const float *inverses, int64_t rows, int64_t width, int fixed_mask, float *shift, masks_t masks) {
+    sweep_block(p, s, index, gram_a, gram_b, inverses, rows, width, fixed_mask, shift, masks);
+}
+
+/* correlation, core (J,K,rows,width); index (J,K,rows,width/group); gram_a (J,rows,rows); gram_b (K,width,width);
+ * inverses (K,width/group,count,keep,keep); lanes (count,keep); shift (width) is scratch. */
 EXPORT void armor_sweep(float *correlation, float *core, uint8_t *index, const float *gram_a, const float *gram_b,
-                        const float *inverses, float *shift, int64_t column_blocks, int64_t rows, int64_t width,
-                        int64_t begin, int64_t end, int64_t fixed_mask) {
+                        const float *inverses, const uint8_t *lanes, float *shift, int64_t column_blocks, int64_t rows,
+                        int64_t width, int64_t keep, int64_t group, int64_t count, int64_t begin, int64_t end,
+                        int64_t fixed_mask) {
+    const masks_t masks = {(int)keep, (int)group, (int)count, lanes};
+    const int64_t groups = width / group;
     for (int64_t block = begin; block < end; block++) {
         const int64_t j = block / column_blocks, k = block % column_blocks;
-        sweep_block(correlation + block * rows * width, core + block * rows * width, index + block * rows * (width / 4),
-                    gram_a + j * rows * rows, gram_b + k * width * width, inverses + k * (width / 4) * 18, rows, width,
-                    (int)fixed_mask, shift);
+        float *p = correlation + block * rows * width, *s = core + block * rows * width;
+        uint8_t *numbers = index + block * rows * groups;
+        const float *a = gram_a + j * rows * rows, *b = gram_b + k * width * width;
+        const float *inverse = inverses + k * groups * count * keep * keep;
+        if (keep == 2 && group == 4)
+            sweep_pairs(p, s, numbers, a, b, inverse, rows, width, (int)fixed_mask, shift);
+        else
+            sweep_any(p, s, numbers, a, b, inverse, rows, width, (int)fixed_mask, shift, masks);
     }
 }
 
