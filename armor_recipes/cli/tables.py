@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -15,7 +16,7 @@ from rich.text import Text
 from armor_recipes.recipe import Recipe
 from armor_recipes.report.manifest import dataset_name
 from armor_recipes.run import Result
-from armor_recipes.session import ModulePlan, Plan
+from armor_recipes.session import ModulePlan, Plan, RefineResult
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -36,6 +37,11 @@ def plan_table(plan: Plan) -> RenderableType:
         f"estimated here: {totals.seconds:.0f} s without evaluation, {size(totals.peak_bytes)} peak memory",
     ]
     folded = sum(module.stored_as == "dense" and module.block_size is not None for module in plan.modules)
+    for row in plan.refinements:
+        lines.append(
+            f"{row.modifier.split('.', 2)[-1]}: trains the factors of {len(row.modules)} of them in {row.unit} on "
+            f"{row.tokens} tokens; bytes stay"
+        )
     if folded:
         lines.append(
             f"{folded} factorised weights cannot be packed (that needs 2:4, blocks of a multiple of 4 columns, and rows of a "
@@ -97,6 +103,7 @@ def summary(result: Result) -> RenderableType:
     table.add_row("mean relative loss", f"{firsts:.5f}", f"{lasts:.5f}", f"{lasts / firsts:.3f}" if firsts else "-")
     lines = [] if before is not None else ["perplexity: not measured, the recipe has no `evaluation`"]
     lines += [_calibration_line(row) for row in report["calibration"]]
+    lines += _refinement_lines(result)
     lines += [f"{name}: {count}" for name, count in sorted(total_counts(result).items())]
     lines.append(
         f"{totals.modules} modules in {report['seconds']:.0f} s, peak memory {size(report['peak_memory_bytes'])}"
@@ -113,6 +120,23 @@ def _calibration_line(row: Mapping[str, Any]) -> str:
         parts.append(f"{source['taken']} of {source['dataset']}{empty}")
     short = f", {row['asked']} asked for at most" if row["samples"] < row["asked"] else ""
     return f"calibrated on {row['samples']} windows of {row['sequence_length']} tokens{short}: {', '.join(parts)}"
+
+
+def _refinement_lines(result: Result) -> list[str]:
+    """One line a refiner: units, steps, and the mean of their held-out losses."""
+    found: dict[str, list[RefineResult]] = {}
+    for row in result.refinements:
+        found.setdefault(row.modifier, []).append(row)
+    return [
+        f"{key.split('.', 2)[-1]}: held-out loss {_mean(r.losses[0] for r in rows):.5f} -> "
+        f"{_mean(min(r.losses) for r in rows):.5f}, {sum(r.steps for r in rows)} steps, {len(rows)} unit(s)"
+        for key, rows in found.items()
+    ]
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
 
 
 def _mean_losses(result: Result) -> tuple[float, float]:
@@ -144,6 +168,7 @@ def result_json(result: Result) -> dict[str, Any]:
             }
             for name, module in result.modules.items()
         },
+        "refinements": [asdict(row) for row in result.refinements],
         "report": dict(result.report),
     }
 

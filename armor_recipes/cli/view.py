@@ -17,6 +17,7 @@ from armor_recipes.session.events import (
     ModuleFinished,
     PhaseStarted,
     SolveProgressed,
+    UnitRefined,
     ignore_events,
 )
 
@@ -78,6 +79,8 @@ class LiveView:
                 )
             case ModuleFinished(_, _, _, _, share):
                 update(self.whole, completed=share, note=self.clock.left(share))
+            case UnitRefined(_, _, _, _, _, share):
+                update(self.whole, completed=share, note=self.clock.left(share))
             case EvaluationProgressed(done, total):
                 update(self.now, total=total, completed=done)
 
@@ -105,6 +108,11 @@ class PlainView:
             case ModuleFinished(_, first, last, _, share):
                 self.losses.append((first, last))
                 self.share = share
+            case UnitRefined(unit, first, last, steps, _, share):
+                self._finish_layer()
+                self._line(
+                    f"  {unit}: held-out loss {first:.5f} -> {last:.5f} in {steps} steps, {self.clock.left(share)}"
+                )
 
     def _finish_layer(self) -> None:
         if self.losses:

@@ -1,22 +1,25 @@
 """The contract of a modifier: what it is told, what it answers, and the few rules that the engine checks for it.
 
-The engine (session) knows no modifier by name. It asks each one, module by module: `plan` (on shapes alone, before any
-weight is read), `statistic` (an accumulator for the module's inputs), then `solve`.
+The engine (session) knows no modifier by name. There are two kinds. A `Modifier` changes linear modules one by one: it is
+asked for `plan` (on shapes alone, before any weight is read), `statistic` (an accumulator for the module's inputs), then
+`solve`. A `Refiner` trains the factors that an earlier modifier made, of a decoder layer or of the whole model, against
+what the dense layer or model gives on the same tokens.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from pydantic import AfterValidator, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from armor_recipes.recipe.schema import ModifierConfig
 from armor_recipes.solver import Factorization
 from armor_recipes.solver.patterns import parse_pattern
+from armor_recipes.solver.trainable import TrainableFactors
 
 #: Called during a solve with (iterations done, at most, best relative loss).
 SolveProgress = Callable[[int, int, float], None]
@@ -68,6 +71,13 @@ class ModuleShape:
         return self.d_out * self.d_in * self.itemsize
 
 
+def join_shapes(shapes: Sequence[ModuleShape]) -> ModuleShape:
+    """The shape of modules that read the same input, stacked along their outputs; of one module, its own."""
+    first = shapes[0]
+    name = " + ".join(shape.name for shape in shapes)
+    return ModuleShape(name, sum(shape.d_out for shape in shapes), first.d_in, first.itemsize)
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A modifier's answer at plan time for one module.
@@ -102,23 +112,35 @@ class Outcome:
     stop_reason: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
 
+    def split(self, rows: Sequence[int]) -> list[Outcome]:
+        """The outcomes of modules that were solved stacked, by their numbers of rows; losses and counts are those of all."""
+        if len(rows) == 1:
+            return [self]
+        parts = [None] * len(rows) if self.factorization is None else self.factorization.split(rows)
+        weights = self.weight.split(list(rows))
+        return [replace(self, weight=w, factorization=f) for w, f in zip(weights, parts, strict=True)]
+
 
 class Statistic(Protocol):
     """Accumulates what a modifier needs of a module's inputs."""
+
+    @property
+    def name(self) -> str:
+        """The module that is observed, the first of those that read the same input."""
 
     @property
     def tokens(self) -> int:
         """Input rows seen so far."""
 
     def update(self, x: Tensor) -> None:
-        """Take inputs `(..., I)`."""
+        """Take inputs `(..., I)`; with `propagate: matched` a second tensor, what the dense module reads on the same tokens."""
 
 
 C = TypeVar("C", bound=ModifierConfig)
 
 
-class Modifier(ABC, Generic[C]):
-    """One method of changing linear modules. Subclasses are registered with `@register` and hold no mutable state.
+class AnyModifier(ABC, Generic[C]):
+    """What both kinds have. Subclasses are registered with `@register` and hold no mutable state.
 
     Class attributes:
         config_type: the pydantic class of the fields a recipe may give.
@@ -132,6 +154,10 @@ class Modifier(ABC, Generic[C]):
 
     def __init__(self, config: C) -> None:
         self.config = config
+
+
+class Modifier(AnyModifier[C]):
+    """One method of changing linear modules, each by itself."""
 
     @abstractmethod
     def plan(self, module: ModuleShape) -> Estimate:
@@ -148,3 +174,69 @@ class Modifier(ABC, Generic[C]):
     @abstractmethod
     def loss(self, weight: Tensor, statistic: Any, approximation: Tensor) -> float:
         """The relative loss of an approximation `(O, I)`: recomputed after rounding to the stored dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefineUnit:
+    """What a refiner trains at once, as the plan knows it: the modules, the parameters around them, and the tokens it sees.
+
+    Attributes:
+        modules: the factorised modules.
+        factor_values: numbers that are trained: A, the kept values of S, and B of all of them.
+        parameters: numbers of the layer or model that a forward pass reads.
+        tokens: calibration tokens.
+        batch_tokens: tokens of one batch.
+    """
+
+    modules: tuple[ModuleShape, ...]
+    factor_values: int
+    parameters: int
+    tokens: int
+    batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RefineTask:
+    """One unit to train. Everything is in memory already, on the model's device.
+
+    Attributes:
+        factors: what is trained, by the module's full name.
+        vectors: weights of norms of the unit by full name, trained on request.
+        batches: how many calibration batches there are.
+        forward: the unit's output for batch i with the present factors and vectors, differentiable.
+        target: the dense unit's output for batch i.
+    """
+
+    factors: Mapping[str, TrainableFactors]
+    vectors: Mapping[str, nn.Parameter]
+    batches: int
+    forward: Callable[[int], Tensor]
+    target: Callable[[int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class RefineOutcome:
+    """Held-out losses, the first before training; the factors and vectors are left at the best of them."""
+
+    losses: tuple[float, ...]
+    steps: int
+    stop_reason: str
+
+
+class Refiner(AnyModifier[C]):
+    """Trains factors that an earlier modifier of the same stage made.
+
+    Class attribute `scope`: `layer` runs after the layer's other modifiers, on the outputs of the layer; `model` runs at the
+    end of the stage, on logits.
+    """
+
+    scope: ClassVar[Literal["layer", "model"]]
+    category: ClassVar[str] = "refine"
+
+    @abstractmethod
+    def plan(self, unit: RefineUnit) -> Estimate:
+        """Estimate the cost of one unit; bytes stay what they were. Raises PlanError."""
+
+    @abstractmethod
+    def refine(self, task: RefineTask, on_progress: SolveProgress | None) -> RefineOutcome:
+        """Train the task's factors in place. Raises NumericalError."""

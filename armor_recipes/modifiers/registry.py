@@ -11,13 +11,13 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from armor_recipes.errors import RecipeError
-from armor_recipes.modifiers.base import Modifier
+from armor_recipes.modifiers.base import AnyModifier
 from armor_recipes.recipe.schema import ModifierConfig
 
 ENTRY_POINT_GROUP = "armor_recipes.modifiers"
-_REGISTERED: dict[str, type[Modifier[Any]]] = {}
+_REGISTERED: dict[str, type[AnyModifier[Any]]] = {}
 
-M = TypeVar("M", bound=type[Modifier[Any]])
+M = TypeVar("M", bound=type[AnyModifier[Any]])
 
 
 def register(cls: M) -> M:
@@ -29,7 +29,7 @@ def register(cls: M) -> M:
     return cls
 
 
-def modifiers() -> Mapping[str, type[Modifier[Any]]]:
+def modifiers() -> Mapping[str, type[AnyModifier[Any]]]:
     """All registered modifiers by name, sorted. Raises RecipeError when an installed plug-in cannot be imported."""
     _discover()
     return MappingProxyType(dict(sorted(_REGISTERED.items())))

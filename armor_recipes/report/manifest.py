@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.evaluation.perplexity import Perplexity
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
-from armor_recipes.session import ModuleResult, Plan
+from armor_recipes.session import ModuleResult, Plan, RefineResult
 from armor_recipes.solver.sweep import native_available
 from armor_recipes.version import __version__
 
@@ -36,6 +36,7 @@ class Facts:
     device: str
     tokens: Mapping[CalibrationSpec, TokenSet]
     modules: Mapping[str, ModuleResult]
+    refinements: Sequence[RefineResult]
     before: Perplexity | None
     after: Perplexity | None
 
@@ -64,6 +65,7 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
             "factor_bytes": facts.plan.totals.factor_bytes,
         },
         "modules": {name: _module(result, plans[name].block_size) for name, result in facts.modules.items()},
+        "refinements": [_refinement(result) for result in facts.refinements],
         "tensors": dict(sorted(tensors.items())),
     }
 
@@ -80,6 +82,20 @@ def _module(result: ModuleResult, block_size: tuple[int, int] | None) -> dict[st
         "stop_reason": result.stop_reason,
         "tokens": result.tokens,
         "counts": dict(result.counts),
+        "refined": list(result.refined),
+    }
+
+
+def _refinement(result: RefineResult) -> dict[str, Any]:
+    return {
+        "modifier": result.modifier,
+        "unit": result.unit,
+        "modules": result.modules,
+        "norm_values": result.vectors,
+        "tokens": result.tokens,
+        "losses": list(result.losses),
+        "steps": result.steps,
+        "stop_reason": result.stop_reason,
     }
 
 

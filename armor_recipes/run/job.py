@@ -28,7 +28,7 @@ from armor_recipes.integrations.models import (
     open_model,
     rounded,
 )
-from armor_recipes.modifiers import Modifier, config_types, modifiers
+from armor_recipes.modifiers import AnyModifier, config_types, modifiers
 from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.report.card import model_card
@@ -37,7 +37,7 @@ from armor_recipes.report.manifest import Facts, build_manifest, calibration_row
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.result import Result
 from armor_recipes.run.verify import verify_reloaded
-from armor_recipes.session import Observer, Plan, Session, make_plan
+from armor_recipes.session import ModuleResult, Observer, Plan, RefineResult, Session, make_plan
 from armor_recipes.session.events import EvaluationProgressed, ignore_events
 
 #: What torch says when a CPU allocation fails; it raises a plain RuntimeError.
@@ -52,7 +52,7 @@ class Job:
 
     recipe: Recipe
     source: ModelSource
-    modifiers: Mapping[str, Modifier[Any]]
+    modifiers: Mapping[str, AnyModifier[Any]]
     plan: Plan
     device: torch.device
 
@@ -188,7 +188,7 @@ def execute(
         run = _Run.start(job, model, tokenizer, watch)
         before = run.evaluate("evaluate before")
         source_hash = state_hash(run.model, job.source.stored_dtype)
-        results = run.compress()
+        results, refinements = run.compress()
         after = run.evaluate("evaluate after")
         facts = Facts(
             recipe=job.recipe,
@@ -199,6 +199,7 @@ def execute(
             device=job.device.type,
             tokens=run.tokens,
             modules=results,
+            refinements=refinements,
             before=before,
             after=after,
         )
@@ -209,11 +210,12 @@ def execute(
             verify_reloaded(folder, run.model, packed=run.packed, seed_tokens=run.probe_tokens())
             report = {
                 **watch.report(folder, source=job.source.folder, plan=job.plan, modules=results),
+                "seconds_by_refinement": {f"{r.modifier} {r.unit}": round(r.seconds, 3) for r in refinements},
                 "calibration": calibration_rows(facts),
                 "sweep": sweep_form(job.device.type),
             }
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return Result(job.plan, output, results, before, after, report)
+    return Result(job.plan, output, results, refinements, before, after, report)
 
 
 def _check_output(output: Path, source: Path | None, *, overwrite: bool) -> None:
@@ -279,8 +281,8 @@ class _Run:
 
         return evaluate(self.model, wanted.perplexity, self.tokenizer, on_progress=progress)
 
-    def compress(self) -> dict[str, Any]:
-        """Run the session; results by module name."""
+    def compress(self) -> tuple[dict[str, ModuleResult], list[RefineResult]]:
+        """Run the session; results by module name, and what was trained afterwards."""
         job = self.job
         self.watch.phase("compress")
         with Session(
@@ -293,7 +295,7 @@ class _Run:
             keep_packed=self.packed,
             observer=self.watch.observer,
         ) as session:
-            return session.run()
+            return session.run(), session.refinements
 
     def write(self, folder: Path, facts: Facts) -> None:
         """Write everything but the report into an empty folder; the manifest comes last, since it hashes the tensors."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from armor_recipes.evaluation.perplexity import Perplexity
-from armor_recipes.session import ModuleResult, Plan
+from armor_recipes.session import ModuleResult, Plan, RefineResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class Result:
         plan: what was planned, and so what was done.
         output: the folder of the checkpoint.
         modules: by full name, in the order in which they were solved.
+        refinements: what refiners trained, in order, with held-out losses.
         perplexity_before: of the dense model; None where the recipe has no `evaluation`.
         perplexity_after: of the compressed model, as a loader of the folder gives it.
         report: everything that is not a function of the inputs: seconds by phase, peak memory, sizes, host.
@@ -27,6 +28,7 @@ class Result:
     plan: Plan
     output: Path
     modules: Mapping[str, ModuleResult]
+    refinements: Sequence[RefineResult]
     perplexity_before: Perplexity | None
     perplexity_after: Perplexity | None
     report: Mapping[str, Any]

@@ -2,6 +2,8 @@
 
 from armor_recipes.session.events import Event, Observer
 from armor_recipes.session.plan import ModulePlan, Plan, make_plan
-from armor_recipes.session.session import ModuleResult, Session
+from armor_recipes.session.refining import RefineResult
+from armor_recipes.session.session import Session
+from armor_recipes.session.solving import ModuleResult
 
-__all__ = ["Event", "ModulePlan", "ModuleResult", "Observer", "Plan", "Session", "make_plan"]
+__all__ = ["Event", "ModulePlan", "ModuleResult", "Observer", "Plan", "RefineResult", "Session", "make_plan"]

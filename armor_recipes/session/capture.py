@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,13 +38,13 @@ class LayerCall:
         rest = dict(kwargs)
         return cls(rest.pop("hidden_states"), (), rest, by_name=True)
 
-    def run(self, layer: nn.Module) -> Tensor:
+    def run(self, layer: Callable[..., Any]) -> Tensor:
         """The layer's output hidden states `(B, L, H)`."""
         if self.by_name:
             out = layer(hidden_states=self.hidden, **self.kwargs)
         else:
             out = layer(self.hidden, *self.args, **self.kwargs)
-        hidden = out[0] if isinstance(out, tuple) else out
+        hidden = _hidden(out)
         assert isinstance(hidden, Tensor)
         return hidden
 
@@ -54,17 +54,31 @@ class Stream:
 
     Most models pass every layer the same arguments; then only the first layer's are kept. Where they differ (sliding and
     full attention in turn, say), each layer's own are.
+
+    Attributes:
+        ids: token ids of each batch, `(B, L)`.
+        hidden: activations of each batch at the door of the next layer, `(B, L, H)`.
+        as_tuple: whether layers give their output in a tuple.
     """
 
-    def __init__(self, calls: list[list[LayerCall]], layers: DecoderLayers) -> None:
+    def __init__(
+        self, calls: list[list[LayerCall]], layers: DecoderLayers, ids: Sequence[Tensor], *, as_tuple: bool
+    ) -> None:
         self._calls = calls
         self._layers = layers
+        self.ids = tuple(ids)
         self.hidden = [batch[0].hidden for batch in calls]
+        self.as_tuple = as_tuple
+
+    def call(self, layer: int, batch: int) -> LayerCall:
+        """What layer `layer` is called with for a batch; `hidden` must have come as far as that layer."""
+        calls = self._calls[batch]
+        return replace(calls[min(layer, len(calls) - 1)], hidden=self.hidden[batch])
 
     def calls(self, layer: int) -> Iterator[LayerCall]:
-        """What layer `layer` is called with, a batch at a time; `hidden` must have come as far as that layer."""
-        for hidden, batch in zip(self.hidden, self._calls, strict=True):
-            yield replace(batch[min(layer, len(batch) - 1)], hidden=hidden)
+        """`call` for each batch in turn."""
+        for batch in range(len(self.hidden)):
+            yield self.call(layer, batch)
 
     def run(self, layer: int) -> Iterator[Tensor]:
         """Run layer `layer` on every batch; yields its outputs and leaves the stream where it is."""
@@ -89,22 +103,49 @@ def capture_stream(model: nn.Module, layers: DecoderLayers, ids: Tensor, *, batc
     running the layers one by one gives the model's own activations. Raises PlanError where it does not.
     """
     probe, output = _run_model(model, layers, ids[:1], hooks, through=True)
-    _check_replay(model, layers, probe, output)
+    _check_replay(model, layers, probe, _hidden(output))
     same = all(_same_arguments(probe[0], call) for call in probe[1:])
-    batches = [_run_model(model, layers, batch, hooks, through=not same)[0] for batch in ids.split(batch_size)]
-    first = [replace(batch[0]) for batch in batches]
-    if same:
-        return Stream([[call] for call in first], layers)
+    device = next(model.parameters()).device
+    parts = [batch.to(device) for batch in ids.split(batch_size)]
+    batches = [_run_model(model, layers, batch, hooks, through=not same)[0] for batch in parts]
     empty = torch.empty(0)
-    return Stream([[batch[0], *(replace(call, hidden=empty) for call in batch[1:])] for batch in batches], layers)
+    calls = [
+        [batch[0]] if same else [batch[0], *(replace(call, hidden=empty) for call in batch[1:])] for batch in batches
+    ]
+    return Stream(calls, layers, parts, as_tuple=isinstance(output, tuple))
+
+
+def input_groups(
+    model: nn.Module, layers: DecoderLayers, names: Sequence[str], ids: Tensor, hooks: Hooks
+) -> dict[str, str]:
+    """For each module the first of `names` that reads the very same tensor in one pass of `ids` `(B, L)`, often itself.
+
+    Modules that no pass reaches stand for themselves, as do those called more than once.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _, args, kwargs: seen[name].append(args[0] if args else kwargs["input"])
+
+    with hooks:
+        for name in names:
+            hooks.before(model.get_submodule(name), keep(name))
+        _run_model(model, layers, ids, hooks, through=True)
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(inputs[0]), name) if len(inputs) == 1 else name for name, inputs in seen.items()}
+
+
+def _hidden(output: Any) -> Any:
+    """A layer's hidden states, which some models wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _run_model(
     model: nn.Module, layers: DecoderLayers, ids: Tensor, hooks: Hooks, *, through: bool
-) -> tuple[list[LayerCall], Tensor | None]:
+) -> tuple[list[LayerCall], Any]:
     """Layer calls of one batch: all layers' with `through`, else the first's; with `through` the last layer's output too."""
     calls: list[LayerCall] = []
-    outputs: list[Tensor] = []
+    outputs: list[Any] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(LayerCall.of(args, kwargs))
@@ -112,7 +153,7 @@ def _run_model(
             raise _StopForwardError
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output)
 
     with hooks:
         for layer in layers.modules if through else layers.modules[:1]:

@@ -24,7 +24,7 @@ class LayerStarted:
 
 @dataclass(frozen=True, slots=True)
 class SolveProgressed:
-    """A module's solve went on: iterations done and at most, best relative loss."""
+    """A module's solve went on, or a unit's training: iterations done and at most, best loss so far."""
 
     module: str
     done: int
@@ -44,6 +44,18 @@ class ModuleFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitRefined:
+    """A refiner trained a decoder layer or the model and its factors are in place; losses are the held-out ones."""
+
+    unit: str
+    first_loss: float
+    last_loss: float
+    steps: int
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationProgressed:
     """Windows evaluated so far."""
 
@@ -51,7 +63,7 @@ class EvaluationProgressed:
     total: int
 
 
-Event = PhaseStarted | LayerStarted | SolveProgressed | ModuleFinished | EvaluationProgressed
+Event = PhaseStarted | LayerStarted | SolveProgressed | ModuleFinished | UnitRefined | EvaluationProgressed
 Observer = Callable[[Event], None]
 
 

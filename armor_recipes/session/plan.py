@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from armor_recipes.errors import PlanError
-from armor_recipes.modifiers import Modifier, ModuleShape
-from armor_recipes.modifiers.base import StoredAs
+from armor_recipes.modifiers import AnyModifier, Modifier, ModuleShape, Refiner
+from armor_recipes.modifiers.base import RefineUnit, StoredAs
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.session.estimate import calibration_tokens, estimate_peak_bytes, estimate_seconds
 from armor_recipes.session.layers import DecoderLayers, find_decoder_layers
@@ -46,6 +46,20 @@ class ModulePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class RefinePlan:
+    """What one refiner will train at once: the factors of `modules`, in decoder layer `layer`, or in the whole model (None)."""
+
+    modifier: str
+    stage: str
+    unit: str
+    layer: int | None
+    modules: tuple[str, ...]
+    tokens: int
+    flops: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
     """Sums over the plan. `peak_bytes` and `seconds` (without evaluation) are estimates for this machine; the rest is exact."""
 
@@ -65,8 +79,17 @@ class Plan:
     model: str
     layers: tuple[str, ...]
     modules: tuple[ModulePlan, ...]
+    refinements: tuple[RefinePlan, ...]
     ignored: tuple[str, ...]
     totals: Totals
+
+    def takes(self, modifier: str) -> bool:
+        """Whether the modifier has anything to do."""
+        return modifier in {m.modifier for m in self.modules} | {r.modifier for r in self.refinements}
+
+    def refinements_of(self, modifier: str, layer: int | None) -> tuple[RefinePlan, ...]:
+        """What a refiner trains in a layer, or at the end of its stage (None)."""
+        return tuple(row for row in self.refinements if (row.modifier, row.layer) == (modifier, layer))
 
     def for_layer(self, stage: str, layer: int, modifier: str) -> tuple[ModulePlan, ...]:
         """The modules that a modifier takes in one layer, in the model's order."""
@@ -80,7 +103,7 @@ class Plan:
         return data
 
 
-def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, Modifier[Any]], *, itemsize: int) -> Plan:
+def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModifier[Any]], *, itemsize: int) -> Plan:
     """Resolve, check and cost the recipe on a model (meta tensors will do). All problems are raised at once as PlanError.
 
     `modifiers` holds an instance for each entry's key; `itemsize` is the bytes of a stored weight value.
@@ -88,6 +111,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, Modifier
     layers = find_decoder_layers(model)
     problems: list[str] = []
     rows: list[ModulePlan] = []
+    refinements: list[RefinePlan] = []
     ignored: dict[str, None] = {}
     for entry in recipe.modifiers:
         try:
@@ -95,15 +119,23 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, Modifier
         except PlanError as error:
             problems.append(f"{entry.where}: {entry.name}: {error}")
             continue
+        modifier = modifiers[entry.key]
+        if isinstance(modifier, Refiner):
+            try:
+                refinements += _plan_refiner(entry, modifier, model, layers, rows, set(matched.names))
+            except PlanError as error:
+                problems.append(f"{entry.where}: {entry.name}: {error}")
+            continue
+        assert isinstance(modifier, Modifier)
         ignored.update((name, None) for name in matched.ignored)
         refused: dict[str, list[str]] = {}
         for name in matched.names:
             try:
-                rows.append(_plan_module(entry, modifiers[entry.key], model, layers, name, itemsize))
+                rows.append(_plan_module(entry, modifier, model, layers, name, itemsize))
             except PlanError as error:
                 refused.setdefault(str(error).replace(name, "{}"), []).append(name)
         problems += [f"{entry.where}: {entry.name}: {_once(text, names)}" for text, names in refused.items()]
-    problems += _conflicts(recipe, rows, modifiers) + _late_dense(recipe)
+    problems += _conflicts(recipe, rows, modifiers) + _late_dense(recipe, modifiers)
     if problems:
         raise PlanError("\n".join(problems))
     order = {entry.key: i for i, entry in enumerate(recipe.modifiers)}
@@ -114,8 +146,9 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, Modifier
         model=recipe.model.id,
         layers=layers.names,
         modules=tuple(rows),
+        refinements=tuple(refinements),
         ignored=tuple(name for name in ignored if name not in touched),
-        totals=_totals(recipe, rows, model, itemsize),
+        totals=_totals(recipe, rows, refinements, model, itemsize),
     )
 
 
@@ -155,13 +188,71 @@ def _plan_module(
     )
 
 
+def _plan_refiner(
+    entry: ModifierEntry,
+    refiner: Refiner[Any],
+    model: nn.Module,
+    layers: DecoderLayers,
+    rows: list[ModulePlan],
+    targets: set[str],
+) -> list[RefinePlan]:
+    """One unit a layer, or one for the model, of the targeted modules that this stage factorised before."""
+    taken = [m for m in rows if m.stage == entry.stage and m.name in targets and m.stored_as == "packed"]
+    if not taken:
+        raise PlanError(
+            f"no modifier before it in {entry.stage} makes 2:4 factors for a module of its targets; put it after an "
+            "ARMORModifier of the same stage"
+        )
+    by_layer: dict[int | None, list[ModulePlan]] = {}
+    for module in taken:
+        by_layer.setdefault(module.layer if refiner.scope == "layer" else None, []).append(module)
+    return [_plan_unit(entry, refiner, model, layers, index, found) for index, found in sorted_units(by_layer)]
+
+
+def sorted_units(by_layer: dict[int | None, list[ModulePlan]]) -> list[tuple[int | None, list[ModulePlan]]]:
+    """Units in the order of their layers."""
+    return sorted(by_layer.items(), key=lambda item: -1 if item[0] is None else item[0])
+
+
+def _plan_unit(
+    entry: ModifierEntry,
+    refiner: Refiner[Any],
+    model: nn.Module,
+    layers: DecoderLayers,
+    index: int | None,
+    found: list[ModulePlan],
+) -> RefinePlan:
+    spec = entry.config.calibration
+    assert spec is not None
+    part = model if index is None else layers.modules[index]
+    itemsize = found[0].bytes_before // (found[0].d_out * found[0].d_in)
+    unit = RefineUnit(
+        modules=tuple(ModuleShape(m.name, m.d_out, m.d_in, itemsize) for m in found),
+        factor_values=sum(m.factor_bytes // itemsize + m.d_out * m.d_in // 2 for m in found),
+        parameters=sum(p.numel() for p in part.parameters()),
+        tokens=calibration_tokens(spec),
+        batch_tokens=spec.batch_size * spec.sequence_length,
+    )
+    cost = refiner.plan(unit)
+    return RefinePlan(
+        modifier=entry.key,
+        stage=entry.stage,
+        unit="model" if index is None else layers.names[index],
+        layer=index,
+        modules=tuple(m.name for m in found),
+        tokens=unit.tokens,
+        flops=cost.flops,
+        peak_bytes=cost.peak_bytes,
+    )
+
+
 def _once(text: str, names: list[str]) -> str:
     """One message for modules that are refused for the same reason: it names the first and counts the others."""
     others = f" (and {len(names) - 1} more like it: {', '.join(names[1:4])}{', …' if len(names) > 4 else ''})"
     return text.replace("{}", names[0]) + (others if len(names) > 1 else "")
 
 
-def _conflicts(recipe: Recipe, rows: list[ModulePlan], modifiers: Mapping[str, Modifier[Any]]) -> list[str]:
+def _conflicts(recipe: Recipe, rows: list[ModulePlan], modifiers: Mapping[str, AnyModifier[Any]]) -> list[str]:
     """Two modifiers of one category on a module, or one that cannot follow another, as messages."""
     where = {entry.key: entry.where for entry in recipe.modifiers}
     seen: dict[str, list[str]] = {}
@@ -187,17 +278,27 @@ def _name(key: str) -> str:
     return key.split(".", 2)[-1]
 
 
-def _late_dense(recipe: Recipe) -> list[str]:
-    """`propagate: dense` after a stage that changed weights: the dense model is gone by then."""
+def _late_dense(recipe: Recipe, modifiers: Mapping[str, AnyModifier[Any]]) -> list[str]:
+    """What needs the dense model after a stage that changed weights: it is gone by then."""
+    first = recipe.stages[0]
     return [
-        f"{entry.where}: {entry.name}: propagate: dense needs the original model, but stage {entry.stage} comes after "
-        f"{recipe.stages[0]}, which has changed it; put the modifier into {recipe.stages[0]}"
+        f"{entry.where}: {entry.name}: {wants} needs the original model, but stage {entry.stage} comes after {first}, which "
+        f"has changed it; put the modifier into {first}"
         for entry in recipe.modifiers
-        if getattr(entry.config, "propagate", "") == "dense" and entry.stage != recipe.stages[0]
+        if (wants := _wants_dense(entry, modifiers[entry.key])) and entry.stage != first
     ]
 
 
-def _totals(recipe: Recipe, rows: list[ModulePlan], model: nn.Module, itemsize: int) -> Totals:
+def _wants_dense(entry: ModifierEntry, modifier: AnyModifier[Any]) -> str:
+    propagate = getattr(entry.config, "propagate", "")
+    if isinstance(modifier, Refiner):
+        return "it"
+    return f"propagate: {propagate}" if propagate in ("dense", "matched") else ""
+
+
+def _totals(
+    recipe: Recipe, rows: list[ModulePlan], refinements: list[RefinePlan], model: nn.Module, itemsize: int
+) -> Totals:
     touched = {m.name for m in rows}
     before = sum({m.name: m.bytes_before for m in rows}.values())
     parameters = sum(p.numel() for p in model.parameters())
@@ -209,6 +310,8 @@ def _totals(recipe: Recipe, rows: list[ModulePlan], model: nn.Module, itemsize: 
         bytes_after=sum({m.name: m.bytes_after for m in rows}.values()),
         factor_bytes=sum({m.name: m.factor_bytes for m in rows}.values()),
         untouched_bytes=parameters * itemsize - before,
-        peak_bytes=estimate_peak_bytes(model, tokens, solve_bytes=max((m.peak_bytes for m in rows), default=0)),
-        seconds=estimate_seconds(sum(m.flops for m in rows), parameters, tokens),
+        peak_bytes=estimate_peak_bytes(
+            model, tokens, solve_bytes=max([0, *(m.peak_bytes for m in rows), *(r.peak_bytes for r in refinements)])
+        ),
+        seconds=estimate_seconds(sum(m.flops for m in rows) + sum(r.flops for r in refinements), parameters, tokens),
     )

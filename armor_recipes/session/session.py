@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -13,47 +13,29 @@ from torch import Tensor, nn
 
 from armor_recipes.calibration.tokens import TokenSet
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.errors import ArmorError, NumericalError
-from armor_recipes.modifiers import Modifier, ModuleShape, Outcome, Statistic
+from armor_recipes.modifiers import Modifier, ModuleShape, Refiner, Statistic
+from armor_recipes.modifiers.base import AnyModifier
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
-from armor_recipes.session.capture import Stream, capture_stream
+from armor_recipes.session.capture import Stream, capture_stream, input_groups
 from armor_recipes.session.events import (
     LayerStarted,
     ModuleFinished,
     Observer,
     PhaseStarted,
     SolveProgressed,
+    UnitRefined,
     ignore_events,
 )
 from armor_recipes.session.hooks import Hooks
 from armor_recipes.session.layers import find_decoder_layers
 from armor_recipes.session.plan import ModulePlan, Plan
-from armor_recipes.solver import relative_error
+from armor_recipes.session.refining import Refined, RefineJob, RefineResult, refine_layer, refine_model
+from armor_recipes.session.solving import ModuleResult, Solved, Solver, SolveTask, loaded_weight
 
-#: One stream of activations for each distinct calibration set and way of propagating errors.
+#: One stream of activations for each distinct calibration set and model that it runs through: `compressed` or `dense`.
 _StreamKey = tuple[CalibrationSpec, str]
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleResult:
-    """What was done to one module.
-
-    `losses` are relative to Ŵ = 0; `stored_loss` is the last one computed again after rounding to the stored dtype;
-    `error` is ‖W − Ŵ‖ / ‖W‖ (Frobenius) of the stored weight; `packed` is what the checkpoint keeps, None for a dense weight.
-    """
-
-    name: str
-    modifier: str
-    losses: tuple[float, ...]
-    stored_loss: float
-    error: float
-    tokens: int
-    iterations: int
-    stop_reason: str
-    counts: Mapping[str, int]
-    seconds: float
-    packed: PackedLinear | None
+_Collected = dict[str, dict[str, Statistic]]
 
 
 class Session:
@@ -71,7 +53,7 @@ class Session:
         recipe: Recipe,
         plan: Plan,
         model: nn.Module,
-        modifiers: Mapping[str, Modifier[Any]],
+        modifiers: Mapping[str, AnyModifier[Any]],
         tokens: Mapping[CalibrationSpec, TokenSet],
         *,
         stored_dtype: torch.dtype,
@@ -89,8 +71,12 @@ class Session:
         self.hooks = Hooks()
         self.layers = find_decoder_layers(model)
         self.results: dict[str, ModuleResult] = {}
+        self.refinements: list[RefineResult] = []
+        self._solver = Solver(model, observer, stored_dtype=stored_dtype, keep_packed=keep_packed)
+        self._factors: dict[str, PackedLinear] = {}
+        self._readers: dict[str, str] = {}
         self._work_done = 0.0
-        self._work = sum(m.flops for m in plan.modules) or 1.0
+        self._work = (sum(m.flops for m in plan.modules) + sum(r.flops for r in plan.refinements)) or 1.0
 
     def __enter__(self) -> Session:
         self.hooks.__enter__()
@@ -114,125 +100,217 @@ class Session:
         return self.results
 
     def _run_stage(self, stage: str) -> None:
-        entries = [e for e in self.recipe.modifiers if e.stage == stage and self._planned(e)]
+        entries = [e for e in self.recipe.modifiers if e.stage == stage and self.plan.takes(e.key)]
         self.observer(PhaseStarted(f"stage {stage}"))
         streams = self._capture(entries)
+        of_model = [e for e in entries if self._scope(e) == "model"]
         last = max((m.layer for m in self.plan.modules if m.stage == stage), default=-1)
-        for layer in range(last + 1):
-            self.observer(LayerStarted(stage, layer, len(self.layers.names)))
-            self._run_layer(layer, entries, streams, advance=layer < last)
+        total = len(self.layers.names)
+        end = total if of_model else last
+        for layer in range(min(end + 1, total)):
+            self.observer(LayerStarted(stage, layer, total))
+            self._run_layer(layer, [e for e in entries if e not in of_model], streams, last=last, end=end)
+        for entry in of_model:
+            self.observer(PhaseStarted(f"{entry.name} ({stage})"))
+            self._refine_model(entry, streams[self._key(entry, "dense")])
 
-    def _planned(self, entry: ModifierEntry) -> bool:
-        return any(m.modifier == entry.key for m in self.plan.modules)
+    def _scope(self, entry: ModifierEntry) -> str:
+        modifier = self.modifiers[entry.key]
+        return modifier.scope if isinstance(modifier, Refiner) else "module"
+
+    def _key(self, entry: ModifierEntry, kind: str) -> _StreamKey:
+        assert entry.config.calibration is not None
+        return entry.config.calibration, kind
+
+    def _streams_of(self, entry: ModifierEntry) -> tuple[str, ...]:
+        """Kinds of streams that an entry reads."""
+        if entry.config.calibration is None:
+            return ()
+        scope = self._scope(entry)
+        propagate = getattr(entry.config, "propagate", "compressed")
+        if scope == "layer" or propagate == "matched":
+            return "compressed", "dense"
+        return ("dense",) if scope == "model" else (propagate,)
 
     def _capture(self, entries: list[ModifierEntry]) -> dict[_StreamKey, Stream]:
-        keys = dict.fromkeys(key for entry in entries if (key := _stream_key(entry)) is not None)
-        return {
+        keys = dict.fromkeys(self._key(entry, kind) for entry in entries for kind in self._streams_of(entry))
+        streams = {
             key: capture_stream(
                 self.model, self.layers, self.tokens[key[0]].ids, batch_size=key[0].batch_size, hooks=self.hooks
             )
             for key in keys
         }
+        names = [m.name for m in self.plan.modules]
+        if keys and not self._readers:
+            window = self.tokens[next(iter(keys))[0]].ids[:1]
+            self._readers = input_groups(self.model, self.layers, names, window, self.hooks)
+        return streams
 
     def _run_layer(
-        self, layer: int, entries: list[ModifierEntry], streams: dict[_StreamKey, Stream], *, advance: bool
+        self, layer: int, entries: list[ModifierEntry], streams: dict[_StreamKey, Stream], *, last: int, end: int
     ) -> None:
         """Dense streams pass the layer before anything changes; then each modifier observes, solves and applies in turn."""
-        collected: dict[str, dict[str, Statistic]] = {}
+        collected: _Collected = {}
+        before = _Before.of(self.layers.modules[layer], streams, keep=any(map(self._is_matched, entries)))
         for key, stream in streams.items():
             if key[1] == "dense":
-                collected |= self._observe(
-                    layer, stream, [e for e in entries if _stream_key(e) == key], advance=advance
-                )
+                readers = [e for e in entries if self._streams_of(e) == ("dense",) and self._key(e, "dense") == key]
+                wanted = layer < end or any(self._scope(e) == "layer" for e in entries)
+                collected |= self._observe(layer, stream, readers, advance=wanted)
         for entry in entries:
+            if self._scope(entry) == "layer":
+                self._refine_layer(entry, layer, streams)
+                continue
             planned = self.plan.for_layer(entry.stage, layer, entry.key)
-            found = _stream_key(entry)
-            if entry.key not in collected and found is not None and planned:
-                collected |= self._observe(layer, streams[found], [entry], advance=False)
-            for module in planned:
-                self._solve(entry, module, collected.get(entry.key, {}).get(module.name))
+            if planned and self._is_matched(entry):
+                collected |= self._observe_pairs(layer, streams, entry, before)
+            elif planned and self._streams_of(entry) == ("compressed",):
+                collected |= self._observe(layer, streams[self._key(entry, "compressed")], [entry], advance=False)
+            self._solve(entry, planned, collected.get(entry.key, {}))
         for key, stream in streams.items():
-            if key[1] != "dense" and advance:
+            if key[1] == "compressed" and layer < last:
                 stream.advance(layer)
 
-    def _observe(
-        self, layer: int, stream: Stream, entries: list[ModifierEntry], *, advance: bool
-    ) -> dict[str, dict[str, Statistic]]:
+    def _is_matched(self, entry: ModifierEntry) -> bool:
+        return getattr(entry.config, "propagate", "") == "matched"
+
+    def _observe(self, layer: int, stream: Stream, entries: list[ModifierEntry], *, advance: bool) -> _Collected:
         """Run the layer once with a hook on every module that one of the modifiers takes; statistics by modifier and module."""
-        collected: dict[str, dict[str, Statistic]] = {}
         with self.hooks:
-            for entry in entries:
-                collected[entry.key] = {}
-                for module in self.plan.for_layer(entry.stage, layer, entry.key):
-                    statistic = self.modifiers[entry.key].statistic(self._shape(module))
-                    collected[entry.key][module.name] = statistic
-                    self.hooks.before(self.model.get_submodule(module.name), _feeding(statistic))
+            collected = {entry.key: self._statistics(layer, entry, _feeding) for entry in entries}
             if advance:
                 stream.advance(layer)
-            else:
+            elif entries:
                 stream.observe(layer)
         return collected
 
-    def _solve(self, entry: ModifierEntry, module: ModulePlan, statistic: Statistic | None) -> None:
-        """Solve one module, round the result to the stored dtype and put it in place."""
-        modifier, linear = self.modifiers[entry.key], self.model.get_submodule(module.name)
-        weight = linear.weight
-        assert isinstance(weight, Tensor)
-        started = time.perf_counter()
+    def _statistics(
+        self, layer: int, entry: ModifierEntry, feeding: Callable[[Statistic], Any]
+    ) -> dict[str, Statistic]:
+        """A statistic for each module, one for all that read the same input, with the hook that feeds it."""
+        modifier = self.modifiers[entry.key]
+        assert isinstance(modifier, Modifier)
+        found: dict[str, Statistic] = {}
+        statistics: dict[str, Statistic] = {}
+        for module in self.plan.for_layer(entry.stage, layer, entry.key):
+            reader = self._readers.get(module.name, module.name)
+            if reader not in found:
+                found[reader] = modifier.statistic(self._shape(module))
+                self.hooks.before(self.model.get_submodule(module.name), feeding(found[reader]))
+            statistics[module.name] = found[reader]
+        return statistics
+
+    def _observe_pairs(
+        self, layer: int, streams: dict[_StreamKey, Stream], entry: ModifierEntry, before: _Before
+    ) -> _Collected:
+        """As `_observe` on the compressed stream, with what the dense layer's module reads on the same tokens beside it."""
+        dense, compressed = (streams[self._key(entry, kind)] for kind in ("dense", "compressed"))
+        prefix = self.layers.names[layer] + "."
+        inputs: dict[str, Tensor] = {}
+        with self.hooks:
+            statistics = self._statistics(layer, entry, lambda statistic: _feeding_pair(statistic, inputs))
+            for name in dict.fromkeys(statistic.name for statistic in statistics.values()):
+                twin = before.layer.get_submodule(name.removeprefix(prefix))
+                self.hooks.before(twin, _keeping(inputs, name))
+            for batch, hidden in enumerate(before.hidden[self._key(entry, "dense")]):
+                replace(dense.call(layer, batch), hidden=hidden).run(before.layer)
+                compressed.call(layer, batch).run(self.layers.modules[layer])
+        return {entry.key: statistics}
+
+    def _solve(self, entry: ModifierEntry, planned: Sequence[ModulePlan], statistics: Mapping[str, Statistic]) -> None:
+        """Solve the modules, each rounded to the stored dtype, and put them in place once all are solved."""
+        modifier = self.modifiers[entry.key]
+        assert isinstance(modifier, Modifier)
+        shares = getattr(entry.config, "share_input_factor", False)
+        groups: dict[str, list[ModulePlan]] = {}
+        for module in planned:
+            groups.setdefault(self._readers.get(module.name, module.name) if shares else module.name, []).append(module)
+        tasks = [
+            SolveTask(entry, modifier, tuple(map(self._shape, group)), statistics.get(group[0].name))
+            for group in groups.values()
+        ]
+        flops = {module.name: module.flops for module in planned}
+        solved = [one for found in self._solver.solve(tasks) for one in self._announced(found, flops)]
+        for one in solved:
+            self._apply(one)
+
+    def _announced(self, solved: list[Solved], flops: Mapping[str, float]) -> list[Solved]:
+        for one in solved:
+            result = one.result
+            share = self._progress(flops[result.name])
+            self.observer(ModuleFinished(result.name, result.losses[0], result.stored_loss, result.seconds, share))
+        return solved
+
+    def _apply(self, solved: Solved) -> None:
+        name = solved.result.name
+        self._put(f"{name}.weight", solved.weight)
+        self.results[name] = solved.result
+        self._factors.pop(name, None)
+        if solved.factors is not None:
+            self._factors[name] = solved.factors
+
+    def _put(self, parameter: str, value: Tensor) -> None:
+        self.model.get_parameter(parameter).data.copy_(value)
+
+    def _progress(self, flops: float) -> float:
+        self._work_done += flops
+        return min(1.0, self._work_done / self._work)
+
+    def _job(self, entry: ModifierEntry, unit: str, names: Sequence[str]) -> RefineJob:
+        refiner = self.modifiers[entry.key]
+        assert isinstance(refiner, Refiner)
 
         def progress(done: int, at_most: int, loss: float) -> None:
-            self.observer(SolveProgressed(module.name, done, at_most, loss))
+            self.observer(SolveProgressed(unit, done, at_most, loss))
 
-        try:
-            _refuse_zero(weight)
-            outcome = modifier.solve(self._shape(module), weight.detach(), statistic, progress)
-            packed, stored = self._stored(outcome)
-            stored_loss = modifier.loss(weight.detach(), statistic, stored)
-        except ArmorError as error:
-            if module.name in str(error):
-                raise
-            raise type(error)(f"{entry.where}: {entry.name}: {module.name}: {error}") from error
-        result = ModuleResult(
-            name=module.name,
-            modifier=entry.key,
-            losses=outcome.losses,
-            stored_loss=stored_loss,
-            error=relative_error(weight.detach(), stored),
-            tokens=0 if statistic is None else statistic.tokens,
-            iterations=len(outcome.losses) - 1,
-            stop_reason=outcome.stop_reason,
-            counts=outcome.counts,
-            seconds=time.perf_counter() - started,
-            packed=packed,
-        )
-        weight.data.copy_(stored)
-        self.results[module.name] = result
-        self._work_done += module.flops
-        share = min(1.0, self._work_done / self._work)
-        self.observer(ModuleFinished(module.name, result.losses[0], stored_loss, result.seconds, share))
+        return RefineJob(entry, refiner, {name: self._factors[name] for name in names}, progress)
 
-    def _stored(self, outcome: Outcome) -> tuple[PackedLinear | None, Tensor]:
-        """What the checkpoint will hold, and the weight in compute dtype that a loader makes of it."""
+    def _refine_layer(self, entry: ModifierEntry, layer: int, streams: dict[_StreamKey, Stream]) -> None:
+        for unit in self.plan.refinements_of(entry.key, layer):
+            inputs, targets = (streams[self._key(entry, kind)] for kind in ("compressed", "dense"))
+            job = self._job(entry, unit.unit, unit.modules)
+            self._take(refine_layer(job, self.layers, layer, inputs=inputs, targets=targets.hidden), unit.flops)
+
+    def _refine_model(self, entry: ModifierEntry, dense: Stream) -> None:
+        for unit in self.plan.refinements_of(entry.key, None):
+            job = self._job(entry, unit.unit, unit.modules)
+            self._take(refine_model(job, self.model, self.layers, dense), unit.flops)
+
+    def _take(self, refined: Refined, flops: float) -> None:
+        """Round what was trained to the stored dtype and put it in place."""
         compute = next(self.model.parameters()).dtype
-        if outcome.factorization is None or not self.keep_packed:
-            return None, outcome.weight.to(self.stored_dtype).to(compute)
-        packed = PackedLinear.from_factorization(outcome.factorization, self.stored_dtype)
-        factors = packed.values.to(compute), packed.bitmask, packed.a.to(compute), packed.b.to(compute)
-        return packed, PackedLinear(*factors).fold(compute)
+        for name, factors in refined.factors.items():
+            packed = PackedLinear.from_factorization(factors, self.stored_dtype)
+            weight = loaded_weight(packed, compute)
+            self._put(f"{name}.weight", weight if self.keep_packed else weight.to(self.stored_dtype).to(compute))
+            result = self.results[name]
+            self.results[name] = replace(
+                result,
+                packed=packed if self.keep_packed else None,
+                refined=(*result.refined, refined.result.modifier),
+            )
+            self._factors[name] = packed
+        for name, vector in refined.vectors.items():
+            self._put(name, vector.to(self.stored_dtype).to(compute))
+        self.refinements.append(refined.result)
+        found, share = refined.result, self._progress(flops)
+        self.observer(UnitRefined(found.unit, found.losses[0], min(found.losses), found.steps, found.seconds, share))
 
     def _shape(self, module: ModulePlan) -> ModuleShape:
         return ModuleShape(module.name, module.d_out, module.d_in, self.stored_dtype.itemsize)
 
 
-def _refuse_zero(weight: Tensor) -> None:
-    """All measures are relative to the weight, so there must be one."""
-    if not bool(weight.any()):
-        raise NumericalError("every number of its weight is zero: there is nothing to prune; add it to `ignore`")
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """A layer before any of its modifiers ran, and what each dense stream brought to it; empty where nobody asks."""
 
+    layer: nn.Module
+    hidden: Mapping[_StreamKey, list[Tensor]]
 
-def _stream_key(entry: ModifierEntry) -> _StreamKey | None:
-    spec = entry.config.calibration
-    return None if spec is None else (spec, getattr(entry.config, "propagate", "compressed"))
+    @classmethod
+    def of(cls, layer: nn.Module, streams: Mapping[_StreamKey, Stream], *, keep: bool) -> _Before:
+        dense = {key: list(stream.hidden) for key, stream in streams.items() if key[1] == "dense"}
+        return cls(copy.deepcopy(layer), dense) if keep else cls(layer, {})
 
 
 def _feeding(statistic: Statistic) -> Any:
@@ -240,5 +318,23 @@ def _feeding(statistic: Statistic) -> Any:
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         statistic.update(args[0] if args else kwargs["input"])
+
+    return hook
+
+
+def _keeping(inputs: dict[str, Tensor], name: str) -> Any:
+    """A forward pre-hook that keeps a module's input under its name."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[name] = args[0] if args else kwargs["input"]
+
+    return hook
+
+
+def _feeding_pair(statistic: Any, inputs: dict[str, Tensor]) -> Any:
+    """A forward pre-hook that gives the statistic a module's input, and beside it the dense module's."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        statistic.update(args[0] if args else kwargs["input"], inputs.pop(statistic.name))
 
     return hook

@@ -3,5 +3,14 @@
 from armor_recipes.solver.entry import factorize, nowag_mask
 from armor_recipes.solver.normalize import relative_error, relative_loss
 from armor_recipes.solver.result import Factorization, StopReason
+from armor_recipes.solver.trainable import TrainableFactors
 
-__all__ = ["Factorization", "StopReason", "factorize", "nowag_mask", "relative_error", "relative_loss"]
+__all__ = [
+    "Factorization",
+    "StopReason",
+    "TrainableFactors",
+    "factorize",
+    "nowag_mask",
+    "relative_error",
+    "relative_loss",
+]

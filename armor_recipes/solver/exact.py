@@ -1,6 +1,7 @@
-"""Exact block coordinate descent with momentum for the `diagonal` objective (`solver: exact`, see `docs/solver.md`).
+"""Exact block coordinate descent with momentum (`solver: exact`, see `docs/solver.md`), and the steps of `diagonal`.
 
-All functions work in scaled coordinates: target `W̄ √h` and B scaled likewise, so that the loss is `‖target − A·S·B‖²`.
+The steps of `hessian` are in `hessian.py`; `solve_exact` runs either. The steps here work in scaled coordinates: target `W̄ √h`
+and B scaled likewise, so that the loss is `‖target − A·S·B‖²`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,9 +36,23 @@ _WARM_CYCLES, _WARM_FROM, _BASE = 8, 0.5, 0.9
 _FULL_AT, _COOL_AFTER = 30, 0.85
 
 
+class Problem(Protocol):
+    """What `solve_exact` needs to know of an objective that is quadratic in each of A, S and B alone."""
+
+    target: Tensor
+
+    def cycle(self, factors: Factors) -> Factors:
+        """One pass over S, A and B; changes `factors` in place and returns them."""
+        ...
+
+    def squared_error(self, factors: Factors) -> float:
+        """The loss. Raises NumericalError where it is not finite."""
+        ...
+
+
 @dataclass(slots=True)
 class ExactProblem:
-    """The target `(O, I)` in scaled coordinates, and how it may be solved."""
+    """The `diagonal` objective: the target `(O, I)` in scaled coordinates, and how it may be solved."""
 
     target: Tensor
     fixed_mask: bool = False
@@ -44,9 +60,17 @@ class ExactProblem:
     counts: Counter[str] = field(default_factory=Counter)
     pattern: Pattern = TWO_OF_FOUR
 
+    def cycle(self, factors: Factors) -> Factors:
+        """As the function `cycle`."""
+        return cycle(self, factors)
+
+    def squared_error(self, factors: Factors) -> float:
+        """As the function `squared_error`."""
+        return squared_error(self, factors)
+
 
 def solve_exact(
-    problem: ExactProblem,
+    problem: Problem,
     factors: Factors,
     *,
     iterations: int,
@@ -59,14 +83,14 @@ def solve_exact(
     thrown away and followed by a plain cycle; both count. Returns the best factors seen, never worse than those given.
     """
     last = now = kept = factors
-    best = current = squared_error(problem, now)
+    best = current = problem.squared_error(now)
     history = [best]
     damping, end, settling = 1.0, iterations, False
     step = 0
     while step < end:
         beta = damping * (_BASE if settling else momentum(step, iterations))
-        trial = cycle(problem, now.clone() if last is now else extrapolate(now, last, beta=beta))
-        loss = squared_error(problem, trial)
+        trial = problem.cycle(now.clone() if last is now else extrapolate(now, last, beta=beta))
+        loss = problem.squared_error(trial)
         if loss < current * (1 + _SLACK):
             last, now, current = now, trial, loss
             damping = min(1.0, _GROW * damping)
@@ -117,14 +141,18 @@ def extrapolate(now: Factors, last: Factors, *, beta: float) -> Factors:
     return Factors(torch.lerp(last.a, now.a, 1 + beta), core, torch.lerp(last.b, now.b, 1 + beta), now.index.clone())
 
 
-def residual(problem: ExactProblem, factors: Factors) -> Tensor:
+def residual(problem: Problem, factors: Factors) -> Tensor:
     """`E = target − A · S · B`, `(O, I)`."""
     return problem.target - left_multiply(factors.a, right_multiply(factors.core, factors.b))
 
 
 def squared_error(problem: ExactProblem, factors: Factors) -> float:
     """`‖E‖²`, squared in float32 and summed in float64. Raises NumericalError where it is not finite."""
-    value = stable_sum(residual(problem, factors).square())
+    return finite_loss(stable_sum(residual(problem, factors).square()))
+
+
+def finite_loss(value: float) -> float:
+    """The value itself. Raises NumericalError where it is not finite."""
     if not value < float("inf"):
         raise NumericalError(
             f"the reconstruction loss became {value}: the weight or its statistics are out of float32's range"
@@ -178,7 +206,12 @@ def solve_normal(gram: Tensor, rhs: Tensor, counts: Counter[str]) -> Tensor:
     Where the factorisation fails ε grows tenfold, at most four times, each time counted under `gram_jitter`; then
     NumericalError. A zero Gram matrix gives no change; so do its zero rows, because their right-hand side is zero.
     """
-    gram, rhs64 = gram.double(), rhs.double()
+    return torch.cholesky_solve(rhs.double(), factor_normal(gram, counts)).to(rhs.dtype)
+
+
+def factor_normal(gram: Tensor, counts: Counter[str]) -> Tensor:
+    """The lower Cholesky factors of `G + εI` in float64, with ε as `solve_normal` says; of G the lower triangle is read."""
+    gram = gram.double()
     mean = gram.diagonal(dim1=1, dim2=2).mean(-1)
     ridge = torch.where(mean > 0, _RIDGE * mean, torch.ones_like(mean))
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -187,7 +220,7 @@ def solve_normal(gram: Tensor, rhs: Tensor, counts: Counter[str]) -> Tensor:
         failed = info != 0
         count = int(failed.sum())
         if count == 0:
-            return torch.cholesky_solve(rhs64, factor).to(rhs.dtype)
+            return factor  # type: ignore[no-any-return]
         counts["gram_jitter"] += count
         ridge = torch.where(failed, 10 * ridge, ridge)
     raise NumericalError(

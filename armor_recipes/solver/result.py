@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from torch import Tensor
@@ -41,6 +41,19 @@ class Factorization:
     seconds: tuple[float, ...]
     stop_reason: StopReason
     counts: Mapping[str, int]
+
+    def split(self, rows: Sequence[int]) -> list[Factorization]:
+        """Factorizations of weights that were solved stacked along their rows, each with the same B; b_o divides each part."""
+        size = self.a.shape[-1]
+        parts = (
+            self.a.split([count // size for count in rows]),
+            self.core.split(list(rows)),
+            self.mask.split(list(rows)),
+        )
+        return [
+            replace(self, a=a.contiguous(), core=core.contiguous(), mask=mask.contiguous())
+            for a, core, mask in zip(*parts, strict=True)
+        ]
 
     def dense(self) -> Tensor:
         """Ŵ, float32 `(O, I)`."""

@@ -1,0 +1,206 @@
+"""Build what a refiner trains: a decoder layer or the whole model with its factors as parameters, and the dense targets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.errors import ArmorError
+from armor_recipes.modifiers.base import Refiner, RefineTask
+from armor_recipes.recipe import ModifierEntry
+from armor_recipes.session.capture import Stream
+from armor_recipes.session.layers import DecoderLayers
+from armor_recipes.solver import TrainableFactors
+
+
+@dataclass(frozen=True, slots=True)
+class RefineResult:
+    """One unit that was trained: held-out losses, the first before training, and how many steps were taken.
+
+    `unit` is a decoder layer's name, or `model`. `vectors` counts the numbers in norms that changed.
+    """
+
+    modifier: str
+    unit: str
+    losses: tuple[float, ...]
+    steps: int
+    stop_reason: str
+    modules: int
+    vectors: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Refined:
+    """What a unit's training gives: the result, the factors to pack by module, and the norms' weights by name."""
+
+    result: RefineResult
+    factors: Mapping[str, TrainableFactors]
+    vectors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class RefineJob:
+    """A refiner's entry with the packed factors of the modules it takes, by full name."""
+
+    entry: ModifierEntry
+    refiner: Refiner[Any]
+    packed: Mapping[str, PackedLinear]
+    progress: Callable[[int, int, float], None]
+
+
+def refine_layer(
+    job: RefineJob, layers: DecoderLayers, index: int, *, inputs: Stream, targets: Sequence[Tensor]
+) -> Refined:
+    """Train one decoder layer on the compressed stream against the dense layer's outputs `(B, L, H)`, batch by batch."""
+    layer, prefix = layers.modules[index], layers.names[index] + "."
+    factors, vectors = _trainables(job, layer, prefix)
+
+    def forward(batch: int) -> Tensor:
+        return inputs.call(index, batch).run(_Substituted(layer, prefix, factors, vectors))
+
+    task = RefineTask(factors, vectors, len(targets), forward, lambda batch: targets[batch])
+    return _refine(job, task, layers.names[index], layer, tokens=sum(t.shape[0] * t.shape[1] for t in targets))
+
+
+def refine_model(job: RefineJob, model: nn.Module, layers: DecoderLayers, dense: Stream) -> Refined:
+    """Train the whole model against the logits that the dense model's last hidden states give."""
+    factors, vectors = _trainables(job, model, "")
+    student = _Substituted(model, "", factors, vectors)
+
+    def forward(batch: int) -> Tensor:
+        logits: Tensor = student(input_ids=dense.ids[batch], use_cache=False).logits
+        return logits
+
+    task = RefineTask(factors, vectors, len(dense.ids), forward, lambda i: tail_logits(model, layers, dense, i))
+    return _refine(job, task, "model", model, tokens=sum(ids.numel() for ids in dense.ids))
+
+
+def _refine(job: RefineJob, task: RefineTask, unit: str, module: nn.Module, *, tokens: int) -> Refined:
+    started = time.perf_counter()
+    try:
+        with _frozen(module):
+            outcome = job.refiner.refine(task, job.progress)
+    except ArmorError as error:
+        raise type(error)(f"{job.entry.where}: {job.entry.name}: {unit}: {error}") from error
+    changed = {
+        name: value.detach()
+        for name, value in task.vectors.items()
+        if not torch.equal(value, module_at(module, unit, name))
+    }
+    result = RefineResult(
+        modifier=job.entry.key,
+        unit=unit,
+        losses=outcome.losses,
+        steps=outcome.steps,
+        stop_reason=outcome.stop_reason,
+        modules=len(task.factors),
+        vectors=sum(value.numel() for value in changed.values()),
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+    )
+    return Refined(result, task.factors, changed)
+
+
+def module_at(module: nn.Module, unit: str, name: str) -> Tensor:
+    """The unit's own parameter of that full name."""
+    return module.get_parameter(name if unit == "model" else name.removeprefix(unit + "."))
+
+
+def _trainables(
+    job: RefineJob, module: nn.Module, prefix: str
+) -> tuple[dict[str, TrainableFactors], dict[str, nn.Parameter]]:
+    """Factors of the modules, and copies of the unit's one-dimensional weights that belong to no linear module."""
+    factors = {}
+    for name, packed in job.packed.items():
+        core, mask = packed.unpack(name=name)
+        factors[name] = TrainableFactors(packed.a, core, mask, packed.b)
+    vectors = {
+        f"{prefix}{owner}.{name}": nn.Parameter(parameter.detach().float().clone())
+        for owner, part in module.named_modules()
+        if not isinstance(part, (nn.Linear, nn.Embedding))
+        for name, parameter in part.named_parameters(recurse=False)
+        if parameter.ndim == 1
+    }
+    return factors, vectors
+
+
+class _Substituted:
+    """Calls a module with the weights that the factors fold to, and the vectors, in the place of its own."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        prefix: str,
+        factors: Mapping[str, TrainableFactors],
+        vectors: Mapping[str, nn.Parameter],
+    ) -> None:
+        self.module = module
+        self.prefix = prefix
+        self.factors = factors
+        self.vectors = vectors
+        self.dtype = next(module.parameters()).dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module; gradients flow into factors and vectors."""
+        weights = {f"{name}.weight": factors.weight() for name, factors in self.factors.items()} | dict(self.vectors)
+        own = {name.removeprefix(self.prefix): value.to(self.dtype) for name, value in weights.items()}
+        return torch.func.functional_call(self.module, own, args, kwargs)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients for the module's own parameters: those of an embedding alone would cost a fifth of a small model's step."""
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def tail_logits(model: nn.Module, layers: DecoderLayers, stream: Stream, batch: int) -> Tensor:
+    """Logits `(B, L, V)` of what comes after the decoder layers, given their outputs, to which the stream has come.
+
+    The model runs with one layer that answers with those hidden states in the place of all its layers.
+    """
+    owner_name, _, attribute = layers.names[0].rpartition(".")[0].rpartition(".")
+    owner = model.get_submodule(owner_name)
+    own = getattr(owner, attribute)
+    replay = _Replay(stream.hidden[batch], layers.modules[-1], as_tuple=stream.as_tuple)
+    setattr(owner, attribute, nn.ModuleList([replay]))
+    try:
+        logits: Tensor = model(input_ids=stream.ids[batch], use_cache=False).logits
+    finally:
+        setattr(owner, attribute, own)
+    return logits
+
+
+class _Replay(nn.Module):
+    """Stands in for a decoder layer: answers with given hidden states, and has the attributes of a real layer."""
+
+    def __init__(self, hidden: Tensor, like: nn.Module, *, as_tuple: bool) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.as_tuple = as_tuple
+        self._like = (like,)  # in a tuple, so that it is no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_like"][0], name)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """The given hidden states."""
+        return (self.hidden,) if self.as_tuple else self.hidden

@@ -1,0 +1,175 @@
+"""Solve the modules that a modifier takes in one layer: each by itself, several at once where cores are free."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.errors import ArmorError, NumericalError
+from armor_recipes.modifiers import Modifier, ModuleShape, Outcome, Statistic
+from armor_recipes.modifiers.base import join_shapes
+from armor_recipes.recipe import ModifierEntry
+from armor_recipes.session.events import Observer, SolveProgressed
+from armor_recipes.solver import relative_error
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleResult:
+    """What was done to one module.
+
+    `losses` are relative to Ŵ = 0; `stored_loss` is the last one computed again after rounding to the stored dtype;
+    `error` is ‖W − Ŵ‖ / ‖W‖ (Frobenius) of the stored weight; `packed` is what the checkpoint keeps, None for a dense weight.
+    `refined` names the refiners that trained the factors afterwards: losses and error are those from before.
+    """
+
+    name: str
+    modifier: str
+    losses: tuple[float, ...]
+    stored_loss: float
+    error: float
+    tokens: int
+    iterations: int
+    stop_reason: str
+    counts: Mapping[str, int]
+    seconds: float
+    packed: PackedLinear | None
+    refined: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SolveTask:
+    """Modules that are solved as one: a single one, or several that read the same input and share its factor."""
+
+    entry: ModifierEntry
+    modifier: Modifier[Any]
+    shapes: tuple[ModuleShape, ...]
+    statistic: Statistic | None
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """A module's result, the weight in compute dtype `(O, I)` that takes its place, and its factors if it has any."""
+
+    result: ModuleResult
+    weight: Tensor
+    factors: PackedLinear | None
+
+
+class Solver:
+    """Solves tasks against a model's weights without changing them. `stored_dtype` and `keep_packed` are the session's."""
+
+    def __init__(self, model: nn.Module, observer: Observer, *, stored_dtype: torch.dtype, keep_packed: bool) -> None:
+        self.keep_packed = keep_packed
+        self.model = model
+        self.observer = observer
+        self.stored_dtype = stored_dtype
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+
+    def solve(self, tasks: Sequence[SolveTask]) -> Iterator[list[Solved]]:
+        """Results in the order of the tasks, as many tasks at once as torch has threads, each on one thread.
+
+        On a CPU a solve is made of small products that gain little from a second thread; bits are the same either way.
+        """
+        device = next(self.model.parameters()).device.type
+        workers = min(torch.get_num_threads(), len(tasks)) if device == "cpu" else 1
+        if workers <= 1:
+            yield from map(self._solve, tasks)
+            return
+        yield from self._solve_at_once(tasks, workers)
+
+    def _solve_at_once(self, tasks: Sequence[SolveTask], workers: int) -> Iterator[list[Solved]]:
+        threads = torch.get_num_threads()
+        self._stopped.clear()
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures: list[Future[list[Solved]]] = [pool.submit(self._solve, task) for task in tasks]
+            try:
+                for future in futures:
+                    yield future.result()
+            except BaseException:
+                self._stopped.set()
+                for future in futures:
+                    future.cancel()
+                raise
+            finally:
+                torch.set_num_threads(threads)
+
+    def _progress(self, name: str) -> Callable[[int, int, float], None]:
+        def progress(done: int, at_most: int, loss: float) -> None:
+            if self._stopped.is_set():
+                raise _StoppedError
+            with self._lock:
+                self.observer(SolveProgressed(name, done, at_most, loss))
+
+        return progress
+
+    @torch.no_grad()
+    def _solve(self, task: SolveTask) -> list[Solved]:
+        """Solve one task and round the result to the stored dtype. Errors name the recipe's line and the modules."""
+        weights = [self._weight(shape) for shape in task.shapes]
+        shape = join_shapes(task.shapes)
+        started = time.perf_counter()
+        try:
+            for weight in weights:
+                _refuse_zero(weight)
+            stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
+            outcome = task.modifier.solve(shape, stacked, task.statistic, self._progress(shape.name))
+            outcomes = outcome.split([s.d_out for s in task.shapes])
+            seconds = (time.perf_counter() - started) / len(weights)
+            parts = zip(task.shapes, weights, outcomes, strict=True)
+            return [self._stored(task, *part, seconds) for part in parts]
+        except ArmorError as error:
+            if shape.name in str(error):
+                raise
+            raise type(error)(f"{task.entry.where}: {task.entry.name}: {shape.name}: {error}") from error
+
+    def _weight(self, shape: ModuleShape) -> Tensor:
+        weight = self.model.get_submodule(shape.name).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    def _stored(self, task: SolveTask, shape: ModuleShape, weight: Tensor, outcome: Outcome, seconds: float) -> Solved:
+        """What the checkpoint will hold, and the weight in compute dtype that a loader makes of it."""
+        found = outcome.factorization
+        factors = None if found is None else PackedLinear.from_factorization(found, self.stored_dtype)
+        if factors is not None and self.keep_packed:
+            stored = loaded_weight(factors, weight.dtype)
+        else:
+            stored = outcome.weight.to(self.stored_dtype).to(weight.dtype)
+        result = ModuleResult(
+            name=shape.name,
+            modifier=task.entry.key,
+            losses=outcome.losses,
+            stored_loss=task.modifier.loss(weight, task.statistic, stored),
+            error=relative_error(weight, stored),
+            tokens=0 if task.statistic is None else task.statistic.tokens,
+            iterations=len(outcome.losses) - 1,
+            stop_reason=outcome.stop_reason,
+            counts=outcome.counts,
+            seconds=seconds,
+            packed=factors if self.keep_packed else None,
+        )
+        return Solved(result, stored, factors)
+
+
+class _StoppedError(Exception):
+    """Ends the other solves of a layer once one of them failed or the run was interrupted."""
+
+
+def loaded_weight(packed: PackedLinear, dtype: torch.dtype) -> Tensor:
+    """The weight that a loader computing in `dtype` makes of the stored tensors, bit for bit."""
+    return PackedLinear(packed.values.to(dtype), packed.bitmask, packed.a.to(dtype), packed.b.to(dtype)).fold(dtype)
+
+
+def _refuse_zero(weight: Tensor) -> None:
+    """All measures are relative to the weight, so there must be one."""
+    if not bool(weight.any()):
+        raise NumericalError("every number of its weight is zero: there is nothing to prune; add it to `ignore`")
