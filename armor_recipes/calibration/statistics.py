@@ -13,6 +13,8 @@ from armor_recipes.errors import NumericalError
 _CHUNK = 1 << 22
 #: Rows summed in float32 by one product of `InputGram`: its rounding error, about 1e-6, does not grow with the number of tokens.
 _GRAM_ROWS = 2048
+#: `SplitGram` keeps one window of so many apart.
+_HELD_OUT_EVERY = 4
 
 
 class _InputMean(ABC):
@@ -90,6 +92,60 @@ class InputSecondMoment(_InputMean):
         return self._checked(self._mean())
 
 
+class SplitGram:
+    """H of a module's inputs, with every fourth calibration window kept apart, to choose a regularisation on.
+
+    Fed with pairs (`propagate: matched`) it also keeps what the dense model's module reads on the same tokens: C = XX̂ᵀ/n,
+    and XXᵀ/n.
+    """
+
+    def __init__(self, name: str, d_in: int) -> None:
+        self.name = name
+        self.d_in = d_in
+        self.fit, self.held_out = InputGram(name, d_in), InputGram(name, d_in)
+        self._pairs, self._dense = _CrossGram(name, d_in), InputGram(name, d_in)
+        self._windows = 0
+
+    @property
+    def tokens(self) -> int:
+        """Input rows seen so far."""
+        return self.fit.tokens + self.held_out.tokens
+
+    def update(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Take inputs `(B, L, I)`, a window an entry of B, or rows `(..., I)` as one window; and the dense model's beside them."""
+        windows = x if x.ndim == 3 else x[None]
+        for window in windows:
+            held = self._windows % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+            (self.held_out if held else self.fit).update(window)
+            self._windows += 1
+        if dense is not None:
+            self._pairs.update_pair(x, dense)
+            self._dense.update(dense)
+
+    @property
+    def value(self) -> Tensor:
+        """H `(I, I)` of all tokens, float32, exactly symmetric. Raises NumericalError as `InputGram.value` does."""
+        if not self.held_out.tokens:
+            return self.fit.value
+        share = self.held_out.tokens / self.tokens
+        return self.fit.value.lerp(self.held_out.value, share)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The second moment h `(I,)`, float32."""
+        return self.value.diagonal().contiguous()
+
+    @property
+    def cross(self) -> Tensor:
+        """C = XX̂ᵀ/n `(I, I)`, float32. Raises NumericalError where no pairs were seen."""
+        return self._pairs.value
+
+    @property
+    def dense(self) -> Tensor:
+        """XXᵀ/n `(I, I)` of the dense model's inputs, float32."""
+        return self._dense.value
+
+
 class InputGram(_InputMean):
     """H = XᵀX / T, the mean over the T input rows of the products of each two input channels.
 
@@ -115,3 +171,26 @@ class InputGram(_InputMean):
     def diagonal(self) -> Tensor:
         """The second moment h `(I,)`, float32. Raises as `value` does."""
         return self._checked(self._mean().diagonal())
+
+
+class _CrossGram(_InputMean):
+    """Mean of x x̂ᵀ over pairs of rows, fed through `update_pair`."""
+
+    def update_pair(self, x: Tensor, dense: Tensor) -> None:
+        """Take the compressed model's inputs and the dense model's, `(..., I)` each."""
+        self.update(torch.cat((x, dense.to(x.dtype)), dim=-1))
+
+    def __init__(self, name: str, d_in: int) -> None:
+        super().__init__(name, 2 * d_in)
+
+    def _rows_at_once(self) -> int:
+        return _GRAM_ROWS
+
+    def _share(self, rows: Tensor) -> Tensor:
+        x, dense = rows.to(torch.float32).chunk(2, dim=-1)
+        return (dense.T @ x).to(torch.float64)
+
+    @property
+    def value(self) -> Tensor:
+        """C `(I, I)`, float32."""
+        return self._mean().to(torch.float32)

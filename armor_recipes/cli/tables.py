@@ -16,7 +16,7 @@ from rich.text import Text
 from armor_recipes.recipe import Recipe
 from armor_recipes.report.manifest import dataset_name
 from armor_recipes.run import Result
-from armor_recipes.session import ModulePlan, Plan, RefineResult
+from armor_recipes.session import ModulePlan, Plan, RefinePlan, RefineResult
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -37,11 +37,7 @@ def plan_table(plan: Plan) -> RenderableType:
         f"estimated here: {totals.seconds:.0f} s without evaluation, {size(totals.peak_bytes)} peak memory",
     ]
     folded = sum(module.stored_as == "dense" and module.block_size is not None for module in plan.modules)
-    for row in plan.refinements:
-        lines.append(
-            f"{row.modifier.split('.', 2)[-1]}: trains the factors of {len(row.modules)} of them in {row.unit} on "
-            f"{row.tokens} tokens; bytes stay"
-        )
+    lines += _planned_refinements(plan)
     if folded:
         lines.append(
             f"{folded} factorised weights cannot be packed (that needs 2:4, blocks of a multiple of 4 columns, and rows of a "
@@ -50,6 +46,18 @@ def plan_table(plan: Plan) -> RenderableType:
     if plan.ignored:
         lines.append(f"held back by ignore: {', '.join(plan.ignored)}")
     return Group(table, Text("\n".join(lines)))
+
+
+def _planned_refinements(plan: Plan) -> list[str]:
+    """One line a refiner: how many modules, in how many units, on how many tokens."""
+    found: dict[str, list[RefinePlan]] = {}
+    for row in plan.refinements:
+        found.setdefault(row.modifier, []).append(row)
+    return [
+        f"{key.split('.', 2)[-1]}: trains the factors of {sum(len(r.modules) for r in rows)} of them, "
+        f"{'all at once' if rows[0].layer is None else f'layer by layer ({len(rows)})'}, on {rows[0].tokens} tokens; bytes stay"
+        for key, rows in found.items()
+    ]
 
 
 def _plan_row(module: ModulePlan) -> tuple[str, ...]:

@@ -68,6 +68,7 @@ class LiveView:
         update = self.progress.update
         match event:
             case PhaseStarted(name):
+                self.layer = name
                 update(self.now, description=name, total=None, completed=0, note="")
             case LayerStarted(_, index, total):
                 self.clock.start()
@@ -77,9 +78,7 @@ class LiveView:
                 update(
                     self.now, description=self.layer, total=at_most, completed=done, note=f"{module}  loss {loss:.5f}"
                 )
-            case ModuleFinished(_, _, _, _, share):
-                update(self.whole, completed=share, note=self.clock.left(share))
-            case UnitRefined(_, _, _, _, _, share):
+            case ModuleFinished(share=share) | UnitRefined(share=share):
                 update(self.whole, completed=share, note=self.clock.left(share))
             case EvaluationProgressed(done, total):
                 update(self.now, total=total, completed=done)

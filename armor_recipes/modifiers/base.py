@@ -58,12 +58,16 @@ class CalibratedConfig(ModifierConfig):
 
 @dataclass(frozen=True, slots=True)
 class ModuleShape:
-    """A linear module as the plan knows it: full name, weight `(d_out, d_in)`, and bytes of one stored weight value."""
+    """A linear module as the plan knows it: full name, weight `(d_out, d_in)`, and bytes of one stored weight value.
+
+    `parts` are the rows of each where modules that read the same input are solved stacked; no block may straddle two.
+    """
 
     name: str
     d_out: int
     d_in: int
     itemsize: int
+    parts: tuple[int, ...] = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -75,7 +79,10 @@ def join_shapes(shapes: Sequence[ModuleShape]) -> ModuleShape:
     """The shape of modules that read the same input, stacked along their outputs; of one module, its own."""
     first = shapes[0]
     name = " + ".join(shape.name for shape in shapes)
-    return ModuleShape(name, sum(shape.d_out for shape in shapes), first.d_in, first.itemsize)
+    if len(shapes) == 1:
+        return first
+    rows = tuple(shape.d_out for shape in shapes)
+    return ModuleShape(name, sum(rows), first.d_in, first.itemsize, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +110,17 @@ class Estimate:
 class Outcome:
     """A solved module: the approximated weight Ŵ `(O, I)` float32, its factors if they are to be stored, and what was measured.
 
-    `losses` are relative to Ŵ = 0, first entry the start of the method. `counts` names everything out of the ordinary.
+    `losses` are relative to Ŵ = 0, first entry the start of the method; `iterations` is how many steps it took.
+    `counts` names everything out of the ordinary, `measures` numbers that the method chose.
     """
 
     weight: Tensor
     losses: tuple[float, ...]
     factorization: Factorization | None = None
+    iterations: int = 0
     stop_reason: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     def split(self, rows: Sequence[int]) -> list[Outcome]:
         """The outcomes of modules that were solved stacked, by their numbers of rows; losses and counts are those of all."""

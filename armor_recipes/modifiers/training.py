@@ -23,6 +23,8 @@ _WARM_UP, _LAST_RATE = 0.05, 0.02
 #: A forward and a backward pass are worth three forward ones; values of one weight that training keeps: itself, its
 #: gradient, and Adam's two moments.
 _PASSES, _COPIES = 3, 4
+#: Values in one sum: few enough that torch does not split it over threads, on whose number its bits would then depend.
+_SUMMED_AT_ONCE = 1 << 14
 
 
 class RefineConfig(ModifierConfig):
@@ -67,12 +69,7 @@ class TrainingRefiner(Refiner[C]):
 
     def plan(self, unit: RefineUnit) -> Estimate:
         """Costs of the passes. Raises PlanError where no batch is left to decide on."""
-        batches = unit.tokens // unit.batch_tokens
-        if batches < 2:
-            raise PlanError(
-                f"training needs at least 2 calibration batches, one of them held out; there is {batches}: raise "
-                "`calibration.samples` or lower `calibration.batch_size`"
-            )
+        _check_batches(-(-unit.tokens // unit.batch_tokens))
         return Estimate(
             stored_bytes=0,
             flops=2.0 * _PASSES * unit.parameters * unit.tokens * self.config.epochs,
@@ -80,7 +77,11 @@ class TrainingRefiner(Refiner[C]):
         )
 
     def refine(self, task: RefineTask, on_progress: SolveProgress | None) -> RefineOutcome:
-        """Train and leave the factors and vectors at their best held-out loss."""
+        """Train and leave the factors and vectors at their best held-out loss.
+
+        Raises PlanError where fewer windows came than were planned (`samples: {at_most: N}`), and NumericalError.
+        """
+        _check_batches(task.batches)
         vectors = task.vectors if self.config.norms else {}
         parameters = [p for factors in task.factors.values() for p in factors.parameters()] + list(vectors.values())
         seed = module_seed(self.config.seed, next(iter(task.factors)))
@@ -136,6 +137,19 @@ def train(training: _Training, on_progress: SolveProgress | None) -> RefineOutco
     )
 
 
+def _check_batches(batches: int) -> None:
+    if batches < 2:
+        raise PlanError(
+            f"training needs at least 2 calibration batches, one of them held out; there is {batches}: raise "
+            "`calibration.samples` or lower `calibration.batch_size`"
+        )
+
+
+def token_sum(x: Tensor) -> Tensor:
+    """Sum of `(B, L, C)`, token by token and then window by window: its bits do not depend on the number of threads."""
+    return x.sum(-1).sum(-1).sum()
+
+
 def split_batches(batches: int, share: float) -> tuple[list[int], list[int]]:
     """Held-out and training batches: the share, at least one, evenly spread; at least one is left to train on."""
     count = min(max(1, round(batches * share)), batches - 1)
@@ -150,8 +164,13 @@ def schedule(step: int, total: int) -> float:
 
 
 def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Adam:
-    groups = [{"params": [p], "scale": float(p.detach().square().mean().sqrt())} for p in parameters]
+    groups = [{"params": [p], "scale": _root_mean_square(p.detach())} for p in parameters]
     return torch.optim.Adam(groups, lr=0.0, betas=_BETAS, eps=_EPSILON, fused=True)
+
+
+def _root_mean_square(x: Tensor) -> float:
+    parts = [part.square().sum(dtype=torch.float64) for part in x.flatten().split(_SUMMED_AT_ONCE)]
+    return math.sqrt(float(torch.stack(parts).sum()) / x.numel())
 
 
 def _step(training: _Training, optimizer: torch.optim.Adam, batch: int, *, rate: float) -> None:

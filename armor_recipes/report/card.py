@@ -35,7 +35,7 @@ where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `
 |---|---|---|
 | bytes of those weights | {totals.bytes_before} | {totals.bytes_after} |
 {_perplexity_row(facts.before, facts.after)}
-{_dense_note(facts)}
+{_dense_note(facts)}{_refined_note(facts)}
 ## Use
 
 {_usage(facts)}
@@ -71,6 +71,13 @@ def _dense_note(facts: Facts) -> str:
             "and the product has no zeros, so it is no smaller and no faster than the original.\n"
         )
     return "".join(notes)
+
+
+def _refined_note(facts: Facts) -> str:
+    """What was trained afterwards, and by what."""
+    names = dict.fromkeys(row.modifier.split(".", 2)[-1] for row in facts.refinements)
+    count = sum(bool(result.refined) for result in facts.modules.values())
+    return f"\nThe factors of {count} of these weights were trained afterwards: {', '.join(names)}.\n" if names else ""
 
 
 def _usage(facts: Facts) -> str:

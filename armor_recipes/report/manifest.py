@@ -82,6 +82,7 @@ def _module(result: ModuleResult, block_size: tuple[int, int] | None) -> dict[st
         "stop_reason": result.stop_reason,
         "tokens": result.tokens,
         "counts": dict(result.counts),
+        "measures": dict(result.measures),
         "refined": list(result.refined),
     }
 

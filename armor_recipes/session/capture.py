@@ -15,6 +15,8 @@ from armor_recipes.session.layers import DecoderLayers
 
 #: A replayed layer must reproduce the model's own activations up to this share of their norm.
 _REPLAY_TOLERANCE = 1e-3
+#: In the place of hidden states that are not kept.
+_NOTHING = torch.empty(0)
 
 
 class _StopForwardError(Exception):
@@ -64,7 +66,7 @@ class Stream:
     def __init__(
         self, calls: list[list[LayerCall]], layers: DecoderLayers, ids: Sequence[Tensor], *, as_tuple: bool
     ) -> None:
-        self._calls = calls
+        self._calls = [[replace(call, hidden=_NOTHING) for call in batch] for batch in calls]
         self._layers = layers
         self.ids = tuple(ids)
         self.hidden = [batch[0].hidden for batch in calls]
@@ -107,11 +109,7 @@ def capture_stream(model: nn.Module, layers: DecoderLayers, ids: Tensor, *, batc
     same = all(_same_arguments(probe[0], call) for call in probe[1:])
     device = next(model.parameters()).device
     parts = [batch.to(device) for batch in ids.split(batch_size)]
-    batches = [_run_model(model, layers, batch, hooks, through=not same)[0] for batch in parts]
-    empty = torch.empty(0)
-    calls = [
-        [batch[0]] if same else [batch[0], *(replace(call, hidden=empty) for call in batch[1:])] for batch in batches
-    ]
+    calls = [_run_model(model, layers, batch, hooks, through=not same)[0] for batch in parts]
     return Stream(calls, layers, parts, as_tuple=isinstance(output, tuple))
 
 
@@ -143,12 +141,16 @@ def _hidden(output: Any) -> Any:
 def _run_model(
     model: nn.Module, layers: DecoderLayers, ids: Tensor, hooks: Hooks, *, through: bool
 ) -> tuple[list[LayerCall], Any]:
-    """Layer calls of one batch: all layers' with `through`, else the first's; with `through` the last layer's output too."""
+    """Layer calls of one batch: all layers' with `through`, else the first's; with `through` the last layer's output too.
+
+    Hidden states are kept of the first layer alone.
+    """
     calls: list[LayerCall] = []
     outputs: list[Any] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(LayerCall.of(args, kwargs))
+        call = LayerCall.of(args, kwargs)
+        calls.append(replace(call, hidden=_NOTHING) if calls else call)
         if not through:
             raise _StopForwardError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +24,13 @@ def calibration_tokens(spec: CalibrationSpec) -> int:
     return samples * spec.sequence_length
 
 
+def bytes_at_once(solves: Sequence[int]) -> int:
+    """Working memory of one layer's solves: of the largest, as many as a CPU solves at once."""
+    return sum(sorted(solves, reverse=True)[: torch.get_num_threads()])
+
+
 def estimate_peak_bytes(model: nn.Module, tokens: int, *, solve_bytes: int) -> int:
-    """The process as it is, the model, and the larger of: activations with one solve, or a second copy of the model to verify."""
+    """The process as it is, the model, and the larger of: activations with solves, or a second copy of the model to verify."""
     config = getattr(model, "config", None)
     hidden = getattr(config, "hidden_size", 0) or 0
     weights = _VALUE * sum(p.numel() for p in model.parameters())

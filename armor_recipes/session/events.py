@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,6 +66,17 @@ class EvaluationProgressed:
 
 Event = PhaseStarted | LayerStarted | SolveProgressed | ModuleFinished | UnitRefined | EvaluationProgressed
 Observer = Callable[[Event], None]
+
+
+def one_at_a_time(observer: Observer) -> Observer:
+    """The observer, called by one thread at a time: modules are solved at once, and each tells of itself."""
+    lock = threading.Lock()
+
+    def observe(event: Event) -> None:
+        with lock:
+            observer(event)
+
+    return observe
 
 
 def ignore_events(event: Event) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from armor_recipes.errors import PlanError
 from armor_recipes.modifiers import AnyModifier, Modifier, ModuleShape, Refiner
 from armor_recipes.modifiers.base import RefineUnit, StoredAs
 from armor_recipes.recipe import ModifierEntry, Recipe
-from armor_recipes.session.estimate import calibration_tokens, estimate_peak_bytes, estimate_seconds
+from armor_recipes.session.estimate import bytes_at_once, calibration_tokens, estimate_peak_bytes, estimate_seconds
 from armor_recipes.session.layers import DecoderLayers, find_decoder_layers
 from armor_recipes.session.targets import resolve_targets
 
@@ -122,7 +122,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModif
         modifier = modifiers[entry.key]
         if isinstance(modifier, Refiner):
             try:
-                refinements += _plan_refiner(entry, modifier, model, layers, rows, set(matched.names))
+                refinements += _plan_refiner(entry, modifier, model, layers, rows, matched.names)
             except PlanError as error:
                 problems.append(f"{entry.where}: {entry.name}: {error}")
             continue
@@ -194,11 +194,12 @@ def _plan_refiner(
     model: nn.Module,
     layers: DecoderLayers,
     rows: list[ModulePlan],
-    targets: set[str],
+    targets: Sequence[str],
 ) -> list[RefinePlan]:
     """One unit a layer, or one for the model, of the targeted modules that this stage factorised before."""
-    taken = [m for m in rows if m.stage == entry.stage and m.name in targets and m.stored_as == "packed"]
-    if not taken:
+    wanted = set(targets)
+    taken = [m for m in rows if m.stage == entry.stage and m.name in wanted and m.stored_as == "packed"]
+    if targets and not taken:
         raise PlanError(
             f"no modifier before it in {entry.stage} makes 2:4 factors for a module of its targets; put it after an "
             "ARMORModifier of the same stage"
@@ -206,12 +207,8 @@ def _plan_refiner(
     by_layer: dict[int | None, list[ModulePlan]] = {}
     for module in taken:
         by_layer.setdefault(module.layer if refiner.scope == "layer" else None, []).append(module)
-    return [_plan_unit(entry, refiner, model, layers, index, found) for index, found in sorted_units(by_layer)]
-
-
-def sorted_units(by_layer: dict[int | None, list[ModulePlan]]) -> list[tuple[int | None, list[ModulePlan]]]:
-    """Units in the order of their layers."""
-    return sorted(by_layer.items(), key=lambda item: -1 if item[0] is None else item[0])
+    units = sorted(by_layer.items(), key=lambda item: item[0] or 0)
+    return [_plan_unit(entry, refiner, model, layers, index, found) for index, found in units]
 
 
 def _plan_unit(
@@ -304,6 +301,8 @@ def _totals(
     parameters = sum(p.numel() for p in model.parameters())
     specs = {(e.config.calibration, getattr(e.config, "propagate", "")) for e in recipe.modifiers}
     tokens = sum(calibration_tokens(spec) for spec, _ in specs if spec is not None)
+    places = {(m.stage, m.layer, m.modifier) for m in rows}
+    together = [[m.peak_bytes for m in rows if (m.stage, m.layer, m.modifier) == place] for place in places]
     return Totals(
         modules=len(touched),
         bytes_before=before,
@@ -311,7 +310,7 @@ def _totals(
         factor_bytes=sum({m.name: m.factor_bytes for m in rows}.values()),
         untouched_bytes=parameters * itemsize - before,
         peak_bytes=estimate_peak_bytes(
-            model, tokens, solve_bytes=max([0, *(m.peak_bytes for m in rows), *(r.peak_bytes for r in refinements)])
+            model, tokens, solve_bytes=max([0, *map(bytes_at_once, together), *(r.peak_bytes for r in refinements)])
         ),
         seconds=estimate_seconds(sum(m.flops for m in rows) + sum(r.flops for r in refinements), parameters, tokens),
     )

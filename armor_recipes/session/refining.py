@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.errors import ArmorError
+from armor_recipes.errors import ArmorError, CheckpointError
 from armor_recipes.modifiers.base import Refiner, RefineTask
 from armor_recipes.recipe import ModifierEntry
 from armor_recipes.session.capture import Stream
@@ -40,20 +40,21 @@ class RefineResult:
 
 @dataclass(frozen=True, slots=True)
 class Refined:
-    """What a unit's training gives: the result, the factors to pack by module, and the norms' weights by name."""
+    """What a unit's training gives: the result, the packed factors by module, and the norms' weights that changed by name."""
 
     result: RefineResult
-    factors: Mapping[str, TrainableFactors]
+    factors: Mapping[str, PackedLinear]
     vectors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class RefineJob:
-    """A refiner's entry with the packed factors of the modules it takes, by full name."""
+    """A refiner's entry with the packed factors of the modules it takes, by full name; `dtype` is what they are rounded to."""
 
     entry: ModifierEntry
     refiner: Refiner[Any]
     packed: Mapping[str, PackedLinear]
+    dtype: torch.dtype
     progress: Callable[[int, int, float], None]
 
 
@@ -71,8 +72,13 @@ def refine_layer(
     return _refine(job, task, layers.names[index], layer, tokens=sum(t.shape[0] * t.shape[1] for t in targets))
 
 
-def refine_model(job: RefineJob, model: nn.Module, layers: DecoderLayers, dense: Stream) -> Refined:
-    """Train the whole model against the logits that the dense model's last hidden states give."""
+def refine_model(
+    job: RefineJob, model: nn.Module, layers: DecoderLayers, dense: Stream, original: Mapping[str, Tensor]
+) -> Refined:
+    """Train the whole model against the logits that the dense model's last hidden states give.
+
+    `original` holds the dense model's parameters outside of the layers that differ from the model's own by now.
+    """
     factors, vectors = _trainables(job, model, "")
     student = _Substituted(model, "", factors, vectors)
 
@@ -80,7 +86,10 @@ def refine_model(job: RefineJob, model: nn.Module, layers: DecoderLayers, dense:
         logits: Tensor = student(input_ids=dense.ids[batch], use_cache=False).logits
         return logits
 
-    task = RefineTask(factors, vectors, len(dense.ids), forward, lambda i: tail_logits(model, layers, dense, i))
+    def target(batch: int) -> Tensor:
+        return tail_logits(model, layers, dense, batch, original)
+
+    task = RefineTask(factors, vectors, len(dense.ids), forward, target)
     return _refine(job, task, "model", model, tokens=sum(ids.numel() for ids in dense.ids))
 
 
@@ -89,12 +98,13 @@ def _refine(job: RefineJob, task: RefineTask, unit: str, module: nn.Module, *, t
     try:
         with _frozen(module):
             outcome = job.refiner.refine(task, job.progress)
+        packed = {name: _packed(name, factors, job.dtype) for name, factors in task.factors.items()}
     except ArmorError as error:
         raise type(error)(f"{job.entry.where}: {job.entry.name}: {unit}: {error}") from error
     changed = {
         name: value.detach()
         for name, value in task.vectors.items()
-        if not torch.equal(value, module_at(module, unit, name))
+        if not torch.equal(value, module.get_parameter(name if unit == "model" else name.removeprefix(unit + ".")))
     }
     result = RefineResult(
         modifier=job.entry.key,
@@ -107,18 +117,24 @@ def _refine(job: RefineJob, task: RefineTask, unit: str, module: nn.Module, *, t
         tokens=tokens,
         seconds=time.perf_counter() - started,
     )
-    return Refined(result, task.factors, changed)
+    return Refined(result, packed, changed)
 
 
-def module_at(module: nn.Module, unit: str, name: str) -> Tensor:
-    """The unit's own parameter of that full name."""
-    return module.get_parameter(name if unit == "model" else name.removeprefix(unit + "."))
+def _packed(name: str, factors: TrainableFactors, dtype: torch.dtype) -> PackedLinear:
+    """Rounded and packed. Raises CheckpointError with the module's name where a value overflows `dtype`."""
+    try:
+        return PackedLinear.from_factorization(factors, dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}; lower `learning_rate`") from error
 
 
 def _trainables(
     job: RefineJob, module: nn.Module, prefix: str
 ) -> tuple[dict[str, TrainableFactors], dict[str, nn.Parameter]]:
-    """Factors of the modules, and copies of the unit's one-dimensional weights that belong to no linear module."""
+    """Factors of the modules, and copies of the weights of the unit's norms.
+
+    A norm is a module without children whose parameters are all vectors: no list of classes knows every model's.
+    """
     factors = {}
     for name, packed in job.packed.items():
         core, mask = packed.unpack(name=name)
@@ -126,9 +142,8 @@ def _trainables(
     vectors = {
         f"{prefix}{owner}.{name}": nn.Parameter(parameter.detach().float().clone())
         for owner, part in module.named_modules()
-        if not isinstance(part, (nn.Linear, nn.Embedding))
-        for name, parameter in part.named_parameters(recurse=False)
-        if parameter.ndim == 1
+        if not any(True for _ in part.children()) and all(parameter.ndim == 1 for parameter in part.parameters())
+        for name, parameter in part.named_parameters()
     }
     return factors, vectors
 
@@ -169,10 +184,13 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def tail_logits(model: nn.Module, layers: DecoderLayers, stream: Stream, batch: int) -> Tensor:
+def tail_logits(
+    model: nn.Module, layers: DecoderLayers, stream: Stream, batch: int, original: Mapping[str, Tensor]
+) -> Tensor:
     """Logits `(B, L, V)` of what comes after the decoder layers, given their outputs, to which the stream has come.
 
-    The model runs with one layer that answers with those hidden states in the place of all its layers.
+    The model runs with one layer that answers with those hidden states in the place of all its layers, and with the
+    parameters of `original` in the place of its own.
     """
     owner_name, _, attribute = layers.names[0].rpartition(".")[0].rpartition(".")
     owner = model.get_submodule(owner_name)
@@ -180,7 +198,8 @@ def tail_logits(model: nn.Module, layers: DecoderLayers, stream: Stream, batch: 
     replay = _Replay(stream.hidden[batch], layers.modules[-1], as_tuple=stream.as_tuple)
     setattr(owner, attribute, nn.ModuleList([replay]))
     try:
-        logits: Tensor = model(input_ids=stream.ids[batch], use_cache=False).logits
+        inputs = {"input_ids": stream.ids[batch], "use_cache": False}
+        logits: Tensor = torch.func.functional_call(model, dict(original), kwargs=inputs).logits
     finally:
         setattr(owner, attribute, own)
     return logits

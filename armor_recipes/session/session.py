@@ -26,6 +26,7 @@ from armor_recipes.session.events import (
     SolveProgressed,
     UnitRefined,
     ignore_events,
+    one_at_a_time,
 )
 from armor_recipes.session.hooks import Hooks
 from armor_recipes.session.layers import find_decoder_layers
@@ -67,13 +68,14 @@ class Session:
         self.tokens = tokens
         self.stored_dtype = stored_dtype
         self.keep_packed = keep_packed
-        self.observer = observer
+        self.observer = one_at_a_time(observer)
         self.hooks = Hooks()
         self.layers = find_decoder_layers(model)
         self.results: dict[str, ModuleResult] = {}
         self.refinements: list[RefineResult] = []
-        self._solver = Solver(model, observer, stored_dtype=stored_dtype, keep_packed=keep_packed)
+        self._solver = Solver(model, self.observer, stored_dtype=stored_dtype, keep_packed=keep_packed)
         self._factors: dict[str, PackedLinear] = {}
+        self._original: dict[str, Tensor] = {}
         self._readers: dict[str, str] = {}
         self._work_done = 0.0
         self._work = (sum(m.flops for m in plan.modules) + sum(r.flops for r in plan.refinements)) or 1.0
@@ -110,6 +112,7 @@ class Session:
         for layer in range(min(end + 1, total)):
             self.observer(LayerStarted(stage, layer, total))
             self._run_layer(layer, [e for e in entries if e not in of_model], streams, last=last, end=end)
+        streams = {key: stream for key, stream in streams.items() if key[1] == "dense"}
         for entry in of_model:
             self.observer(PhaseStarted(f"{entry.name} ({stage})"))
             self._refine_model(entry, streams[self._key(entry, "dense")])
@@ -222,9 +225,10 @@ class Session:
         modifier = self.modifiers[entry.key]
         assert isinstance(modifier, Modifier)
         shares = getattr(entry.config, "share_input_factor", False)
-        groups: dict[str, list[ModulePlan]] = {}
+        groups: dict[Any, list[ModulePlan]] = {}
         for module in planned:
-            groups.setdefault(self._readers.get(module.name, module.name) if shares else module.name, []).append(module)
+            reader = self._readers.get(module.name, module.name)
+            groups.setdefault((reader, module.block_size) if shares else module.name, []).append(module)
         tasks = [
             SolveTask(entry, modifier, tuple(map(self._shape, group)), statistics.get(group[0].name))
             for group in groups.values()
@@ -246,7 +250,7 @@ class Session:
         self._put(f"{name}.weight", solved.weight)
         self.results[name] = solved.result
         self._factors.pop(name, None)
-        if solved.factors is not None:
+        if solved.factors is not None and self.plan.refinements:
             self._factors[name] = solved.factors
 
     def _put(self, parameter: str, value: Tensor) -> None:
@@ -263,7 +267,8 @@ class Session:
         def progress(done: int, at_most: int, loss: float) -> None:
             self.observer(SolveProgressed(unit, done, at_most, loss))
 
-        return RefineJob(entry, refiner, {name: self._factors[name] for name in names}, progress)
+        packed = {name: self._factors[name] for name in names}
+        return RefineJob(entry, refiner, packed, self._solver.factor_dtype, progress)
 
     def _refine_layer(self, entry: ModifierEntry, layer: int, streams: dict[_StreamKey, Stream]) -> None:
         for unit in self.plan.refinements_of(entry.key, layer):
@@ -274,15 +279,14 @@ class Session:
     def _refine_model(self, entry: ModifierEntry, dense: Stream) -> None:
         for unit in self.plan.refinements_of(entry.key, None):
             job = self._job(entry, unit.unit, unit.modules)
-            self._take(refine_model(job, self.model, self.layers, dense), unit.flops)
+            self._take(refine_model(job, self.model, self.layers, dense, self._original), unit.flops)
 
     def _take(self, refined: Refined, flops: float) -> None:
-        """Round what was trained to the stored dtype and put it in place."""
+        """Put what was trained in place, rounded to the stored dtype."""
         compute = next(self.model.parameters()).dtype
-        for name, factors in refined.factors.items():
-            packed = PackedLinear.from_factorization(factors, self.stored_dtype)
-            weight = loaded_weight(packed, compute)
-            self._put(f"{name}.weight", weight if self.keep_packed else weight.to(self.stored_dtype).to(compute))
+        for name, packed in refined.factors.items():
+            folded = packed.fold(torch.float32).to(self.stored_dtype).to(compute)
+            self._put(f"{name}.weight", loaded_weight(packed, compute) if self.keep_packed else folded)
             result = self.results[name]
             self.results[name] = replace(
                 result,
@@ -291,6 +295,8 @@ class Session:
             )
             self._factors[name] = packed
         for name, vector in refined.vectors.items():
+            if self.layers.layer_of(name) is None:
+                self._original.setdefault(name, self.model.get_parameter(name).detach().clone())
             self._put(name, vector.to(self.stored_dtype).to(compute))
         self.refinements.append(refined.result)
         found, share = refined.result, self._progress(flops)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class ModuleResult:
     counts: Mapping[str, int]
     seconds: float
     packed: PackedLinear | None
+    measures: Mapping[str, float] = field(default_factory=dict)
     refined: tuple[str, ...] = ()
 
 
@@ -71,7 +72,8 @@ class Solver:
         self.model = model
         self.observer = observer
         self.stored_dtype = stored_dtype
-        self._lock = threading.Lock()
+        # Factors that are to be folded into dense weights are rounded once, as products, and not before.
+        self.factor_dtype = stored_dtype if keep_packed else torch.float32
         self._stopped = threading.Event()
 
     def solve(self, tasks: Sequence[SolveTask]) -> Iterator[list[Solved]]:
@@ -81,6 +83,7 @@ class Solver:
         """
         device = next(self.model.parameters()).device.type
         workers = min(torch.get_num_threads(), len(tasks)) if device == "cpu" else 1
+        self._stopped.clear()
         if workers <= 1:
             yield from map(self._solve, tasks)
             return
@@ -88,26 +91,25 @@ class Solver:
 
     def _solve_at_once(self, tasks: Sequence[SolveTask], workers: int) -> Iterator[list[Solved]]:
         threads = torch.get_num_threads()
-        self._stopped.clear()
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures: list[Future[list[Solved]]] = [pool.submit(self._solve, task) for task in tasks]
-            try:
-                for future in futures:
-                    yield future.result()
-            except BaseException:
-                self._stopped.set()
-                for future in futures:
-                    future.cancel()
-                raise
-            finally:
-                torch.set_num_threads(threads)
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                futures: list[Future[list[Solved]]] = [pool.submit(self._solve, task) for task in tasks]
+                try:
+                    for future in futures:
+                        yield future.result()
+                except BaseException:
+                    self._stopped.set()
+                    for future in futures:
+                        future.cancel()
+                    raise
+        finally:  # of all threads to come: a worker's own setting is torch's default for threads that start after it
+            torch.set_num_threads(threads)
 
     def _progress(self, name: str) -> Callable[[int, int, float], None]:
         def progress(done: int, at_most: int, loss: float) -> None:
             if self._stopped.is_set():
                 raise _StoppedError
-            with self._lock:
-                self.observer(SolveProgressed(name, done, at_most, loss))
+            self.observer(SolveProgressed(name, done, at_most, loss))
 
         return progress
 
@@ -139,7 +141,7 @@ class Solver:
     def _stored(self, task: SolveTask, shape: ModuleShape, weight: Tensor, outcome: Outcome, seconds: float) -> Solved:
         """What the checkpoint will hold, and the weight in compute dtype that a loader makes of it."""
         found = outcome.factorization
-        factors = None if found is None else PackedLinear.from_factorization(found, self.stored_dtype)
+        factors = None if found is None else PackedLinear.from_factorization(found, self.factor_dtype)
         if factors is not None and self.keep_packed:
             stored = loaded_weight(factors, weight.dtype)
         else:
@@ -151,10 +153,11 @@ class Solver:
             stored_loss=task.modifier.loss(weight, task.statistic, stored),
             error=relative_error(weight, stored),
             tokens=0 if task.statistic is None else task.statistic.tokens,
-            iterations=len(outcome.losses) - 1,
+            iterations=outcome.iterations,
             stop_reason=outcome.stop_reason,
             counts=outcome.counts,
             seconds=seconds,
+            measures=outcome.measures,
             packed=factors if self.keep_packed else None,
         )
         return Solved(result, stored, factors)

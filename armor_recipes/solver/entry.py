@@ -13,8 +13,9 @@ from torch import Tensor
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver.adam import AdamProblem, solve_adam
 from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
-from armor_recipes.solver.exact import ExactProblem, solve_exact
-from armor_recipes.solver.normalize import Normalized, fill_dead_channels, nowag_normalize
+from armor_recipes.solver.exact import ExactProblem, Problem, solve_exact
+from armor_recipes.solver.hessian import HessianProblem, quadratic_form
+from armor_recipes.solver.normalize import Normalized, fill_dead_channels, normalized
 from armor_recipes.solver.patterns import (
     TWO_OF_FOUR,
     Pattern,
@@ -26,7 +27,6 @@ from armor_recipes.solver.patterns import (
 from armor_recipes.solver.result import Factorization, Factors, StopReason
 
 SOLVERS = ("exact", "adam")
-OBJECTIVES = ("diagonal",)
 #: Slack of the invariant loss_t ≤ loss_0: the last loss is computed afresh from the returned float32 factors.
 _ROUNDING = 1e-5
 #: What `on_progress` is called with after every iteration: iterations done, iterations at most, best relative loss.
@@ -39,7 +39,8 @@ def factorize(
     *,
     block_size: int | tuple[int, int],
     pattern: str = "2:4",
-    objective: str = "diagonal",
+    gram: Tensor | None = None,
+    normalize: bool = True,
     solver: str = "exact",
     iterations: int,
     tolerance: float = 0.0,
@@ -50,7 +51,8 @@ def factorize(
 ) -> Factorization:
     """Factorise `W ≈ A · S · B` with S in an N:M pattern and A, B block-diagonal (ARMOR, arXiv 2510.05528).
 
-    Minimises `Σ_ij (W̄ − Ŵ)²_ij h_j` on the NoWag-normalised W̄ (paper, Eq. 2), starting from NoWag-P.
+    Minimises `Σ_ij (W̄ − Ŵ)²_ij h_j` on the NoWag-normalised W̄ (paper, Eq. 2), or with `gram` G the `hessian` objective
+    `tr((W̄ − Ŵ) G (W̄ − Ŵ)ᵀ)`; both start from NoWag-P.
 
     Args:
         weight: W `(O, I)`, any float dtype; solved in float32 on its device.
@@ -58,10 +60,11 @@ def factorize(
         block_size: b for both factors, or `(b_o, b_i)`; must divide `(O, I)`. For `adam` b_i is a multiple of M.
         pattern: `"N:M"`, 1 <= N < M <= 32, M a divisor of I: N kept values in every M consecutive ones of a row.
             For M <= 8 each group is solved over all its masks, for larger ones over two (`groups.eliminate`).
-        objective: `"diagonal"`.
+        gram: G `(I, I)`, what `regularize` makes of the inputs' Gram matrix; None for the paper's objective. `exact` only.
+        normalize: False leaves W as it is, so that the `hessian` loss is the error of the module's output itself.
         solver: `"exact"` (block coordinate descent with momentum) or `"adam"` (our implementation of the paper's method).
         iterations: cycles of `exact`, Adam steps of `adam`; 0 gives NoWag-P.
-        tolerance: `exact` stops when five cycles together gain less than this, relative; 0 never stops it early.
+        tolerance: `exact` ends when ten cycles together gain less than this, relative; 0 never stops it early.
             `adam` keeps the paper's rule.
         mask: bool `(O, I)` in the pattern; given, it stays fixed.
         seed: seeds the groups that `adam` draws; `exact` draws nothing.
@@ -72,17 +75,17 @@ def factorize(
         ValueError: shapes, sizes or names that do not fit.
         NumericalError: values that are not finite, or a loss above NoWag-P's.
     """
-    sizes = check_arguments(weight, second_moment, block_size, pattern=pattern, objective=objective, solver=solver)
+    sizes = check_arguments(weight, second_moment, block_size, pattern=pattern, gram=gram, solver=solver)
     form = parse_pattern(pattern)
-    normal, h, dead = _prepare(weight, second_moment)
+    normal, h, dead = _prepare(weight, second_moment, normalize=normalize)
     scores = normal.weight.square() * h
     start = nowag_start(normal.weight, magnitude_mask(scores, form) if mask is None else mask, sizes, form)
-    clock = _Clock(total=stable_sum(scores), iterations=iterations, on_progress=on_progress)
-    clock.enter(_weighted_error(normal.weight, h, start))
     counts = Counter(_dead_count(dead))
-    run = _Run(normal.weight, h, form, mask is not None, iterations, tolerance, counts)
+    run = _Run(normal.weight, h, gram, form, mask is not None, iterations, tolerance, counts)
+    clock = _Clock(total=run.total(), iterations=iterations, on_progress=on_progress)
+    clock.enter(run.error(start))
     factors, reason = run.exact(start, clock, native) if solver == "exact" else run.adam(start, clock, seed)
-    clock.check(_weighted_error(normal.weight, h, factors))
+    clock.check(run.error(factors))
     return _result(normal, factors, form, clock, reason, counts)
 
 
@@ -92,16 +95,14 @@ def check_arguments(
     block_size: int | tuple[int, int],
     *,
     pattern: str = "2:4",
-    objective: str = "diagonal",
+    gram: Tensor | None = None,
     solver: str = "exact",
 ) -> tuple[int, int]:
     """Validate what `factorize` is given; returns `(b_o, b_i)`. Raises ValueError with the value that does not fit."""
-    for name, value, known in (
-        ("objective", objective, OBJECTIVES),
-        ("solver", solver, SOLVERS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is not one of {', '.join(SOLVERS)}")
+    if gram is not None and (solver == "adam" or gram.shape != (weight.shape[1], weight.shape[1])):
+        raise ValueError(f"gram must be (I, I) and goes with solver='exact'; got {tuple(gram.shape)} and {solver=}")
     if weight.ndim != 2 or second_moment.shape != weight.shape[1:]:
         raise ValueError(
             f"weight must be (O, I) and second_moment (I,), got {tuple(weight.shape)} and {tuple(second_moment.shape)}"
@@ -129,10 +130,12 @@ def nowag_mask(weight: Tensor, second_moment: Tensor, *, pattern: str = "2:4") -
     return magnitude_mask(normal.weight.square() * h, parse_pattern(pattern)), _dead_count(dead)
 
 
-def _prepare(weight: Tensor, second_moment: Tensor) -> tuple[Normalized, Tensor, int]:
-    """W̄ with its norms, h scaled to mean 1, and how many dead channels were filled."""
+def _prepare(weight: Tensor, second_moment: Tensor, *, normalize: bool = True) -> tuple[Normalized, Tensor, int]:
+    """W̄ with its norms (W and ones without normalisation), h scaled to mean 1, and how many dead channels were filled."""
     h, dead = fill_dead_channels(second_moment.float())
-    return nowag_normalize(checked_finite(weight.float())), h / h.mean(), dead
+    raw = checked_finite(weight.float())
+    normal = normalized(raw, normalize=normalize)
+    return normal, h / h.mean(), dead
 
 
 def _dead_count(dead: int) -> dict[str, int]:
@@ -159,24 +162,35 @@ def nowag_start(target: Tensor, mask: Tensor, sizes: tuple[int, int], pattern: P
     )
 
 
-def _weighted_error(target: Tensor, h: Tensor, factors: Factors) -> float:
-    error = target - left_multiply(factors.a, right_multiply(factors.core, factors.b))
-    return stable_sum(error.double().square() * h)
-
-
 @dataclass(slots=True)
 class _Run:
-    """One solve on W̄ `(O, I)` with weights h `(I,)`; factors go in and come out unscaled."""
+    """One solve on W̄ `(O, I)` with weights h `(I,)` or Gram matrix `(I, I)`; factors go in and come out unscaled."""
 
     target: Tensor
     h: Tensor
+    gram: Tensor | None
     pattern: Pattern
     fixed: bool
     iterations: int
     tolerance: float
     counts: Counter[str]
 
+    def total(self) -> float:
+        """The loss of Ŵ = 0."""
+        if self.gram is not None:
+            return quadratic_form(self.target, self.gram)
+        return stable_sum(self.target.square() * self.h)
+
+    def error(self, factors: Factors) -> float:
+        """The loss of the factors."""
+        error = self.target - left_multiply(factors.a, right_multiply(factors.core, factors.b))
+        if self.gram is not None:
+            return quadratic_form(error, self.gram)
+        return stable_sum(error.double().square() * self.h)
+
     def exact(self, start: Factors, clock: _Clock, native: bool | None) -> tuple[Factors, StopReason]:
+        if self.gram is not None:
+            return self._solved(self._hessian_problem(self.gram, native), start, clock)
         root = self.h.sqrt().view(start.b.shape[0], 1, -1)
         problem = ExactProblem(
             self.target * self.h.sqrt(),
@@ -186,10 +200,16 @@ class _Run:
             pattern=self.pattern,
         )
         scaled = Factors(start.a, start.core, start.b * root, start.index)
-        found, reason = solve_exact(
-            problem, scaled, iterations=self.iterations, tolerance=self.tolerance, record=clock.enter
-        )
+        found, reason = self._solved(problem, scaled, clock)
         return Factors(found.a, found.core, found.b / root, found.index), reason
+
+    def _hessian_problem(self, gram: Tensor, native: bool | None) -> HessianProblem:
+        return HessianProblem(
+            self.target, gram, fixed_mask=self.fixed, native=native, counts=self.counts, pattern=self.pattern
+        )
+
+    def _solved(self, problem: Problem, start: Factors, clock: _Clock) -> tuple[Factors, StopReason]:
+        return solve_exact(problem, start, iterations=self.iterations, tolerance=self.tolerance, record=clock.enter)
 
     def adam(self, start: Factors, clock: _Clock, seed: int) -> tuple[Factors, StopReason]:
         generator = torch.Generator(device=self.target.device).manual_seed(seed)

@@ -17,7 +17,7 @@ from torch import Tensor
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
 from armor_recipes.solver.exact import factor_normal, finite_loss, from_blocks, residual, solve_normal, to_blocks
-from armor_recipes.solver.normalize import fill_dead_channels, nowag_normalize
+from armor_recipes.solver.normalize import fill_dead_channels, normalized
 from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern
 from armor_recipes.solver.result import Factors
 from armor_recipes.solver.sweep import SweepProblem, sweep
@@ -68,10 +68,15 @@ def regularize(gram: Tensor, *, shrinkage: float, damping: float) -> tuple[Tenso
     _check_gram(gram)
     h, dead = fill_dead_channels(gram.diagonal().double())
     mean = float(h.mean())
-    scale = 1 / (mean * (1 + damping))
+    scale = 1 / regular_scale(gram, damping=damping)
     regular = gram * ((1 - shrinkage) * scale)
     regular.diagonal().copy_((h + damping * mean) * scale)
     return regular, dead
+
+
+def regular_scale(gram: Tensor, *, damping: float) -> float:
+    """What `regularize` divides by: the mean diagonal of the damped H `(I, I)`, dead channels filled."""
+    return float(fill_dead_channels(gram.diagonal().double())[0].mean()) * (1 + damping)
 
 
 def choose_shrinkage(fit: Tensor, held_out: Tensor) -> float:
@@ -98,12 +103,39 @@ def choose_shrinkage(fit: Tensor, held_out: Tensor) -> float:
     return 1.0 if own == 0 else 1 - min(1.0, max(0.0, _correlation_product(fit, held_out) / own))
 
 
-def hessian_loss(weight: Tensor, gram: Tensor, approximation: Tensor) -> float:
+def matched_weight(weight: Tensor, gram: Tensor, cross: Tensor, regular: Tensor) -> Tensor:
+    """`W (C + G − H) G⁻¹` `(O, I)`: with it in W's place the `hessian` loss is `‖W X − Ŵ X̂‖²` up to a constant.
+
+    Args:
+        weight: W `(O, I)`.
+        gram: H = X̂X̂ᵀ/n `(I, I)` of the compressed model's inputs.
+        cross: C = XX̂ᵀ/n `(I, I)`, the dense model's inputs with them.
+        regular: G, what `regularize` made of H, in H's scale. `C = H` gives W back.
+
+    Solved in float64. Raises NumericalError where G is not positive definite.
+    """
+    g = regular.double()
+    factor, info = torch.linalg.cholesky_ex(g)
+    if int(info):
+        raise NumericalError("the regularised Gram matrix is not positive definite: raise `damping` or `shrinkage`")
+    right = (weight.double() @ (cross.double() + g - gram.double())).T
+    return torch.cholesky_solve(right, factor).T.to(weight.dtype).contiguous()
+
+
+def matched_loss(weight: Tensor, dense: Tensor, cross: Tensor, gram: Tensor, approximation: Tensor) -> float:
+    """`‖W X − Ŵ X̂‖² / ‖W X‖²` for raw W and Ŵ `(O, I)`, in float64; arguments as in `matched_weight`, dense is XXᵀ/n."""
+    w, v = weight.double(), approximation.double()
+    total = stable_sum(w * (w @ dense.double()))
+    error = total - 2 * stable_sum(v * (w @ cross.double())) + stable_sum(v * (v @ gram.double()))
+    return max(error, 0.0) / total
+
+
+def hessian_loss(weight: Tensor, gram: Tensor, approximation: Tensor, *, normalize: bool = True) -> float:
     """`tr(Δ G Δᵀ) / tr(W̄ G W̄ᵀ)` with `Δ = W̄ − D_r⁻¹ Ŵ D_c⁻¹`, for raw W and Ŵ `(O, I)` and G `(I, I)`, in float64.
 
     0 is a perfect reconstruction, 1 is Ŵ = 0. G is taken as it is: pass it through `regularize` before.
     """
-    normal = nowag_normalize(weight.double())
+    normal = normalized(weight.double(), normalize=normalize)
     error = normal.weight - approximation.double() / normal.columns / normal.rows[:, None]
     gram = gram.double()
     return quadratic_form(error, gram) / quadratic_form(normal.weight, gram)

@@ -37,6 +37,13 @@ def nowag_normalize(weight: Tensor) -> Normalized:
     return Normalized(weight=scaled / rows[:, None], rows=rows, columns=columns)
 
 
+def normalized(weight: Tensor, *, normalize: bool) -> Normalized:
+    """`nowag_normalize`, or W as it is with norms of one."""
+    if normalize:
+        return nowag_normalize(weight)
+    return Normalized(weight, rows=torch.ones_like(weight[:, 0]), columns=torch.ones_like(weight[0]))
+
+
 def fill_dead_channels(second_moment: Tensor) -> tuple[Tensor, int]:
     """Replace entries of h `(I,)` that are zero by the mean of the others; returns the filled h and how many there were.
 
@@ -56,13 +63,13 @@ def fill_dead_channels(second_moment: Tensor) -> tuple[Tensor, int]:
     return torch.where(dead, second_moment[~dead].mean(), second_moment), count
 
 
-def relative_loss(weight: Tensor, second_moment: Tensor, approximation: Tensor) -> float:
+def relative_loss(weight: Tensor, second_moment: Tensor, approximation: Tensor, *, normalize: bool = True) -> float:
     """`Σ_ij (W̄ − D_r⁻¹ Ŵ D_c⁻¹)²_ij h_j / Σ_ij W̄²_ij h_j` for raw W and Ŵ `(O, I)`, summed in float64.
 
     0 is a perfect reconstruction, 1 is Ŵ = 0. Dead channels of h `(I,)` are filled as in `fill_dead_channels`.
     """
     h = fill_dead_channels(second_moment.double())[0]
-    normal = nowag_normalize(weight.double())
+    normal = normalized(weight.double(), normalize=normalize)
     error = normal.weight - approximation.double() / normal.columns / normal.rows[:, None]
     return stable_sum(error.square() * h) / stable_sum(normal.weight.square() * h)
 

@@ -13,20 +13,15 @@ from armor_recipes.solver.blockdiag import fold, left_multiply, right_multiply
 class TrainableFactors(nn.Module):
     """Parameters `a` `(J, b_o, b_o)`, `values` (kept entries of S, row by row), `b` `(K, b_i, b_i)`; buffer `mask` `(O, I)`.
 
-    Values are divided by their root mean square and A is multiplied by it, so that S has unit scale: a learning rate that
-    is relative to each tensor then means the same in every layer. `weight()` is not changed by it, up to rounding.
+    They start as the very numbers that are given, so that factors which no step changes pack to the same bits again. A common
+    scale of S and A makes no difference to steps that are relative to each tensor's root mean square.
     """
 
     mask: Tensor
 
     def __init__(self, a: Tensor, core: Tensor, mask: Tensor, b: Tensor) -> None:
         super().__init__()
-        values = core[mask].float()
-        scale = values.square().mean().sqrt()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        self.a = nn.Parameter(a.float() * scale)
-        self.values = nn.Parameter(values / scale)
-        self.b = nn.Parameter(b.float().clone())
+        self.a, self.values, self.b = (nn.Parameter(part.detach().float().clone()) for part in (a, core[mask], b))
         self.register_buffer("mask", mask)
 
     def weight(self) -> Tensor:

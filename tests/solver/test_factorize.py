@@ -269,7 +269,8 @@ def test_values_that_cannot_be_solved_are_errors(spoil, message) -> None:  # typ
         ({"block_size": 4, "pattern": "2:33"}, "pattern 2:33 must"),
         ({"block_size": 4, "pattern": "2:6"}, "pattern 2:6 needs a multiple of 6 columns, and d_in=8"),
         ({"block_size": 2, "solver": "adam"}, "needs block_size b_i=2 to be a multiple of 4 with pattern 2:4"),
-        ({"block_size": 4, "objective": "hessian"}, "objective='hessian'"),
+        ({"block_size": 4, "gram": torch.eye(3)}, "gram must be"),
+        ({"block_size": 4, "gram": torch.eye(8), "solver": "adam"}, "gram must be"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:

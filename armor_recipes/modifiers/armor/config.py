@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from armor_recipes.modifiers.base import CalibratedConfig
 
@@ -14,11 +14,28 @@ BlockSide = Annotated[int, Field(strict=True, ge=1)]
 class ARMORConfig(CalibratedConfig):
     """Factorise each targeted weight into A · S · B."""
 
+    @property
+    def needs_gram(self) -> bool:
+        """Whether all products of two input channels are needed, not their squares alone."""
+        return self.objective == "hessian" or self.propagate == "matched"
+
+    @model_validator(mode="after")
+    def _check_solver(self) -> ARMORConfig:
+        if self.solver == "adam" and self.objective == "hessian":
+            raise ValueError("objective: hessian goes with solver: exact; the paper's method minimises diagonal")
+        return self
+
     block_size: BlockSide | Annotated[tuple[BlockSide, BlockSide], Field(strict=False)] | Literal["auto"] = Field(
         default="auto",
         title="Block size",
         description="Side of A's and B's blocks: one number, `[out, in]`, or `auto` (the largest of 128, 64, 32, 16 that "
         "divides both sides of the weight). Larger blocks correct more and cost more bytes.",
+    )
+    propagate: Literal["compressed", "dense", "matched"] = Field(  # type: ignore[assignment] # frozen: wider is safe
+        default="compressed",
+        title="Error propagation",
+        description="Where calibration inputs come from: `compressed`, the model as compressed so far; `dense`, the original "
+        "model; `matched`, as compressed so far, aiming at what the original model's module gives on the same tokens.",
     )
     iterations: Annotated[int, Field(strict=True, ge=0)] = Field(
         default=200,
@@ -31,10 +48,33 @@ class ARMORConfig(CalibratedConfig):
         title="Solver",
         description="`exact`: block coordinate descent with momentum. `adam`: our implementation of the paper's method.",
     )
-    objective: Literal["diagonal"] = Field(
+    objective: Literal["diagonal", "hessian"] = Field(
         default="diagonal",
         title="Objective",
-        description="`diagonal`: the paper's loss, errors weighted by the mean square of their input channel.",
+        description="`diagonal`: the paper's loss, errors weighted by the mean square of their input channel. `hessian`: "
+        "correlations between input channels count too; several times dearer, `exact` only.",
+    )
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        default="auto",
+        title="Shrinkage",
+        description="`hessian`: share by which correlations are shrunk to zero. `auto` chooses it for each input so that the "
+        "shrunk correlations come closest to those of every fourth calibration window, which is held out for that.",
+    )
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0.01,
+        title="Damping",
+        description="`hessian`: share of the mean square input that is added to every channel's.",
+    )
+    normalize: Annotated[bool, Field(strict=True)] = Field(
+        default=True,
+        title="NoWag normalisation",
+        description="Minimise the loss on rows and columns scaled to norm 1, as the paper does; false: on the weight as it is.",
+    )
+    share_input_factor: Annotated[bool, Field(strict=True)] = Field(
+        default=False,
+        title="Shared input factor",
+        description="One B for the targeted modules of a layer that read the same input, found from the inputs themselves. "
+        "The checkpoint still stores it with each of them.",
     )
     tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=1e-3,

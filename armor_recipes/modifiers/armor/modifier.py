@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from armor_recipes.calibration.statistics import InputSecondMoment
+from armor_recipes.calibration.statistics import InputSecondMoment, SplitGram
 from armor_recipes.errors import PlanError
 from armor_recipes.modifiers.armor.config import ARMORConfig
 from armor_recipes.modifiers.base import Estimate, Modifier, ModuleShape, Outcome, SolveProgress
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.seeding import module_seed
 from armor_recipes.solver import factorize, relative_loss
+from armor_recipes.solver.hessian import (
+    choose_shrinkage,
+    hessian_loss,
+    matched_loss,
+    matched_weight,
+    regular_scale,
+    regularize,
+)
 from armor_recipes.solver.patterns import parse_pattern
 
 AUTO_SIZES = (128, 64, 32, 16)
@@ -49,21 +59,28 @@ class ARMORModifier(Modifier[ARMORConfig]):
             stored_as="packed" if packed else "dense",
         )
 
-    def statistic(self, module: ModuleShape) -> InputSecondMoment:
-        """h: the mean of x² over the calibration tokens, `(I,)`."""
-        return InputSecondMoment(module.name, module.d_in)
+    def statistic(self, module: ModuleShape) -> InputSecondMoment | SplitGram:
+        """h: the mean of x² over the calibration tokens, `(I,)`; or the means of all products of two channels."""
+        kind = SplitGram if self.config.needs_gram else InputSecondMoment
+        return kind(module.name, module.d_in)
 
     def solve(
-        self, module: ModuleShape, weight: Tensor, statistic: InputSecondMoment, on_progress: SolveProgress | None
+        self,
+        module: ModuleShape,
+        weight: Tensor,
+        statistic: InputSecondMoment | SplitGram,
+        on_progress: SolveProgress | None,
     ) -> Outcome:
         """Factorise the weight `(O, I)`."""
         config = self.config
+        moments = _Moments.of(config, statistic, weight)
         found = factorize(
-            weight,
-            statistic.value.to(weight.device),
+            moments.target(weight),
+            moments.h,
+            gram=moments.regular if config.objective == "hessian" else None,
+            normalize=config.normalize,
             block_size=self.block_size(module),
             pattern=config.pattern,
-            objective=config.objective,
             solver=config.solver,
             iterations=config.iterations,
             tolerance=config.tolerance,
@@ -74,13 +91,20 @@ class ARMORModifier(Modifier[ARMORConfig]):
             weight=found.dense(),
             losses=found.losses,
             factorization=found if self.packs(module) else None,
+            iterations=len(found.losses) - 1,
             stop_reason=found.stop_reason.value,
-            counts=found.counts,
+            counts={**found.counts, **moments.counts},
+            measures=moments.measures,
         )
 
-    def loss(self, weight: Tensor, statistic: InputSecondMoment, approximation: Tensor) -> float:
-        """The `diagonal` objective relative to Ŵ = 0."""
-        return relative_loss(weight, statistic.value.to(weight.device), approximation)
+    def loss(self, weight: Tensor, statistic: InputSecondMoment | SplitGram, approximation: Tensor) -> float:
+        """The objective relative to Ŵ = 0; with `propagate: matched` the true one, `‖W X − Ŵ X̂‖² / ‖W X‖²`."""
+        moments = _Moments.of(self.config, statistic, weight)
+        if moments.cross is not None and moments.gram is not None and moments.dense is not None:
+            return matched_loss(weight, moments.dense, moments.cross, moments.gram, approximation)
+        if self.config.objective == "hessian" and moments.regular is not None:
+            return hessian_loss(weight, moments.regular, approximation, normalize=self.config.normalize)
+        return relative_loss(weight, moments.h, approximation, normalize=self.config.normalize)
 
     def block_size(self, module: ModuleShape) -> tuple[int, int]:
         """(b_o, b_i) for this module. Raises PlanError where pattern or size do not fit the weight."""
@@ -94,13 +118,55 @@ class ARMORModifier(Modifier[ARMORConfig]):
         sizes = AUTO_SIZES if asked == "auto" else (asked,)
         step = group if self.config.solver == "adam" else 1
         for b_o, b_i in ((size, size) if isinstance(size, int) else size for size in sizes):
-            if module.d_out % b_o == 0 and module.d_in % b_i == 0 and b_i % step == 0:
+            if (
+                all(rows % b_o == 0 for rows in module.parts or (module.d_out,))
+                and module.d_in % b_i == 0 == b_i % step
+            ):
                 return b_o, b_i
         raise PlanError(_no_fit(module, asked, group) + (f" (adam needs multiples of {group})" if step > 1 else ""))
 
     def packs(self, module: ModuleShape) -> bool:
         """Whether the checkpoint can keep core and factors: 2:4, groups that straddle no blocks, whole bytes of bitmask."""
         return self.config.pattern == "2:4" and self.block_size(module)[1] % 4 == 0 and module.d_in % 8 == 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """What a statistic gives for one solve, on the weight's device: h `(I,)`, and where they are needed H, its regularised
+    form G, and for `propagate: matched` C and the dense model's XXᵀ/n."""
+
+    h: Tensor
+    damping: float
+    counts: Mapping[str, int]
+    measures: Mapping[str, float]
+    gram: Tensor | None = None
+    regular: Tensor | None = None
+    cross: Tensor | None = None
+    dense: Tensor | None = None
+
+    @classmethod
+    def of(cls, config: ARMORConfig, statistic: InputSecondMoment | SplitGram, weight: Tensor) -> _Moments:
+        device = weight.device
+        if isinstance(statistic, InputSecondMoment):
+            return cls(statistic.value.to(device), config.damping, {}, {})
+        gram, shrinkage = statistic.value.to(device), config.shrinkage
+        if shrinkage == "auto":
+            shrinkage = choose_shrinkage(statistic.fit.value, statistic.held_out.value)
+        regular, dead = regularize(gram, shrinkage=shrinkage, damping=config.damping)
+        pairs = (
+            (statistic.cross.to(device), statistic.dense.to(device)) if config.propagate == "matched" else (None, None)
+        )
+        counts = {"dead_channels": dead} if dead else {}
+        return cls(
+            gram.diagonal().contiguous(), config.damping, counts, {"shrinkage": shrinkage}, gram, regular, *pairs
+        )
+
+    def target(self, weight: Tensor) -> Tensor:
+        """W itself, or what takes its place where the dense model's outputs are the target."""
+        if self.cross is None or self.gram is None or self.regular is None:
+            return weight
+        unscaled = self.regular * regular_scale(self.gram, damping=self.damping)
+        return matched_weight(weight.float(), self.gram, self.cross, unscaled)
 
 
 def _no_fit(module: ModuleShape, asked: object, group: int) -> str:

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from armor_recipes.modifiers.registry import register
-from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner
+from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner, token_sum
 
 
 class BlockRefineConfig(RefineConfig):
@@ -27,4 +27,5 @@ class BlockRefineModifier(TrainingRefiner[BlockRefineConfig]):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Squared error of the hidden states `(B, L, H)` relative to the target's square."""
-        return (output - target).square().sum() / target.square().sum()
+        wanted = target.float()
+        return token_sum((output.float() - wanted).square()) / token_sum(wanted.square())

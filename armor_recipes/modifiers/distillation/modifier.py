@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from armor_recipes.modifiers.registry import register
-from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner
+from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner, token_sum
 
 
 class DistillationConfig(RefineConfig):
@@ -29,7 +29,6 @@ class DistillationModifier(TrainingRefiner[DistillationConfig]):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Mean Kullback-Leibler divergence KL(dense ‖ compressed) a token, in nats, of logits `(B, L, V)`."""
-        wanted = torch.log_softmax(target.float().flatten(0, 1), dim=-1)
-        chances = wanted.exp()
-        entropy = -(chances * wanted).sum(-1).mean()
-        return functional.cross_entropy(output.float().flatten(0, 1), chances) - entropy
+        wanted, found = (torch.log_softmax(logits.float(), dim=-1) for logits in (target, output))
+        divergence = functional.kl_div(found, wanted, reduction="none", log_target=True)
+        return token_sum(divergence) / (target.shape[0] * target.shape[1])
