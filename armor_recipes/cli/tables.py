@@ -16,7 +16,7 @@ from rich.text import Text
 from armor_recipes.recipe import Recipe
 from armor_recipes.report.manifest import dataset_name
 from armor_recipes.run import Result
-from armor_recipes.session import ModulePlan, Plan, RefinePlan, RefineResult
+from armor_recipes.session import ModulePlan, Plan, RearrangeResult, RefinePlan, RefineResult
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -37,6 +37,8 @@ def plan_table(plan: Plan) -> RenderableType:
         f"estimated here: {totals.seconds:.0f} s without evaluation, {size(totals.peak_bytes)} peak memory",
     ]
     folded = sum(module.stored_as == "dense" and module.block_size is not None for module in plan.modules)
+    for key, count in Counter(row.modifier for row in plan.rearrangements).items():
+        lines.append(f"{key.split('.', 2)[-1]}: reorders the input channels of {count} modules first; bytes stay")
     lines += _planned_refinements(plan)
     if folded:
         lines.append(
@@ -111,6 +113,7 @@ def summary(result: Result) -> RenderableType:
     table.add_row("mean relative loss", f"{firsts:.5f}", f"{lasts:.5f}", f"{lasts / firsts:.3f}" if firsts else "-")
     lines = [] if before is not None else ["perplexity: not measured, the recipe has no `evaluation`"]
     lines += [_calibration_line(row) for row in report["calibration"]]
+    lines += _rearrangement_lines(result)
     lines += _refinement_lines(result)
     lines += [f"{name}: {count}" for name, count in sorted(total_counts(result).items())]
     lines.append(
@@ -128,6 +131,18 @@ def _calibration_line(row: Mapping[str, Any]) -> str:
         parts.append(f"{source['taken']} of {source['dataset']}{empty}")
     short = f", {row['asked']} asked for at most" if row["samples"] < row["asked"] else ""
     return f"calibrated on {row['samples']} windows of {row['sequence_length']} tokens{short}: {', '.join(parts)}"
+
+
+def _rearrangement_lines(result: Result) -> list[str]:
+    """One line a rearranger: modules, and the mean of the score that their masks keep."""
+    found: dict[str, list[RearrangeResult]] = {}
+    for row in result.rearrangements:
+        found.setdefault(row.modifier, []).append(row)
+    return [
+        f"{key.split('.', 2)[-1]}: masks keep {_mean(r.kept_before for r in rows):.5f} -> "
+        f"{_mean(r.kept_after for r in rows):.5f} of the score, {len(rows)} module(s) reordered"
+        for key, rows in found.items()
+    ]
 
 
 def _refinement_lines(result: Result) -> list[str]:
@@ -176,6 +191,7 @@ def result_json(result: Result) -> dict[str, Any]:
             }
             for name, module in result.modules.items()
         },
+        "rearrangements": [asdict(row) for row in result.rearrangements],
         "refinements": [asdict(row) for row in result.refinements],
         "report": dict(result.report),
     }

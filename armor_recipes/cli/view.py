@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from armor_recipes.session.events import (
+    ChannelsReordered,
     EvaluationProgressed,
     Event,
     LayerStarted,
@@ -78,7 +79,7 @@ class LiveView:
                 update(
                     self.now, description=self.layer, total=at_most, completed=done, note=f"{module}  loss {loss:.5f}"
                 )
-            case ModuleFinished(share=share) | UnitRefined(share=share):
+            case ModuleFinished(share=share) | UnitRefined(share=share) | ChannelsReordered(share=share):
                 update(self.whole, completed=share, note=self.clock.left(share))
             case EvaluationProgressed(done, total):
                 update(self.now, total=total, completed=done)

@@ -97,6 +97,18 @@ def perplexity(
 ) -> tuple[float, int]:
     """Mean negative log-likelihood in nats over the N·(L−1) targets of windows `(N, L)` int64, and their number.
 
+    Raises as `window_losses` does.
+    """
+    sums = window_losses(model, windows, batch_size=batch_size, on_progress=on_progress)
+    targets = len(sums) * (windows.shape[1] - 1)
+    return float(sums.sum()) / targets, targets
+
+
+def window_losses(
+    model: nn.Module, windows: Tensor, *, batch_size: int = 8, on_progress: OnProgress | None = None
+) -> Tensor:
+    """Negative log-likelihood in nats of each of the windows `(N, L)` int64, summed over its L−1 targets: float64 `(N,)`.
+
     The model runs in evaluation mode and gets its own mode back. Logits are taken in float32, their losses summed in
     float64. Raises NumericalError if a window's loss is not finite, InputError if an id is not in the vocabulary.
     """
@@ -109,7 +121,7 @@ def perplexity(
     losses = []
     with torch.inference_mode(), _evaluating(model):
         for batch in torch.split(windows, fitting_batch(batch_size, length, vocab_size)):
-            losses.append(_window_losses(model, batch.to(_device(model))))
+            losses.append(_batch_losses(model, batch.to(_device(model))))
             if on_progress is not None:
                 on_progress(sum(map(len, losses)), count)
         sums = torch.cat(losses).cpu()
@@ -118,8 +130,7 @@ def perplexity(
         raise NumericalError(
             f"the loss is not finite on {len(broken)} of {count} windows, first on window {broken[0]} (from 0)"
         )
-    targets = count * (length - 1)
-    return float(sums.sum()) / targets, targets
+    return sums
 
 
 def fitting_batch(batch_size: int, length: int, vocab_size: int | None) -> int:
@@ -127,7 +138,7 @@ def fitting_batch(batch_size: int, length: int, vocab_size: int | None) -> int:
     return max(1, min(batch_size, LOGITS_AT_MOST // (length * (vocab_size or 1))))
 
 
-def _window_losses(model: nn.Module, ids: Tensor) -> Tensor:
+def _batch_losses(model: nn.Module, ids: Tensor) -> Tensor:
     """Sum of the targets' losses of each window `(B,)`, float64; one window at a time, since logits are large."""
     logits = model(input_ids=ids, use_cache=False).logits
     sums = []

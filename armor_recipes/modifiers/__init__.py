@@ -1,6 +1,15 @@
 """Methods that change linear modules: one folder each, a registry, and the contract in `base`."""
 
-from armor_recipes.modifiers.base import AnyModifier, Estimate, Modifier, ModuleShape, Outcome, Refiner, Statistic
+from armor_recipes.modifiers.base import (
+    AnyModifier,
+    Estimate,
+    Modifier,
+    ModuleShape,
+    Outcome,
+    Rearranger,
+    Refiner,
+    Statistic,
+)
 from armor_recipes.modifiers.registry import config_types, modifiers, register
 
 __all__ = [
@@ -9,6 +18,7 @@ __all__ = [
     "Modifier",
     "ModuleShape",
     "Outcome",
+    "Rearranger",
     "Refiner",
     "Statistic",
     "config_types",

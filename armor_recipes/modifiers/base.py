@@ -1,9 +1,10 @@
 """The contract of a modifier: what it is told, what it answers, and the few rules that the engine checks for it.
 
-The engine (session) knows no modifier by name. There are two kinds. A `Modifier` changes linear modules one by one: it is
+The engine (session) knows no modifier by name. There are three kinds. A `Modifier` changes linear modules one by one: it is
 asked for `plan` (on shapes alone, before any weight is read), `statistic` (an accumulator for the module's inputs), then
 `solve`. A `Refiner` trains the factors that an earlier modifier made, of a decoder layer or of the whole model, against
-what the dense layer or model gives on the same tokens.
+what the dense layer or model gives on the same tokens. A `Rearranger` reorders channels inside a layer, before anything
+else in it, and leaves its function as it is.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ C = TypeVar("C", bound=ModifierConfig)
 
 
 class AnyModifier(ABC, Generic[C]):
-    """What both kinds have. Subclasses are registered with `@register` and hold no mutable state.
+    """What all kinds have. Subclasses are registered with `@register` and hold no mutable state.
 
     Class attributes:
         config_type: the pydantic class of the fields a recipe may give.
@@ -250,3 +251,57 @@ class Refiner(AnyModifier[C]):
     @abstractmethod
     def refine(self, task: RefineTask, on_progress: SolveProgress | None) -> RefineOutcome:
         """Train the task's factors in place. Raises NumericalError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A linear module, the consumer, and the modules of its layer whose output channels are its input channels.
+
+    `head_dim` is the size of the model's attention heads, None where its configuration does not tell.
+    """
+
+    consumer: ModuleShape
+    producers: tuple[ModuleShape, ...]
+    head_dim: int | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All modules, the consumer first."""
+        return (self.consumer.name, *(producer.name for producer in self.producers))
+
+
+@dataclass(frozen=True, slots=True)
+class Rearrangement:
+    """New orders: the consumer's column i is its old `columns[i]` `(d_in,)`, a producer's row i its old `rows[i]` `(d_out,)`.
+
+    `kept` are the shares of the score that the best masks keep, in the old order and in the new one.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    kept: tuple[float, float]
+
+
+class Rearranger(AnyModifier[C]):
+    """Reorders channels between modules of a layer, whose function stays: the engine checks that on a calibration batch.
+
+    Its targets are the consumers. It runs in a layer before all modifiers that change the layer.
+    """
+
+    category: ClassVar[str] = "rearrange"
+
+    @abstractmethod
+    def producers(self, consumer: str) -> tuple[str, ...]:
+        """Full names of the modules that make the consumer's inputs. Raises PlanError where it knows none."""
+
+    @abstractmethod
+    def plan(self, chain: Chain) -> Estimate:
+        """Check the shapes and estimate the cost; bytes stay what they were. Raises PlanError."""
+
+    @abstractmethod
+    def statistic(self, module: ModuleShape) -> Statistic:
+        """A new accumulator for the consumer's calibration inputs."""
+
+    @abstractmethod
+    def rearrange(self, chain: Chain, weight: Tensor, statistic: Any) -> Rearrangement:
+        """New orders for the consumer's weight `(O, I)`, given the statistic that `statistic` made. Raises NumericalError."""

@@ -164,11 +164,12 @@ def schedule(step: int, total: int) -> float:
 
 
 def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Adam:
-    groups = [{"params": [p], "scale": _root_mean_square(p.detach())} for p in parameters]
+    groups = [{"params": [p], "scale": root_mean_square(p.detach())} for p in parameters]
     return torch.optim.Adam(groups, lr=0.0, betas=_BETAS, eps=_EPSILON, fused=True)
 
 
-def _root_mean_square(x: Tensor) -> float:
+def root_mean_square(x: Tensor) -> float:
+    """Of all numbers of a tensor; its bits do not depend on the number of threads either."""
     parts = [part.square().sum(dtype=torch.float64) for part in x.flatten().split(_SUMMED_AT_ONCE)]
     return math.sqrt(float(torch.stack(parts).sum()) / x.numel())
 

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, PlainSerializer
 from pydantic.fields import FieldInfo
 
 from armor_recipes.recipe.json_schema import EXTENDS_DESCRIPTION
@@ -89,10 +89,27 @@ def _default(field: FieldInfo) -> str:
             return "none"
         case bool():
             return f"`{str(value).lower()}`"
-        case ():
-            return "`[]`"
+        case tuple():
+            return f"`{_flow(_written(field, value))}`"
         case _:
             return f"`{value}`"
+
+
+def _written(field: FieldInfo, value: object) -> object:
+    """Return a value as a recipe writes it."""
+    serializers = [item.func for item in field.metadata if isinstance(item, PlainSerializer)]
+    return serializers[0](value) if serializers else value  # type: ignore[call-arg]
+
+
+def _flow(value: object) -> str:
+    """Return lists, mappings and plain values as YAML on one line."""
+    match value:
+        case tuple() | list():
+            return f"[{', '.join(map(_flow, value))}]"
+        case Mapping():
+            return f"{{{', '.join(f'{key}: {_flow(part)}' for key, part in value.items())}}}"
+        case _:
+            return str(value)
 
 
 def kind_of(annotation: object) -> str:
@@ -104,6 +121,8 @@ def kind_of(annotation: object) -> str:
         return _either(f"`{value}`" for value in parts)
     if origin in (typing.Union, types.UnionType):
         return _either(kind_of(part) for part in parts if part is not type(None))
+    if origin is dict:
+        return "mapping"
     if origin in (tuple, list):
         return _kind_of_list([part for part in parts if part is not Ellipsis])
     if isinstance(annotation, type):

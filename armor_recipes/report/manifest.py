@@ -17,7 +17,7 @@ from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.evaluation.perplexity import Perplexity
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
-from armor_recipes.session import ModuleResult, Plan, RefineResult
+from armor_recipes.session import ModuleResult, Plan, RearrangeResult, RefineResult
 from armor_recipes.solver.sweep import native_available
 from armor_recipes.version import __version__
 
@@ -37,6 +37,7 @@ class Facts:
     tokens: Mapping[CalibrationSpec, TokenSet]
     modules: Mapping[str, ModuleResult]
     refinements: Sequence[RefineResult]
+    rearrangements: Sequence[RearrangeResult]
     before: Perplexity | None
     after: Perplexity | None
 
@@ -65,6 +66,7 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
             "factor_bytes": facts.plan.totals.factor_bytes,
         },
         "modules": {name: _module(result, plans[name].block_size) for name, result in facts.modules.items()},
+        "rearrangements": [_rearrangement(result) for result in facts.rearrangements],
         "refinements": [_refinement(result) for result in facts.refinements],
         "tensors": dict(sorted(tensors.items())),
     }
@@ -84,6 +86,19 @@ def _module(result: ModuleResult, block_size: tuple[int, int] | None) -> dict[st
         "counts": dict(result.counts),
         "measures": dict(result.measures),
         "refined": list(result.refined),
+    }
+
+
+def _rearrangement(result: RearrangeResult) -> dict[str, Any]:
+    return {
+        "modifier": result.modifier,
+        "consumer": result.consumer,
+        "producers": list(result.producers),
+        "kept_before": result.kept_before,
+        "kept_after": result.kept_after,
+        "moved": result.moved,
+        "order_sha256": result.order_sha256,
+        "tokens": result.tokens,
     }
 
 

@@ -37,7 +37,7 @@ from armor_recipes.report.manifest import Facts, build_manifest, calibration_row
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.result import Result
 from armor_recipes.run.verify import verify_reloaded
-from armor_recipes.session import ModuleResult, Observer, Plan, RefineResult, Session, make_plan
+from armor_recipes.session import Observer, Plan, Session, make_plan
 from armor_recipes.session.events import EvaluationProgressed, ignore_events
 
 #: What torch says when a CPU allocation fails; it raises a plain RuntimeError.
@@ -188,7 +188,7 @@ def execute(
         run = _Run.start(job, model, tokenizer, watch)
         before = run.evaluate("evaluate before")
         source_hash = state_hash(run.model, job.source.stored_dtype)
-        results, refinements = run.compress()
+        session = run.compress()
         after = run.evaluate("evaluate after")
         facts = Facts(
             recipe=job.recipe,
@@ -198,8 +198,9 @@ def execute(
             compute_dtype=job.source.compute_dtype,
             device=job.device.type,
             tokens=run.tokens,
-            modules=results,
-            refinements=refinements,
+            modules=session.results,
+            refinements=session.refinements,
+            rearrangements=session.rearrangements,
             before=before,
             after=after,
         )
@@ -209,13 +210,22 @@ def execute(
             watch.phase("verify")
             verify_reloaded(folder, run.model, packed=run.packed, seed_tokens=run.probe_tokens())
             report = {
-                **watch.report(folder, source=job.source.folder, plan=job.plan, modules=results),
-                "seconds_by_refinement": {f"{r.modifier} {r.unit}": round(r.seconds, 3) for r in refinements},
+                **watch.report(folder, source=job.source.folder, plan=job.plan, modules=session.results),
+                "seconds_by_refinement": {f"{r.modifier} {r.unit}": round(r.seconds, 3) for r in session.refinements},
                 "calibration": calibration_rows(facts),
                 "sweep": sweep_form(job.device.type),
             }
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return Result(job.plan, output, results, refinements, before, after, report)
+    return Result(
+        plan=job.plan,
+        output=output,
+        modules=session.results,
+        rearrangements=session.rearrangements,
+        refinements=session.refinements,
+        perplexity_before=before,
+        perplexity_after=after,
+        report=report,
+    )
 
 
 def _check_output(output: Path, source: Path | None, *, overwrite: bool) -> None:
@@ -281,8 +291,8 @@ class _Run:
 
         return evaluate(self.model, wanted.perplexity, self.tokenizer, on_progress=progress)
 
-    def compress(self) -> tuple[dict[str, ModuleResult], list[RefineResult]]:
-        """Run the session; results by module name, and what was trained afterwards."""
+    def compress(self) -> Session:
+        """Run a session to its end; it holds the results."""
         job = self.job
         self.watch.phase("compress")
         with Session(
@@ -295,7 +305,8 @@ class _Run:
             keep_packed=self.packed,
             observer=self.watch.observer,
         ) as session:
-            return session.run(), session.refinements
+            session.run()
+        return session
 
     def write(self, folder: Path, facts: Facts) -> None:
         """Write everything but the report into an empty folder; the manifest comes last, since it hashes the tensors."""
@@ -326,13 +337,13 @@ class _Run:
 
 def _given(model: PreTrainedModel, job: Job) -> PreTrainedModel:
     """A caller's model, checked against the plan, brought to compute dtype and device and rounded as stored, all in place."""
-    for module in job.plan.modules:
+    for name, shape in job.plan.shapes.items():
         try:
-            found = tuple(model.get_parameter(f"{module.name}.weight").shape)
+            found = tuple(model.get_parameter(f"{name}.weight").shape)
         except AttributeError as error:
-            raise PlanError(f"the model given has no {module.name}, which {job.recipe.model.id} has") from error
-        if found != (module.d_out, module.d_in):
-            raise PlanError(f"the model given has {module.name} {found}, planned was {(module.d_out, module.d_in)}")
+            raise PlanError(f"the model given has no {name}, which {job.recipe.model.id} has") from error
+        if found != shape:
+            raise PlanError(f"the model given has {name} {found}, planned was {shape}")
     _refuse_rounded_buffers(model, job)
     return rounded(moved(model, device=job.device, dtype=job.source.compute_dtype), job.source.stored_dtype)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from armor_recipes.evaluation.perplexity import Perplexity
-from armor_recipes.session import ModuleResult, Plan, RefineResult
+from armor_recipes.session import ModuleResult, Plan, RearrangeResult, RefineResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class Result:
         plan: what was planned, and so what was done.
         output: the folder of the checkpoint.
         modules: by full name, in the order in which they were solved.
+        rearrangements: what was reordered before, in order, with what masks keep of the score in the old and the new order.
         refinements: what refiners trained, in order, with held-out losses.
         perplexity_before: of the dense model; None where the recipe has no `evaluation`.
         perplexity_after: of the compressed model, as a loader of the folder gives it.
@@ -28,6 +29,7 @@ class Result:
     plan: Plan
     output: Path
     modules: Mapping[str, ModuleResult]
+    rearrangements: Sequence[RearrangeResult]
     refinements: Sequence[RefineResult]
     perplexity_before: Perplexity | None
     perplexity_after: Perplexity | None

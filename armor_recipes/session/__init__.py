@@ -2,6 +2,7 @@
 
 from armor_recipes.session.events import Event, Observer
 from armor_recipes.session.plan import ModulePlan, Plan, RefinePlan, make_plan
+from armor_recipes.session.rearranging import RearrangeResult
 from armor_recipes.session.refining import RefineResult
 from armor_recipes.session.session import Session
 from armor_recipes.session.solving import ModuleResult
@@ -12,6 +13,7 @@ __all__ = [
     "ModuleResult",
     "Observer",
     "Plan",
+    "RearrangeResult",
     "RefinePlan",
     "RefineResult",
     "Session",

@@ -57,6 +57,17 @@ class UnitRefined:
 
 
 @dataclass(frozen=True, slots=True)
+class ChannelsReordered:
+    """A module's input channels were reordered; shares of the score that its masks keep, in the old and the new order."""
+
+    module: str
+    kept_before: float
+    kept_after: float
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationProgressed:
     """Windows evaluated so far."""
 
@@ -64,7 +75,15 @@ class EvaluationProgressed:
     total: int
 
 
-Event = PhaseStarted | LayerStarted | SolveProgressed | ModuleFinished | UnitRefined | EvaluationProgressed
+Event = (
+    PhaseStarted
+    | LayerStarted
+    | SolveProgressed
+    | ModuleFinished
+    | UnitRefined
+    | ChannelsReordered
+    | EvaluationProgressed
+)
 Observer = Callable[[Event], None]
 
 

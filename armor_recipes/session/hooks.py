@@ -51,3 +51,12 @@ class Hooks:
         if not self._scopes:
             raise RuntimeError("a hook was added outside `with hooks:`; nothing would remove it")
         self._scopes[-1].append(add())
+
+
+def feeding(statistic: Any) -> Any:
+    """A forward pre-hook that gives a module's input to the statistic's `update`."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        statistic.update(args[0] if args else kwargs["input"])
+
+    return hook

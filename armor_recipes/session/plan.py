@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from armor_recipes.errors import PlanError
-from armor_recipes.modifiers import AnyModifier, Modifier, ModuleShape, Refiner
+from armor_recipes.modifiers import AnyModifier, Modifier, ModuleShape, Rearranger, Refiner
 from armor_recipes.modifiers.base import RefineUnit, StoredAs
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.session.estimate import bytes_at_once, calibration_tokens, estimate_peak_bytes, estimate_seconds
 from armor_recipes.session.layers import DecoderLayers, find_decoder_layers
-from armor_recipes.session.targets import resolve_targets
+from armor_recipes.session.rearranging import RearrangePlan, chain_conflicts, plan_chains
+from armor_recipes.session.targets import resolve_targets, tied_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,37 @@ class Plan:
     refinements: tuple[RefinePlan, ...]
     ignored: tuple[str, ...]
     totals: Totals
+    rearrangements: tuple[RearrangePlan, ...] = ()
 
     def takes(self, modifier: str) -> bool:
         """Whether the modifier has anything to do."""
-        return modifier in {m.modifier for m in self.modules} | {r.modifier for r in self.refinements}
+        return any(row.modifier == modifier for row in self.work)
+
+    @property
+    def work(self) -> tuple[ModulePlan | RefinePlan | RearrangePlan, ...]:
+        """Everything that is to be done: modules solved, channels reordered, factors trained."""
+        return (*self.modules, *self.rearrangements, *self.refinements)
+
+    @property
+    def flops(self) -> float:
+        """Work of all solves, trainings and reorderings, in floating-point operations."""
+        return sum(row.flops for row in self.work)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Weight shapes `(d_out, d_in)` of all modules that are changed, by name."""
+        chains = [row.chain for row in self.rearrangements]
+        found = {m.name: (m.d_out, m.d_in) for chain in chains for m in (chain.consumer, *chain.producers)}
+        return found | {m.name: (m.d_out, m.d_in) for m in self.modules}
+
+    def last_layer(self, stage: str) -> int:
+        """The last layer in which a stage solves or reorders modules; -1 where there is none."""
+        rows: list[ModulePlan | RearrangePlan] = [*self.modules, *self.rearrangements]
+        return max((row.layer for row in rows if row.stage == stage), default=-1)
+
+    def chains(self, modifier: str, layer: int) -> tuple[RearrangePlan, ...]:
+        """What a rearranger reorders in a layer, in the model's order."""
+        return tuple(row for row in self.rearrangements if (row.modifier, row.layer) == (modifier, layer))
 
     def refinements_of(self, modifier: str, layer: int | None) -> tuple[RefinePlan, ...]:
         """What a refiner trains in a layer, or at the end of its stage (None)."""
@@ -112,30 +140,26 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModif
     problems: list[str] = []
     rows: list[ModulePlan] = []
     refinements: list[RefinePlan] = []
+    chains: list[RearrangePlan] = []
     ignored: dict[str, None] = {}
     for entry in recipe.modifiers:
+        modifier = modifiers[entry.key]
         try:
             matched = resolve_targets(model, entry.config)
+            if isinstance(modifier, Refiner):
+                refinements += _plan_refiner(entry, modifier, model, layers, rows, matched.names)
+            elif isinstance(modifier, Rearranger):
+                _check_first(entry, recipe, modifiers)
+                chains += plan_chains(entry, modifier, model, layers, matched.names, itemsize=itemsize)
+                _check_untouched(chains, rows)
+            else:
+                assert isinstance(modifier, Modifier)
+                ignored.update((name, None) for name in matched.ignored)
+                rows += _plan_modules(entry, modifier, model, layers, matched.names, itemsize, problems)
         except PlanError as error:
             problems.append(f"{entry.where}: {entry.name}: {error}")
-            continue
-        modifier = modifiers[entry.key]
-        if isinstance(modifier, Refiner):
-            try:
-                refinements += _plan_refiner(entry, modifier, model, layers, rows, matched.names)
-            except PlanError as error:
-                problems.append(f"{entry.where}: {entry.name}: {error}")
-            continue
-        assert isinstance(modifier, Modifier)
-        ignored.update((name, None) for name in matched.ignored)
-        refused: dict[str, list[str]] = {}
-        for name in matched.names:
-            try:
-                rows.append(_plan_module(entry, modifier, model, layers, name, itemsize))
-            except PlanError as error:
-                refused.setdefault(str(error).replace(name, "{}"), []).append(name)
-        problems += [f"{entry.where}: {entry.name}: {_once(text, names)}" for text, names in refused.items()]
     problems += _conflicts(recipe, rows, modifiers) + _late_dense(recipe, modifiers)
+    problems += chain_conflicts({entry.key: entry.where for entry in recipe.modifiers}, chains)
     if problems:
         raise PlanError("\n".join(problems))
     order = {entry.key: i for i, entry in enumerate(recipe.modifiers)}
@@ -148,8 +172,52 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModif
         modules=tuple(rows),
         refinements=tuple(refinements),
         ignored=tuple(name for name in ignored if name not in touched),
-        totals=_totals(recipe, rows, refinements, model, itemsize),
+        totals=_totals(recipe, rows, (*refinements, *chains), model, itemsize),
+        rearrangements=tuple(chains),
     )
+
+
+def _plan_modules(
+    entry: ModifierEntry,
+    modifier: Modifier[Any],
+    model: nn.Module,
+    layers: DecoderLayers,
+    names: Sequence[str],
+    itemsize: int,
+    problems: list[str],
+) -> list[ModulePlan]:
+    """Rows for all modules that the modifier can take; what is refused is added to `problems`."""
+    rows: list[ModulePlan] = []
+    refused: dict[str, list[str]] = {}
+    for name in names:
+        try:
+            rows.append(_plan_module(entry, modifier, model, layers, name, itemsize))
+        except PlanError as error:
+            refused.setdefault(str(error).replace(name, "{}"), []).append(name)
+    problems += [f"{entry.where}: {entry.name}: {_once(text, found)}" for text, found in refused.items()]
+    return rows
+
+
+def _check_first(entry: ModifierEntry, recipe: Recipe, modifiers: Mapping[str, AnyModifier[Any]]) -> None:
+    """Raise PlanError where another kind of modifier stands before a rearranger in its stage."""
+    for other in recipe.modifiers:
+        if other.key == entry.key:
+            return
+        if other.stage == entry.stage and not isinstance(modifiers[other.key], Rearranger):
+            raise PlanError(
+                f"it reorders a layer before anything in it is observed or changed, but {other.name} ({other.where}) stands "
+                f"before it in {entry.stage}; move it to the front of its stage"
+            )
+
+
+def _check_untouched(chains: Sequence[RearrangePlan], rows: Sequence[ModulePlan]) -> None:
+    """Raise PlanError where an earlier stage changed a module to be reordered: its mask and factors have the old order."""
+    changed = {module.name: module for module in rows}
+    for name in (name for row in chains for name in row.chain.names if name in changed):
+        by = changed[name]
+        raise PlanError(
+            f"{name} is changed by {_name(by.modifier)} in {by.stage}, before it is to be reordered; put the reordering first"
+        )
 
 
 def _plan_module(
@@ -162,11 +230,9 @@ def _plan_module(
         )
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
-    shared = [other for other, m in model.named_modules(remove_duplicate=False) if m is linear and other != name]
-    weights = ((other, p) for other, p in model.named_parameters(remove_duplicate=False) if other != f"{name}.weight")
-    shared += [other for other, p in weights if p is linear.weight]
-    if shared:
-        raise PlanError(f"the weight of {name} is tied to {shared[0]}; add {name!r} to `ignore`")
+    other = tied_to(model, name)
+    if other is not None:
+        raise PlanError(f"the weight of {name} is tied to {other}; add {name!r} to `ignore`")
     shape = ModuleShape(name, linear.out_features, linear.in_features, itemsize)
     cost = modifier.plan(shape)
     block = cost.block_size
@@ -294,7 +360,11 @@ def _wants_dense(entry: ModifierEntry, modifier: AnyModifier[Any]) -> str:
 
 
 def _totals(
-    recipe: Recipe, rows: list[ModulePlan], refinements: list[RefinePlan], model: nn.Module, itemsize: int
+    recipe: Recipe,
+    rows: list[ModulePlan],
+    others: Sequence[RefinePlan | RearrangePlan],
+    model: nn.Module,
+    itemsize: int,
 ) -> Totals:
     touched = {m.name for m in rows}
     before = sum({m.name: m.bytes_before for m in rows}.values())
@@ -310,7 +380,7 @@ def _totals(
         factor_bytes=sum({m.name: m.factor_bytes for m in rows}.values()),
         untouched_bytes=parameters * itemsize - before,
         peak_bytes=estimate_peak_bytes(
-            model, tokens, solve_bytes=max([0, *map(bytes_at_once, together), *(r.peak_bytes for r in refinements)])
+            model, tokens, solve_bytes=max([0, *map(bytes_at_once, together), *(r.peak_bytes for r in others)])
         ),
-        seconds=estimate_seconds(sum(m.flops for m in rows) + sum(r.flops for r in refinements), parameters, tokens),
+        seconds=estimate_seconds(sum(m.flops for m in (*rows, *others)), parameters, tokens),
     )

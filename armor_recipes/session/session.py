@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from armor_recipes.calibration.tokens import TokenSet
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.modifiers import Modifier, ModuleShape, Refiner, Statistic
+from armor_recipes.modifiers import Modifier, ModuleShape, Rearranger, Refiner, Statistic
 from armor_recipes.modifiers.base import AnyModifier
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.session.capture import Stream, capture_stream, input_groups
 from armor_recipes.session.events import (
+    ChannelsReordered,
     LayerStarted,
     ModuleFinished,
     Observer,
@@ -28,9 +29,10 @@ from armor_recipes.session.events import (
     ignore_events,
     one_at_a_time,
 )
-from armor_recipes.session.hooks import Hooks
+from armor_recipes.session.hooks import Hooks, feeding
 from armor_recipes.session.layers import find_decoder_layers
 from armor_recipes.session.plan import ModulePlan, Plan
+from armor_recipes.session.rearranging import RearrangeJob, RearrangeResult, rearrange_layer
 from armor_recipes.session.refining import Refined, RefineJob, RefineResult, refine_layer, refine_model
 from armor_recipes.session.solving import ModuleResult, Solved, Solver, SolveTask, loaded_weight
 
@@ -73,12 +75,13 @@ class Session:
         self.layers = find_decoder_layers(model)
         self.results: dict[str, ModuleResult] = {}
         self.refinements: list[RefineResult] = []
+        self.rearrangements: list[RearrangeResult] = []
         self._solver = Solver(model, self.observer, stored_dtype=stored_dtype, keep_packed=keep_packed)
         self._factors: dict[str, PackedLinear] = {}
         self._original: dict[str, Tensor] = {}
         self._readers: dict[str, str] = {}
         self._work_done = 0.0
-        self._work = (sum(m.flops for m in plan.modules) + sum(r.flops for r in plan.refinements)) or 1.0
+        self._work = plan.flops or 1.0
 
     def __enter__(self) -> Session:
         self.hooks.__enter__()
@@ -106,7 +109,7 @@ class Session:
         self.observer(PhaseStarted(f"stage {stage}"))
         streams = self._capture(entries)
         of_model = [e for e in entries if self._scope(e) == "model"]
-        last = max((m.layer for m in self.plan.modules if m.stage == stage), default=-1)
+        last = self.plan.last_layer(stage)
         total = len(self.layers.names)
         end = total if of_model else last
         for layer in range(min(end + 1, total)):
@@ -152,7 +155,10 @@ class Session:
     def _run_layer(
         self, layer: int, entries: list[ModifierEntry], streams: dict[_StreamKey, Stream], *, last: int, end: int
     ) -> None:
-        """Dense streams pass the layer before anything changes; then each modifier observes, solves and applies in turn."""
+        """Channels are reordered first, which leaves the layer's function; then dense streams pass it before anything else
+        changes; then each modifier observes, solves and applies in turn.
+        """
+        entries = self._rearrange(layer, entries, streams)
         collected: _Collected = {}
         before = _Before.of(self.layers.modules[layer], streams, keep=any(map(self._is_matched, entries)))
         for key, stream in streams.items():
@@ -174,13 +180,37 @@ class Session:
             if key[1] == "compressed" and layer < last:
                 stream.advance(layer)
 
+    def _rearrange(
+        self, layer: int, entries: list[ModifierEntry], streams: dict[_StreamKey, Stream]
+    ) -> list[ModifierEntry]:
+        """Run the rearrangers among the entries; returns the others."""
+        others = []
+        for entry in entries:
+            modifier = self.modifiers[entry.key]
+            if not isinstance(modifier, Rearranger):
+                others.append(entry)
+                continue
+            planned = self.plan.chains(entry.key, layer)
+            if planned:
+                stream = streams[self._key(entry, *self._streams_of(entry))]
+                job = RearrangeJob(entry, modifier, [row.chain for row in planned], stream)
+                found = rearrange_layer(job, self.model, self.layers, layer, self.hooks)
+                for result, row in zip(found, planned, strict=True):
+                    self._take_order(result, row.flops)
+        return others
+
+    def _take_order(self, result: RearrangeResult, flops: float) -> None:
+        self.rearrangements.append(result)
+        kept = result.kept_before, result.kept_after
+        self.observer(ChannelsReordered(result.consumer, *kept, result.seconds, self._progress(flops)))
+
     def _is_matched(self, entry: ModifierEntry) -> bool:
         return getattr(entry.config, "propagate", "") == "matched"
 
     def _observe(self, layer: int, stream: Stream, entries: list[ModifierEntry], *, advance: bool) -> _Collected:
         """Run the layer once with a hook on every module that one of the modifiers takes; statistics by modifier and module."""
         with self.hooks:
-            collected = {entry.key: self._statistics(layer, entry, _feeding) for entry in entries}
+            collected = {entry.key: self._statistics(layer, entry, feeding) for entry in entries}
             if advance:
                 stream.advance(layer)
             elif entries:
@@ -317,15 +347,6 @@ class _Before:
     def of(cls, layer: nn.Module, streams: Mapping[_StreamKey, Stream], *, keep: bool) -> _Before:
         dense = {key: list(stream.hidden) for key, stream in streams.items() if key[1] == "dense"}
         return cls(copy.deepcopy(layer), dense) if keep else cls(layer, {})
-
-
-def _feeding(statistic: Statistic) -> Any:
-    """A forward pre-hook that gives a module's input to the statistic."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        statistic.update(args[0] if args else kwargs["input"])
-
-    return hook
 
 
 def _keeping(inputs: dict[str, Tensor], name: str) -> Any:

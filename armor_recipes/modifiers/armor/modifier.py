@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from armor_recipes.calibration.statistics import InputSecondMoment, SplitGram
-from armor_recipes.errors import PlanError
+from armor_recipes.errors import NumericalError, PlanError
 from armor_recipes.modifiers.armor.config import ARMORConfig
 from armor_recipes.modifiers.base import Estimate, Modifier, ModuleShape, Outcome, SolveProgress
 from armor_recipes.modifiers.registry import register
@@ -151,6 +151,11 @@ class _Moments:
             return cls(statistic.value.to(device), config.damping, {}, {})
         gram, shrinkage = statistic.value.to(device), config.shrinkage
         if shrinkage == "auto":
+            if not statistic.held_out.tokens:
+                raise NumericalError(
+                    f"{statistic.name}: `shrinkage: auto` cannot be chosen on fewer than 4 calibration windows: raise "
+                    "`calibration.samples`, or set `shrinkage` to a number from 0 to 1"
+                )
             shrinkage = choose_shrinkage(statistic.fit.value, statistic.held_out.value)
         regular, dead = regularize(gram, shrinkage=shrinkage, damping=config.damping)
         pairs = (

@@ -1,0 +1,314 @@
+"""What each method and each ingredient leaves of a model: perplexity on text of two genres at equal bytes and calibration.
+
+    python benchmarks/quality.py --model models/smollm2-135m-instruct --block 64 \\
+        --text handbook=handbook.txt --text essays=essays.txt [--rows paper,all] [--results benchmarks/results/quality]
+
+A row is one `armor-apply` run in a process of its own, and one JSON file with its command; rows that exist are not run again.
+Text is held out: another source than the calibration text. From it `--windows` windows of `--length` tokens are taken, evenly
+spread. `gap` is the loss in nats a token above the dense model's, with a 95 % interval from 1,000 bootstrap resamples of
+the windows (the same for every row); the last columns are the gap as a share of the row `paper`'s, resampled together.
+
+`paper` stands for 20,000 steps of the paper's method (`adam`), which would take most of a day: `exact` with as many cycles as it
+needs to match that loss, by module type, as `benchmarks/solver.py` finds them. `paper-uniform` takes the largest number for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import armor_recipes
+from armor_recipes.evaluation.perplexity import evaluation_windows, window_losses
+from armor_recipes.integrations.models import open_model
+from armor_recipes.recipe.schema import ModelSpec, PerplexitySpec
+
+ATTENTION, MLP = r"re:.*self_attn\.(q|k|v|o)_proj$", r"re:.*mlp\.(gate|up|down)_proj$"
+#: Cycles of `exact` after which the loss is that of 20,000 steps of `adam`, on layer 10 of SmolLM2-135M at block 64.
+PAPER_CYCLES = {"attention": 48, "mlp": 24}
+RESAMPLES = 1_000
+
+Stage = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What every row shares."""
+
+    model: str
+    block: int
+    samples: int
+    length: int
+    calibration: str
+
+    @property
+    def tokens(self) -> dict[str, Any]:
+        """The calibration section."""
+        return {"dataset": self.calibration, "samples": self.samples, "sequence_length": self.length, "batch_size": 1}
+
+
+def plain(kind: str, **fields: Any) -> Callable[[Setting], Stage]:
+    """A 2:4 method without factors."""
+    return lambda _: {kind: {"targets": [ATTENTION, MLP], **fields}}
+
+
+def adapted(kind: str, **fields: Any) -> Callable[[Setting], Stage]:
+    """A 2:4 method with a low-rank correction of as many values as A and B have."""
+    return lambda s: {kind: {"targets": [ATTENTION, MLP], "adapter_block": s.block, **fields}}
+
+
+def paper(attention: int, mlp: int) -> Callable[[Setting], Stage]:
+    """The paper's method, by the cycles of `exact` that match it."""
+
+    def stage(s: Setting) -> Stage:
+        common = {"block_size": s.block, "propagate": "dense"}
+        return {
+            "ARMORModifier@attention": {"targets": [ATTENTION], "iterations": attention, **common},
+            "ARMORModifier@mlp": {"targets": [MLP], "iterations": mlp, **common},
+        }
+
+    return stage
+
+
+def armor(*after: str, before: Sequence[str] = (), **fields: Any) -> Callable[[Setting], Stage]:
+    """ARMOR by `exact` with our defaults, and what goes before and after it."""
+
+    def stage(s: Setting) -> Stage:
+        own = {"targets": [ATTENTION, MLP], "block_size": s.block, "iterations": 60, "propagate": "dense", **fields}
+        return {**{kind: REST[kind] for kind in before}, "ARMORModifier": own, **{kind: REST[kind] for kind in after}}
+
+    return stage
+
+
+PERMUTE, REFINE, DISTIL = "ChannelPermutationModifier", "BlockRefineModifier", "DistillationModifier"
+REST: dict[str, dict[str, Any]] = {
+    PERMUTE: {"targets": [r"re:.*mlp\.down_proj$"]},
+    REFINE: {},
+    DISTIL: {"learning_rate": 1e-3},
+}
+EVERYTHING: dict[str, Any] = {
+    "objective": "hessian",
+    "propagate": "matched",
+    "share_input_factor": True,
+}
+
+ROWS: dict[str, Callable[[Setting], Stage] | None] = {
+    "dense": None,
+    "magnitude": plain("MagnitudeModifier"),
+    "wanda": plain("WandaModifier"),
+    "sparsegpt": plain("SparseGPTModifier"),
+    "sparsegpt, damping 0.1": plain("SparseGPTModifier", damping=0.1),
+    "sparsegpt, compressed order": plain("SparseGPTModifier", propagate="compressed"),
+    "nowag": plain("NoWagModifier"),
+    "nowag + adapter": adapted("NoWagModifier"),
+    "sparsegpt + adapter": adapted("SparseGPTModifier", damping=0.1),
+    "paper": paper(PAPER_CYCLES["attention"], PAPER_CYCLES["mlp"]),
+    "paper-uniform": paper(max(PAPER_CYCLES.values()), max(PAPER_CYCLES.values())),
+    "exact diagonal": armor(),
+    "exact diagonal, compressed inputs": armor(propagate="compressed"),
+    "exact diagonal, not normalised": armor(normalize=False),
+    "exact hessian": armor(objective="hessian"),
+    "exact hessian, shrinkage 0.5": armor(objective="hessian", shrinkage=0.5),
+    "exact diagonal + matched": armor(propagate="matched"),
+    "exact hessian + matched": armor(objective="hessian", propagate="matched"),
+    "exact hessian + matched, not normalised": armor(objective="hessian", propagate="matched", normalize=False),
+    "exact diagonal + shared B": armor(share_input_factor=True),
+    "exact diagonal + permutation": armor(before=[PERMUTE]),
+    "exact diagonal + block refinement": armor(REFINE),
+    "exact diagonal + distillation": armor(DISTIL),
+    "all": armor(REFINE, DISTIL, before=[PERMUTE], **EVERYTHING),
+    "all but hessian": armor(REFINE, DISTIL, before=[PERMUTE], **{**EVERYTHING, "objective": "diagonal"}),
+    "all but matched": armor(REFINE, DISTIL, before=[PERMUTE], **{**EVERYTHING, "propagate": "compressed"}),
+    "all but shared B": armor(REFINE, DISTIL, before=[PERMUTE], **{**EVERYTHING, "share_input_factor": False}),
+    "all but permutation": armor(REFINE, DISTIL, **EVERYTHING),
+    "all but block refinement": armor(DISTIL, before=[PERMUTE], **EVERYTHING),
+    "all but distillation": armor(REFINE, before=[PERMUTE], **EVERYTHING),
+}
+
+
+def recipe_of(row: str, setting: Setting, output: Path) -> dict[str, Any]:
+    """The recipe of a row as a mapping."""
+    stage = ROWS[row]
+    assert stage is not None
+    recipe: dict[str, Any] = {
+        "model": setting.model,
+        "calibration": setting.tokens,
+        "prune_stage": {"row_modifiers": stage(setting)},
+        "output": {"path": str(output)},
+    }
+    return recipe
+
+
+def run_row(row: str, setting: Setting, texts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Apply the row's recipe in a process of its own, measure what it wrote, and throw the checkpoint away."""
+    if ROWS[row] is None:
+        return {"row": row, "losses": losses_of(dense_model(model_folder(setting.model)), texts)}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, file = Path(scratch) / "checkpoint", Path(scratch) / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe_of(row, setting, folder), sort_keys=False), encoding="utf-8")
+        command = [str(Path(sys.executable).with_name("armor-apply")), str(file), "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"row {row!r} failed ({done.returncode}): {done.stderr.strip()}")
+        return measure_row(row, folder, texts)
+
+
+def measure_row(row: str, folder: Path, texts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Losses of a checkpoint that a run wrote, with what its manifest and report say."""
+    manifest, figures = (json.loads((folder / f).read_text()) for f in ("armor_manifest.json", "report.json"))
+    model = armor_recipes.load(folder, dtype=torch.float32) if packed(manifest) else dense_model(str(folder))
+    return {
+        "row": row,
+        "command": "armor-apply recipe.yaml",
+        "recipe": yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
+        "losses": losses_of(model, texts),
+        "totals": manifest["totals"],
+        "mean_loss": statistics.fmean(m["stored_loss"] for m in manifest["modules"].values()),
+        "refinements": manifest["refinements"],
+        "seconds": figures["seconds"],
+        "seconds_by_phase": figures["seconds_by_phase"],
+        "peak_memory_bytes": figures["peak_memory_bytes"],
+        "threads": figures["threads"],
+    }
+
+
+def packed(manifest: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint holds factors."""
+    return bool(manifest["totals"]["factor_bytes"])
+
+
+def dense_model(folder: str) -> Any:
+    """A checkpoint of plain weights, through stock transformers."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def model_folder(model: str) -> str:
+    """The folder or hub id behind a recipe's model name."""
+    return str(open_model(ModelSpec(id=model), device=torch.device("cpu")).folder or model)
+
+
+def losses_of(model: Any, texts: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Loss in nats a token of each window, by text."""
+    return {
+        name: [float(x) / (ids.shape[1] - 1) for x in window_losses(model, ids, batch_size=2)]
+        for name, ids in texts.items()
+    }
+
+
+def read_texts(named: Sequence[str], model: str, *, windows: int, length: int) -> dict[str, Tensor]:
+    """`NAME=PATH` to windows `(N, L)`, evenly spread over the text."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(model))
+    found = {}
+    for text in named:
+        name, _, path = text.partition("=")
+        ids = evaluation_windows(PerplexitySpec(dataset=path, sequence_length=length), tokenizer).ids
+        count = min(windows, len(ids))
+        found[name] = ids[[i * len(ids) // count for i in range(count)]]
+    return found
+
+
+def bootstrap(values: Tensor) -> Tensor:
+    """Means of 1,000 resamples of the last dimension's entries; `(..., N)` to `(..., 1000)`, resampled together."""
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(values.shape[-1], (RESAMPLES, values.shape[-1]), generator=generator)
+    return values[..., picks].mean(-1)
+
+
+def interval(resampled: Tensor) -> tuple[float, float]:
+    """The middle 95 %."""
+    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
+    return low, high
+
+
+def report(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table as Markdown."""
+    dense, reference = rows.get("dense"), rows.get("paper")
+    if dense is None:
+        return "no table yet: the row `dense` is missing"
+    names = list(dense["losses"])
+    head = [f"{n} ppl | gap [95 %] | of paper's [95 %]" for n in names]
+    lines = ["| row | " + " | ".join(head) + " | bytes | factors | seconds | peak MB |"]
+    lines.append("|---" * (1 + 3 * len(names) + 4) + "|")
+    for name, row in rows.items():
+        cells = [cell for text in names for cell in text_cells(row, dense, reference, text)]
+        totals = row.get("totals")
+        share = "-" if not totals else f"{100 * totals['factor_bytes'] / totals['bytes_before']:.1f} %"
+        size = "-" if not totals else f"{totals['bytes_after'] / totals['bytes_before']:.3f}"
+        seconds, peak = row.get("seconds"), row.get("peak_memory_bytes")
+        tail = [size, share, "-" if not seconds else f"{seconds:.0f}", "-" if not peak else f"{peak / 1e6:.0f}"]
+        lines.append(f"| {name} | " + " | ".join(cells + tail) + " |")
+    return "\n".join(lines)
+
+
+def text_cells(
+    row: Mapping[str, Any], dense: Mapping[str, Any], reference: Mapping[str, Any] | None, text: str
+) -> list[str]:
+    """Perplexity, gap and share of the reference's gap on one text."""
+    own, base = (torch.tensor(r["losses"][text], dtype=torch.float64) for r in (row, dense))
+    gap, resampled = own - base, bootstrap(own - base)
+    cells = [
+        f"{float(own.mean().exp()):.2f}",
+        f"{float(gap.mean()):.4f} " + "[{:.4f}, {:.4f}]".format(*interval(resampled)),
+    ]
+    if reference is None:
+        return [*cells, "-"]
+    other = torch.tensor(reference["losses"][text], dtype=torch.float64) - base
+    share = float(gap.mean() / other.mean())
+    return [*cells, f"{share:.3f} " + "[{:.3f}, {:.3f}]".format(*interval(resampled / bootstrap(other)))]
+
+
+def main() -> None:
+    """Run the rows that are missing, then print the table of all that exist."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin:stdlib-llama")
+    parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=192)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--calibration", default="builtin:pydoc")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=PATH")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas; `none` only prints")
+    parser.add_argument("--checkpoint", type=Path, help="measure this folder as the one row given, without a run")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quality"))
+    options = parser.parse_args()
+    setting = Setting(options.model, options.block, options.samples, options.length, options.calibration)
+    folder = options.results / f"{Path(options.model.replace(':', '-')).name}-block{options.block}"
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = read_texts(options.text, options.model, windows=options.windows, length=options.length)
+    for row in [] if options.rows == "none" else split_rows(options.rows):
+        file = folder / f"{row.replace(' ', '-').replace(',', '')}.json"
+        if not file.exists():
+            print(f"{row} …", flush=True)
+            at = options.checkpoint
+            found = run_row(row, setting, texts) if at is None else measure_row(row, at, texts)
+            file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    rows = {r["row"]: r for r in (json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("*.json"))}
+    print(report({name: rows[name] for name in ROWS if name in rows}))
+
+
+def split_rows(text: str) -> list[str]:
+    """Names of rows, separated by commas; some names hold a comma themselves, so the longest match wins."""
+    rows, rest = [], text
+    while rest:
+        name = max((n for n in ROWS if rest == n or rest.startswith(n + ",")), key=len, default=None)
+        if name is None:
+            raise SystemExit(f"unknown row at {rest!r}; rows are: {'; '.join(ROWS)}")
+        rows.append(name)
+        rest = rest[len(name) + 1 :]
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""`objective: hessian`, `propagate: matched` and `share_input_factor` of ARMORModifier, from the formula to the session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import torch
+from engine_samples import ALL, make_job, make_session, recipe
+from torch import Tensor
+
+from armor_recipes.calibration import InputGram, SplitGram
+from armor_recipes.errors import NumericalError, PlanError
+from armor_recipes.modifiers import ModuleShape
+from armor_recipes.modifiers.armor import ARMORConfig, ARMORModifier
+from armor_recipes.solver.hessian import matched_loss, matched_weight, regular_scale, regularize
+
+
+def pairs(seed: int, tokens: int, d_in: int) -> tuple[Tensor, Tensor]:
+    """Inputs of a compressed and of a dense module on the same tokens, `(tokens, d_in)` float64 each."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d_in, d_in, generator=generator, dtype=torch.float64)
+    dense = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64) @ mix
+    return dense + 0.3 * torch.randn(tokens, d_in, generator=generator, dtype=torch.float64), dense
+
+
+def grams(x: Tensor, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """H, C and the dense H, as means."""
+    return x.T @ x / len(x), dense.T @ x / len(x), dense.T @ dense / len(x)
+
+
+def test_equal_inputs_leave_the_weight_as_it_is() -> None:
+    x, _ = pairs(0, 50, 8)
+    h, _, _ = grams(x, x)
+    weight = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for shrinkage, damping in ((0.0, 0.0), (0.7, 0.1)):
+        unscaled = regularize(h, shrinkage=shrinkage, damping=damping)[0] * regular_scale(h, damping=damping)
+        assert torch.allclose(matched_weight(weight, h, h, unscaled), weight, rtol=1e-9)
+
+
+def test_the_matched_weight_moves_the_true_loss_by_a_constant() -> None:
+    x, dense = pairs(2, 60, 8)
+    h, c, hx = grams(x, dense)
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(4, 8, dtype=torch.float64, generator=generator)
+    target = matched_weight(weight, h, c, h)
+
+    def difference(candidate: Tensor) -> float:
+        true = float((dense @ weight.T - x @ candidate.T).square().sum() / len(x))
+        assert matched_loss(weight, hx, c, h, candidate) == pytest.approx(
+            true / float(torch.trace(weight @ hx @ weight.T))
+        )
+        error = target - candidate
+        return true - float(torch.trace(error @ h @ error.T))
+
+    first, *others = (difference(torch.randn(4, 8, dtype=torch.float64, generator=generator)) for _ in range(4))
+    assert others == [pytest.approx(first, rel=1e-8)] * 3
+    least = float((dense @ weight.T - x @ target.T).square().sum())
+    worse = float((dense @ weight.T - x @ (1.01 * target).T).square().sum())
+    assert least < worse
+
+
+def test_every_fourth_window_is_held_out() -> None:
+    split, plain = SplitGram("m", 6), InputGram("m", 6)
+    windows = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(4))
+    for batch in windows.split(2):
+        split.update(batch)
+        plain.update(batch)
+    assert (split.fit.tokens, split.held_out.tokens, split.tokens) == (30, 5, 35)
+    assert torch.allclose(split.held_out.value, windows[3].T @ windows[3] / 5)
+    assert torch.allclose(split.value, plain.value, rtol=1e-5, atol=1e-6)
+    assert torch.equal(split.value, split.value.T)
+    assert torch.equal(split.diagonal, split.value.diagonal())
+
+
+def test_pairs_give_the_cross_moment() -> None:
+    x, dense = (part.float() for part in pairs(5, 24, 6))
+    split = SplitGram("m", 6)
+    split.update(x.view(4, 6, 6), dense.view(4, 6, 6))
+    h, c, hx = grams(x, dense)
+    for found, true in ((split.value, h), (split.cross, c), (split.dense, hx)):
+        assert torch.allclose(found, true, rtol=1e-4, atol=1e-4)
+
+
+def test_shrinkage_cannot_be_chosen_on_too_few_windows() -> None:
+    modifier = ARMORModifier(ARMORConfig(targets=("Linear",), block_size=4, iterations=1, objective="hessian"))
+    shape = ModuleShape("m", 8, 8, 2)
+    statistic = modifier.statistic(shape)
+    statistic.update(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(6)))
+    with pytest.raises(NumericalError, match=r"m: .*fewer than 4 calibration windows.*`shrinkage`"):
+        modifier.solve(shape, torch.ones(8, 8), statistic, None)
+
+
+def test_the_papers_method_has_no_hessian() -> None:
+    with pytest.raises(pydantic.ValidationError, match="objective: hessian goes with solver: exact"):
+        ARMORConfig(targets=("Linear",), solver="adam", objective="hessian")
+
+
+def results(llama: Path, **fields: Any) -> dict[str, Any]:
+    session = make_session(
+        make_job(recipe(llama, ARMORModifier={"targets": [ALL], "block_size": 8, "iterations": 8, **fields}))
+    )
+    with session:
+        return session.run()
+
+
+def test_the_chosen_shrinkage_is_told(llama: Path) -> None:
+    for result in results(llama, objective="hessian").values():
+        assert 0 <= result.measures["shrinkage"] <= 1
+    assert {r.measures["shrinkage"] for r in results(llama, objective="hessian", shrinkage=0.25).values()} == {0.25}
+
+
+@pytest.mark.parametrize("objective", ["diagonal", "hessian"])
+def test_matched_lowers_the_true_loss_of_later_layers(llama: Path, objective: str) -> None:
+    """All losses here are the true one, relative: that of a solve which aims at W against that of one which aims at W X."""
+    matched = results(llama, objective=objective, propagate="matched", shrinkage=0.1)
+    assert all(0 < result.stored_loss < 1 for result in matched.values())
+    first = [name for name in matched if ".layers.0.self_attn.q" in name]
+    plain = results(llama, objective=objective, shrinkage=0.1)
+    for name in first:  # nothing was compressed before it, so there is nothing to match
+        assert torch.equal(matched[name].packed.bitmask, plain[name].packed.bitmask)
+    last = [name for name in matched if ".layers.1." in name]
+    assert any(not torch.equal(matched[name].packed.values, plain[name].packed.values) for name in last)
+
+
+def test_modules_that_read_the_same_input_share_b(llama: Path) -> None:
+    shared, own = results(llama, share_input_factor=True), results(llama)
+    layer = "model.layers.0."
+    for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        first, *others = (shared[layer + name].packed for name in names)
+        assert all(torch.equal(first.b, other.b) for other in others)
+        assert len({shared[layer + name].losses for name in names}) == 1
+        assert not torch.equal(own[layer + names[0]].packed.b, own[layer + names[1]].packed.b)
+    assert not torch.equal(shared[layer + "mlp.down_proj"].packed.b, shared[layer + "self_attn.o_proj"].packed.b)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        assert shared[layer + name].losses == own[layer + name].losses
+
+
+def test_matched_is_refused_once_the_dense_model_is_gone(llama: Path) -> None:
+    mapping = recipe(llama)
+    mapping["late_stage"] = {"m": {"ARMORModifier": {"targets": [ALL], "block_size": 8, "propagate": "matched"}}}
+    mapping["late_stage"] = {"late_modifiers": mapping["late_stage"]["m"]}
+    with pytest.raises(PlanError, match="propagate: matched needs the original model"):
+        make_job(mapping)

@@ -1,0 +1,448 @@
+"""What every refiner keeps to: the best held-out state stays, masks and all else stay, and bits depend on the inputs alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_samples import ARMOR, make_job, make_session, recipe, rng_states, save_model
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from armor_recipes.errors import CheckpointError, NumericalError, PlanError
+from armor_recipes.modifiers import ModuleShape, Refiner, modifiers
+from armor_recipes.modifiers.base import RefineTask, RefineUnit
+from armor_recipes.modifiers.training import RefineConfig, root_mean_square, schedule, split_batches, token_sum
+from armor_recipes.session import Session
+from armor_recipes.solver import TrainableFactors, factorize
+
+REFINERS = {name: kind for name, kind in modifiers().items() if issubclass(kind, Refiner)}
+#: Learns on the problem below within a few epochs.
+FAST = {"learning_rate": 0.01, "held_out": 0.25}
+
+
+@pytest.fixture(params=REFINERS)
+def name(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture
+def make(name: str) -> Callable[..., Refiner[Any]]:
+    return lambda **fields: REFINERS[name](REFINERS[name].config_type(**{**FAST, **fields}))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One pruned linear map and a scale after it, against the dense map."""
+
+    task: RefineTask
+    factors: TrainableFactors
+    scale: nn.Parameter
+
+    def state(self) -> list[Tensor]:
+        """A copy of all that may be trained."""
+        return [p.detach().clone() for p in (*self.factors.parameters(), self.scale)]
+
+    def loss(self, refiner: Any, batches: list[int]) -> float:
+        """Mean loss of some batches."""
+        with torch.no_grad():
+            values = [float(refiner.loss(self.task.forward(i), self.task.target(i))) for i in batches]
+        return sum(values) / len(values)
+
+
+def problem(*, batches: int = 8, rows: int = 20, side: int = 16) -> Problem:
+    generator = torch.Generator().manual_seed(11)
+    weight = torch.randn(side, 2 * side, generator=generator)
+    inputs = [torch.randn(2, rows, 2 * side, generator=generator) for _ in range(batches)]
+    found = factorize(weight, torch.ones(2 * side), block_size=4, iterations=0, seed=0)
+    factors = TrainableFactors(found.a, found.core, found.mask, found.b)
+    scale = nn.Parameter(torch.ones(side))
+    task = RefineTask(
+        factors={"model.layers.0.mlp.up_proj": factors},
+        vectors={"model.layers.0.norm.weight": scale},
+        batches=batches,
+        forward=lambda i: inputs[i] @ factors.weight().T * scale,
+        target=lambda i: inputs[i] @ weight.T,
+    )
+    return Problem(task, factors, scale)
+
+
+# --- the contract of `refine` ----------------------------------------------------------------------------------------------
+
+
+def test_the_class_declares_itself(name: str) -> None:
+    kind = REFINERS[name]
+    assert kind.scope in ("layer", "model")
+    assert kind.category == "refine"
+    assert kind.__doc__
+    assert kind.config_type.needs_calibration
+    assert kind.config_type().targets == ("Linear",)
+
+
+def test_training_lowers_the_held_out_loss_and_keeps_the_best(make: Callable[..., Any]) -> None:
+    refiner, p = make(epochs=4), problem()
+    held, _ = split_batches(8, 0.25)
+    start = p.loss(refiner, held)
+    outcome = refiner.refine(p.task, None)
+    assert outcome.losses[0] == start
+    assert outcome.losses[-1] < 0.8 * start
+    assert p.loss(refiner, held) == min(outcome.losses)
+    assert outcome.stop_reason in ("epochs", "held-out loss")
+    assert outcome.steps == (len(outcome.losses) - 1) * 6
+
+
+def test_the_last_epoch_is_the_first_that_does_not_help(make: Callable[..., Any]) -> None:
+    refiner, p = make(epochs=50, learning_rate=0.2), problem()
+    outcome = refiner.refine(p.task, None)
+    assert outcome.stop_reason == "held-out loss"
+    assert len(outcome.losses) < 51
+    assert outcome.losses[-1] >= min(outcome.losses)
+    assert p.loss(refiner, split_batches(8, 0.25)[0]) == min(outcome.losses)
+
+
+def test_a_learning_rate_far_too_high_ends_where_it_began(make: Callable[..., Any]) -> None:
+    p = problem()
+    before = p.state()
+    outcome = make(learning_rate=1.0, epochs=3).refine(p.task, None)
+    assert outcome.losses[0] == min(outcome.losses)
+    assert outcome.losses[1] > outcome.losses[0]
+    assert (len(outcome.losses), outcome.stop_reason) == (2, "held-out loss")
+    assert all(torch.equal(now, old) for now, old in zip(p.state(), before, strict=True))
+
+
+@pytest.mark.parametrize("where", ["held out", "trained on"])
+def test_a_loss_that_is_not_finite_is_an_error(make: Callable[..., Any], where: str) -> None:
+    p = problem()
+    held, trained = split_batches(8, 0.25)
+    broken = held[0] if where == "held out" else trained[0]
+
+    def forward(batch: int) -> Tensor:
+        return p.task.forward(batch) * (math.inf if batch == broken else 1.0)
+
+    with pytest.raises(NumericalError, match="lower `learning_rate`"):
+        make().refine(replace(p.task, forward=forward), None)
+
+
+def test_norms_stay_where_they_are_not_asked_for(make: Callable[..., Any]) -> None:
+    p, q = problem(), problem()
+    make(norms=False).refine(p.task, None)
+    make().refine(q.task, None)
+    assert torch.equal(p.scale, torch.ones(16))
+    assert not torch.equal(q.scale, torch.ones(16))
+    assert not torch.equal(p.factors.values, problem().factors.values)
+
+
+def test_masks_stay(make: Callable[..., Any]) -> None:
+    p = problem()
+    make().refine(p.task, None)
+    assert torch.equal(p.factors.mask, problem().factors.mask)
+    assert not bool(p.factors.core[~p.factors.mask].any())
+
+
+def test_progress_counts_steps(make: Callable[..., Any]) -> None:
+    calls: list[tuple[int, int, float]] = []
+    outcome = make(epochs=2).refine(problem().task, lambda *call: calls.append(call))
+    assert [done for done, _, _ in calls] == list(range(1, outcome.steps + 1))
+    assert {at_most for _, at_most, _ in calls} == {12}
+    assert [loss for _, _, loss in calls][:7] == [outcome.losses[0]] * 6 + [outcome.losses[1]]
+
+
+def test_global_generators_are_left_alone_and_have_no_say(make: Callable[..., Any]) -> None:
+    before, states = rng_states(), []
+    for seed in (1, 2):
+        p = problem()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            outcome = make(epochs=2).refine(p.task, None)
+        states.append((p.state(), outcome))
+    assert rng_states() == before
+    assert states[0][1] == states[1][1]
+    assert all(torch.equal(one, two) for one, two in zip(states[0][0], states[1][0], strict=True))
+
+
+def test_the_seed_orders_the_batches(make: Callable[..., Any]) -> None:
+    found = [make(seed=seed).refine(problem().task, None).losses for seed in (0, 0, 1)]
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+@pytest.mark.usefixtures("threads")
+def test_bits_do_not_depend_on_the_number_of_threads(make: Callable[..., Any]) -> None:
+    states = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        p = problem(batches=3, rows=300, side=128)  # far more numbers than torch sums on one thread
+        outcome = make().refine(p.task, None)
+        states.append((p.state(), outcome))
+    for state, outcome in states[1:]:
+        assert outcome == states[0][1]
+        assert all(torch.equal(one, two) for one, two in zip(state, states[0][0], strict=True))
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_scale_of_a_step_does_not_depend_on_the_number_of_threads() -> None:
+    x = torch.randn(300_001, generator=torch.Generator().manual_seed(0))
+    found = set()
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        found.add(root_mean_square(x))
+    assert len(found) == 1
+    assert found.pop() == pytest.approx(float(x.double().square().mean().sqrt()), rel=1e-6)
+
+
+def test_half_precision_outputs_are_measured_in_full(make: Callable[..., Any]) -> None:
+    p = problem()
+    refiner = make()
+    target = p.task.target(0)
+    output = (target + 0.01 * target.flip(-1)).bfloat16()
+    assert float(refiner.loss(output, target.bfloat16())) == float(
+        refiner.loss(output.float(), target.bfloat16().float())
+    )
+
+
+def test_a_perfect_output_has_no_loss(make: Callable[..., Any]) -> None:
+    target = problem().task.target(0)
+    assert float(make().loss(target, target)) == pytest.approx(0, abs=1e-7)
+    assert float(make().loss(target + 0.1 * target.flip(-1), target)) > 1e-4
+
+
+def test_the_losses_are_the_published_ones() -> None:
+    output, target = (torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    found = {name: float(kind(kind.config_type()).loss(output, target)) for name, kind in REFINERS.items()}  # type: ignore[attr-defined]
+    wanted = target.double().softmax(-1)
+    divergence = (wanted * (wanted.log() - output.double().log_softmax(-1))).sum(-1).mean()
+    assert found == {
+        "BlockRefineModifier": pytest.approx(float((output - target).norm() ** 2 / target.norm() ** 2), rel=1e-5),
+        "DistillationModifier": pytest.approx(float(divergence), rel=1e-5),
+    }
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------------------
+
+
+def unit(tokens: int, batch_tokens: int) -> RefineUnit:
+    return RefineUnit((ModuleShape("m", 8, 16, 2),), 200, 10_000, tokens, batch_tokens)
+
+
+def test_a_plan_counts_the_passes(make: Callable[..., Any]) -> None:
+    one, two = (make(epochs=epochs).plan(unit(64, 16)) for epochs in (1, 2))
+    assert one.flops == 6 * 10_000 * 64
+    assert two.flops == 2 * one.flops
+    assert one.stored_bytes == 0
+    assert one.peak_bytes > 4 * 4 * 200
+
+
+def test_fewer_than_two_batches_are_refused(make: Callable[..., Any]) -> None:
+    for tokens, batch in ((16, 16), (8, 16)):
+        with pytest.raises(
+            PlanError, match=r"at least 2 .*raise `calibration\.samples` or lower `calibration\.batch_size`"
+        ):
+            make().plan(unit(tokens, batch))
+    assert make().plan(unit(24, 16)).flops  # a batch and a half are two
+    with pytest.raises(PlanError, match="there is 1"):
+        make().refine(problem(batches=1).task, None)  # fewer came than were planned
+
+
+@given(st.integers(2, 500), st.floats(0.001, 0.5))
+def test_held_out_batches_are_a_share_that_is_evenly_spread(batches: int, share: float) -> None:
+    held, trained = split_batches(batches, share)
+    assert sorted(held + trained) == list(range(batches))
+    assert held == sorted(set(held))
+    assert trained
+    assert len(held) == min(max(1, round(batches * share)), batches - 1)
+    gaps = [b - a for a, b in zip(held, held[1:], strict=False)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@given(st.integers(1, 3000))
+def test_the_learning_rate_rises_and_then_falls(total: int) -> None:
+    rates = [schedule(step, total) for step in range(total)]
+    peak = rates.index(max(rates))
+    assert all(0 < rate <= 1 for rate in rates)
+    assert peak <= 0.05 * total
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    if total > 100:
+        assert max(rates) > 0.98
+        assert rates[-1] < 0.03
+
+
+def test_a_sum_token_by_token() -> None:
+    x = torch.arange(24.0).view(2, 3, 4)
+    assert float(token_sum(x)) == 276
+
+
+def test_the_config_refuses_what_makes_no_sense(name: str) -> None:
+    kind = REFINERS[name].config_type
+    assert issubclass(kind, RefineConfig)
+    for fields in ({"epochs": 0}, {"learning_rate": 0.0}, {"learning_rate": 1.5}, {"held_out": 0.6}, {"held_out": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            kind(**fields)
+
+
+# --- in a session ------------------------------------------------------------------------------------------------------------
+
+
+def mapping(folder: Path, name: str = "", armor: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    """ARMOR with dense inputs, so that no layer's masks depend on what is done to the ones before; then the refiner."""
+    entries = {"ARMORModifier": {**ARMOR, "propagate": "dense", **(armor or {})}}
+    if name:
+        entries[name] = {**FAST, "learning_rate": 0.003, **fields}
+    found = recipe(folder, **entries)
+    found["calibration"] |= {"samples": 24, "sequence_length": 16}
+    return found
+
+
+def run(mapping: dict[str, Any], **options: Any) -> Session:
+    with make_session(make_job(mapping), **options) as session:
+        session.run()
+    return session
+
+
+def is_norm(parameter: str) -> bool:
+    return "norm" in parameter
+
+
+@pytest.fixture(scope="module")
+def pruned(llama: Path) -> Session:
+    """The model after ARMOR alone."""
+    return run(mapping(llama))
+
+
+def test_only_factors_and_norms_change(llama: Path, pruned: Session, name: str) -> None:
+    session = run(mapping(llama, name))
+    dense = dict(make_session(make_job(mapping(llama))).model.named_parameters())
+    for parameter, value in session.model.named_parameters():
+        if not is_norm(parameter) and parameter.removesuffix(".weight") not in session.results:
+            assert torch.equal(value, dense[parameter]), parameter
+    for module, result in session.results.items():
+        before, after = pruned.results[module].packed, result.packed
+        assert before is not None
+        assert after is not None
+        assert torch.equal(before.bitmask, after.bitmask)
+        assert not torch.equal(before.values, after.values)
+        assert not torch.equal(before.a, after.a)
+        assert not torch.equal(before.b, after.b)
+        assert (result.losses, result.stored_loss) == (
+            pruned.results[module].losses,
+            pruned.results[module].stored_loss,
+        )
+        assert result.refined == (f"prune_stage.armor_modifiers.{name}",)
+        weight = session.model.get_parameter(f"{module}.weight")
+        assert torch.equal(weight, after.fold(torch.float32))
+    assert len(session.results) == 14
+
+
+def test_training_in_a_session_lowers_the_held_out_loss(llama: Path, name: str) -> None:
+    session = run(mapping(llama, name, epochs=2))
+    units = [refinement.unit for refinement in session.refinements]
+    assert units == (["model"] if REFINERS[name].scope == "model" else ["model.layers.0", "model.layers.1"])
+    for refinement in session.refinements:
+        assert min(refinement.losses) < 0.95 * refinement.losses[0]
+        assert refinement.tokens == 24 * 16
+        assert refinement.steps == 9 * (len(refinement.losses) - 1)
+        assert refinement.seconds > 0
+    assert sum(refinement.modules for refinement in session.refinements) == 14
+    norms = sum(p.numel() for n, p in session.model.named_parameters() if is_norm(n))
+    trained = sum(refinement.vectors for refinement in session.refinements)
+    assert trained == (norms if REFINERS[name].scope == "model" else norms - 32)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
+def test_training_that_does_not_help_leaves_every_bit(llama: Path, name: str, packed: bool) -> None:
+    without = run(mapping(llama), keep_packed=packed)
+    session = run(mapping(llama, name, learning_rate=1.0), keep_packed=packed)
+    assert all(r.losses[0] == min(r.losses) and r.vectors == 0 for r in session.refinements)
+    for one, two in zip(session.model.parameters(), without.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_norms_false_leaves_the_norms(llama: Path, name: str) -> None:
+    session = run(mapping(llama, name, norms=False))
+    dense = dict(make_session(make_job(mapping(llama))).model.named_parameters())
+    for parameter, value in session.model.named_parameters():
+        if is_norm(parameter):
+            assert torch.equal(value, dense[parameter])
+    assert {refinement.vectors for refinement in session.refinements} == {0}
+
+
+def test_flags_of_the_model_are_given_back(llama: Path, name: str) -> None:
+    session = make_session(make_job(mapping(llama, name)))
+    session.model.lm_head.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+    session.model.train()
+    before = {n: p.requires_grad for n, p in session.model.named_parameters()}
+    assert set(before.values()) == {True, False}
+    with session:
+        session.run()
+    assert {n: p.requires_grad for n, p in session.model.named_parameters()} == before
+    assert session.model.training
+    assert all(p.grad is None for p in session.model.parameters())
+
+
+def test_only_the_targets_are_trained(llama: Path, pruned: Session, name: str) -> None:
+    session = run(mapping(llama, name, targets=[r"re:.*q_proj$"], ignore=[r"re:.*layers\.1.*"], norms=False))
+    changed = {n for n, p in session.model.named_parameters() if not torch.equal(p, pruned.model.get_parameter(n))}
+    assert changed == {"model.layers.0.self_attn.q_proj.weight"}
+    assert [r.modules for r in session.refinements] == [1]
+
+
+def test_errors_name_the_line_and_the_unit(llama: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refine(*_: Any) -> Any:
+        raise NumericalError("all is lost")
+
+    monkeypatch.setattr(REFINERS[name], "refine", refine)
+    session = make_session(make_job(mapping(llama, name)))
+    flags = {n: p.requires_grad for n, p in session.model.named_parameters()}
+    with session, pytest.raises(NumericalError, match=rf": {name}: model(\.layers\.0)?: all is lost"):
+        session.run()
+    assert {n: p.requires_grad for n, p in session.model.named_parameters()} == flags
+
+
+def test_a_value_that_overflows_names_its_module(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refine: Any = REFINERS[name].refine
+
+    def explode(self: Any, task: RefineTask, progress: Any) -> Any:
+        outcome = refine(self, task, progress)
+        task.factors[min(task.factors)].a.data[0, 0, 0] = 1e6  # more than float16 holds
+        return outcome
+
+    monkeypatch.setattr(REFINERS[name], "refine", explode)
+    session = make_session(make_job(mapping(save_model(tmp_path / "m", dtype=torch.float16), name)))
+    with (
+        session,
+        pytest.raises(CheckpointError, match=r"model(\.layers\.0)?: model\.layers\.0\.mlp\.down_proj: .*not finite"),
+    ):
+        session.run()
+
+
+def test_fewer_windows_than_planned_are_an_error_of_ours(llama: Path, name: str) -> None:
+    job = make_job(mapping(llama, name))
+    session = make_session(job)
+    session.tokens = {spec: replace(found, ids=found.ids[:2]) for spec, found in session.tokens.items()}
+    with session, pytest.raises(PlanError, match=rf"{name}: model.*there is 1"):
+        session.run()
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+def test_half_precision_compute(llama: Path, name: str, compute: str) -> None:
+    found = mapping(llama, name)
+    found["model"] = {"id": str(llama), "compute_dtype": compute}
+    session = run(found)
+    for module, result in session.results.items():
+        assert result.packed is not None
+        assert session.model.get_parameter(f"{module}.weight").dtype == getattr(torch, compute)
+    assert all(min(r.losses) < r.losses[0] for r in session.refinements)

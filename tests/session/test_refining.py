@@ -1,0 +1,361 @@
+"""The dense model's logits from its last hidden states, shared inputs, and where in a recipe a refiner may stand."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine_samples import (
+    ALL,
+    ARMOR,
+    ATTENTION,
+    MLP,
+    MODELS,
+    SIZES,
+    hook_count,
+    make_job,
+    make_model,
+    make_session,
+    recipe,
+)
+from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from armor_recipes.checkpoint.reader import read_header
+from armor_recipes.errors import PlanError
+from armor_recipes.modifiers.base import RefineTask
+from armor_recipes.modifiers.block_refine import BlockRefineModifier
+from armor_recipes.modifiers.distillation import DistillationModifier
+from armor_recipes.run import apply
+from armor_recipes.session.capture import Stream, capture_stream, input_groups
+from armor_recipes.session.hooks import Hooks
+from armor_recipes.session.layers import DecoderLayers, find_decoder_layers
+from armor_recipes.session.refining import tail_logits
+
+IDS = torch.randint(0, 96, (5, 12), generator=torch.Generator().manual_seed(3))
+SLIDING = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
+MORE = {
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **SLIDING, final_logit_softcapping=5.0)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **SLIDING, use_sliding_window=True, max_window_layers=1)),
+}
+REFINERS = ["BlockRefineModifier", "DistillationModifier"]
+
+
+def with_refiner(model: Path | str, *names: str, output: Path | str = "out", **fields: Any) -> dict[str, Any]:
+    """ARMOR everywhere, then refiners."""
+    return recipe(model, output, ARMORModifier=ARMOR, **{name: {"learning_rate": 0.003, **fields} for name in names})
+
+
+def streamed(model: nn.Module, layers: DecoderLayers) -> Stream:
+    """The stream of `IDS` after all layers."""
+    stream = capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
+    for index in range(len(layers.modules)):
+        stream.advance(index)
+    return stream
+
+
+# --- logits ------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*MODELS, *MORE])
+def test_tail_logits_are_the_models_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine_samples.MODELS", {**MODELS, **MORE})
+    model: Any = make_model(kind)
+    layers = find_decoder_layers(model)
+    stream = streamed(model, layers)
+    for batch, ids in enumerate(IDS.split(2)):
+        assert torch.equal(stream.ids[batch], ids)
+        found = tail_logits(model, layers, stream, batch, {})
+        assert torch.equal(found, model(input_ids=ids, use_cache=False).logits)
+    assert find_decoder_layers(model) == layers
+    assert hook_count(model) == 0
+
+
+class Layer(nn.Module):
+    """Answers in a tuple; `kind` is what the model below asks of each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+        self.kind = "causal"
+
+    def forward(self, hidden: Tensor, *, scale: float) -> tuple[Tensor, str]:
+        return hidden + scale * self.linear(hidden), "unused"
+
+
+class Model(nn.Module):
+    """Keeps its layers at the top, reads an attribute of each, and takes the first of what each answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 32)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.norm = nn.LayerNorm(32)
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, scale={"causal": 0.5}[layer.kind])[0]
+        return SimpleNamespace(logits=self.norm(hidden) @ self.embed.weight.T)
+
+
+@torch.no_grad()
+def test_tail_logits_where_layers_answer_in_tuples_and_have_attributes() -> None:
+    model = Model()
+    layers = find_decoder_layers(model)
+    stream = streamed(model, layers)
+    assert stream.as_tuple
+    assert layers.names == ("layers.0", "layers.1", "layers.2")
+    for batch, ids in enumerate(IDS.split(2)):
+        assert torch.equal(tail_logits(model, layers, stream, batch, {}), model(ids, use_cache=False).logits)
+    assert tuple(model.layers) == layers.modules
+
+
+@torch.no_grad()
+def test_tail_logits_with_other_parameters_leave_the_models_own() -> None:
+    model: Any = make_model()
+    layers = find_decoder_layers(model)
+    stream = streamed(model, layers)
+    wanted = tail_logits(model, layers, stream, 0, {})
+    own = model.model.norm.weight.clone()
+    model.model.norm.weight.mul_(2)
+    assert torch.allclose(tail_logits(model, layers, stream, 0, {}), 2 * wanted, rtol=1e-4)
+    assert torch.equal(tail_logits(model, layers, stream, 0, {"model.norm.weight": own}), wanted)
+    assert torch.equal(model.model.norm.weight, 2 * own)
+
+
+@torch.no_grad()
+def test_the_layers_come_back_after_an_error() -> None:
+    model: Any = make_model()
+    layers = find_decoder_layers(model)
+    stream = streamed(model, layers)
+    stream.hidden[0] = torch.ones(2, 12, 5)
+    with pytest.raises(RuntimeError):
+        tail_logits(model, layers, stream, 0, {})
+    assert find_decoder_layers(model) == layers
+
+
+# --- the stream --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_call_takes_the_hidden_states_of_now(kind: str) -> None:
+    model = make_model(kind)
+    layers = find_decoder_layers(model)
+    stream = capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
+    assert [ids.shape for ids in stream.ids] == [(2, 12), (2, 12), (1, 12)]
+    for index, layer in enumerate(layers.modules):
+        outputs = [stream.call(index, batch).run(layer) for batch in range(3)]
+        stream.advance(index)
+        assert all(torch.equal(one, two) for one, two in zip(outputs, stream.hidden, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_activations_that_were_passed_are_not_kept(kind: str) -> None:
+    model = make_model(kind)
+    layers = find_decoder_layers(model)
+    stream = capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
+    old = [weakref.ref(hidden) for hidden in stream.hidden]
+    stream.advance(0)
+    assert [ref() for ref in old] == [None] * 3
+
+
+# --- modules that read the same input ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2-bias", "gemma3"])
+def test_modules_that_read_the_same_tensor_are_found(kind: str) -> None:
+    model = make_model(kind)
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    with torch.no_grad():
+        found = input_groups(model, find_decoder_layers(model), names, IDS[:1], Hooks())
+    for name in names:
+        layer, _, module = name.rpartition(".")
+        first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(module, module)
+        assert found[name] == f"{layer}.{first}"
+    assert hook_count(model) == 0
+
+
+def test_the_first_that_is_named_stands_for_all() -> None:
+    model = make_model()
+    names = [f"model.layers.1.self_attn.{name}_proj" for name in "vok"]
+    with torch.no_grad():
+        found = input_groups(model, find_decoder_layers(model), names, IDS[:1], Hooks())
+    assert [found[name] for name in names] == [names[0], names[1], names[0]]
+
+
+def test_modules_that_are_called_twice_or_never_stand_for_themselves() -> None:
+    class Odd(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.same, self.twice, self.never = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, hidden: Tensor, *, scale: float) -> tuple[Tensor, str]:
+            return self.linear(hidden) + self.same(input=hidden) + self.twice(self.twice(hidden)), "unused"
+
+    model = Model()
+    model.layers = nn.ModuleList([Odd()])
+    names = [f"layers.0.{name}" for name in ("linear", "same", "twice", "never")]
+    with torch.no_grad():
+        found = input_groups(model, find_decoder_layers(model), names, IDS[:1], Hooks())
+    assert list(found.values()) == [names[0], names[0], names[2], names[3]]
+
+
+# --- where a refiner may stand ---------------------------------------------------------------------------------------------------
+
+
+def refusal(mapping: dict[str, Any]) -> str:
+    with pytest.raises(PlanError) as caught:
+        make_job(mapping)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", REFINERS)
+def test_the_plan_tells_what_is_trained(llama: Path, name: str) -> None:
+    plan = make_job(with_refiner(llama, name)).plan
+    layers = [(None, "model")] if name == "DistillationModifier" else [(0, "model.layers.0"), (1, "model.layers.1")]
+    assert [(r.layer, r.unit) for r in plan.refinements] == layers
+    assert [m for r in plan.refinements for m in r.modules] == [m.name for m in plan.modules]
+    assert {r.tokens for r in plan.refinements} == {60}
+    assert all(r.flops > 0 and r.peak_bytes > 0 for r in plan.refinements)
+    assert plan.to_dict()["refinements"][0]["unit"] == layers[0][1]
+    alone = make_job(recipe(llama)).plan
+    assert plan.totals.bytes_after == alone.totals.bytes_after
+
+
+@pytest.mark.parametrize("name", REFINERS)
+def test_a_refiner_needs_factors_made_before_it_in_its_stage(llama: Path, name: str) -> None:
+    wanted = f": {name}: no modifier before it in prune_stage makes 2:4 factors"
+    alone = recipe(llama, **{name: {}})
+    pruned = recipe(llama, NoWagModifier={"targets": [ALL]}, **{name: {}})
+    first = recipe(llama, **{name: {}}, ARMORModifier=ARMOR)
+    dense = recipe(llama, ARMORModifier={**ARMOR, "pattern": "4:8"}, **{name: {}})
+    elsewhere = recipe(llama, ARMORModifier={**ARMOR, "targets": [MLP]}, **{name: {"targets": [ATTENTION]}})
+    for mapping in (alone, pruned, first, dense, elsewhere):
+        message = refusal(mapping)
+        assert wanted in message
+        assert "put it after an ARMORModifier of the same stage" in message
+
+
+@pytest.mark.parametrize("name", REFINERS)
+def test_a_refiner_belongs_into_the_first_stage(llama: Path, name: str) -> None:
+    mapping = recipe(llama)
+    mapping["late_stage"] = {"refine_modifiers": {name: {}}}
+    message = refusal(mapping)
+    assert f"the recipe mapping: {name}: no modifier before it in late_stage" in message
+    mapping["late_stage"]["refine_modifiers"] = {"ARMORModifier": {**ARMOR, "targets": [MLP]}, name: {}}
+    mapping["prune_stage"]["armor_modifiers"]["ARMORModifier"] = {**ARMOR, "targets": [ATTENTION]}
+    assert f"{name}: it needs the original model, but stage late_stage comes after prune_stage" in refusal(mapping)
+
+
+@pytest.mark.parametrize("name", REFINERS)
+def test_too_few_batches_are_refused_at_plan_time(llama: Path, name: str) -> None:
+    mapping = with_refiner(llama, name)
+    mapping["calibration"]["batch_size"] = 5
+    message = refusal(mapping)
+    assert f"{name}: training needs at least 2 calibration batches" in message
+    assert "raise `calibration.samples` or lower `calibration.batch_size`" in message
+
+
+@pytest.mark.parametrize("name", REFINERS)
+def test_a_refiner_that_is_optional_may_match_nothing(llama: Path, name: str) -> None:
+    mapping = with_refiner(llama, name, targets=["re:.*experts.*"], optional=True)
+    assert make_job(mapping).plan.refinements == ()
+    mapping = with_refiner(llama, name, targets=["re:.*experts.*"])
+    assert "matches no linear module" in refusal(mapping)
+
+
+# --- in a run ----------------------------------------------------------------------------------------------------------------
+
+
+def seen_targets(monkeypatch: pytest.MonkeyPatch, kind: Any) -> list[list[Tensor]]:
+    """The targets of each unit that a refiner of this kind is asked to train, as it goes along."""
+    seen: list[list[Tensor]] = []
+    refine = kind.refine
+
+    def look(self: Any, task: RefineTask, progress: Any) -> Any:
+        with torch.no_grad():
+            seen.append([task.target(i).clone() for i in range(task.batches)])
+        return refine(self, task, progress)
+
+    monkeypatch.setattr(kind, "refine", look)
+    return seen
+
+
+def test_distillation_aims_at_the_dense_logits_each_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = seen_targets(monkeypatch, DistillationModifier)
+    mapping = with_refiner(llama, "BlockRefineModifier", "DistillationModifier")
+    mapping["prune_stage"]["armor_modifiers"]["DistillationModifier@again"] = {}
+    session = make_session(make_job(mapping))
+    ids = next(iter(session.tokens.values())).ids
+    with torch.no_grad():
+        wanted = [session.model(input_ids=batch).logits for batch in ids.split(2)]
+    with session:
+        session.run()
+    assert [r.unit for r in session.refinements] == ["model.layers.0", "model.layers.1", "model", "model"]
+    assert session.refinements[2].vectors > 0  # the last norm has changed before the second looks
+    assert len(seen) == 2
+    for targets in seen:
+        assert all(torch.equal(one, two) for one, two in zip(targets, wanted, strict=True))
+    names = [name.split(".")[-1] for name in session.results["model.layers.0.mlp.up_proj"].refined]
+    assert names == ["BlockRefineModifier", "DistillationModifier", "DistillationModifier@again"]
+
+
+def test_block_refinement_aims_at_the_dense_layers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = seen_targets(monkeypatch, BlockRefineModifier)
+    session = make_session(make_job(with_refiner(llama, "BlockRefineModifier")))
+    ids = next(iter(session.tokens.values())).ids
+    wanted: list[list[Tensor]] = [[], []]
+    with torch.no_grad():
+        for batch in ids.split(2):
+            states = session.model(input_ids=batch, output_hidden_states=True).hidden_states
+            wanted[0].append(states[1])
+        stream = capture_stream(session.model, session.layers, ids, batch_size=2, hooks=Hooks())
+        stream.advance(0)
+        stream.advance(1)
+        wanted[1] = [hidden.clone() for hidden in stream.hidden]
+    with session:
+        session.run()
+    for targets, dense in zip(seen, wanted, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(targets, dense, strict=True))
+
+
+@pytest.mark.parametrize("name", REFINERS)
+def test_layers_behind_the_last_target_still_lead_to_the_logits(llama: Path, name: str) -> None:
+    mapping = with_refiner(llama, name)
+    mapping["prune_stage"]["armor_modifiers"]["ARMORModifier"] = {**ARMOR, "targets": [r"re:.*layers\.0\.mlp.*"]}
+    with make_session(make_job(mapping)) as session:
+        session.run()
+    assert [r.modules for r in session.refinements] == [3]
+    assert list(session.results) == [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize("name", REFINERS)
+def test_a_dense_output_holds_the_refined_products(llama: Path, tmp_path: Path, name: str) -> None:
+    outputs = []
+    for number, names in enumerate([(), (name,)]):
+        mapping = with_refiner(llama, *names, output=tmp_path / str(number))
+        mapping["output"]["format"] = "dense"
+        result = apply(mapping)
+        assert all(module.packed is None for module in result.modules.values())
+        assert all(
+            module.refined == result.modules["model.layers.0.mlp.up_proj"].refined for module in result.modules.values()
+        )
+        outputs.append(result)
+    assert read_header(outputs[0].output).keys() == read_header(outputs[1].output).keys()
+    assert not any(".armor_" in tensor for tensor in read_header(outputs[1].output))
+    assert outputs[1].refinements[0].losses[0] > min(outputs[1].refinements[0].losses)
+
+
+def test_factors_are_kept_only_for_a_refiner(llama: Path) -> None:
+    for mapping, kept in ((recipe(llama), 0), (with_refiner(llama, "DistillationModifier"), 14)):
+        with make_session(make_job(mapping), keep_packed=False) as session:
+            session.run()
+        assert len(session._factors) == kept
