@@ -37,7 +37,7 @@ from armor_recipes.recipe.schema import ModelSpec, PerplexitySpec
 
 ATTENTION, MLP = r"re:.*self_attn\.(q|k|v|o)_proj$", r"re:.*mlp\.(gate|up|down)_proj$"
 #: Cycles of `exact` after which the loss is that of 20,000 steps of `adam`, on layer 10 of SmolLM2-135M at block 64.
-PAPER_CYCLES = {"attention": 48, "mlp": 24}
+PAPER_CYCLES = {"attention": 46, "mlp": 21}
 RESAMPLES = 1_000
 
 Stage = dict[str, dict[str, Any]]

@@ -211,7 +211,7 @@ class RefineTask:
     """One unit to train. Everything is in memory already, on the model's device.
 
     Attributes:
-        factors: what is trained, by the module's full name.
+        factors: what is trained, by the module's full name; modules that share a B hold the very same parameter.
         vectors: weights of norms of the unit by full name, trained on request.
         batches: how many calibration batches there are.
         forward: the unit's output for batch i with the present factors and vectors, differentiable.

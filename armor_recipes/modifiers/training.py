@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, TypeVar
@@ -83,13 +84,14 @@ class TrainingRefiner(Refiner[C]):
         """
         _check_batches(task.batches)
         vectors = task.vectors if self.config.norms else {}
-        parameters = [p for factors in task.factors.values() for p in factors.parameters()] + list(vectors.values())
+        parts = [p for factors in task.factors.values() for p in factors.parameters()]
+        parameters = list(dict.fromkeys([*parts, *vectors.values()]))  # modules may share a B
         seed = module_seed(self.config.seed, next(iter(task.factors)))
         return train(_Training(task, parameters, self.loss, self.config, seed), on_progress)
 
+    @abstractmethod
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss of one batch."""
-        raise NotImplementedError
+        """Scalar loss of one batch's outputs `(B, L, C)`, differentiable in the first."""
 
 
 @dataclass(frozen=True, slots=True)

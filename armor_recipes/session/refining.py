@@ -49,11 +49,15 @@ class Refined:
 
 @dataclass(frozen=True, slots=True)
 class RefineJob:
-    """A refiner's entry with the packed factors of the modules it takes, by full name; `dtype` is what they are rounded to."""
+    """A refiner's entry with the packed factors of the modules it takes, by full name; `dtype` is what they are rounded to.
+
+    `sharing` names for each module the first of those that share its B, often itself.
+    """
 
     entry: ModifierEntry
     refiner: Refiner[Any]
     packed: Mapping[str, PackedLinear]
+    sharing: Mapping[str, str]
     dtype: torch.dtype
     progress: Callable[[int, int, float], None]
 
@@ -131,14 +135,16 @@ def _packed(name: str, factors: TrainableFactors, dtype: torch.dtype) -> PackedL
 def _trainables(
     job: RefineJob, module: nn.Module, prefix: str
 ) -> tuple[dict[str, TrainableFactors], dict[str, nn.Parameter]]:
-    """Factors of the modules, and copies of the weights of the unit's norms.
+    """Factors of the modules, and copies of the weights of the unit's norms. A B that modules share stays one.
 
     A norm is a module without children whose parameters are all vectors: no list of classes knows every model's.
     """
     factors = {}
+    shared: dict[str, nn.Parameter] = {}
     for name, packed in job.packed.items():
         core, mask = packed.unpack(name=name)
         factors[name] = TrainableFactors(packed.a, core, mask, packed.b)
+        factors[name].b = shared.setdefault(job.sharing[name], factors[name].b)
     vectors = {
         f"{prefix}{owner}.{name}": nn.Parameter(parameter.detach().float().clone())
         for owner, part in module.named_modules()

@@ -78,6 +78,7 @@ class Session:
         self.rearrangements: list[RearrangeResult] = []
         self._solver = Solver(model, self.observer, stored_dtype=stored_dtype, keep_packed=keep_packed)
         self._factors: dict[str, PackedLinear] = {}
+        self._sharing: dict[str, str] = {}
         self._original: dict[str, Tensor] = {}
         self._readers: dict[str, str] = {}
         self._work_done = 0.0
@@ -263,6 +264,7 @@ class Session:
             SolveTask(entry, modifier, tuple(map(self._shape, group)), statistics.get(group[0].name))
             for group in groups.values()
         ]
+        self._sharing |= {module.name: group[0].name for group in groups.values() for module in group}
         flops = {module.name: module.flops for module in planned}
         solved = [one for found in self._solver.solve(tasks) for one in self._announced(found, flops)]
         for one in solved:
@@ -298,7 +300,7 @@ class Session:
             self.observer(SolveProgressed(unit, done, at_most, loss))
 
         packed = {name: self._factors[name] for name in names}
-        return RefineJob(entry, refiner, packed, self._solver.factor_dtype, progress)
+        return RefineJob(entry, refiner, packed, self._sharing, self._solver.factor_dtype, progress)
 
     def _refine_layer(self, entry: ModifierEntry, layer: int, streams: dict[_StreamKey, Stream]) -> None:
         for unit in self.plan.refinements_of(entry.key, layer):

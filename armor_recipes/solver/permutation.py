@@ -14,16 +14,17 @@ from armor_recipes.solver.entry import checked_finite
 from armor_recipes.solver.normalize import fill_dead_channels, nowag_normalize
 from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern, magnitude_mask
 
-#: Columns whose exchanges are scored at once: their sums stay in a core's cache.
-_CHUNK = 32
+#: Exchanges that are scored at once: their sums stay in a core's cache, and torch does not split an operation of that few
+#: numbers over threads, which would cost more than the operation.
+_AT_ONCE = 1 << 15
 #: A swap counts if it adds more than this share of all scores, and a sweep if it adds more than this share of all gains.
 _SMALLEST_GAIN, _SMALLEST_SWEEP = 1e-8, 0.02
 
 
-def channel_scores(weight: Tensor, second_moment: Tensor) -> Tensor:
-    """W̄²_ij · h_j as NoWag-P scores weights, float32 `(O, I)`. Raises NumericalError for values that are not finite."""
+def weighted_channels(weight: Tensor, second_moment: Tensor) -> Tensor:
+    """W̄_ij · √h_j, float32 `(O, I)`: its squares are NoWag-P's scores. Raises NumericalError for values that are not finite."""
     h, _ = fill_dead_channels(second_moment.float())
-    return nowag_normalize(checked_finite(weight.float())).weight.square() * (h / h.mean())
+    return nowag_normalize(checked_finite(weight.float())).weight * (h / h.mean()).sqrt()
 
 
 def kept_share(scores: Tensor, *, pattern: Pattern = TWO_OF_FOUR) -> float:
@@ -59,6 +60,33 @@ def choose_permutation(scores: Tensor, *, pattern: Pattern = TWO_OF_FOUR, sweeps
     groups = found.view(-1, size).sort(dim=1).values
     found = groups[groups[:, 0].argsort()].flatten()
     return max(identity, found, key=lambda order: kept_share(scores[:, order], pattern=pattern))
+
+
+def gather_alike(channels: Tensor, order: Tensor, *, pattern: Pattern = TWO_OF_FOUR, block: int) -> Tensor:
+    """The groups of `order` `(I,)` in another sequence: those whose columns resemble each other share a block of `block` columns.
+
+    A block of B combines its columns, so what a mask drops is mended best by columns that point the same way. Likeness is
+    the squared cosine of two columns of `channels` `(O, I)`, summed over pairs of columns of two groups. A block begins
+    with the group that is most like all that are left, and takes what is most like it so far, one by one.
+
+    Raises ValueError where the blocks are no whole groups, or the columns no whole blocks.
+    """
+    if block % pattern.group or len(order) % block:
+        raise ValueError(f"{block=} must be a multiple of {pattern.group} that divides the {len(order)} columns")
+    groups = order.view(-1, pattern.group)
+    unit = torch.nn.functional.normalize(channels[:, order].double(), dim=0)
+    likeness = (unit.T @ unit).square().unflatten(0, groups.shape).unflatten(2, groups.shape).sum((1, 3))
+    left = torch.ones(len(groups), dtype=torch.bool, device=order.device)
+    sequence: list[int] = []
+    near = likeness[0]
+    for place in range(len(groups)):
+        start = place % (block // pattern.group) == 0
+        near = (likeness * left).sum(1) if start else near
+        nearest = int(near.masked_fill(~left, -1.0).argmax())
+        near = likeness[nearest] if start else near + likeness[nearest]
+        left[nearest] = False
+        sequence.append(nearest)
+    return groups[sequence].flatten()
 
 
 def _dealt(scores: Tensor, size: int) -> Tensor:
@@ -106,7 +134,7 @@ def _others(groups: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 def _kept_with(nth: Tensor, above: Tensor, x: Tensor) -> Tensor:
     """What entry r's group keeps with column j of x `(O, I)` in r's place, summed over rows: `(R, I)`."""
     parts = []
-    for chunk in nth.split(_CHUNK, dim=1):
+    for chunk in nth.split(max(1, _AT_ONCE // x.shape[1]), dim=1):
         total = x.new_zeros(chunk.shape[1], x.shape[1])
         larger = torch.empty_like(total)
         for row, values in zip(chunk, x, strict=True):

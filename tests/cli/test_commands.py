@@ -25,6 +25,7 @@ from armor_recipes.session.events import (
     ModuleFinished,
     PhaseStarted,
     SolveProgressed,
+    UnitRefined,
 )
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -267,6 +268,18 @@ def test_views_take_every_event(terminal: bool, tmp_path: Path) -> None:
         assert "  layer 1/2: 2 modules, mean loss 0.40000 -> 0.18750, " in text
         assert text.splitlines()[-1] == "save"
         assert "  layer 2/2: 1 modules" in text
+
+
+def test_the_live_view_names_the_phase_that_trains(tmp_path: Path) -> None:
+    with (tmp_path / "screen").open("w") as screen:
+        console = Console(file=screen, force_terminal=True, width=120)
+        with progress_view(console, quiet=False) as view:
+            for event in [*EVENTS[:-1], PhaseStarted("TrainingModifier"), SolveProgressed("model", 1, 2, 0.5)]:
+                view(event)
+            view(UnitRefined("model", 0.5, 0.25, 2, 0.1, 1.0))
+    lines = [line for line in (tmp_path / "screen").read_text().splitlines() if "model  loss 0.50000" in line]
+    assert lines
+    assert all("TrainingModifier" in line for line in lines)
 
 
 def test_a_quiet_view_draws_nothing(tmp_path: Path) -> None:

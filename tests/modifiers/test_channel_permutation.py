@@ -244,6 +244,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rows that differ": ({"producers": {"down_proj": ["gate_proj", "down_proj"]}}, "differ in their rows"),
     "heads that do not fit": ({"targets": [r"re:.*o_proj$"], "head_dim": 12}, "heads of 12 channels do not fit"),
+    "blocks that do not fit": ({"block_size": 24}, r"block_size 24 must be a multiple of 4 that divides"),
     "a head without groups": (
         {"targets": [r"re:.*o_proj$"], "pattern": "8:16"},
         "8:16 needs a multiple of 16 channels",
@@ -300,6 +301,20 @@ def test_the_cost_counts(models: dict[str, Path]) -> None:
 def make(**fields: Any) -> ChannelPermutationModifier:
     assert modifiers()["ChannelPermutationModifier"] is ChannelPermutationModifier
     return ChannelPermutationModifier(ChannelPermutationConfig(targets=("Linear",), **fields))
+
+
+@pytest.mark.parametrize("block", [4, 8, 64, 128])
+def test_blocks_change_the_sequence_of_groups_alone(block: int) -> None:
+    chain = Chain(ModuleShape("a.down_proj", 16, 64, 2), (ModuleShape("a.up_proj", 64, 16, 2),), None)
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    plain, gathered = make(), make(block_size=block)
+    statistic = plain.statistic(chain.consumer)
+    statistic.update(torch.randn(9, 64, generator=torch.Generator().manual_seed(1)))
+    assert gathered.plan(chain) == plain.plan(chain)
+    one, two = (modifier.rearrange(chain, weight, statistic) for modifier in (plain, gathered))
+    assert two.kept == pytest.approx(one.kept)
+    assert sorted(two.columns.view(-1, 4).tolist()) == sorted(one.columns.view(-1, 4).tolist())
+    assert torch.equal(two.columns, one.columns) == (block >= 64)
 
 
 def test_the_longest_name_counts() -> None:

@@ -12,7 +12,16 @@ from engine_samples import rng_states
 from torch import Tensor
 
 from armor_recipes.errors import NumericalError, PlanError
-from armor_recipes.modifiers import Estimate, Modifier, ModuleShape, Outcome, Refiner, config_types, modifiers
+from armor_recipes.modifiers import (
+    Estimate,
+    Modifier,
+    ModuleShape,
+    Outcome,
+    Rearranger,
+    Refiner,
+    config_types,
+    modifiers,
+)
 from armor_recipes.recipe.schema import CalibrationSpec, ModifierConfig
 from armor_recipes.solver.blockdiag import fold
 
@@ -31,10 +40,10 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "SparseGPTModifier": [{}, {"damping": 0.1}],
     "WandaModifier": [{}],
 }
-#: Refiners go through tests/modifiers/test_refiners.py.
-REFINERS = {name for name, kind in modifiers().items() if issubclass(kind, Refiner)}
+#: Refiners go through tests/modifiers/test_refiners.py, rearrangers through test_channel_permutation.py beside it.
+OTHER_KINDS = {name for name, kind in modifiers().items() if issubclass(kind, (Rearranger, Refiner))}
 CASES = [
-    (name, index) for name in modifiers() if name not in REFINERS for index in range(len(EXAMPLES.get(name, [{}])))
+    (name, index) for name in modifiers() if name not in OTHER_KINDS for index in range(len(EXAMPLES.get(name, [{}])))
 ]
 SHAPE = ModuleShape("model.layers.0.mlp.up_proj", 32, 16, 2)
 
@@ -59,7 +68,7 @@ def fed(modifier: Modifier[Any], *, batches: int = 3) -> Any:
 
 
 def test_every_modifier_has_an_example() -> None:
-    assert set(EXAMPLES) == set(modifiers()) - REFINERS
+    assert set(EXAMPLES) == set(modifiers()) - OTHER_KINDS
 
 
 def test_the_registry_is_sorted_and_read_only() -> None:

@@ -15,6 +15,7 @@ from engine_samples import ARMOR, hook_count, make_job, make_session, recipe
 from armor_recipes.errors import NumericalError
 from armor_recipes.modifiers.armor import ARMORModifier
 from armor_recipes.session import Session
+from armor_recipes.session.estimate import bytes_at_once
 from armor_recipes.session.events import Event, ModuleFinished, SolveProgressed
 from armor_recipes.session.solving import ModuleResult
 
@@ -83,6 +84,11 @@ def test_several_are_under_way_together_each_on_one_thread(llama: Path, monkeypa
     monkeypatch.setattr(ARMORModifier, "solve", together)
     run(recipe(llama, ARMORModifier={**ARMOR, "targets": [r"re:.*mlp.*"]}))
     assert seen == [1] * 6
+
+
+def test_the_plan_counts_the_memory_of_solves_that_run_together() -> None:
+    assert bytes_at_once([1, 5, 3, 4]) == 12
+    assert bytes_at_once([]) == 0
 
 
 def test_the_observer_is_called_by_one_thread_at_a_time(llama: Path) -> None:

@@ -17,9 +17,10 @@ from armor_recipes.solver.permutation import (
     _disjoint_swaps,
     _kept_with,
     _others,
-    channel_scores,
     choose_permutation,
+    gather_alike,
     kept_share,
+    weighted_channels,
 )
 
 PATTERNS = [TWO_OF_FOUR, Pattern(1, 4), Pattern(3, 4), Pattern(1, 2), Pattern(4, 8), Pattern(5, 10)]
@@ -155,10 +156,26 @@ def test_bits_depend_on_neither_threads_nor_the_global_generator() -> None:
     assert torch.equal(first, again)
 
 
+def test_groups_that_are_alike_share_a_block() -> None:
+    generator = torch.Generator().manual_seed(8)
+    kinds = torch.linalg.qr(torch.randn(24, 3, generator=generator)).Q  # three directions, each that of four groups
+    kind = torch.tensor([0, 1, 2, 1, 0, 2, 2, 1, 0, 1, 2, 0]).repeat_interleave(4)
+    channels = kinds[:, kind] * torch.randn(48, generator=generator) + 0.01 * torch.randn(24, 48, generator=generator)
+    order = torch.randperm(12, generator=generator).repeat_interleave(4) * 4 + torch.arange(4).repeat(12)
+    found = gather_alike(channels, order, block=16)
+    assert is_permutation(found)
+    assert (kind[found].view(3, 16) == kind[found].view(3, 16)[:, :1]).all()
+    assert {tuple(group) for group in found.view(-1, 4).tolist()} == {
+        tuple(group) for group in order.view(-1, 4).tolist()
+    }
+    with pytest.raises(ValueError, match="block=10 must be a multiple of 4 that divides the 48 columns"):
+        gather_alike(channels, order, block=10)
+
+
 def test_scores_are_those_of_nowag() -> None:
     generator = torch.Generator().manual_seed(3)
     weight, h = torch.randn(10, 16, generator=generator), torch.rand(16, generator=generator)
-    found = channel_scores(weight, h)
+    found = weighted_channels(weight, h).square()
     mask, _ = nowag_mask(weight, h)
     assert torch.equal(magnitude_mask(found), mask)
     assert 1 - kept_share(found) == pytest.approx(relative_loss(weight, h, weight * mask), rel=1e-4)
@@ -169,7 +186,7 @@ def test_a_permuted_pair_is_the_same_function() -> None:
     first, second, x = (
         torch.randn(size, generator=generator, dtype=torch.float64) for size in ((16, 6), (5, 16), (6, 9))
     )
-    order = choose_permutation(channel_scores(second, torch.ones(16)))
+    order = choose_permutation(weighted_channels(second, torch.ones(16)).square())
     assert not torch.equal(order, torch.arange(16))
     torch.testing.assert_close(second[:, order] @ (first[order] @ x).relu(), second @ (first @ x).relu())
 
@@ -178,6 +195,6 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="2:4 needs a multiple of 4 columns, got 6"):
         choose_permutation(scores(3, 6))
     with pytest.raises(NumericalError):
-        channel_scores(torch.ones(3, 4), torch.full((4,), torch.nan))
+        weighted_channels(torch.ones(3, 4), torch.full((4,), torch.nan))
     with pytest.raises(NumericalError):
-        channel_scores(torch.full((3, 4), torch.inf), torch.ones(4))
+        weighted_channels(torch.full((3, 4), torch.inf), torch.ones(4))

@@ -19,10 +19,12 @@ from armor_recipes.modifiers.base import CalibratedConfig, Chain, Estimate, Modu
 from armor_recipes.modifiers.registry import register
 from armor_recipes.recipe.schema import Name
 from armor_recipes.solver.patterns import Pattern, parse_pattern
-from armor_recipes.solver.permutation import channel_scores, choose_permutation, kept_share
+from armor_recipes.solver.permutation import choose_permutation, gather_alike, kept_share, weighted_channels
 
 #: Working copies of an (O, I) float32 matrix, and of the (I, I) table of exchanges, that a choice holds at its peak.
 _COPIES, _TABLES = 8, 4
+#: What makes the inputs of what, in Llama and its many relatives.
+_LLAMA = (("down_proj", ("gate_proj", "up_proj")), ("o_proj", ("v_proj",)))
 
 
 def _as_pairs(value: object) -> object:
@@ -43,7 +45,7 @@ def _as_mapping(pairs: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, lis
 Names = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple, json_schema_input_type=tuple[Name, ...])]
 Links = Annotated[
     tuple[tuple[Name, Annotated[tuple[Name, ...], Field(min_length=1)]], ...],
-    BeforeValidator(_as_pairs, json_schema_input_type=dict[Name, tuple[Name, ...]]),
+    BeforeValidator(_as_pairs, json_schema_input_type=dict[Name, Name | tuple[Name, ...]]),
     PlainSerializer(_as_mapping),
 ]
 
@@ -52,7 +54,8 @@ class ChannelPermutationConfig(CalibratedConfig):
     """Permute hidden channels before pruning, so that masks keep more. `targets` are the modules that read the channels."""
 
     producers: Links = Field(
-        default=(("down_proj", ("gate_proj", "up_proj")), ("o_proj", ("v_proj",))),
+        default=_LLAMA,
+        json_schema_extra={"default": {key: list(names) for key, names in _LLAMA}},
         title="Producers",
         description="For the last part of a target's name those of the modules that make its inputs, beside it in the layer. "
         "Where something between them mixes channels the run ends with an error.",
@@ -67,6 +70,12 @@ class ChannelPermutationConfig(CalibratedConfig):
         default=None,
         title="Head size",
         description="Channels of an attention head; left out, as the model's config says.",
+    )
+    block_size: Annotated[int, Field(strict=True, ge=0)] = Field(
+        default=0,
+        title="Block size",
+        description="Columns of a block of B where an ARMORModifier follows: groups of channels that resemble each other come "
+        "into one block, where B makes up for more. 0 does not look at blocks.",
     )
     sweeps: Annotated[int, Field(strict=True, ge=1)] = Field(
         default=10,
@@ -106,6 +115,12 @@ class ChannelPermutationModifier(Rearranger[ChannelPermutationConfig]):
                 f"{self.pattern} needs a multiple of {group} channels to permute, {chain.consumer.name} has {width}: "
                 f"add {chain.consumer.name!r} to `ignore`"
             )
+        block = self.config.block_size
+        if block and (block % group or (width % block and block % width)):
+            raise PlanError(
+                f"block_size {block} must be a multiple of {group} that divides, or is a multiple of, the {width} channels of "
+                f"{chain.consumer.name}"
+            )
         scored = heads * readers * chain.consumer.d_out
         return Estimate(
             stored_bytes=sum(module.dense_bytes for module in (chain.consumer, *chain.producers)),
@@ -120,22 +135,25 @@ class ChannelPermutationModifier(Rearranger[ChannelPermutationConfig]):
     def rearrange(self, chain: Chain, weight: Tensor, statistic: Any) -> Rearrangement:
         """An order of the channels of each head (of all, where heads do not matter), the same for all its readers."""
         width, heads, readers = self._layout(chain)
-        scores = channel_scores(weight, statistic.value.to(weight.device))
+        channels = weighted_channels(weight, statistic.value.to(weight.device))
         columns = torch.arange(chain.consumer.d_in, device=weight.device).view(heads, readers, width)
         rows = columns.flatten()[: heads * width].view(heads, width)
-        orders = [
-            choose_permutation(
-                scores[:, own].transpose(0, 1).flatten(0, 1), pattern=self.pattern, sweeps=self.config.sweeps
-            )
-            for own in columns
-        ]
+        orders = [self._order(channels[:, own].transpose(0, 1).flatten(0, 1)) for own in columns]
         new = torch.cat([own[:, order].flatten() for own, order in zip(columns, orders, strict=True)])
-        kept = tuple(kept_share(part, pattern=self.pattern) for part in (scores, scores[:, new]))
+        kept = tuple(kept_share(part, pattern=self.pattern) for part in (channels.square(), channels[:, new].square()))
         return Rearrangement(
             columns=new,
             rows=torch.cat([own[order] for own, order in zip(rows, orders, strict=True)]),
             kept=(kept[0], kept[1]),
         )
+
+    def _order(self, channels: Tensor) -> Tensor:
+        """An order of the columns of W̄·√h `(O, I)`."""
+        order = choose_permutation(channels.square(), pattern=self.pattern, sweeps=self.config.sweeps)
+        block = self.config.block_size
+        if not block or block >= len(order):
+            return order
+        return gather_alike(channels, order, pattern=self.pattern, block=block)
 
     def _layout(self, chain: Chain) -> tuple[int, int, int]:
         """Channels permuted together, how many such sets there are, and how many times the consumer reads each."""
