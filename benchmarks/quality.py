@@ -96,7 +96,7 @@ PERMUTE, REFINE, DISTIL = "ChannelPermutationModifier", "BlockRefineModifier", "
 REST: dict[str, dict[str, Any]] = {
     PERMUTE: {"targets": [r"re:.*mlp\.down_proj$"]},
     REFINE: {},
-    DISTIL: {"learning_rate": 1e-3},
+    DISTIL: {},
 }
 EVERYTHING: dict[str, Any] = {
     "objective": "hessian",

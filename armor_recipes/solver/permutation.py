@@ -16,7 +16,7 @@ from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern, magnitude_mask
 
 #: Exchanges that are scored at once: their sums stay in a core's cache, and torch does not split an operation of that few
 #: numbers over threads, which would cost more than the operation.
-_AT_ONCE = 1 << 15
+_AT_ONCE = (1 << 15) - 1
 #: A swap counts if it adds more than this share of all scores, and a sweep if it adds more than this share of all gains.
 _SMALLEST_GAIN, _SMALLEST_SWEEP = 1e-8, 0.02
 

@@ -114,6 +114,17 @@ def test_the_consumers_loss_is_lower(
         assert 1 - rows[0].kept_before == pytest.approx(losses[0]["model.layers.0.self_attn.o_proj"], abs=2e-3)
 
 
+@pytest.mark.parametrize("refine", ["BlockRefineModifier", "DistillationModifier"])
+def test_dense_streams_and_refiners_see_the_new_order(models: dict[str, Path], refine: str) -> None:
+    fields = {"targets": [ALL], "block_size": 8, "iterations": 5, "objective": "hessian", "propagate": "matched"}
+    entries = {"ChannelPermutationModifier": PERMUTE, "ARMORModifier": fields, refine: {}}
+    with make_session(make_job(recipe(models["llama-gqa-tied"], **entries))) as session:
+        results = session.run()
+    assert len(session.rearrangements) == 4
+    assert all(result.stored_loss < 0.2 for result in results.values())
+    assert all(min(row.losses) < 0.2 for row in session.refinements)
+
+
 def test_a_checkpoint_holds_all_that_was_permuted(models: dict[str, Path], tmp_path: Path) -> None:
     events: list[Event] = []
     mapping = recipe(

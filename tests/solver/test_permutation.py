@@ -146,14 +146,17 @@ def test_more_sweeps_keep_more() -> None:
 def test_bits_depend_on_neither_threads_nor_the_global_generator() -> None:
     values, threads = scores(64, 512), torch.get_num_threads()
     first = choose_permutation(values)
+    blocks = gather_alike(values.sqrt(), first, block=64)
     try:
         torch.set_num_threads(3)
         with torch.random.fork_rng():
             torch.manual_seed(4)
             again = choose_permutation(values)
+            blocks_again = gather_alike(values.sqrt(), again, block=64)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(first, again)
+    assert torch.equal(blocks, blocks_again)
 
 
 def test_groups_that_are_alike_share_a_block() -> None:

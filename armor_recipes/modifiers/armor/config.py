@@ -38,7 +38,7 @@ class ARMORConfig(CalibratedConfig):
         "model; `matched`, as compressed so far, aiming at what the original model's module gives on the same tokens.",
     )
     iterations: Annotated[int, Field(strict=True, ge=0)] = Field(
-        default=200,
+        default=60,
         title="Iterations",
         description="Cycles of `exact` or steps of `adam` for each module. 0 gives plain NoWag-P pruning, stored with identity "
         "factors.",
