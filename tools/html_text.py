@@ -1,6 +1,7 @@
 """Plain text of a folder of HTML pages, in the order of their names: `python tools/html_text.py FOLDER OUT.txt`.
 
-The README's held-out figures are measured on the English pages of Debian's package debian-handbook, taken out with this script:
+The README's held-out figures are measured on the English pages of Debian's packages debian-handbook and anarchism, taken out with
+this script (of the latter `usr/share/doc/anarchism/html`):
 
     apt-get download debian-handbook && dpkg-deb --extract debian-handbook_*.deb handbook
     python tools/html_text.py handbook/usr/share/doc/debian-handbook/html/en-US handbook.txt
