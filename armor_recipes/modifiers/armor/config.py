@@ -79,6 +79,6 @@ class ARMORConfig(CalibratedConfig):
     tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=1e-3,
         title="Tolerance",
-        description="`exact` stops when five cycles together lower the loss by less than this, relative. 0 never stops "
+        description="`exact` settles and ends when ten cycles together lower the loss by less than this, relative. 0 never ends "
         "early. `adam` keeps the paper's rule (100 steps without a gain of 1e-6).",
     )
