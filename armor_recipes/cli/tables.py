@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -16,7 +16,7 @@ from rich.text import Text
 from armor_recipes.recipe import Recipe
 from armor_recipes.report.manifest import dataset_name
 from armor_recipes.run import Result
-from armor_recipes.session import ModulePlan, Plan, RearrangeResult, RefinePlan, RefineResult
+from armor_recipes.session import ModulePlan, Plan
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -50,15 +50,28 @@ def plan_table(plan: Plan) -> RenderableType:
     return Group(table, Text("\n".join(lines)))
 
 
+class _OfModifier(Protocol):
+    @property
+    def modifier(self) -> str: ...
+
+
+R = TypeVar("R", bound=_OfModifier)
+
+
+def _by_modifier(rows: Iterable[R]) -> dict[str, list[R]]:
+    """Rows by their modifier's name in the recipe, in order."""
+    found: dict[str, list[R]] = {}
+    for row in rows:
+        found.setdefault(row.modifier.split(".", 2)[-1], []).append(row)
+    return found
+
+
 def _planned_refinements(plan: Plan) -> list[str]:
     """One line a refiner: how many modules, in how many units, on how many tokens."""
-    found: dict[str, list[RefinePlan]] = {}
-    for row in plan.refinements:
-        found.setdefault(row.modifier, []).append(row)
     return [
-        f"{key.split('.', 2)[-1]}: trains the factors of {sum(len(r.modules) for r in rows)} of them, "
+        f"{name}: trains the factors of {sum(len(r.modules) for r in rows)} of them, "
         f"{'all at once' if rows[0].layer is None else f'layer by layer ({len(rows)})'}, on {rows[0].tokens} tokens; bytes stay"
-        for key, rows in found.items()
+        for name, rows in _by_modifier(plan.refinements).items()
     ]
 
 
@@ -135,25 +148,19 @@ def _calibration_line(row: Mapping[str, Any]) -> str:
 
 def _rearrangement_lines(result: Result) -> list[str]:
     """One line a rearranger: modules, and the mean of the score that their masks keep."""
-    found: dict[str, list[RearrangeResult]] = {}
-    for row in result.rearrangements:
-        found.setdefault(row.modifier, []).append(row)
     return [
-        f"{key.split('.', 2)[-1]}: masks keep {_mean(r.kept_before for r in rows):.5f} -> "
+        f"{name}: masks keep {_mean(r.kept_before for r in rows):.5f} -> "
         f"{_mean(r.kept_after for r in rows):.5f} of the score, {len(rows)} module(s) reordered"
-        for key, rows in found.items()
+        for name, rows in _by_modifier(result.rearrangements).items()
     ]
 
 
 def _refinement_lines(result: Result) -> list[str]:
     """One line a refiner: units, steps, and the mean of their held-out losses."""
-    found: dict[str, list[RefineResult]] = {}
-    for row in result.refinements:
-        found.setdefault(row.modifier, []).append(row)
     return [
-        f"{key.split('.', 2)[-1]}: held-out loss {_mean(r.losses[0] for r in rows):.5f} -> "
+        f"{name}: held-out loss {_mean(r.losses[0] for r in rows):.5f} -> "
         f"{_mean(min(r.losses) for r in rows):.5f}, {sum(r.steps for r in rows)} steps, {len(rows)} unit(s)"
-        for key, rows in found.items()
+        for name, rows in _by_modifier(result.refinements).items()
     ]
 
 
