@@ -9,7 +9,8 @@ spread. `gap` is the loss in nats a token above the dense model's, with a 95 % i
 the windows (the same for every row); the last columns are the gap as a share of the row `paper`'s, resampled together.
 
 `paper` stands for 20,000 steps of the paper's method (`adam`), which would take most of a day: `exact` with as many cycles as it
-needs to end at that loss (`iterations` raised until it does, on the modules of `benchmarks/solver.py`), by module type. `paper-uniform` takes the largest number for all.
+needs to end at that loss, by module type (`iterations` raised until it does, on the modules of `benchmarks/solver.py`).
+`paper-uniform` takes the largest number for all.
 """
 
 from __future__ import annotations
