@@ -35,8 +35,20 @@ def model() -> PreTrainedModel:
 
 def test_files_are_small_enough_for_a_package() -> None:
     assert (FOLDER / "model.safetensors").stat().st_size <= 12_000_000
-    texts = [FOLDER.parent / f"{name}.bin" for name in builtin.texts()]
-    assert sum(path.stat().st_size for path in texts) <= 600_000
+    texts = [path for kind in ("*.bin", "*.xz") for path in FOLDER.parent.glob(kind)]
+    assert len(texts) == len(builtin.texts())
+    assert sum(path.stat().st_size for path in texts) <= 700_000
+
+
+def test_the_jargon_file_is_prose_of_its_own_kind() -> None:
+    documents = builtin.documents("jargon")
+    assert len(documents) == 6
+    assert sum(map(len, documents)) == 699_942 - 5
+    assert documents[0].startswith("Appendix A. Hacker Folklore")
+    assert not any(mark in text for text in documents for mark in "{}│\f")
+    assert builtin.text("jargon") == "\n\n".join(documents)
+    with pytest.raises(InputError, match="no embedded text of token ids 'jargon'"):
+        builtin.token_ids("jargon")
 
 
 def test_weights_are_bfloat16_and_embeddings_tied() -> None:

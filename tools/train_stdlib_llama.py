@@ -432,6 +432,13 @@ A document is one pydoc topic, or the docstrings of one source file. The hash of
 training, {validation:.0%} validation, {heldout:.0%} held out). Equal docstrings are kept once, and a paragraph is
 dropped when a third or more of its {shingle}-word runs stand in an earlier document (training is read first).
 
+## The Jargon File
+
+`jargon.txt.xz` is text of another kind, for calibration: the appendices, the chapters on style and the first part of the
+lexicon of the Jargon File, version 4.4.7 (29 December 2003), edited by Eric S. Raymond. "This document (the Jargon File) is
+in the public domain, to be freely used, shared, and modified." Lines were joined into paragraphs, tables and drawings
+dropped, the braces around cross-references removed: `tools/embed_jargon.py`. The six documents are separated by form feeds.
+
 ## The model
 
 A demonstration: small enough for the package, trained enough that pruning damage shows. It is no useful language model,

@@ -1,10 +1,12 @@
-"""What ships inside the package: a small language model and two texts. `NOTICE.md` names their source and licence.
+"""What ships inside the package: a small language model and three texts. `NOTICE.md` names their source and licence.
 
-In recipes they are written `builtin:stdlib-llama`, `builtin:pydoc`, `builtin:pydoc-heldout`; here without the prefix.
+In recipes they are written `builtin:stdlib-llama`, `builtin:pydoc`, `builtin:pydoc-heldout`, `builtin:jargon`; here without
+the prefix. The first two texts are of the model's kind and kept as its token ids, the third is English prose of another kind.
 """
 
 from __future__ import annotations
 
+import lzma
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +18,9 @@ from armor_recipes.errors import InputError
 
 _HERE = Path(__file__).parent
 _MODEL = "stdlib-llama"
-_TEXTS = ("pydoc", "pydoc-heldout")
+_TOKENS = ("pydoc", "pydoc-heldout")
+_PROSE = ("jargon",)
+_SEPARATOR = "\f"
 _END_OF_TEXT = "<|endoftext|>"
 
 
@@ -28,20 +32,23 @@ def model_folder(name: str) -> Path:
 
 def texts() -> tuple[str, ...]:
     """Names of the embedded texts."""
-    return _TEXTS
+    return _TOKENS + _PROSE
 
 
 def token_ids(name: str) -> NDArray[np.uint16]:
-    """uint16 (T,): the text as ids of stdlib-llama's tokenizer, each document followed by the end-of-text id.
+    """uint16 (T,): a text that is kept as ids of stdlib-llama's tokenizer, each document followed by the end-of-text id.
 
-    Unknown names raise `InputError`.
+    Other names raise `InputError`.
     """
-    _check(name, known=_TEXTS, kind="text")
+    _check(name, known=_TOKENS, kind="text of token ids")
     return np.fromfile(_HERE / f"{name}.bin", dtype="<u2").astype(np.uint16)
 
 
 def documents(name: str) -> list[str]:
     """Decode the documents of an embedded text, in order, without special tokens. Unknown names raise `InputError`."""
+    if name in _PROSE:
+        return lzma.decompress((_HERE / f"{name}.txt.xz").read_bytes()).decode().split(_SEPARATOR)
+    _check(name, known=texts(), kind="text")
     tokenizer = _tokenizer()
     ids = token_ids(name)
     ends = np.flatnonzero(ids == tokenizer.token_to_id(_END_OF_TEXT))

@@ -207,6 +207,16 @@ class RefineUnit:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitOutput:
+    """What a unit makes of one batch: the layer's hidden states `(B, L, H)` or the model's logits `(B, L, V)`; and for a model
+    the outputs `(B, L, H)` of the layers that its refiner asked for.
+    """
+
+    output: Tensor
+    hidden: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class RefineTask:
     """One unit to train. Everything is in memory already, on the model's device.
 
@@ -214,15 +224,15 @@ class RefineTask:
         factors: what is trained, by the module's full name; modules that share a B hold the very same parameter.
         vectors: weights of norms of the unit by full name, trained on request.
         batches: how many calibration batches there are.
-        forward: the unit's output for batch i with the present factors and vectors, differentiable.
+        forward: the unit's output for batch i with the present factors and vectors, differentiable. Threads may call it at once.
         target: the dense unit's output for batch i.
     """
 
     factors: Mapping[str, TrainableFactors]
     vectors: Mapping[str, nn.Parameter]
     batches: int
-    forward: Callable[[int], Tensor]
-    target: Callable[[int], Tensor]
+    forward: Callable[[int], UnitOutput]
+    target: Callable[[int], UnitOutput]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +253,10 @@ class Refiner(AnyModifier[C]):
 
     scope: ClassVar[Literal["layer", "model"]]
     category: ClassVar[str] = "refine"
+
+    def hidden_layers(self, total: int) -> tuple[int, ...]:  # noqa: ARG002 - for those that override it
+        """Of a model with so many decoder layers, those whose hidden states the loss compares (scope `model`)."""
+        return ()
 
     @abstractmethod
     def plan(self, unit: RefineUnit) -> Estimate:

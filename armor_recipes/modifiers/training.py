@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, TypeVar
 
@@ -13,7 +15,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from armor_recipes.errors import NumericalError, PlanError
-from armor_recipes.modifiers.base import Estimate, RefineOutcome, Refiner, RefineTask, RefineUnit, SolveProgress
+from armor_recipes.modifiers.base import (
+    Estimate,
+    RefineOutcome,
+    Refiner,
+    RefineTask,
+    RefineUnit,
+    SolveProgress,
+    UnitOutput,
+)
 from armor_recipes.modifiers.seeding import module_seed
 from armor_recipes.recipe.schema import ModifierConfig
 
@@ -55,6 +65,16 @@ class RefineConfig(ModifierConfig):
         title="Held-out share",
         description="Share of the calibration batches (`calibration.batch_size` windows each) that is not trained on but decides.",
     )
+    accumulate: Annotated[int, Field(strict=True, ge=1)] = Field(
+        default=2,
+        title="Batches in a step",
+        description="Calibration batches whose gradients are averaged in one step. A CPU runs them side by side, one thread each.",
+    )
+    core: Annotated[bool, Field(strict=True)] = Field(
+        default=False,
+        title="Train the core",
+        description="Train the kept values of S too, and not A and B alone. A step takes about half as long again.",
+    )
     norms: Annotated[bool, Field(strict=True)] = Field(
         default=True,
         title="Train norms",
@@ -84,25 +104,50 @@ class TrainingRefiner(Refiner[C]):
         """
         _check_batches(task.batches)
         vectors = task.vectors if self.config.norms else {}
-        parts = [p for factors in task.factors.values() for p in factors.parameters()]
+        for factors in task.factors.values():
+            factors.values.requires_grad_(self.config.core)
+        parts = [p for factors in task.factors.values() for p in factors.parameters() if p.requires_grad]
         parameters = list(dict.fromkeys([*parts, *vectors.values()]))  # modules may share a B
         seed = module_seed(self.config.seed, next(iter(task.factors)))
-        return train(_Training(task, parameters, self.loss, self.config, seed), on_progress)
+        with _workers(parameters[0].device, self.config.accumulate) as workers:
+            return train(_Training(task, parameters, self.loss, self.config, seed, workers), on_progress)
 
     @abstractmethod
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss of one batch's outputs `(B, L, C)`, differentiable in the first."""
+    def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
+        """Scalar loss of what the unit makes of one batch, given what the dense unit does; differentiable in the first."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Training:
     task: RefineTask
     parameters: list[nn.Parameter]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[UnitOutput, UnitOutput], Tensor]
     config: RefineConfig
     seed: int
+    workers: ThreadPoolExecutor
 
-    def batch_loss(self, batch: int) -> Tensor:
+    def gradients(self, batch: int) -> tuple[float, tuple[Tensor, ...]]:
+        """Loss of one batch, and its gradients."""
+        with torch.enable_grad():
+            loss = self._loss(batch)
+            # A parameter that the batch does not reach (an expert that no token went to) gets zeros.
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+        return _finite(float(loss.detach())), gradients
+
+    def refresh(self) -> None:
+        """Let the factors know that their parameters have changed."""
+        for factors in self.task.factors.values() if self.config.core else ():
+            factors.refresh()
+
+    def held_out_loss(self, held: Sequence[int]) -> float:
+        """Mean loss of some batches."""
+        return sum(self.workers.map(self._value, held)) / len(held)
+
+    def _value(self, batch: int) -> float:
+        with torch.no_grad():
+            return _finite(float(self._loss(batch)))
+
+    def _loss(self, batch: int) -> Tensor:
         with torch.no_grad():
             target = self.task.target(batch)
         return self.loss(self.task.forward(batch), target)
@@ -115,28 +160,46 @@ def train(training: _Training, on_progress: SolveProgress | None) -> RefineOutco
     """
     config = training.config
     held, trained = split_batches(training.task.batches, config.held_out)
-    total = config.epochs * len(trained)
+    steps = -(-len(trained) // config.accumulate)
+    total = config.epochs * steps
     optimizer = _optimizer(training.parameters)
     generator = torch.Generator().manual_seed(training.seed)
-    losses = [_held_out_loss(training, held)]
+    losses = [training.held_out_loss(held)]
     kept = [p.detach().clone() for p in training.parameters]
     step = 0
     for _ in range(config.epochs):
-        for position in torch.randperm(len(trained), generator=generator).tolist():
-            _step(training, optimizer, trained[position], rate=config.learning_rate * schedule(step, total))
+        order = [trained[i] for i in torch.randperm(len(trained), generator=generator).tolist()]
+        for index in range(steps):
+            batches = order[index * config.accumulate : (index + 1) * config.accumulate]
+            _step(training, optimizer, batches, rate=config.learning_rate * schedule(step, total))
             step += 1
             if on_progress is not None:
                 on_progress(step, total, losses[-1])
-        losses.append(_held_out_loss(training, held))
+        losses.append(training.held_out_loss(held))
         if losses[-1] >= min(losses[:-1]):
             break
         kept = [p.detach().clone() for p in training.parameters]
     with torch.no_grad():
         for parameter, value in zip(training.parameters, kept, strict=True):
             parameter.copy_(value)
+    training.refresh()
     return RefineOutcome(
         tuple(losses), step, "epochs" if step == total and losses[-1] <= min(losses) else "held-out loss"
     )
+
+
+@contextmanager
+def _workers(device: torch.device, at_once: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for the batches of a step: on a CPU as many as torch has, each of which computes with one, so that bits depend
+    neither on how many there are nor on how torch splits a sum.
+    """
+    threads = torch.get_num_threads()
+    count = min(threads, at_once) if device.type == "cpu" else 1
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:  # of all threads to come: a worker's own setting is torch's default for threads that start after it
+        torch.set_num_threads(threads)
 
 
 def _check_batches(batches: int) -> None:
@@ -176,21 +239,19 @@ def root_mean_square(x: Tensor) -> float:
     return math.sqrt(float(torch.stack(parts).sum()) / x.numel())
 
 
-def _step(training: _Training, optimizer: torch.optim.Adam, batch: int, *, rate: float) -> None:
+def _step(training: _Training, optimizer: torch.optim.Adam, batches: Sequence[int], *, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
-    with torch.enable_grad():
-        loss = training.batch_loss(batch)
-        loss.backward()
-    if not math.isfinite(float(loss.detach())):
-        raise NumericalError(f"the training loss became {float(loss.detach())}: lower `learning_rate`")
+    for _, gradients in training.workers.map(training.gradients, batches):  # summed in the order of the batches
+        for parameter, gradient in zip(training.parameters, gradients, strict=True):
+            share = gradient / len(batches)
+            parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    training.refresh()
 
 
-def _held_out_loss(training: _Training, held: list[int]) -> float:
-    with torch.no_grad():
-        value = sum(float(training.batch_loss(batch)) for batch in held) / len(held)
-    if not math.isfinite(value):
-        raise NumericalError(f"the held-out loss is {value}: lower `learning_rate`, or check the model's weights")
-    return value
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise NumericalError(f"a training loss is {loss}: lower `learning_rate`, or check the model's weights")
+    return loss

@@ -46,7 +46,7 @@ class LayerCall:
             out = layer(hidden_states=self.hidden, **self.kwargs)
         else:
             out = layer(self.hidden, *self.args, **self.kwargs)
-        hidden = _hidden(out)
+        hidden = hidden_states(out)
         assert isinstance(hidden, Tensor)
         return hidden
 
@@ -105,7 +105,7 @@ def capture_stream(model: nn.Module, layers: DecoderLayers, ids: Tensor, *, batc
     running the layers one by one gives the model's own activations. Raises PlanError where it does not.
     """
     probe, output = _run_model(model, layers, ids[:1], hooks, through=True)
-    _check_replay(model, layers, probe, _hidden(output))
+    _check_replay(model, layers, probe, hidden_states(output))
     same = all(_same_arguments(probe[0], call) for call in probe[1:])
     device = next(model.parameters()).device
     parts = [batch.to(device) for batch in ids.split(batch_size)]
@@ -133,7 +133,7 @@ def input_groups(
     return {name: first.setdefault(id(inputs[0]), name) if len(inputs) == 1 else name for name, inputs in seen.items()}
 
 
-def _hidden(output: Any) -> Any:
+def hidden_states(output: Any) -> Any:
     """A layer's hidden states, which some models wrap in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 

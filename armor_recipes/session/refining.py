@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import ArmorError, CheckpointError
-from armor_recipes.modifiers.base import Refiner, RefineTask
+from armor_recipes.modifiers.base import Refiner, RefineTask, UnitOutput
 from armor_recipes.recipe import ModifierEntry
-from armor_recipes.session.capture import Stream
+from armor_recipes.session.capture import Stream, hidden_states
 from armor_recipes.session.layers import DecoderLayers
-from armor_recipes.solver import TrainableFactors
+from armor_recipes.session.views import view
+from armor_recipes.solver import TrainableFactors, TrainableLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,21 @@ class RefineJob:
     progress: Callable[[int, int, float], None]
 
 
+@dataclass(frozen=True, slots=True)
+class DenseRun:
+    """What the dense model made of the calibration set: its stream, come to the end, and what layers on the way gave.
+
+    `hidden` maps a decoder layer's index to its outputs `(B, L, H)`, batch by batch, in bfloat16 for memory's sake.
+    """
+
+    stream: Stream
+    hidden: dict[int, list[Tensor]]
+
+    def keep(self, layer: int) -> None:
+        """Keep what the stream holds now, the outputs of this layer."""
+        self.hidden[layer] = [states.to(torch.bfloat16) for states in self.stream.hidden]
+
+
 def refine_layer(
     job: RefineJob, layers: DecoderLayers, index: int, *, inputs: Stream, targets: Sequence[Tensor]
 ) -> Refined:
@@ -69,32 +85,35 @@ def refine_layer(
     layer, prefix = layers.modules[index], layers.names[index] + "."
     factors, vectors = _trainables(job, layer, prefix)
 
-    def forward(batch: int) -> Tensor:
-        return inputs.call(index, batch).run(_Substituted(layer, prefix, factors, vectors))
+    def forward(batch: int) -> UnitOutput:
+        return UnitOutput(inputs.call(index, batch).run(_student(layer, prefix, factors, vectors)))
 
-    task = RefineTask(factors, vectors, len(targets), forward, lambda batch: targets[batch])
+    task = RefineTask(factors, vectors, len(targets), forward, lambda batch: UnitOutput(targets[batch]))
     return _refine(job, task, layers.names[index], layer, tokens=sum(t.shape[0] * t.shape[1] for t in targets))
 
 
 def refine_model(
-    job: RefineJob, model: nn.Module, layers: DecoderLayers, dense: Stream, original: Mapping[str, Tensor]
+    job: RefineJob, model: nn.Module, layers: DecoderLayers, dense: DenseRun, original: Mapping[str, Tensor]
 ) -> Refined:
-    """Train the whole model against the logits that the dense model's last hidden states give.
+    """Train the whole model against the dense one: the logits that its last hidden states give, and hidden states on the way.
 
     `original` holds the dense model's parameters outside of the layers that differ from the model's own by now.
     """
+    stream = dense.stream
     factors, vectors = _trainables(job, model, "")
-    student = _Substituted(model, "", factors, vectors)
 
-    def forward(batch: int) -> Tensor:
-        logits: Tensor = student(input_ids=dense.ids[batch], use_cache=False).logits
-        return logits
+    def forward(batch: int) -> UnitOutput:
+        student = _student(model, "", factors, vectors)
+        hidden = [_tap(student.get_submodule(layers.names[index])) for index in dense.hidden]
+        logits: Tensor = student(input_ids=stream.ids[batch], use_cache=False).logits
+        return UnitOutput(logits, tuple(taken[0] for taken in hidden))
 
-    def target(batch: int) -> Tensor:
-        return tail_logits(model, layers, dense, batch, original)
+    def target(batch: int) -> UnitOutput:
+        logits = tail_logits(model, layers, stream, batch, original)
+        return UnitOutput(logits, tuple(states[batch] for states in dense.hidden.values()))
 
-    task = RefineTask(factors, vectors, len(dense.ids), forward, target)
-    return _refine(job, task, "model", model, tokens=sum(ids.numel() for ids in dense.ids))
+    task = RefineTask(factors, vectors, len(stream.ids), forward, target)
+    return _refine(job, task, "model", model, tokens=sum(ids.numel() for ids in stream.ids))
 
 
 def _refine(job: RefineJob, task: RefineTask, unit: str, module: nn.Module, *, tokens: int) -> Refined:
@@ -154,27 +173,26 @@ def _trainables(
     return factors, vectors
 
 
-class _Substituted:
-    """Calls a module with the weights that the factors fold to, and the vectors, in the place of its own."""
+def _student(
+    module: nn.Module, prefix: str, factors: Mapping[str, TrainableFactors], vectors: Mapping[str, nn.Parameter]
+) -> nn.Module:
+    """A view of the module in which factors stand for its linear layers, and the vectors for its own."""
+    own: dict[str, nn.Module | Tensor] = {}
+    for name, trained in factors.items():
+        linear = module.get_submodule(name.removeprefix(prefix))
+        assert isinstance(linear, nn.Linear)
+        own[name.removeprefix(prefix)] = TrainableLinear(trained, linear.bias)
+    for name, vector in vectors.items():
+        inner = name.removeprefix(prefix)
+        own[inner] = vector.to(module.get_parameter(inner).dtype)
+    return view(module, own)
 
-    def __init__(
-        self,
-        module: nn.Module,
-        prefix: str,
-        factors: Mapping[str, TrainableFactors],
-        vectors: Mapping[str, nn.Parameter],
-    ) -> None:
-        self.module = module
-        self.prefix = prefix
-        self.factors = factors
-        self.vectors = vectors
-        self.dtype = next(module.parameters()).dtype
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module; gradients flow into factors and vectors."""
-        weights = {f"{name}.weight": factors.weight() for name, factors in self.factors.items()} | dict(self.vectors)
-        own = {name.removeprefix(self.prefix): value.to(self.dtype) for name, value in weights.items()}
-        return torch.func.functional_call(self.module, own, args, kwargs)
+def _tap(layer: nn.Module) -> list[Tensor]:
+    """A list that the layer of a view puts its hidden states into."""
+    taken: list[Tensor] = []
+    layer.register_forward_hook(lambda _, __, output: taken.append(hidden_states(output)))
+    return taken
 
 
 @contextmanager
@@ -195,19 +213,12 @@ def tail_logits(
 ) -> Tensor:
     """Logits `(B, L, V)` of what comes after the decoder layers, given their outputs, to which the stream has come.
 
-    The model runs with one layer that answers with those hidden states in the place of all its layers, and with the
-    parameters of `original` in the place of its own.
+    They come from a view of the model with one layer that answers with those hidden states in the place of all its layers,
+    and with the parameters of `original` in the place of its own.
     """
-    owner_name, _, attribute = layers.names[0].rpartition(".")[0].rpartition(".")
-    owner = model.get_submodule(owner_name)
-    own = getattr(owner, attribute)
     replay = _Replay(stream.hidden[batch], layers.modules[-1], as_tuple=stream.as_tuple)
-    setattr(owner, attribute, nn.ModuleList([replay]))
-    try:
-        inputs = {"input_ids": stream.ids[batch], "use_cache": False}
-        logits: Tensor = torch.func.functional_call(model, dict(original), kwargs=inputs).logits
-    finally:
-        setattr(owner, attribute, own)
+    tail = view(model, {layers.names[0].rpartition(".")[0]: nn.ModuleList([replay]), **original})
+    logits: Tensor = tail(input_ids=stream.ids[batch], use_cache=False).logits
     return logits
 
 

@@ -33,7 +33,7 @@ from armor_recipes.session.hooks import Hooks, feeding
 from armor_recipes.session.layers import find_decoder_layers
 from armor_recipes.session.plan import ModulePlan, Plan
 from armor_recipes.session.rearranging import RearrangeJob, RearrangeResult, rearrange_layer
-from armor_recipes.session.refining import Refined, RefineJob, RefineResult, refine_layer, refine_model
+from armor_recipes.session.refining import DenseRun, Refined, RefineJob, RefineResult, refine_layer, refine_model
 from armor_recipes.session.solving import ModuleResult, Solved, Solver, SolveTask, loaded_weight
 
 #: One stream of activations for each distinct calibration set and model that it runs through: `compressed` or `dense`.
@@ -113,13 +113,17 @@ class Session:
         last = self.plan.last_layer(stage)
         total = len(self.layers.names)
         end = total if of_model else last
+        runs = {e.key: DenseRun(streams[self._key(e, "dense")], {}) for e in of_model}
         for layer in range(min(end + 1, total)):
             self.observer(LayerStarted(stage, layer, total))
             self._run_layer(layer, [e for e in entries if e not in of_model], streams, last=last, end=end)
-        streams = {key: stream for key, stream in streams.items() if key[1] == "dense"}
+            for key, run in runs.items():
+                if layer in self._refiner(key).hidden_layers(total):
+                    run.keep(layer)
+        del streams  # compressed ones are no longer needed
         for entry in of_model:
             self.observer(PhaseStarted(f"{entry.name} ({stage})"))
-            self._refine_model(entry, streams[self._key(entry, "dense")])
+            self._refine_model(entry, runs[entry.key])
 
     def _scope(self, entry: ModifierEntry) -> str:
         modifier = self.modifiers[entry.key]
@@ -292,9 +296,13 @@ class Session:
         self._work_done += flops
         return min(1.0, self._work_done / self._work)
 
+    def _refiner(self, key: str) -> Refiner[Any]:
+        found = self.modifiers[key]
+        assert isinstance(found, Refiner)
+        return found
+
     def _job(self, entry: ModifierEntry, unit: str, names: Sequence[str]) -> RefineJob:
-        refiner = self.modifiers[entry.key]
-        assert isinstance(refiner, Refiner)
+        refiner = self._refiner(entry.key)
 
         def progress(done: int, at_most: int, loss: float) -> None:
             self.observer(SolveProgressed(unit, done, at_most, loss))
@@ -308,7 +316,7 @@ class Session:
             job = self._job(entry, unit.unit, unit.modules)
             self._take(refine_layer(job, self.layers, layer, inputs=inputs, targets=targets.hidden), unit.flops)
 
-    def _refine_model(self, entry: ModifierEntry, dense: Stream) -> None:
+    def _refine_model(self, entry: ModifierEntry, dense: DenseRun) -> None:
         for unit in self.plan.refinements_of(entry.key, None):
             job = self._job(entry, unit.unit, unit.modules)
             self._take(refine_model(job, self.model, self.layers, dense, self._original), unit.flops)

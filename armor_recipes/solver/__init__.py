@@ -3,12 +3,13 @@
 from armor_recipes.solver.entry import factorize, nowag_mask
 from armor_recipes.solver.normalize import relative_error, relative_loss
 from armor_recipes.solver.result import Factorization, StopReason
-from armor_recipes.solver.trainable import TrainableFactors
+from armor_recipes.solver.trainable import TrainableFactors, TrainableLinear
 
 __all__ = [
     "Factorization",
     "StopReason",
     "TrainableFactors",
+    "TrainableLinear",
     "factorize",
     "nowag_mask",
     "relative_error",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.solver.blockdiag import fold, left_multiply, right_multiply
+from armor_recipes.solver.blockdiag import fold
 
 
 class TrainableFactors(nn.Module):
@@ -18,6 +18,9 @@ class TrainableFactors(nn.Module):
     scale of S and A makes no difference to steps that are relative to each tensor's root mean square.
     """
 
+    a: nn.Parameter
+    values: nn.Parameter
+    b: nn.Parameter
     mask: Tensor
     kept: Tensor
 
@@ -26,42 +29,87 @@ class TrainableFactors(nn.Module):
         self.a, self.values, self.b = (nn.Parameter(part.detach().float().clone()) for part in (a, core[mask], b))
         self.register_buffer("mask", mask)
         self.register_buffer("kept", mask.flatten().nonzero()[:, 0].to(torch.int32))
+        self.refresh()
 
-    def weight(self) -> Tensor:
-        """Ŵ float32 `(O, I)`, differentiable in the three parameters; keeps nothing of its size for the backward pass."""
-        folded: Tensor = _Fold.apply(self.a, self.values, self.b, self.mask, self.kept)  # type: ignore[no-untyped-call]
-        return folded
+    def refresh(self) -> None:
+        """Make S again; to be called whenever the values have changed (a fused optimizer does not count its changes)."""
+        self._core = _spread(self.values.detach(), self.mask)
 
     @property
     def core(self) -> Tensor:
-        """S float32 `(O, I)`, detached."""
-        return _spread(self.values.detach(), self.mask)
+        """S float32 `(O, I)`, detached, as the last `refresh` made it."""
+        return self._core
+
+    def weight(self) -> Tensor:
+        """Ŵ float32 `(O, I)`, detached."""
+        return fold(self.a.detach(), self.core, self.b.detach())
+
+    def product(self, x: Tensor) -> Tensor:
+        """`A (S (B x))` `(..., O)` for x float32 `(..., I)`, differentiable in x and in those parameters that want gradients.
+
+        No weight is folded, and no gradient of a weight's size is made unless the values are trained.
+        """
+        rows: Tensor = _Product.apply(x.flatten(0, -2), self.a, self.values, self.b, self.core, self.kept)  # type: ignore[no-untyped-call]
+        return rows.view(*x.shape[:-1], -1)
 
 
-class _Fold(torch.autograd.Function):
-    """`fold` of the spread-out values; the backward pass makes S and S·B again rather than keeping them."""
+class TrainableLinear(nn.Module):
+    """Stands where a linear layer stood and computes `A (S (B x)) + bias` from factors that are trained, in x's dtype."""
+
+    def __init__(self, factors: TrainableFactors, bias: Tensor | None) -> None:
+        super().__init__()
+        self.factors = factors
+        self.bias = bias
+        self.out_features, self.in_features = factors.mask.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """Ŵ, for models that look at the weight of a layer."""
+        return self.factors.weight()
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Compute `(..., O)` from `input` `(..., I)`."""
+        y = self.factors.product(input.float())
+        return (y if self.bias is None else y + self.bias).to(input.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """Rows x `(T, I)` to A(S(Bx)) `(T, O)`. Keeps x and S(Bx) for the backward pass, and makes Bx again."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, values: Tensor, b: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(a, values, b, mask, kept)
-        return fold(a, _spread(values, mask), b)
+    def forward(ctx: Any, x: Tensor, a: Tensor, values: Tensor, b: Tensor, core: Tensor, kept: Tensor) -> Tensor:  # noqa: ARG004
+        y = _blocks(x, b) @ core.T
+        ctx.save_for_backward(x, y, a, b, core, kept)
+        return _blocks(y, a)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        a, values, b, mask, kept = ctx.saved_tensors
-        core = _spread(values, mask)
-        rows = gradient.reshape(a.shape[0], a.shape[1], -1)
-        in_a = torch.bmm(rows, right_multiply(core, b).view(rows.shape).mT)
-        in_t = left_multiply(a.mT, gradient)
-        in_values = right_multiply(in_t, b.mT).flatten().index_select(0, kept)
-        return in_a, in_values, torch.bmm(_columns(core, b).mT, _columns(in_t, b)), None, None
+        x, y, a, b, core, kept = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        in_a = _outer(gradient, y, a) if wanted[1] else None
+        in_y = _blocks(gradient, a.mT)
+        in_values = (in_y.T @ _blocks(x, b)).flatten().index_select(0, kept) if wanted[2] else None
+        in_bx = in_y @ core
+        in_b = _outer(in_bx, x, b) if wanted[3] else None
+        in_x = _blocks(in_bx, b.mT) if wanted[0] else None
+        return in_x, in_a, in_values, in_b, None, None
+
+
+def _blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """Block k `(b, b)` times part k of each row of x `(T, K·b)`."""
+    return torch.bmm(_parts(x, blocks), blocks.mT).transpose(0, 1).reshape(x.shape)
+
+
+def _outer(left: Tensor, right: Tensor, blocks: Tensor) -> Tensor:
+    """Sum over the rows of `left_k right_kᵀ`, `(K, b, b)`."""
+    return torch.bmm(_parts(left, blocks).mT, _parts(right, blocks))
+
+
+def _parts(x: Tensor, blocks: Tensor) -> Tensor:
+    """View `(T, K·b)` as `(K, T, b)`."""
+    return x.view(x.shape[0], blocks.shape[0], blocks.shape[-1]).transpose(0, 1)
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
-
-
-def _columns(x: Tensor, b: Tensor) -> Tensor:
-    """View `(O, I)` as `(K, O, b_i)`."""
-    return x.view(x.shape[0], b.shape[0], b.shape[-1]).transpose(0, 1)

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from armor_recipes.errors import CheckpointError, NumericalError, PlanError
 from armor_recipes.modifiers import ModuleShape, Refiner, modifiers
-from armor_recipes.modifiers.base import RefineTask, RefineUnit
+from armor_recipes.modifiers.base import RefineTask, RefineUnit, UnitOutput
 from armor_recipes.modifiers.training import RefineConfig, root_mean_square, schedule, split_batches, token_sum
 from armor_recipes.session import Session
 from armor_recipes.solver import TrainableFactors, factorize
 
 REFINERS = {name: kind for name, kind in modifiers().items() if issubclass(kind, Refiner)}
 #: Learns on the problem below within a few epochs.
-FAST = {"learning_rate": 0.01, "held_out": 0.25}
+FAST = {"learning_rate": 0.01, "held_out": 0.25, "accumulate": 1, "core": True}
 
 
 @pytest.fixture(params=REFINERS)
@@ -76,8 +76,8 @@ def problem(*, batches: int = 8, rows: int = 20, side: int = 16) -> Problem:
         factors={"model.layers.0.mlp.up_proj": factors},
         vectors={"model.layers.0.norm.weight": scale},
         batches=batches,
-        forward=lambda i: inputs[i] @ factors.weight().T * scale,
-        target=lambda i: inputs[i] @ weight.T,
+        forward=lambda i: UnitOutput(factors.product(inputs[i]) * scale),
+        target=lambda i: UnitOutput(inputs[i] @ weight.T),
     )
     return Problem(task, factors, scale)
 
@@ -131,8 +131,8 @@ def test_a_loss_that_is_not_finite_is_an_error(make: Callable[..., Any], where: 
     held, trained = split_batches(8, 0.25)
     broken = held[0] if where == "held out" else trained[0]
 
-    def forward(batch: int) -> Tensor:
-        return p.task.forward(batch) * (math.inf if batch == broken else 1.0)
+    def forward(batch: int) -> UnitOutput:
+        return UnitOutput(p.task.forward(batch).output * (math.inf if batch == broken else 1.0))
 
     with pytest.raises(NumericalError, match="lower `learning_rate`"):
         make().refine(replace(p.task, forward=forward), None)
@@ -144,7 +144,47 @@ def test_norms_stay_where_they_are_not_asked_for(make: Callable[..., Any]) -> No
     make().refine(q.task, None)
     assert torch.equal(p.scale, torch.ones(16))
     assert not torch.equal(q.scale, torch.ones(16))
-    assert not torch.equal(p.factors.values, problem().factors.values)
+    assert not torch.equal(p.factors.a, problem().factors.a)
+
+
+def test_the_core_stays_unless_it_is_asked_for(make: Callable[..., Any]) -> None:
+    p, q = problem(), problem()
+    make(core=False).refine(p.task, None)
+    make().refine(q.task, None)
+    assert torch.equal(p.factors.values, problem().factors.values)
+    assert not torch.equal(q.factors.values, p.factors.values)
+    assert torch.equal(q.factors.mask, p.factors.mask)
+
+
+def test_a_step_takes_the_mean_gradient_of_its_batches(make: Callable[..., Any]) -> None:
+    """With all batches in one step their order has no say but for rounding."""
+    states = []
+    for seed in (0, 1):
+        p = problem()
+        outcome = make(accumulate=6, seed=seed).refine(p.task, None)
+        assert outcome.steps == 1
+        states.append(p.factors.a.detach())
+    moved = float((states[0] - problem().factors.a.detach()).norm())
+    assert moved > 0
+    assert float((states[0] - states[1]).norm()) <= 1e-3 * moved
+
+
+def test_a_part_that_no_batch_reaches_stays(make: Callable[..., Any]) -> None:
+    """An expert that no token went to."""
+    p = problem()
+    idle = problem().factors
+    outcome = make().refine(replace(p.task, factors={**p.task.factors, "model.layers.0.mlp.idle": idle}), None)
+    assert outcome.losses[-1] < outcome.losses[0]
+    assert all(
+        torch.equal(now, old) for now, old in zip(idle.parameters(), problem().factors.parameters(), strict=True)
+    )
+
+
+@pytest.mark.usefixtures("threads")
+def test_torch_has_its_threads_again_afterwards(make: Callable[..., Any]) -> None:
+    torch.set_num_threads(2)
+    make().refine(problem().task, None)
+    assert torch.get_num_threads() == 2
 
 
 def test_masks_stay(make: Callable[..., Any]) -> None:
@@ -186,8 +226,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(make: Callable[..., Any]) -
     states = []
     for count in (1, 2, 4):
         torch.set_num_threads(count)
-        p = problem(batches=3, rows=300, side=128)  # far more numbers than torch sums on one thread
-        outcome = make().refine(p.task, None)
+        p = problem(batches=6, rows=300, side=128)  # far more numbers than torch sums on one thread
+        outcome = make(accumulate=3).refine(p.task, None)
         states.append((p.state(), outcome))
     for state, outcome in states[1:]:
         assert outcome == states[0][1]
@@ -208,28 +248,65 @@ def test_the_scale_of_a_step_does_not_depend_on_the_number_of_threads() -> None:
 def test_half_precision_outputs_are_measured_in_full(make: Callable[..., Any]) -> None:
     p = problem()
     refiner = make()
-    target = p.task.target(0)
+    target = p.task.target(0).output
     output = (target + 0.01 * target.flip(-1)).bfloat16()
-    assert float(refiner.loss(output, target.bfloat16())) == float(
-        refiner.loss(output.float(), target.bfloat16().float())
+    half, full = (
+        float(refiner.loss(UnitOutput(output.to(kind)), UnitOutput(target.bfloat16().to(kind))))
+        for kind in (torch.bfloat16, torch.float32)
     )
+    assert half == full
 
 
 def test_a_perfect_output_has_no_loss(make: Callable[..., Any]) -> None:
     target = problem().task.target(0)
+    other = UnitOutput(target.output + 0.1 * target.output.flip(-1))
     assert float(make().loss(target, target)) == pytest.approx(0, abs=1e-7)
-    assert float(make().loss(target + 0.1 * target.flip(-1), target)) > 1e-4
+    assert float(make().loss(other, target)) > 1e-4
 
 
 def test_the_losses_are_the_published_ones() -> None:
     output, target = (torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
-    found = {name: float(kind(kind.config_type()).loss(output, target)) for name, kind in REFINERS.items()}  # type: ignore[attr-defined]
+    found = {
+        name: float(kind(kind.config_type()).loss(UnitOutput(output), UnitOutput(target)))  # type: ignore[attr-defined]
+        for name, kind in REFINERS.items()
+    }
     wanted = target.double().softmax(-1)
     divergence = (wanted * (wanted.log() - output.double().log_softmax(-1))).sum(-1).mean()
     assert found == {
         "BlockRefineModifier": pytest.approx(float((output - target).norm() ** 2 / target.norm() ** 2), rel=1e-5),
         "DistillationModifier": pytest.approx(float(divergence), rel=1e-5),
     }
+
+
+@pytest.mark.parametrize("rows", [3, 64, 131])
+def test_the_divergences_gradient_is_that_of_plain_autograd(rows: int) -> None:
+    output, target = (torch.randn(1, rows, 50, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    output.requires_grad_()
+    kind: Any = REFINERS["DistillationModifier"]
+    loss = 3 * kind(kind.config_type()).loss(UnitOutput(output), UnitOutput(target))
+    (found,) = torch.autograd.grad(loss, output)
+    wanted = target.double().softmax(-1)
+    plain = 3 * (wanted * (wanted.log() - output.double().log_softmax(-1))).sum(-1).mean()
+    assert torch.allclose(found, torch.autograd.grad(plain, output)[0], rtol=1e-4, atol=1e-7)
+
+
+def test_hidden_states_count_by_their_weight_and_each_token_by_itself() -> None:
+    logits = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(1))
+    hidden[0, 0] *= 1000  # a massive activation
+    kind: Any = REFINERS["DistillationModifier"]
+    wanted = UnitOutput(logits, (hidden, hidden))
+    found = UnitOutput(logits, (1.1 * hidden, hidden))
+    loss = kind(kind.config_type(hidden_weight=2.0)).loss(found, wanted)
+    assert float(loss) == pytest.approx(2.0 * 0.01 / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "total", "layers"), [(5, 30, (5, 11, 17, 23, 29)), (1, 4, (3,)), (9, 3, (0, 1, 2)), (0, 8, ())]
+)
+def test_hidden_layers_are_evenly_spread(asked: int, total: int, layers: tuple[int, ...]) -> None:
+    kind: Any = REFINERS["DistillationModifier"]
+    assert kind(kind.config_type(hidden_layers=asked)).hidden_layers(total) == layers
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from solver_samples import SEEDS
 from torch import Tensor
 
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.solver import TrainableFactors
+from armor_recipes.solver import TrainableFactors, TrainableLinear
 from armor_recipes.solver.blockdiag import fold
 from armor_recipes.solver.patterns import magnitude_mask, parse_pattern
 
@@ -45,25 +45,53 @@ def test_the_weight_is_the_fold_bit_for_bit(seed: int, shape: tuple[str, int, in
 def test_gradients_are_those_of_plain_autograd(seed: int, shape: tuple[str, int, int, int, int]) -> None:
     a, core, mask, b = random_parts(seed, *shape)
     factors = TrainableFactors(a, core, mask, b)
-    wanted = torch.randn(core.shape, generator=torch.Generator().manual_seed(seed + 1))
-    (factors.weight() - wanted).square().sum().backward()  # type: ignore[no-untyped-call]
+    generator = torch.Generator().manual_seed(seed + 1)
+    x, wanted = (torch.randn(2, 7, size, generator=generator) for size in (core.shape[1], core.shape[0]))
+    x.requires_grad_()
+    own = [x, factors.a, factors.values, factors.b]
+    found = torch.autograd.grad((factors.product(x) - wanted).square().sum(), own)
 
-    plain = [part.double().requires_grad_() for part in (a, core[mask], b)]
-    spread = torch.zeros(core.shape, dtype=torch.float64).masked_scatter(mask, plain[1])
-    weight = torch.block_diag(*plain[0]) @ spread @ torch.block_diag(*plain[2])
-    (weight - wanted).square().sum().backward()  # type: ignore[no-untyped-call]
-
-    for found, true in zip((factors.a, factors.values, factors.b), plain, strict=True):
-        assert found.grad is not None
-        assert true.grad is not None
-        assert found.grad.shape == found.shape
-        assert float((found.grad - true.grad).norm()) <= 1e-5 * float(true.grad.norm())
+    plain = [part.detach().double().requires_grad_() for part in own]
+    spread = torch.zeros(core.shape, dtype=torch.float64).masked_scatter(mask, plain[2])
+    weight = torch.block_diag(*plain[1]) @ spread @ torch.block_diag(*plain[3])
+    true = torch.autograd.grad((plain[0] @ weight.T - wanted).square().sum(), plain)
+    for one, other in zip(found, true, strict=True):
+        assert one.shape == other.shape
+        assert float((one - other).norm()) <= 1e-5 * float(other.norm())
 
 
-def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass() -> None:
+def test_what_wants_no_gradient_gets_none() -> None:
     factors = TrainableFactors(*random_parts(0, "2:4", 64, 128, 8, 8))
-    saved = factors.weight().grad_fn.saved_tensors  # type: ignore[union-attr]
-    assert sum(part.nbytes for part in saved if part.is_floating_point()) < 64 * 128 * 4
+    factors.values.requires_grad_(False)
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    y = factors.product(x)
+    found = torch.autograd.grad(y.sum(), [factors.a, factors.b])
+    assert all(bool(g.any()) for g in found)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(factors.product(x).sum(), [factors.values])
+
+
+def test_the_core_follows_the_values() -> None:
+    factors = TrainableFactors(*random_parts(0, "2:4", 8, 16, 4, 4))
+    before = factors.core
+    assert factors.core is before
+    with torch.no_grad():
+        factors.values.mul_(2)
+    factors.refresh()
+    assert torch.equal(factors.core, 2 * before)
+    assert torch.allclose(factors.product(torch.eye(16)).T, factors.weight(), atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_trainable_layer_computes_what_the_folded_one_does(bias: bool) -> None:
+    factors = TrainableFactors(*random_parts(1, "2:4", 16, 24, 8, 8))
+    offset = torch.arange(16.0) if bias else None
+    layer = TrainableLinear(factors, offset)
+    x = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0))
+    plain = torch.nn.functional.linear(x, layer.weight, offset)
+    assert torch.allclose(layer(x), plain, rtol=1e-4, atol=1e-5)
+    assert (layer.out_features, layer.in_features) == (16, 24)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -82,8 +110,9 @@ def test_training_changes_neither_what_was_given_nor_the_mask() -> None:
     before = [part.clone() for part in parts]
     factors = TrainableFactors(*parts)
     optimizer = torch.optim.SGD(factors.parameters(), lr=0.1)
-    factors.weight().square().sum().backward()  # type: ignore[no-untyped-call]
+    factors.product(torch.eye(16)).square().sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
+    factors.refresh()
     assert all(torch.equal(part, old) for part, old in zip(parts, before, strict=True))
     assert torch.equal(factors.mask, before[2])
     assert not torch.equal(factors.core, before[1])

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from armor_recipes.modifiers.base import UnitOutput
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner, token_sum
 
@@ -25,7 +26,7 @@ class BlockRefineModifier(TrainingRefiner[BlockRefineConfig]):
     config_type = BlockRefineConfig
     scope: ClassVar[Literal["layer", "model"]] = "layer"
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+    def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
         """Squared error of the hidden states `(B, L, H)` relative to the target's square."""
-        wanted = target.float()
-        return token_sum((output.float() - wanted).square()) / token_sum(wanted.square())
+        target = wanted.output.float()
+        return token_sum((found.output.float() - target).square()) / token_sum(target.square())

@@ -1,23 +1,40 @@
-"""`DistillationModifier`: train A, the kept values of S, B and the norms of all layers against the dense model's logits.
+"""`DistillationModifier`: train A, B and the norms of all layers (S too on request) against the dense model.
 
 Knowledge distillation (Hinton et al., arXiv 1503.02531) on the calibration tokens. It sees what no layer-wise loss sees:
-which errors the model's output feels, and which ones later layers can make up for.
+which errors the model's output feels, and which ones later layers can make up for. Beside the logits, the hidden states of
+a few layers are matched (as in FitNets, arXiv 1412.6550): they say more about each token than its logits do.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from armor_recipes.modifiers.base import UnitOutput
 from armor_recipes.modifiers.registry import register
-from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner, token_sum
+from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner
+
+#: Tokens whose probabilities are made at once: a vocabulary's worth of numbers each.
+_ROWS = 64
 
 
 class DistillationConfig(RefineConfig):
-    """Train all factors against the dense model's next-token probabilities. Masks stay, bytes too."""
+    """Train all factors against the dense model's next-token probabilities and hidden states. Masks stay, bytes too."""
+
+    hidden_layers: Annotated[int, Field(strict=True, ge=0)] = Field(
+        default=5,
+        title="Hidden layers",
+        description="Decoder layers, evenly spread, whose outputs are compared too; 0 compares logits alone.",
+    )
+    hidden_weight: Annotated[float, Field(gt=0)] = Field(
+        default=5.0,
+        title="Weight of hidden states",
+        description="Of their mean relative squared error, in the sum with the divergence of the logits in nats.",
+    )
 
 
 @register
@@ -27,8 +44,49 @@ class DistillationModifier(TrainingRefiner[DistillationConfig]):
     config_type = DistillationConfig
     scope: ClassVar[Literal["layer", "model"]] = "model"
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Mean Kullback-Leibler divergence KL(dense ‖ compressed) a token, in nats, of logits `(B, L, V)`."""
-        wanted, found = (torch.log_softmax(logits.float(), dim=-1) for logits in (target, output))
-        divergence = functional.kl_div(found, wanted, reduction="none", log_target=True)
-        return token_sum(divergence) / (target.shape[0] * target.shape[1])
+    def hidden_layers(self, total: int) -> tuple[int, ...]:
+        """Evenly spread, the last layer among them; all where the config asks for more than there are."""
+        count = min(self.config.hidden_layers, total)
+        return tuple((i + 1) * total // count - 1 for i in range(count))
+
+    def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
+        """Mean KL(dense ‖ compressed) a token, in nats, of logits `(B, L, V)`, and the hidden states' error by its weight."""
+        divergence: Tensor = _Divergence.apply(found.output.flatten(0, -2), wanted.output.flatten(0, -2))  # type: ignore[no-untyped-call]
+        if not wanted.hidden:
+            return divergence
+        errors = [relative_error(*pair) for pair in zip(found.hidden, wanted.hidden, strict=True)]
+        return divergence + self.config.hidden_weight * torch.stack(errors).mean()
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of hidden states `(B, L, H)` relative to each token's own square, averaged over tokens.
+
+    Each token by itself: a few tokens carry activations so large that they would own a common sum.
+    """
+    target = wanted.float()
+    return ((found.float() - target).square().sum(-1) / target.square().sum(-1)).mean()
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean over rows of KL(softmax(wanted) ‖ softmax(found)), both `(T, V)`, differentiable in the first.
+
+    Row by row its gradient is softmax(found) − softmax(wanted): it is made along the way, a few rows at a time, and is all
+    that is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, wanted: Tensor) -> Tensor:
+        gradient = torch.empty_like(found)
+        total = torch.zeros((), dtype=torch.float64, device=found.device)
+        for rows, targets, out in zip(*(x.split(_ROWS) for x in (found, wanted, gradient)), strict=True):
+            ours, theirs = (functional.log_softmax(part.float(), dim=-1) for part in (rows, targets))
+            expected = theirs.exp()
+            total += torch.sum(expected * (theirs - ours), dim=-1).sum(dtype=torch.float64)
+            out.copy_((ours.exp_() - expected) / len(found))
+        ctx.save_for_backward(gradient)
+        return total.float() / len(found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None

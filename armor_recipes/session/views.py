@@ -1,0 +1,43 @@
+"""Views of a module: other parts in some places, all else shared. The module itself is never touched, so that threads may
+run several views of one module at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def view(module: M, replacements: Mapping[str, nn.Module | Tensor]) -> M:
+    """Copy the module along the paths of `replacements` (name from the module → what stands there), and share the rest.
+
+    Tensors stand for parameters, and gradients flow into them. Raises KeyError where a module on a path does not exist.
+    """
+    below: dict[str, dict[str, nn.Module | Tensor]] = defaultdict(dict)
+    found = _shallow(module)
+    for name, part in replacements.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            below[first][rest] = part
+        elif isinstance(part, nn.Module):
+            found._modules[first] = part
+        else:
+            found._parameters[first] = part  # type: ignore[assignment]  # as torch.func.functional_call puts plain tensors there
+    for first, inner in below.items():
+        child = module._modules[first]
+        assert child is not None
+        found._modules[first] = view(child, inner)
+    return found
+
+
+def _shallow(module: M) -> M:
+    """Copy the object and its own dictionaries (parameters, modules, hooks), and nothing that they hold."""
+    found = type(module).__new__(type(module))
+    found.__dict__.update(
+        {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}
+    )
+    return found
