@@ -11,8 +11,8 @@ from armor_recipes.solver.blockdiag import fold
 
 
 class TrainableFactors(nn.Module):
-    """Parameters `a` `(J, b_o, b_o)`, `values` (kept entries of S, row by row), `b` `(K, b_i, b_i)`; buffers `mask` `(O, I)`
-    and `kept`, where in the flat mask they are (int32, which bounds a weight to 2^31 entries).
+    """Parameters `a` `(J, b_o, b_o)`, `values` (kept entries of S, row by row), `b` `(K, b_i, b_i)`; a buffer `mask`
+    `(O, I)`.
 
     They start as the very numbers that are given, so that factors which no step changes pack to the same bits again. A common
     scale of S and A makes no difference to steps that are relative to each tensor's root mean square.
@@ -22,13 +22,11 @@ class TrainableFactors(nn.Module):
     values: nn.Parameter
     b: nn.Parameter
     mask: Tensor
-    kept: Tensor
 
     def __init__(self, a: Tensor, core: Tensor, mask: Tensor, b: Tensor) -> None:
         super().__init__()
         self.a, self.values, self.b = (nn.Parameter(part.detach().float().clone()) for part in (a, core[mask], b))
         self.register_buffer("mask", mask)
-        self.register_buffer("kept", mask.flatten().nonzero()[:, 0].to(torch.int32))
         self.refresh()
 
     def refresh(self) -> None:
@@ -49,7 +47,7 @@ class TrainableFactors(nn.Module):
 
         No weight is folded, and no gradient of a weight's size is made unless the values are trained.
         """
-        rows: Tensor = _Product.apply(x.flatten(0, -2), self.a, self.values, self.b, self.core, self.kept)  # type: ignore[no-untyped-call]
+        rows: Tensor = _Product.apply(x.flatten(0, -2), self.a, self.values, self.b, self.core, self.mask)  # type: ignore[no-untyped-call]
         return rows.view(*x.shape[:-1], -1)
 
 
@@ -77,19 +75,19 @@ class _Product(torch.autograd.Function):
     """Rows x `(T, I)` to A(S(Bx)) `(T, O)`. Keeps x and S(Bx) for the backward pass, and makes Bx again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, values: Tensor, b: Tensor, core: Tensor, kept: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, x: Tensor, a: Tensor, values: Tensor, b: Tensor, core: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG004
         y = _blocks(x, b) @ core.T
-        ctx.save_for_backward(x, y, a, b, core, kept)
+        ctx.save_for_backward(x, y, a, b, core, mask)
         return _blocks(y, a)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        x, y, a, b, core, kept = ctx.saved_tensors
+        x, y, a, b, core, mask = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         in_a = _outer(gradient, y, a) if wanted[1] else None
         in_y = _blocks(gradient, a.mT)
-        in_values = (in_y.T @ _blocks(x, b)).flatten().index_select(0, kept) if wanted[2] else None
+        in_values = (in_y.T @ _blocks(x, b))[mask] if wanted[2] else None
         in_bx = in_y @ core
         in_b = _outer(in_bx, x, b) if wanted[3] else None
         in_x = _blocks(in_bx, b.mT) if wanted[0] else None
