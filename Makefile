@@ -1,6 +1,6 @@
 # quickstart, test: the two commands of the README. Each makes the virtual environment it needs, once.
 PYTHON ?= python3
-SOURCES := pyproject.toml setup.py constraints.txt armor_recipes/solver/native/sweep.c
+SOURCES := pyproject.toml setup.py constraints.txt armor_recipes/solver/native/sweep.c $(wildcard armor_recipes/runtime/native/*)
 
 .PHONY: quickstart test check fetch-smollm2 train-embedded clean
 
@@ -39,4 +39,4 @@ train-embedded: .venv-dev/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-dev build out armor_recipes.egg-info armor_recipes/solver/_native*.so
+	rm -rf .venv .venv-dev build out armor_recipes.egg-info armor_recipes/solver/_native*.so armor_recipes/runtime/_native*.so

@@ -56,8 +56,9 @@ class Setting:
 
     @property
     def tokens(self) -> dict[str, Any]:
-        """The calibration section."""
-        return {"dataset": self.calibration, "samples": self.samples, "sequence_length": self.length, "batch_size": 1}
+        """The calibration section: equal parts of the texts."""
+        texts = [{"dataset": text, "weight": 1} for text in self.calibration.split(",")]
+        return {"dataset": texts, "samples": self.samples, "sequence_length": self.length, "batch_size": 1}
 
 
 def plain(kind: str, **fields: Any) -> Callable[[Setting], Stage]:
@@ -87,7 +88,7 @@ def armor(*after: str, before: Sequence[str] = (), **fields: Any) -> Callable[[S
     """ARMOR by `exact` with our defaults, and what goes before and after it."""
 
     def stage(s: Setting) -> Stage:
-        own = {"targets": [ATTENTION, MLP], "block_size": s.block, "iterations": 60, "propagate": "dense", **fields}
+        own = {"targets": [ATTENTION, MLP], "block_size": s.block, "iterations": 50, "propagate": "dense", **fields}
         return {**{kind: REST[kind] for kind in before}, "ARMORModifier": own, **{kind: REST[kind] for kind in after}}
 
     return stage
@@ -275,9 +276,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:stdlib-llama")
     parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=192)
+    parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--calibration", default="builtin:pydoc")
+    parser.add_argument("--calibration", default="builtin:pydoc,builtin:jargon", help="texts in equal parts")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=PATH")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas; `none` only prints")

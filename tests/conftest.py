@@ -9,6 +9,8 @@ import torch
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Many tests compare bits of loaded models; `auto`, the default, is tested in tests/runtime.
+os.environ["ARMOR_BACKEND"] = "folded"
 # The same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones.
 settings.register_profile("same", derandomize=True)
 settings.register_profile("explore", derandomize=False)

@@ -1,33 +1,49 @@
 """`quantization_config`, in compressed-tensors' own schema.
 
-One config group for every distinct block size, `format: sparse-24-bitmask`, with the full names of its modules as
-targets. `weights` is what the schema asks for. What a loader has to know before it reads tensors is the block size,
-and `weights.observer_kwargs` is the one free field that compressed-tensors keeps when it writes a config again: unknown
-keys are dropped, and `block_structure` is accepted with one strategy only, which a quantised core could not use.
+One config group for every distinct block size and core type, `format: sparse-24-bitmask`, with the full names of its
+modules as targets. `weights` is what the schema asks for. What a loader has to know before it reads tensors is the block
+size, the core type and who shares an input factor, and `weights.observer_kwargs` is the one free field that
+compressed-tensors keeps when it writes a config again: unknown keys are dropped, and `block_structure` is accepted with
+one strategy only, which a quantised core could not use.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from armor_recipes.checkpoint.header import shown
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import CheckpointError
 
 FORMAT = "sparse-24-bitmask"
 QUANT_METHOD = "compressed-tensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the layout, written to `armor_manifest.json`; see docs/checkpoint.md for what later releases will read."""
 SCHEMA_VERSION = "0.17.0"
 """The oldest compressed-tensors whose schema reads this: a constant, so that equal runs give equal bytes."""
-BLOCK_SIZE_KEY = "armor_block_size"
+BLOCK_SIZE_KEY, CORE_KEY, INPUT_FACTOR_KEY = "armor_block_size", "armor_core", "armor_input_factor"
+CORE_TYPES = ("float",)
+"""What the kept values of a core can be. `float`: numbers in the checkpoint's float dtype, which the tensor itself tells."""
 VALUES, BITMASK, OUTPUT_FACTOR, INPUT_FACTOR = "weight", "bitmask", "armor_a", "armor_b"
 TENSOR_NAMES = (VALUES, BITMASK, OUTPUT_FACTOR, INPUT_FACTOR)
 """Names of a layer's tensors after its module's name. The values are called `weight`, in their packed shape, on
 purpose: a loader that does not know the format meets a size mismatch, where it would replace a missing `weight` by a
 random one."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What config.json says of one layer."""
+
+    block_size: tuple[int, int]
+    """`(b_o, b_i)`."""
+    core: str = "float"
+    """One of `CORE_TYPES`."""
+    input_factor: str | None = None
+    """Full name of the module whose B this layer uses; None where it has its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +63,32 @@ class PackedShapes:
             CheckpointError: where the block size does not divide the weight, or 8 its columns.
         """
         (rows, columns), (b_o, b_i) = shape, block_size
-        if rows % b_o or columns % b_i or columns % 8:
+        if not rows or not columns or rows % b_o or columns % b_i or columns % 8:
             raise CheckpointError(
-                f"{name}: {block_size=} does not divide the weight's shape {shape}, or its {columns} columns are no "
-                "multiple of 8: config.json does not belong to this model"
+                f"{name}: {block_size=} does not divide the weight's shape {shape}, or it is empty, or its {columns} "
+                "columns are no multiple of 8: config.json does not belong to this model"
             )
         return cls((rows, columns // 2), (rows, columns // 8), (rows // b_o, b_o, b_o), (columns // b_i, b_i, b_i))
 
 
-def quantization_config(layers: Mapping[str, PackedLinear], ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    layers: Mapping[str, PackedLinear], ignore: Sequence[str], shared: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Describe these layers, with keys and an order that depend on nothing but the arguments.
 
     Args:
         layers: full module name → packed layer; not empty.
         ignore: full names of the linear modules left dense.
+        shared: full name of a module without a B of its own → of the module of the same group whose B it uses.
     """
-    groups: dict[tuple[int, int], list[str]] = defaultdict(list)
+    groups: dict[tuple[tuple[int, int], str], list[str]] = defaultdict(list)
     for name, layer in layers.items():
         _check_target(name)
-        groups[layer.block_size].append(name)
+        groups[layer.block_size, layer.core].append(name)
     return {
         "config_groups": {
-            f"group_{index}": _group(sorted(groups[block_size]), block_size)
-            for index, block_size in enumerate(sorted(groups))
+            f"group_{index}": _group(sorted(groups[key]), *key, shared or {})
+            for index, key in enumerate(sorted(groups))
         },
         "format": FORMAT,
         "global_compression_ratio": None,
@@ -83,18 +102,52 @@ def quantization_config(layers: Mapping[str, PackedLinear], ignore: Sequence[str
 
 def block_size_of(weights: object, *, where: str) -> tuple[int, int]:
     """Read `(b_o, b_i)` from a group's `weights`. Raises `CheckpointError`, starting with `where`, if it has none."""
-    kwargs = weights.get("observer_kwargs") if isinstance(weights, Mapping) else None
-    value = kwargs.get(BLOCK_SIZE_KEY) if isinstance(kwargs, Mapping) else None
+    value = _observer_kwargs(weights).get(BLOCK_SIZE_KEY)
     if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(b) is int and b > 0 for b in value):
         raise CheckpointError(
-            f"{where}: weights.observer_kwargs.{BLOCK_SIZE_KEY} is {value!r}; an ARMOR layer needs [out, in], two "
+            f"{where}: weights.observer_kwargs.{BLOCK_SIZE_KEY} is {shown(value)}; an ARMOR layer needs [out, in], two "
             "positive integers"
         )
     return value[0], value[1]
 
 
-def layer_block_sizes(config: object, *, where: str) -> dict[str, tuple[int, int]]:
-    """Map full module name → `(b_o, b_i)` for every ARMOR layer that a `quantization_config` names.
+def core_of(weights: object, *, where: str) -> str:
+    """Read the core type from a group's `weights`; format version 1, which names none, had `float` alone.
+
+    Raises `CheckpointError`, starting with `where`, for a type outside `CORE_TYPES`.
+    """
+    value = _observer_kwargs(weights).get(CORE_KEY, "float")
+    if value not in CORE_TYPES:
+        raise CheckpointError(
+            f"{where}: weights.observer_kwargs.{CORE_KEY} is {shown(value)}; this release reads {', '.join(CORE_TYPES)}: "
+            "use a later one, or a checkpoint with another core"
+        )
+    return str(value)
+
+
+def input_factors_of(weights: object, *, targets: Collection[str], where: str) -> dict[str, str]:
+    """Map each target without a B of its own → the target whose B it uses, from a group's `weights`.
+
+    Raises:
+        CheckpointError: starting with `where`, for names outside `targets`, and for an owner that is a sharer itself.
+    """
+    value = _observer_kwargs(weights).get(INPUT_FACTOR_KEY, {})
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for pair in value.items() for name in pair):
+        raise CheckpointError(
+            f"{where}: {INPUT_FACTOR_KEY} is {shown(value)}; it must map module names to module names"
+        )
+    known = frozenset(targets)
+    for sharer, owner in value.items():
+        if sharer not in known or owner not in known or owner in value:
+            raise CheckpointError(
+                f"{where}: {INPUT_FACTOR_KEY} lets {shown(sharer)} use the B of {shown(owner)}; both must be targets of this "
+                "group, and the second must have a B of its own"
+            )
+    return dict(value)
+
+
+def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
+    """Map full module name → what a `quantization_config` says of it, for every ARMOR layer that it names.
 
     Formats come from a fixed list (so far one): compressed-tensors looks formats up in a registry in which a name such
     as `path.py:name` executes that file, so nothing of a checkpoint reaches it unchecked.
@@ -111,15 +164,24 @@ def layer_block_sizes(config: object, *, where: str) -> dict[str, tuple[int, int
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(
-            f"{where}: quantization_config.config_groups is {groups!r}; it must name at least one group"
+            f"{where}: quantization_config.config_groups is {shown(groups)}; it must name at least one group"
         )
-    sizes: dict[str, tuple[int, int]] = {}
+    specs: dict[str, LayerSpec] = {}
     for key, group in groups.items():
-        sizes.update(_group_block_sizes(group, where=f"{where}: quantization_config.config_groups.{key}"))
-    return sizes
+        place = f"{where}: quantization_config.config_groups.{key}"
+        found = _group_specs(group, where=place)
+        twice = sorted(specs.keys() & found.keys())
+        if twice:
+            raise CheckpointError(f"{place} names {twice[0]}, which another group names, too")
+        specs.update(found)
+    return specs
 
 
-def _group(targets: list[str], block_size: tuple[int, int]) -> dict[str, Any]:
+def _group(targets: list[str], block_size: tuple[int, int], core: str, shared: Mapping[str, str]) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {BLOCK_SIZE_KEY: list(block_size), CORE_KEY: core}
+    owners = {name: shared[name] for name in targets if name in shared}
+    if owners:
+        kwargs[INPUT_FACTOR_KEY] = owners
     return {
         "format": FORMAT,
         "input_activations": None,
@@ -130,7 +192,7 @@ def _group(targets: list[str], block_size: tuple[int, int]) -> dict[str, Any]:
             "group_size": None,
             # int with 16 bits stands for "not quantised": the schema has no 16-bit float. The stored dtype counts.
             "num_bits": 16,
-            "observer_kwargs": {BLOCK_SIZE_KEY: list(block_size)},
+            "observer_kwargs": kwargs,
             "strategy": "tensor",
             "symmetric": True,
             "type": "int",
@@ -138,31 +200,36 @@ def _group(targets: list[str], block_size: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def _group_block_sizes(group: object, *, where: str) -> dict[str, tuple[int, int]]:
+def _group_specs(group: object, *, where: str) -> dict[str, LayerSpec]:
     if not isinstance(group, Mapping):
-        raise CheckpointError(f"{where} is {group!r}; it must be a mapping")
+        raise CheckpointError(f"{where} is {shown(group)}; it must be a mapping")
     _check_field(group, "format", FORMAT, where=where)
     targets = group.get("targets")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise CheckpointError(f"{where}.targets is {targets!r}; it must be a list of full module names")
-    size = block_size_of(group.get("weights"), where=where)
-    return dict.fromkeys(_checked_targets(targets), size)
-
-
-def _checked_targets(targets: Iterable[str]) -> Iterable[str]:
+        raise CheckpointError(f"{where}.targets is {shown(targets)}; it must be a list of full module names")
     for target in targets:
         _check_target(target)
-        yield target
+    if len(set(targets)) != len(targets):
+        raise CheckpointError(f"{where}.targets names a module twice")
+    weights = group.get("weights")
+    size, core = block_size_of(weights, where=where), core_of(weights, where=where)
+    owners = input_factors_of(weights, targets=targets, where=where)
+    return {target: LayerSpec(size, core, owners.get(target)) for target in targets}
+
+
+def _observer_kwargs(weights: object) -> Mapping[str, Any]:
+    kwargs = weights.get("observer_kwargs") if isinstance(weights, Mapping) else None
+    return kwargs if isinstance(kwargs, Mapping) else {}
 
 
 def _check_target(name: str) -> None:
     if not name or name.startswith("re:"):
-        raise CheckpointError(f"target {name!r} is not a full module name; ARMOR groups name every module in full")
+        raise CheckpointError(f"target {shown(name)} is not a full module name; ARMOR groups name every module in full")
 
 
 def _check_field(config: Mapping[str, Any], key: str, expected: str, *, where: str) -> None:
     if config.get(key) != expected:
         raise CheckpointError(
-            f"{where}: {key} is {config.get(key)!r}; this release reads {expected!r} only, and never looks a "
+            f"{where}: {key} is {shown(config.get(key))}; this release reads {expected!r} only, and never looks a "
             "format up by a name that a checkpoint brings along"
         )

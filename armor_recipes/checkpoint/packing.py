@@ -67,6 +67,17 @@ class PackedLinear:
         packed.validate()
         return packed
 
+    @classmethod
+    def plain(cls, values: Tensor, bitmask: Tensor) -> PackedLinear:
+        """A core alone, as a layer of block size 1 whose factors are the identity: Ŵ is S, bit for bit."""
+        sizes = values.shape[0], 2 * values.shape[-1]
+        return cls(values, bitmask, *(values.new_ones(size, 1, 1) for size in sizes))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether both factors are exactly the identity."""
+        return all(bool((part == torch.eye(part.shape[-1], dtype=part.dtype)).all()) for part in (self.a, self.b))
+
     @property
     def shape(self) -> tuple[int, int]:
         """`(O, I)` of the weight that this layer stands for."""
@@ -76,6 +87,11 @@ class PackedLinear:
     def block_size(self) -> tuple[int, int]:
         """`(b_o, b_i)`."""
         return self.a.shape[-1], self.b.shape[-1]
+
+    @property
+    def core(self) -> str:
+        """The core type as a config group names it, see `armor_recipes.checkpoint.config.CORE_TYPES`."""
+        return "float"
 
     @property
     def nbytes(self) -> int:

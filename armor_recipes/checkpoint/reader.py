@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from armor_recipes.checkpoint.config import TENSOR_NAMES, VALUES, PackedShapes, layer_block_sizes
+from armor_recipes.checkpoint.config import (
+    BITMASK,
+    FORMAT,
+    FORMAT_VERSION,
+    INPUT_FACTOR,
+    TENSOR_NAMES,
+    VALUES,
+    LayerSpec,
+    PackedShapes,
+    layer_specs,
+)
+from armor_recipes.checkpoint.files import CONFIG_FILE, MANIFEST_FILE, check_sizes, read_tensor
+from armor_recipes.checkpoint.files import read_config as read_config
+from armor_recipes.checkpoint.files import read_header as read_header
+from armor_recipes.checkpoint.header import TensorInfo, read_json, shown
+from armor_recipes.checkpoint.legacy import COMPRESSED, LEGACY_NAMES, is_legacy, legacy_layers, read_legacy_layer
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import CheckpointError
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor."""
-
-    file: Path
-    dtype: str
-    """In safetensors' spelling: `BF16`, `F32`, `U8`…"""
-    shape: tuple[int, ...]
-    nbytes: int
+_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_BIAS = "bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +42,12 @@ class LayerSize:
     core: str
     """dtype of the kept values: `bfloat16`, `float16` or `float32`."""
     nbytes: int
-    """Of values, bitmask and both factors; without the bias, which a dense layer has too."""
+    """Of the layer's own tensors: values, bitmask, A, and B where it is stored with this layer; without the bias, which a
+    dense layer has too."""
     dense_nbytes: int
     """Of a dense weight in the same dtype."""
+    input_factor: str | None = None
+    """Full name of the module that stores this layer's B; None where the layer does."""
 
     @property
     def ratio(self) -> float:
@@ -63,6 +62,8 @@ class CheckpointSize:
     layers: tuple[LayerSize, ...]
     other_nbytes: int
     """Of all tensors that are not part of an ARMOR layer, biases included."""
+    format: str = "armor"
+    """`armor`, or `sparse-24-bitmask` for a legacy folder of plain 2:4."""
 
     @property
     def nbytes(self) -> int:
@@ -81,26 +82,49 @@ class CheckpointSize:
 
 
 def read_layers(folder: Path) -> dict[str, PackedLinear]:
-    """Read and check (`PackedLinear.validate`) every ARMOR layer of a checkpoint, by full module name, sorted.
+    """Read and check (`PackedLinear.validate`) every packed layer of a checkpoint, by full module name, sorted.
+
+    Layers that share a B hold the same tensor. Those of a legacy folder have block size 1 and identity factors.
 
     Raises:
-        CheckpointError: naming the file and the tensor, if the folder is not an ARMOR checkpoint or is damaged.
+        CheckpointError: naming the file and the tensor, if the folder holds no packed layers or is damaged.
     """
     tensors = read_header(folder)
-    layers = {}
-    for name in _checked_layers(folder, tensors):
-        packed = PackedLinear(*(_read(tensors, f"{name}.{part}") for part in TENSOR_NAMES))
-        packed.validate(name=f"{tensors[f'{name}.{VALUES}'].file}: {name}")
-        layers[name] = packed
-    return layers
+    quantization = read_config(folder).get("quantization_config")
+    if is_legacy(quantization):
+        return {name: read_legacy_layer(name, tensors) for name in legacy_layers(folder, quantization, tensors)}
+    specs = checked_layers(folder, quantization, tensors)
+    own = {name: read_layer(name, tensors) for name, spec in specs.items() if spec.input_factor is None}
+    shared = {
+        name: read_layer(name, tensors, own[spec.input_factor])
+        for name, spec in specs.items()
+        if spec.input_factor is not None
+    }
+    return dict(sorted({**own, **shared}.items()))
+
+
+def read_layer(name: str, tensors: Mapping[str, TensorInfo], owner: PackedLinear | None = None) -> PackedLinear:
+    """Read and check one ARMOR layer that `checked_layers` named; `owner` is the layer whose B it uses, if any."""
+    values, bitmask, a = (read_tensor(tensors, f"{name}.{part}") for part in TENSOR_NAMES[:3])
+    b = read_tensor(tensors, f"{name}.{INPUT_FACTOR}") if owner is None else owner.b
+    packed = PackedLinear(values, bitmask, a, b)
+    packed.validate(name=f"{tensors[f'{name}.{VALUES}'].file}: {name}")
+    return packed
 
 
 def inspect(folder: Path) -> CheckpointSize:
-    """Measure an ARMOR checkpoint, from its headers alone. Raises `CheckpointError` as `read_layers` does."""
+    """Measure a checkpoint with packed layers, from its headers alone. Raises `CheckpointError` as `read_layers` does."""
     tensors = read_header(folder)
-    layers = tuple(_layer_size(name, tensors, size) for name, size in _checked_layers(folder, tensors).items())
+    quantization = read_config(folder).get("quantization_config")
+    if is_legacy(quantization):
+        names = legacy_layers(folder, quantization, tensors)
+        layers = tuple(_layer_size(name, tensors, LayerSpec((1, 1)), LEGACY_NAMES) for name in names)
+    else:
+        specs = checked_layers(folder, quantization, tensors)
+        layers = tuple(_layer_size(name, tensors, spec, stored_names(spec)) for name, spec in specs.items())
     total = sum(info.nbytes for info in tensors.values())
-    return CheckpointSize(layers, total - sum(layer.nbytes for layer in layers))
+    kind = FORMAT if is_legacy(quantization) else "armor"
+    return CheckpointSize(layers, total - sum(layer.nbytes for layer in layers), kind)
 
 
 def check_folder(folder: Path) -> None:
@@ -109,116 +133,104 @@ def check_folder(folder: Path) -> None:
     Raises:
         CheckpointError: naming the file and the tensor.
     """
+    format_version(folder)
     tensors = read_header(folder)
-    if "quantization_config" in read_config(folder):
-        _checked_layers(folder, tensors)
+    config = read_config(folder)
+    check_sizes(folder, config, tensors)
+    quantization = config.get("quantization_config")
+    if is_legacy(quantization):
+        legacy_layers(folder, quantization, tensors)
+    elif "quantization_config" in config:
+        checked_layers(folder, quantization, tensors)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json. Raises `CheckpointError` if it is missing or no JSON object."""
-    return _read_json(folder / CONFIG_FILE)
-
-
-def read_header(folder: Path) -> dict[str, TensorInfo]:
-    """Map tensor name → what its file's header says, over all shards, sorted.
+def format_version(folder: Path) -> int | None:
+    """The version that `armor_manifest.json` states; None where there is no manifest, as after `save_pretrained`.
 
     Raises:
-        CheckpointError: if a file is missing, truncated or no safetensors, or the index and the shards differ.
+        CheckpointError: for a version that this release does not know.
     """
-    index_file = folder / INDEX_FILE
-    if not index_file.exists():
-        return dict(sorted(_file_header(folder / WEIGHTS_FILE).items()))
-    weight_map = _read_json(index_file).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{index_file}: weight_map is no mapping of tensor names to files")
-    tensors: dict[str, TensorInfo] = {}
-    for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise CheckpointError(f"{index_file}: {file!r} is no file of this folder")
-        tensors.update(_file_header(folder / file))
-    _check_same_names(set(weight_map), set(tensors), index_file)
-    return dict(sorted(tensors.items()))
+    manifest = folder / MANIFEST_FILE
+    if not manifest.exists():
+        return None
+    version = read_json(manifest).get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{manifest}: format_version is {shown(version)}; this release reads 1 to {FORMAT_VERSION}: use a later one"
+        )
+    return version
 
 
-def _file_header(file: Path) -> dict[str, TensorInfo]:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: the checkpoint is incomplete, copy or download it again")
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
-            return {name: _info(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): it is truncated or damaged, copy it again") from error
+def stored_names(spec: LayerSpec) -> tuple[str, ...]:
+    """The names of the tensors that an ARMOR layer stores itself, bias aside."""
+    return TENSOR_NAMES if spec.input_factor is None else TENSOR_NAMES[:3]
 
 
-def _info(file: Path, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
-    bits = int("".join(char for char in dtype.partition("_")[0] if char.isdigit()) or 8)  # BOOL is a byte
-    return TensorInfo(file, dtype, shape, prod(shape) * bits // 8)
+def checked_layers(folder: Path, quantization: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, LayerSpec]:
+    """Map ARMOR layer → what the config says of it, sorted; checks that exactly these layers' tensors are there, in their shapes.
 
-
-def _read(tensors: Mapping[str, TensorInfo], name: str) -> Tensor:
-    with safe_open(str(tensors[name].file), framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor
-
-
-def _checked_layers(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int]]:
-    """Map layer name → block size, sorted; checks that exactly these layers' tensors are there, in the right shapes."""
+    Raises:
+        CheckpointError: naming the file and the tensor.
+    """
     where = str(folder / CONFIG_FILE)
-    sizes = layer_block_sizes(read_config(folder).get("quantization_config"), where=where)
-    for name, block_size in sizes.items():
-        _check_layer(name, block_size, tensors, where=where)
+    specs = layer_specs(quantization, where=where)
+    for name, spec in specs.items():
+        _check_layer(name, spec, tensors, where=where)
+        if spec.input_factor is not None:
+            _check_same_width(name, spec.input_factor, tensors)
     for tensor, info in tensors.items():
         name, _, part = tensor.rpartition(".")
-        if part in TENSOR_NAMES and part != VALUES and name not in sizes:
-            raise CheckpointError(f"{info.file}: {tensor} belongs to no layer that {where} names: the two do not match")
-    return dict(sorted(sizes.items()))
-
-
-def _check_layer(name: str, block_size: tuple[int, int], tensors: Mapping[str, TensorInfo], *, where: str) -> None:
-    infos = []
-    for part in TENSOR_NAMES:
-        info = tensors.get(f"{name}.{part}")
-        if info is None:
-            raise CheckpointError(f"{where} names the layer {name}, but no file holds its tensor {name}.{part}")
-        infos.append(info)
-    values, bitmask = infos[0], infos[1]
-    if len(values.shape) != 2:
-        raise CheckpointError(f"{values.file}: {name}.{VALUES} has shape {values.shape}; packed values are (O, I/2)")
-    shapes = PackedShapes.of((values.shape[0], 2 * values.shape[1]), block_size, name=f"{where}: {name}")
-    expected = (shapes.values, shapes.bitmask, shapes.a, shapes.b)
-    for part, info, shape in zip(TENSOR_NAMES, infos, expected, strict=True):
-        dtype = "U8" if info is bitmask else values.dtype
-        if info.shape != shape or info.dtype != dtype or dtype not in _DTYPES:
+        if name in specs and part not in (*stored_names(specs[name]), _BIAS):
+            raise CheckpointError(f"{info.file}: {shown(tensor)} is no tensor of this layer, as {where} describes it")
+        if name not in specs and part in TENSOR_NAMES[1:]:
             raise CheckpointError(
-                f"{info.file}: {name}.{part} is {info.shape} {info.dtype}; with block size {list(block_size)} and "
-                f"values {values.shape} {values.dtype} it must be {shape} "
-                f"{dtype if dtype in _DTYPES else 'BF16, F16 or F32'}"
+                f"{info.file}: {shown(tensor)} belongs to no layer that {where} names: the two do not match"
             )
+    return dict(sorted(specs.items()))
 
 
-def _layer_size(name: str, tensors: Mapping[str, TensorInfo], block_size: tuple[int, int]) -> LayerSize:
+def _check_layer(name: str, spec: LayerSpec, tensors: Mapping[str, TensorInfo], *, where: str) -> None:
+    parts = stored_names(spec)
+    for part in parts:
+        if f"{name}.{part}" not in tensors:
+            raise CheckpointError(f"{where} names the layer {name}, but no file holds its tensor {name}.{part}")
     values = tensors[f"{name}.{VALUES}"]
-    nbytes = sum(tensors[f"{name}.{part}"].nbytes for part in TENSOR_NAMES)
+    if len(values.shape) != 2 or values.dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{values.file}: {name}.{VALUES} is {values.shape} {values.dtype}; packed values are (O, I/2) in "
+            f"{', '.join(_FLOATS)}; there is no layout for expert weights of three dimensions"
+        )
+    shapes = PackedShapes.of((values.shape[0], 2 * values.shape[1]), spec.block_size, name=f"{where}: {name}")
+    expected = zip(TENSOR_NAMES, (shapes.values, shapes.bitmask, shapes.a, shapes.b), strict=True)
+    for part, shape in [(part, shape) for part, shape in expected if part in parts]:
+        _check_tensor(tensors, f"{name}.{part}", shape, "U8" if part == BITMASK else values.dtype, spec)
+    bias = tensors.get(f"{name}.{_BIAS}")
+    if bias is not None and bias.shape != (values.shape[0],):
+        raise CheckpointError(f"{bias.file}: {name}.{_BIAS} has shape {bias.shape}; it must be ({values.shape[0]},)")
+
+
+def _check_tensor(
+    tensors: Mapping[str, TensorInfo], tensor: str, shape: tuple[int, ...], dtype: str, spec: LayerSpec
+) -> None:
+    info = tensors[tensor]
+    if info.shape != shape or info.dtype != dtype:
+        raise CheckpointError(
+            f"{info.file}: {tensor} is {info.shape} {info.dtype}; with block size {list(spec.block_size)} and the layer's "
+            f"packed values it must be {shape} {dtype}"
+        )
+
+
+def _check_same_width(name: str, owner: str, tensors: Mapping[str, TensorInfo]) -> None:
+    info, other = (tensors.get(f"{module}.{VALUES}") for module in (name, owner))
+    if info is None or other is None or info.shape[1:] != other.shape[1:] or info.dtype != other.dtype:
+        raise CheckpointError(
+            f"{CONFIG_FILE} lets {name} use the B of {owner}, but their packed values are "
+            f"{[(part.shape, part.dtype) if part else None for part in (info, other)]}: widths and dtypes must be equal"
+        )
+
+
+def _layer_size(name: str, tensors: Mapping[str, TensorInfo], spec: LayerSpec, parts: tuple[str, ...]) -> LayerSize:
+    values = tensors[f"{name}.{COMPRESSED if COMPRESSED in parts else VALUES}"]
+    nbytes = sum(tensors[f"{name}.{part}"].nbytes for part in parts)
     shape = values.shape[0], 2 * values.shape[1]
-    core = str(_DTYPES[values.dtype]).removeprefix("torch.")
-    return LayerSize(name, shape, block_size, core, nbytes, 2 * values.nbytes)
-
-
-def _check_same_names(listed: set[str], held: set[str], index_file: Path) -> None:
-    if listed != held:
-        name = min(listed ^ held)
-        what = "is listed, but no shard holds it" if name in listed else "is in a shard, but not listed"
-        raise CheckpointError(f"{index_file}: tensor {name} {what}: the files do not belong together")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing: {file.parent} is not a complete checkpoint") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no JSON object")
-    return content
+    return LayerSize(name, shape, spec.block_size, _FLOATS[values.dtype], nbytes, 2 * values.nbytes, spec.input_factor)

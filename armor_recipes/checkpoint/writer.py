@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from armor_recipes.checkpoint.config import TENSOR_NAMES, VALUES, quantization_config
+from armor_recipes.checkpoint.config import INPUT_FACTOR, TENSOR_NAMES, VALUES, quantization_config
+from armor_recipes.checkpoint.files import CONFIG_FILE, read_header, read_tensor
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.checkpoint.reader import CONFIG_FILE, check_folder, read_header
+from armor_recipes.checkpoint.reader import check_folder
 from armor_recipes.errors import CheckpointError, PlanError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_DECODER_LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
 
 
 def write_checkpoint(
@@ -51,8 +54,9 @@ def write_checkpoint(
         CheckpointError: if a number does not fit `dtype`, or a layer was packed in another.
     """
     check_layers(model, layers)
-    config = quantization_config(layers, _dense_linears(model, layers)) if layers else None
-    state = _state_dict(model, layers, dtype)
+    shared = shared_input_factors({name: layers[name] for name, _ in model.named_modules() if name in layers})
+    config = quantization_config(layers, _dense_linears(model, layers), shared) if layers else None
+    state = _state_dict(model, layers, dtype, shared)
     with _config_for_saving(model, config):
         model.save_pretrained(destination, state_dict=state, max_shard_size=max_shard_bytes)
     _set_stored_dtype(destination / CONFIG_FILE, tuple(model.config.sub_configs), dtype)
@@ -69,6 +73,11 @@ def check_layers(model: PreTrainedModel, layers: Mapping[str, object]) -> None:
     classes = {base.__name__ for module in modules.values() for base in type(module).__mro__}
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     for name in layers:
+        parameter = getattr(modules.get(name), VALUES, None)
+        if isinstance(parameter, Tensor) and parameter.dim() == 3:
+            raise PlanError(
+                f"{name} holds expert weights {tuple(parameter.shape)}; there is no layout for them: write dense"
+            )
         if not isinstance(modules.get(name), nn.Linear):
             raise PlanError(f"{name}: no linear layer of {type(model).__name__} has this name")
         if f"{name}.{VALUES}" in tied:
@@ -77,14 +86,36 @@ def check_layers(model: PreTrainedModel, layers: Mapping[str, object]) -> None:
             raise PlanError(f"{name} is also the name of a class in this model: a config group could not name it alone")
 
 
+def shared_input_factors(layers: Mapping[str, PackedLinear]) -> dict[str, str]:
+    """Map each layer whose B another one has, byte for byte → the first such layer in the order given.
+
+    Only layers of one decoder layer (whose names are equal up to the first number), one block size and one core type share.
+    """
+    owners: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    shared = {}
+    for name, layer in layers.items():
+        decoder_layer = _DECODER_LAYER.match(name)
+        if decoder_layer is None:
+            continue
+        group = owners[decoder_layer[0], layer.block_size, layer.core, layer.b.shape, layer.b.dtype]
+        owner = next((other for other in group if _equal_bytes(layers[other].b, layer.b)), None)
+        if owner is None:
+            group.append(name)
+        else:
+            shared[name] = owner
+    return shared
+
+
+def _equal_bytes(first: Tensor, second: Tensor) -> bool:
+    if first is second:
+        return True
+    return torch.equal(*(tensor.contiguous().view(torch.uint8) for tensor in (first, second)))  # 0.0 and -0.0 differ
+
+
 def tensor_hashes(folder: Path) -> dict[str, str]:
     """Map tensor name → sha256 (hex) of its bytes, sorted. Raises `CheckpointError` if the folder cannot be read."""
-    hashes: dict[str, str] = {}
     header = read_header(folder)
-    for path in sorted({info.file for info in header.values()}):
-        with safe_open(str(path), framework="pt") as file:
-            hashes.update({name: _sha256(file.get_tensor(name)) for name in file.keys()})  # noqa: SIM118 - no mapping
-    return dict(sorted(hashes.items()))
+    return {name: _sha256(read_tensor(header, name)) for name in header}
 
 
 def _sha256(tensor: Tensor) -> str:
@@ -95,14 +126,19 @@ def _dense_linears(model: PreTrainedModel, layers: Mapping[str, PackedLinear]) -
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
 
 
-def _state_dict(model: PreTrainedModel, layers: Mapping[str, PackedLinear], dtype: torch.dtype) -> dict[str, Tensor]:
+def _state_dict(
+    model: PreTrainedModel, layers: Mapping[str, PackedLinear], dtype: torch.dtype, shared: Mapping[str, str]
+) -> dict[str, Tensor]:
     """Collect every tensor to write, by name. What shares memory in the model shares it here, and is written once."""
     state: dict[str, Tensor] = {}
     cast: dict[tuple[object, ...], Tensor] = {}
     for name, tensor in sorted(model.state_dict().items()):
         layer = layers.get(name.removesuffix(f".{VALUES}")) if name.endswith(f".{VALUES}") else None
         if layer is not None:
-            state.update(_layer_tensors(name.removesuffix(f".{VALUES}"), layer, tuple(tensor.shape), dtype))
+            module = name.removesuffix(f".{VALUES}")
+            state.update(_layer_tensors(module, layer, tuple(tensor.shape), dtype))
+            if module in shared:
+                del state[f"{module}.{INPUT_FACTOR}"]
             continue
         key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
         if key not in cast or not tensor.numel():

@@ -7,20 +7,24 @@ from typing import NoReturn
 import typer
 
 from armor_recipes.cli.evaluate import eval_command
+from armor_recipes.cli.export import export_command
 from armor_recipes.cli.guard import run_command
 from armor_recipes.cli.inspect import inspect_command
 from armor_recipes.cli.recipes import recipes_command
 from armor_recipes.cli.schema import schema_command
+from armor_recipes.cli.verify import verify_command
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Look at and measure models and recipes. To run a recipe: armor-apply.",
+    help="Look at, measure, check and convert models and recipes. To run a recipe: armor-apply.",
 )
 app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
+app.command("export")(export_command)
+app.command("verify")(verify_command)
 app.command("schema")(schema_command)
 app.command("recipes")(recipes_command)
 

@@ -19,9 +19,18 @@ from compressed_tensors.quantization import QuantizationScheme, QuantizationStat
 from compressed_tensors.quantization.utils.helpers import is_module_quantized
 from torch import Tensor, nn
 
-from armor_recipes.checkpoint.config import FORMAT, TENSOR_NAMES, block_size_of
+from armor_recipes.checkpoint.config import (
+    FORMAT,
+    TENSOR_NAMES,
+    block_size_of,
+    core_of,
+    input_factors_of,
+    quantization_config,
+)
+from armor_recipes.checkpoint.files import read_config, read_header, read_tensor
+from armor_recipes.checkpoint.legacy import LEGACY_NAMES, is_legacy
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.checkpoint.reader import check_folder
+from armor_recipes.checkpoint.reader import check_folder, read_layers
 from armor_recipes.errors import ArmorError, CheckpointError
 from armor_recipes.runtime.backends import choose_backend
 from armor_recipes.runtime.linear import ArmorLinear
@@ -71,7 +80,9 @@ class ArmorCompressor(BaseCompressor):  # type: ignore[misc]
             )
         _forget_quantization(module)
         scheme: Any = module.quantization_scheme
-        block_size = block_size_of(scheme.weights.model_dump(), where="quantization_config")
+        weights = scheme.weights.model_dump()
+        core_of(weights, where="quantization_config")
+        block_size = block_size_of(weights, where="quantization_config")
         ArmorLinear.adopt(module, block_size)
         module.quantization_status = QuantizationStatus.COMPRESSED
 
@@ -95,7 +106,9 @@ def register() -> None:
 
     Besides the registration, `ModelCompressor.add_decompress_hook` is wrapped: the hook decompresses a model at its
     first forward pass, for lack of kernels, and marks its config `decompressed`, which a model saved later then says of
-    itself. ARMOR layers run as they are, so where a model has no other compressed modules no hook is added.
+    itself. ARMOR layers run as they are, so where a model has no other compressed modules no hook is added. It is called once all
+    modules of a model are laid out: the place where layers that share a B are joined, since a compressor sees one module, without
+    its name.
     """
     if FORMAT in BaseCompressor.registered_names():
         _check_registered()
@@ -111,14 +124,14 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint that a recipe wrote (`compressed-tensors` or `dense`), checked, in evaluation mode.
+    """Load a checkpoint that a recipe or `armor export` wrote, or a legacy folder of plain 2:4, checked, in evaluation mode.
 
     Unlike `from_pretrained` this checks names, shapes and dtypes of every ARMOR tensor against config.json first, then
     their contents, and accepts no format outside a fixed list; nothing that the checkpoint contains is executed.
 
     Args:
         folder: the checkpoint.
-        backend: `folded` or `reference`; None asks the environment variable ARMOR_BACKEND, then takes `folded`.
+        backend: `auto`, `cpu`, `folded` or `reference`; None asks the environment variable ARMOR_BACKEND, then takes `auto`.
         dtype: to compute in; `auto` is the stored one. Float32 holds every stored number exactly.
         device: to move the model to.
 
@@ -126,14 +139,13 @@ def load(
         CheckpointError: if the folder is not what its format promises.
         RecipeError: if the backend is unknown.
     """
-    from transformers import AutoModelForCausalLM
-
     chosen = choose_backend(backend)
     check_folder(Path(folder))
-    options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        model = _loaded(Path(folder), dtype)
+    except (ArmorError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a wrong value in config.json raises whatever the architecture's code meets first
         raise CheckpointError(f"{folder}: transformers cannot load this model: {error}") from error
     if device is not None:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its signature
@@ -142,6 +154,38 @@ def load(
             module.label, module.backend = name, chosen.name
             module.prepare()
     return model
+
+
+def _loaded(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    load_class: Any = AutoModelForCausalLM
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "use_safetensors": True, **options}
+    if is_legacy(read_config(folder).get("quantization_config")):
+        config = AutoConfig.from_pretrained(str(folder), **options)
+        state, config.quantization_config = _legacy_state(folder)
+        load_class = AutoModelForCausalLM._model_mapping[type(config)]
+        source = {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
+    model, info = load_class.from_pretrained(**source, dtype=dtype, output_loading_info=True)
+    problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if problems:
+        raise CheckpointError(
+            f"{folder}: the tensors are not those of the model that config.json describes: {problems}"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _legacy_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a legacy folder under the names of ARMOR layers, and the `quantization_config` that goes with them."""
+    tensors, layers = read_header(folder), read_layers(folder)
+    of_layers = {f"{name}.{part}" for name in layers for part in LEGACY_NAMES}
+    state = {name: read_tensor(tensors, name) for name in tensors if name not in of_layers}
+    for name, layer in layers.items():
+        parts = zip(TENSOR_NAMES, (layer.values, layer.bitmask, layer.a, layer.b), strict=True)
+        state.update({f"{name}.{part}": tensor for part, tensor in parts})
+    return state, quantization_config(layers, [])
 
 
 def _check_registered() -> None:
@@ -161,9 +205,26 @@ def _forget_quantization(module: nn.Linear) -> None:
             delattr(module, name)
 
 
+def _join_sharers(model: nn.Module) -> None:
+    """Let layers use the B of the module that their config group names. Raises `CheckpointError` where they cannot."""
+    where = "quantization_config"
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ArmorLinear)}
+    attached: Any = [getattr(layer, "quantization_scheme", None) for layer in layers.values()]
+    for scheme in {id(scheme): scheme for scheme in attached if scheme is not None}.values():
+        owners = input_factors_of(scheme.weights.model_dump(), targets=scheme.targets, where=where)
+        for sharer, owner in owners.items():
+            if sharer not in layers or owner not in layers:
+                raise CheckpointError(
+                    f"{where} lets {sharer} use the B of {owner}, and one of them is no ARMOR layer here"
+                )
+            layers[sharer].label, layers[owner].label = sharer, owner
+            layers[sharer].share_input_factor(layers[owner])
+
+
 def _unless_all_armor(add_hook: Callable[..., None]) -> Callable[..., None]:
     @wraps(add_hook)
     def add_decompress_hook(self: Any, model: nn.Module) -> None:
+        _join_sharers(model)
         quantized = [module for module in model.modules() if is_module_quantized(module)]
         if not quantized or not all(isinstance(module, ArmorLinear) for module in quantized):
             add_hook(self, model)

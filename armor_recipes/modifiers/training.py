@@ -31,9 +31,9 @@ _BETAS = (0.9, 0.95)
 #: Losses and so gradients are tiny where activations are; Adam's usual 1e-8 would damp its steps there.
 _EPSILON = 1e-15
 _WARM_UP, _LAST_RATE = 0.05, 0.02
-#: A forward and a backward pass are worth three forward ones; values of one weight that training keeps: itself, its
-#: gradient, and Adam's two moments.
-_PASSES, _COPIES = 3, 4
+#: What a step costs in forward passes: two without gradients of the core, three with. Copies of what is trained: itself, the
+#: gradients of a step and of one batch, and Adam's two moments.
+_PASSES, _PASSES_WITH_CORE, _COPIES = 2, 3, 5
 #: Values in one sum: few enough that torch does not split it over threads, on whose number its bits would then depend.
 _SUMMED_AT_ONCE = 1 << 14
 
@@ -91,10 +91,13 @@ class TrainingRefiner(Refiner[C]):
     def plan(self, unit: RefineUnit) -> Estimate:
         """Costs of the passes. Raises PlanError where no batch is left to decide on."""
         _check_batches(-(-unit.tokens // unit.batch_tokens))
+        weights = sum(m.d_out * m.d_in for m in unit.modules)
+        trained = unit.factor_values - (0 if self.config.core else weights // 2)
+        passes = _PASSES_WITH_CORE if self.config.core else _PASSES
         return Estimate(
             stored_bytes=0,
-            flops=2.0 * _PASSES * unit.parameters * unit.tokens * self.config.epochs,
-            peak_bytes=4 * (_COPIES * unit.factor_values + 2 * sum(m.d_out * m.d_in for m in unit.modules)),
+            flops=2.0 * passes * unit.parameters * unit.tokens * self.config.epochs,
+            peak_bytes=4 * (_COPIES * trained + weights + weights // 2),  # S spread out, and its kept values
         )
 
     def refine(self, task: RefineTask, on_progress: SolveProgress | None) -> RefineOutcome:
@@ -208,11 +211,6 @@ def _check_batches(batches: int) -> None:
             f"training needs at least 2 calibration batches, one of them held out; there is {batches}: raise "
             "`calibration.samples` or lower `calibration.batch_size`"
         )
-
-
-def token_sum(x: Tensor) -> Tensor:
-    """Sum of `(B, L, C)`, token by token and then window by window: its bits do not depend on the number of threads."""
-    return x.sum(-1).sum(-1).sum()
 
 
 def split_batches(batches: int, share: float) -> tuple[list[int], list[int]]:

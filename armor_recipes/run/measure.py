@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from armor_recipes.checkpoint.reader import read_config
@@ -10,6 +11,7 @@ from armor_recipes.integrations.models import load_model, load_tokenizer, open_m
 from armor_recipes.integrations.transformers import load
 from armor_recipes.recipe.schema import ModelSpec, PerplexitySpec
 from armor_recipes.run.job import parse_device, resource_errors
+from armor_recipes.runtime.backends import BACKEND_VARIABLE
 
 
 def evaluate_model(model: str, spec: PerplexitySpec, *, device: str = "cpu") -> Perplexity:
@@ -22,7 +24,9 @@ def evaluate_model(model: str, spec: PerplexitySpec, *, device: str = "cpu") -> 
     source = open_model(ModelSpec(id=model), device=target, compressed=packed)
     with resource_errors():
         if packed:
-            loaded = load(Path(model), dtype=source.compute_dtype, device=target)
+            # Never `auto`: it may take another way, and give other bits, on every machine and from run to run.
+            backend = os.environ.get(BACKEND_VARIABLE) or "folded"
+            loaded = load(Path(model), backend=backend, dtype=source.compute_dtype, device=target)
         else:
             loaded = load_model(source, device=target)
         return evaluate(loaded, spec, load_tokenizer(source))

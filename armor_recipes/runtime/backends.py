@@ -4,37 +4,48 @@
 |---|---|---|
 | `folded` | Ŵ = A·S·B, rounded to the layer's dtype | `F.linear(x, Ŵ, bias)`, bit for bit a plain linear layer |
 | `reference` | S, unpacked | `A (S (B x)) + bias`, in plain torch |
+| `cpu` | nothing: the packed tensors are checked | the compiled kernel, straight from the packed tensors |
+| `auto` | as `cpu` where that can run, else as `folded` | what was fastest for this shape and number of tokens |
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import RecipeError
+from armor_recipes.runtime.auto import DenseCores
+from armor_recipes.runtime.kernel import FORMATS, kernel_available
+from armor_recipes.runtime.op import linear
+from armor_recipes.runtime.validation import check_packed
 from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor
 
 BACKEND_VARIABLE = "ARMOR_BACKEND"
-DEFAULT_BACKEND = "folded"
+DEFAULT_BACKEND = "auto"
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """Two pure functions. Both are differentiable in the values and the factors."""
+    """Two pure functions. `run` is differentiable in x, the values and the factors."""
 
     name: str
-    prepare: Callable[[PackedLinear, str], Tensor]
+    prepare: Callable[[PackedLinear, str], Any]
     """`(packed, module name) -> prepared`, computed once for as long as the packed tensors stay as they are."""
-    run: Callable[[Tensor, Tensor, PackedLinear, Tensor | None], Tensor]
+    run: Callable[[Tensor, Any, PackedLinear, Tensor | None], Tensor]
     """`(x (..., I), prepared, packed, bias (O,) or None) -> y (..., O)`."""
+    traced: Callable[[PackedLinear], bool] = lambda _: False
+    """Whether `torch.compile` can trace `run` with None as `prepared`, for these tensors."""
 
 
 def choose_backend(name: str | None = None) -> Backend:
-    """Take the backend called `name`, or named by ARMOR_BACKEND, or `folded`. Raises `RecipeError` if it is unknown."""
+    """Take the backend called `name`, or named by ARMOR_BACKEND, or the default. Raises `RecipeError` if it is unknown."""
     chosen = name or os.environ.get(BACKEND_VARIABLE) or DEFAULT_BACKEND
     if chosen not in BACKENDS:
         source = "backend" if name else f"environment variable {BACKEND_VARIABLE}"
@@ -59,7 +70,53 @@ def _run_reference(x: Tensor, core: Tensor, packed: PackedLinear, bias: Tensor |
     return y if bias is None else y + bias
 
 
+def _check_for_kernel(packed: PackedLinear, name: str) -> None:
+    """Check the layer, and that the kernel can run it. Raises `RecipeError` where it cannot, and `CheckpointError`."""
+    if not kernel_available():
+        raise RecipeError(
+            f"{name}: the backend cpu needs the compiled kernel, which was not built for lack of a C compiler: install "
+            "one and install armor-recipes again, or choose `folded`"
+        )
+    if packed.values.device.type != "cpu":
+        raise RecipeError(f"{name} is on {packed.values.device}: the backend cpu runs on the CPU; choose `folded`")
+    check_packed(packed, name=name)
+
+
+def _run_cpu(x: Tensor, prepared: None, packed: PackedLinear, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    return linear(x, packed, bias, backend="cpu")
+
+
+def _prepare_auto(packed: PackedLinear, name: str) -> Tensor | DenseCores:
+    if packed.values.device.type == "cpu" and not kernel_available():
+        warnings.warn(
+            "armor-recipes was installed without a C compiler, so that its CPU kernel is missing: ARMOR layers run "
+            "folded, which takes more memory and time. Install a compiler and install armor-recipes again",
+            stacklevel=2,
+        )
+    if not _has_kernel(packed) or _trains(packed):
+        return _fold(packed, name)
+    check_packed(packed, name=name)
+    return DenseCores()
+
+
+def _run_auto(x: Tensor, prepared: Tensor | DenseCores | None, packed: PackedLinear, bias: Tensor | None) -> Tensor:
+    if isinstance(prepared, Tensor):
+        return _run_folded(x, prepared, packed, bias)
+    return linear(x, packed, bias, backend="auto", cores=prepared)
+
+
+def _has_kernel(packed: PackedLinear) -> bool:
+    return packed.values.device.type == "cpu" and packed.values.dtype in FORMATS and kernel_available()
+
+
+def _trains(packed: PackedLinear) -> bool:
+    """Whether a backward pass wants gradients of the packed tensors, which dense products give faster."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (packed.values, packed.a, packed.b))
+
+
 BACKENDS = {
+    "auto": Backend("auto", _prepare_auto, _run_auto, traced=_has_kernel),
+    "cpu": Backend("cpu", _check_for_kernel, _run_cpu, traced=lambda _: True),
     "folded": Backend("folded", _fold, _run_folded),
     "reference": Backend("reference", _unpack, _run_reference),
 }

@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.checkpoint.config import TENSOR_NAMES, PackedShapes
-from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.config import INPUT_FACTOR, TENSOR_NAMES, PackedShapes
+from armor_recipes.checkpoint.packing import FactorizationLike, PackedLinear
 from armor_recipes.errors import CheckpointError
 from armor_recipes.runtime.backends import choose_backend
 
@@ -20,8 +20,10 @@ class ArmorLinear(nn.Linear):
     Parameters: `weight` (packed values `(O, I/2)`), `bitmask`, `armor_a`, `armor_b`, `bias`; so `state_dict` is the
     checkpoint, whatever the backend keeps beside it. What the backend prepares (the folded weight, say) is no
     parameter: it is made at the first forward pass, and again after the parameters were moved, cast, replaced or
-    changed in place. In training mode with gradients on it is made in every pass, inside autograd, so that the factors
-    can be trained.
+    changed in place. In training mode it is made in every pass, inside autograd, if a parameter of the layer is trained.
+
+    A layer that shares its B with another has no `armor_b`: it uses the other's, whatever that is at the moment, see
+    `share_input_factor`.
 
     Made from an `nn.Linear` in place (`adopt`), so that names, hooks and bias stay as they were.
     """
@@ -30,11 +32,13 @@ class ArmorLinear(nn.Linear):
     armor_a: nn.Parameter
     armor_b: nn.Parameter
     backend: str | None
-    """Name of the backend; None asks the environment variable ARMOR_BACKEND, then takes `folded`."""
+    """Name of the backend; None asks the environment variable ARMOR_BACKEND, then takes `auto`."""
     label: str
     """The module's full name where known, for error messages."""
     _loaded: bool
-    _prepared: tuple[object, Tensor] | None
+    _owner: ArmorLinear | None
+    _sharers: list[ArmorLinear]
+    _prepared: tuple[object, Any] | None
 
     @classmethod
     def adopt(cls, linear: nn.Linear, block_size: tuple[int, int]) -> ArmorLinear:
@@ -63,14 +67,79 @@ class ArmorLinear(nn.Linear):
         for name, tensor in zip(TENSOR_NAMES, (packed.values, packed.bitmask, packed.a, packed.b), strict=True):
             setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
         linear.backend, linear.label, linear._loaded, linear._prepared = None, "", True, None
+        linear._owner, linear._sharers = None, []
         return linear
+
+    def share_input_factor(self, owner: ArmorLinear) -> None:
+        """Use the B of `owner` from now on; this layer's own `armor_b` goes. Again with the same owner does nothing.
+
+        Raises:
+            CheckpointError: if `owner` is this layer or a sharer itself, this layer shares or is shared already, or the two B
+                differ in shape.
+        """
+        if self._owner is owner:
+            return
+        if owner is self or owner._owner is not None or self._owner is not None or self._sharers:
+            raise CheckpointError(f"{self._name()} cannot use the B of {owner._name()}: one of them is sharing already")
+        if owner.armor_b.shape != self.armor_b.shape:
+            raise CheckpointError(
+                f"{self._name()} cannot use the B of {owner._name()}, {tuple(owner.armor_b.shape)}: it needs "
+                f"{tuple(self.armor_b.shape)}"
+            )
+        del self.armor_b
+        self._join(owner)
+
+    def _join(self, owner: ArmorLinear) -> None:
+        self.__dict__["_owner"] = owner  # not by setattr, which would make the owner a submodule of this layer
+        owner._sharers.append(self)
+
+    def _leave(self) -> None:
+        """Take a B of one's own: the owner is about to lose its."""
+        b = self.packed().b
+        self._owner = None
+        self.armor_b = nn.Parameter(b.detach(), requires_grad=False)
+
+    @classmethod
+    def from_factorization(
+        cls,
+        factorization: FactorizationLike,
+        *,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        backend: str | None = None,
+    ) -> ArmorLinear:
+        """Make a layer from a solver's result: A `(J, b_o, b_o)`, S and mask `(O, I)`, B `(K, b_i, b_i)`.
+
+        Args:
+            factorization: what `armor_recipes.solver.factorize` returns, or anything with `a`, `core`, `mask`, `b`.
+            bias: `(O,)` or None.
+            dtype: to store and compute in: bfloat16, float16 or float32.
+            backend: a name of `armor_recipes.runtime.backends.BACKENDS`; None asks ARMOR_BACKEND, then takes the default.
+
+        Raises:
+            CheckpointError: if a value overflows `dtype`, or the mask is not 2:4.
+            RecipeError: if the backend is unknown.
+        """
+        name = None if backend is None else choose_backend(backend).name
+        packed = PackedLinear.from_factorization(factorization, dtype)
+        rows, columns = packed.shape
+        linear = nn.Linear(columns, rows, bias=bias is not None, dtype=dtype, device="meta")
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().to(packed.values.device, dtype), requires_grad=False)
+        layer = cls.from_packed(linear, packed)
+        layer.backend = name
+        return layer
 
     def to_dense(self) -> nn.Linear:
         """Turn this layer in place into a plain `nn.Linear` that holds the folded weight; the packed tensors go."""
         weight = self.packed().fold(self.weight.dtype, name=self._name())
-        for name in TENSOR_NAMES:
+        for sharer in self._sharers:
+            sharer._leave()
+        if self._owner is not None:
+            self._owner._sharers.remove(self)
+        for name in TENSOR_NAMES if self._owner is None else TENSOR_NAMES[:3]:
             delattr(self, name)
-        for name in ("backend", "label", "_loaded", "_prepared"):
+        for name in ("backend", "label", "_loaded", "_prepared", "_owner", "_sharers"):
             del self.__dict__[name]
         dense: nn.Linear = self
         dense.__class__ = nn.Linear
@@ -79,7 +148,14 @@ class ArmorLinear(nn.Linear):
 
     def packed(self) -> PackedLinear:
         """Return the packed tensors, as they are now (not copied)."""
-        return PackedLinear(self.weight, self.bitmask, self.armor_a, self.armor_b)
+        b = self._stored()[INPUT_FACTOR]
+        # The same tensor, unless this layer was moved or cast without the one that it shares with.
+        return PackedLinear(self.weight, self.bitmask, self.armor_a, b.to(self.armor_a.device, self.armor_a.dtype))
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The parameters that this layer runs from, by name; B may be another layer's."""
+        b = self.armor_b if self._owner is None else self._owner.armor_b
+        return dict(zip(TENSOR_NAMES, (self.weight, self.bitmask, self.armor_a, b), strict=True))
 
     def prepare(self) -> None:
         """Do now what the first forward pass would do: check the tensors and let the backend prepare what it runs from.
@@ -95,7 +171,9 @@ class ArmorLinear(nn.Linear):
         self._check_loaded()
         backend = choose_backend(self.backend)
         packed = self.packed()
-        training = self.training and torch.is_grad_enabled()
+        if torch.compiler.is_compiling() and backend.traced(packed):
+            return backend.run(input, None, packed, self.bias)
+        training = self.training and torch.is_grad_enabled() and _wants_gradients(packed)
         prepared = backend.prepare(packed, self._name()) if training else self._cached()
         return backend.run(input, prepared, packed, self.bias)
 
@@ -105,12 +183,14 @@ class ArmorLinear(nn.Linear):
         return f"{super().extra_repr()}, {block_size=}, backend={choose_backend(self.backend).name}"
 
     @torch.no_grad()
-    def _cached(self) -> Tensor:
+    def _cached(self) -> Any:
         backend = choose_backend(self.backend)
-        key = backend.name, tuple(_Version(getattr(self, name)) for name in TENSOR_NAMES)
+        key = backend.name, tuple(_Version(tensor) for tensor in self._stored().values())
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = None  # the old one is freed before the new one is made
-            self._prepared = key, backend.prepare(self.packed(), self._name())
+            # What inference mode makes could not be used in a later backward pass; leaving it turns gradients on.
+            with torch.inference_mode(False), torch.no_grad():
+                self._prepared = key, backend.prepare(self.packed(), self._name())
         return self._prepared[1]
 
     def _check_loaded(self) -> None:
@@ -120,7 +200,7 @@ class ArmorLinear(nn.Linear):
         """
         if self._loaded:
             return
-        marks = {name: hasattr(getattr(self, name), "_is_hf_initialized") for name in TENSOR_NAMES}
+        marks = {name: hasattr(tensor, "_is_hf_initialized") for name, tensor in self._stored().items()}
         missing = [name for name, mark in marks.items() if not mark]
         if missing and any(marks.values()):
             raise CheckpointError(
@@ -138,8 +218,30 @@ class ArmorLinear(nn.Linear):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out of copies and pickles what can be prepared again."""
-        return {**self.__dict__, "_prepared": None}
+        """Leave out of copies and pickles what can be prepared again, and sharers, which a copy of one may go without."""
+        return {**self.__dict__, "_prepared": None, "_sharers": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A sharer's copy shares with the copy of its owner."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._owner is not None:
+            self._owner._sharers.append(self)
+
+
+def _wants_gradients(packed: PackedLinear) -> bool:
+    return any(tensor.requires_grad for tensor in (packed.values, packed.a, packed.b))
+
+
+def set_backend(model: nn.Module, name: str | None) -> int:
+    """Let every ARMOR layer of a model run on the backend `name`, from the next forward pass on; returns their number.
+
+    None asks the environment variable ARMOR_BACKEND, then takes the default. Raises `RecipeError` if it is unknown.
+    """
+    chosen = None if name is None else choose_backend(name).name
+    layers = [module for module in model.modules() if isinstance(module, ArmorLinear)]
+    for layer in layers:
+        layer.backend = chosen
+    return len(layers)
 
 
 class _Version:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -55,8 +55,13 @@ def block_size_of(name: str) -> tuple[int, int]:
     return (16, 8) if "mlp" in name else (4, 32) if "v_proj" in name else (8, 8)
 
 
-def session_model(kind: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, dict[str, PackedLinear]]:
-    """Make a model in float32 as a session holds it after solving (Ŵ in its weights), and its layers."""
+def session_model(
+    kind: str, dtype: torch.dtype = torch.bfloat16, *, share: bool = False
+) -> tuple[PreTrainedModel, dict[str, PackedLinear]]:
+    """Make a model in float32 as a session holds it after solving (Ŵ in its weights), and its layers.
+
+    With `share`, modules of one parent and block size have one B.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = MODELS[kind]().eval()
@@ -64,18 +69,24 @@ def session_model(kind: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTr
     for parameter in model.parameters():
         noise = 0.05 * torch.randn(parameter.shape, generator=generator)
         parameter.data = (parameter.data + noise).to(dtype).float()
-    layers = {}
+    layers: dict[str, PackedLinear] = {}
+    first: dict[tuple[object, ...], MadeUp] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in IGNORED:
             factors = made_up(module.out_features, module.in_features, block_size_of(name), generator)
+            if share:
+                reads = name.rpartition(".")[0], block_size_of(name), module.in_features
+                factors = replace(factors, b=first.setdefault(reads, factors).b.clone())
             layers[name] = PackedLinear.from_factorization(factors, dtype)
             module.weight.data = layers[name].fold(torch.float32)
     return model, layers
 
 
-def write(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **options: object) -> PreTrainedModel:
+def write(
+    kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16, *, share: bool = False, **options: object
+) -> PreTrainedModel:
     """Write a session's model into a new folder and return it."""
-    model, layers = session_model(kind, dtype)
+    model, layers = session_model(kind, dtype, share=share)
     folder.mkdir(parents=True)
     write_checkpoint(model, layers, folder, dtype=dtype, **options)  # type: ignore[arg-type]
     return model

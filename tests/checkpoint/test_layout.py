@@ -14,7 +14,7 @@ from packed_samples import IGNORED, MODELS, session_model, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from armor_recipes.checkpoint.config import layer_block_sizes, quantization_config
+from armor_recipes.checkpoint.config import LayerSpec, layer_specs, quantization_config
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.reader import check_folder, inspect, read_header, read_layers
 from armor_recipes.checkpoint.writer import check_layers, tensor_hashes, write_checkpoint
@@ -57,7 +57,9 @@ def test_config_survives_compressed_tensors_schema() -> None:
 
     lost = {key for key in config if key not in kept or kept[key] != config[key]}
     assert lost == {"version"}, "the schema changed what it keeps: `version` alone is known to be dropped"
-    assert layer_block_sizes(kept, where="config.json") == {name: layer.block_size for name, layer in layers.items()}
+    assert layer_specs(kept, where="config.json") == {
+        name: LayerSpec(layer.block_size) for name, layer in layers.items()
+    }
 
 
 def test_groups_name_every_module_once_by_block_size() -> None:
@@ -191,11 +193,11 @@ def test_wrong_config_is_explained(copied: Path, change: Callable[[dict], None],
     [
         (lambda t: t.pop(f"{UP}.armor_b"), rf"no file holds its tensor {UP}.armor_b"),
         (lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][:, :8].clone()}), rf"{UP}.bitmask is"),
-        (lambda t: t.update({f"{UP}.weight": torch.zeros(7)}), rf"{UP}.weight has shape \(7,\)"),
+        (lambda t: t.update({f"{UP}.weight": torch.zeros(7)}), rf"{UP}.weight is \(7,\)"),
         (lambda t: t.update({f"{UP}.bitmask": t[f"{UP}.bitmask"].int()}), rf"{UP}.bitmask is .*I32"),
         (lambda t: t.update({f"{UP}.armor_a": t[f"{UP}.armor_a"].float()}), rf"{UP}.armor_a is .*F32"),
         (lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"].double()}), rf"{UP}.weight is .*F64"),
-        (lambda t: t.update({"model.extra.armor_a": torch.zeros(1)}), r"model.extra.armor_a belongs to no layer"),
+        (lambda t: t.update({"model.extra.armor_a": torch.zeros(1)}), r"model.extra.armor_a' belongs to no layer"),
     ],
 )
 def test_wrong_tensors_are_named(copied: Path, change: Callable[[dict], None], says: str) -> None:
@@ -223,6 +225,17 @@ def test_truncated_tensor_file(copied: Path, size: int) -> None:
 def test_config_that_is_no_json(copied: Path, content: bytes) -> None:
     (copied / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config.json"):
+        check_folder(copied)
+
+
+@pytest.mark.parametrize("version", [0, 3, "2", None, True])
+def test_versions_that_are_not_known(copied: Path, version: object) -> None:
+    manifest = copied / "armor_manifest.json"
+    for known in (1, 2):
+        manifest.write_text(json.dumps({"format_version": known}))
+        check_folder(copied)
+    manifest.write_text(json.dumps({"format_version": version}))
+    with pytest.raises(CheckpointError, match=r"armor_manifest.json: format_version is .* reads 1 to 2"):
         check_folder(copied)
 
 

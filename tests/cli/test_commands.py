@@ -196,7 +196,7 @@ def test_recipes_are_listed_and_printed(shell: Shell) -> None:
         assert shell("armor", "recipes", path.stem).out == path.read_text()
 
 
-@pytest.mark.parametrize("verb", ["eval", "inspect", "schema", "recipes", ""])
+@pytest.mark.parametrize("verb", ["eval", "inspect", "export", "verify", "schema", "recipes", ""])
 def test_every_verb_has_help(shell: Shell, verb: str) -> None:
     done = shell("armor", *([verb] if verb else []), "-h")
     assert (done.code, "Usage: armor" in done.out) == (0, True)

@@ -259,8 +259,12 @@ def in_fresh_process(script: str, *args: Path, path: Path | None = None) -> str:
     return done.stdout
 
 
-def test_without_the_package_every_stock_path_raises(checkpoint: Path) -> None:
-    results: dict[str, str | None] = json.loads(in_fresh_process(WITHOUT, checkpoint).partition("RESULTS")[2])
+@pytest.mark.parametrize("share", [False, True])
+def test_without_the_package_every_stock_path_raises(checkpoint: Path, tmp_path: Path, share: bool) -> None:
+    if share:
+        write(KIND, tmp_path / "shared", share=True)
+    folder = tmp_path / "shared" if share else checkpoint
+    results: dict[str, str | None] = json.loads(in_fresh_process(WITHOUT, folder).partition("RESULTS")[2])
     loaded = {name for name, error in results.items() if error is None}
     not_asked = {name for name in loaded if "ignore_mismatched_sizes" not in name}
     assert not not_asked, "loaded in silence"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from armor_recipes.errors import CheckpointError, NumericalError, PlanError
 from armor_recipes.modifiers import ModuleShape, Refiner, modifiers
 from armor_recipes.modifiers.base import RefineTask, RefineUnit, UnitOutput
-from armor_recipes.modifiers.training import RefineConfig, root_mean_square, schedule, split_batches, token_sum
+from armor_recipes.modifiers.training import RefineConfig, root_mean_square, schedule, split_batches
 from armor_recipes.session import Session
 from armor_recipes.solver import TrainableFactors, factorize
 
@@ -357,11 +357,6 @@ def test_the_learning_rate_rises_and_then_falls(total: int) -> None:
     if total > 100:
         assert max(rates) > 0.98
         assert rates[-1] < 0.03
-
-
-def test_a_sum_token_by_token() -> None:
-    x = torch.arange(24.0).view(2, 3, 4)
-    assert float(token_sum(x)) == 276
 
 
 def test_the_config_refuses_what_makes_no_sense(name: str) -> None:

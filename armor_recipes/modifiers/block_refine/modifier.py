@@ -12,7 +12,7 @@ from torch import Tensor
 
 from armor_recipes.modifiers.base import UnitOutput
 from armor_recipes.modifiers.registry import register
-from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner, token_sum
+from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner
 
 
 class BlockRefineConfig(RefineConfig):
@@ -29,4 +29,4 @@ class BlockRefineModifier(TrainingRefiner[BlockRefineConfig]):
     def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
         """Squared error of the hidden states `(B, L, H)` relative to the target's square."""
         target = wanted.output.float()
-        return token_sum((found.output.float() - target).square()) / token_sum(target.square())
+        return (found.output.float() - target).square().sum() / target.square().sum()

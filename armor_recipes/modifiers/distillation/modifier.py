@@ -25,6 +25,11 @@ _ROWS = 64
 class DistillationConfig(RefineConfig):
     """Train all factors against the dense model's next-token probabilities and hidden states. Masks stay, bytes too."""
 
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1e-3,
+        title="Learning rate",
+        description="Adam's step as a share of each tensor's root mean square; warmed up over 5 %, then a cosine.",
+    )
     hidden_layers: Annotated[int, Field(strict=True, ge=0)] = Field(
         default=5,
         title="Hidden layers",

@@ -1,0 +1,249 @@
+"""Write a checkpoint in another format, tensor by tensor: no model is built, and one file of weights is held at a time.
+
+| target | a packed layer becomes | from |
+|---|---|---|
+| `dense` | `P.weight`, Ŵ folded and rounded to the stored dtype: what the `folded` backend computes with | ARMOR, legacy |
+| `dense-2of4` | `P.weight`, the core itself, zeros kept | ARMOR with identity factors, legacy |
+| `sparse-24-bitmask` | `P.compressed`, `P.bitmask`, `P.shape` (`armor_recipes.checkpoint.legacy`) | the same, dense 2:4 |
+
+All other tensors are copied as they are, and so are the files of the folder that are neither weights nor described anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from armor_recipes.checkpoint.config import FORMAT_VERSION, TENSOR_NAMES, VALUES, LayerSpec
+from armor_recipes.checkpoint.files import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, read_config, read_header, read_tensor
+from armor_recipes.checkpoint.header import TensorInfo
+from armor_recipes.checkpoint.legacy import (
+    COMPRESSED,
+    LEGACY_NAMES,
+    is_legacy,
+    legacy_config,
+    legacy_layers,
+    legacy_tensors,
+    read_legacy_layer,
+)
+from armor_recipes.checkpoint.packing import PACKABLE_DTYPES, PackedLinear, pack_2of4
+from armor_recipes.checkpoint.reader import check_folder, checked_layers, read_layer
+from armor_recipes.checkpoint.writer import tensor_hashes
+from armor_recipes.errors import PlanError
+from armor_recipes.version import __version__
+
+Target = Literal["dense", "dense-2of4", "sparse-24-bitmask"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+_WRITTEN_ANEW = (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, "report.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export did."""
+
+    to: Target
+    layers: int
+    """Packed layers that were converted."""
+    nbytes: int
+    """Of all tensors written."""
+    left_out: tuple[str, ...]
+    """Names of folders and further weight files that were not copied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint folder whose layers can be read one by one."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    specs: Mapping[str, LayerSpec]
+    """Layers to convert, by full module name."""
+    kind: Literal["armor", "legacy", "dense"]
+
+    @classmethod
+    def open(cls, folder: Path, linears: Collection[str] = ()) -> Source:
+        """Check a folder's headers and config. Of a dense one, those of `linears` count that have 2:4 weights.
+
+        Raises:
+            CheckpointError: if the folder is damaged.
+        """
+        check_folder(folder)
+        config, tensors = read_config(folder), read_header(folder)
+        quantization = config.get("quantization_config")
+        if is_legacy(quantization):
+            names = legacy_layers(folder, quantization, tensors)
+            return cls(folder, config, tensors, dict.fromkeys(names, LayerSpec((1, 1))), "legacy")
+        if quantization is not None:
+            return cls(folder, config, tensors, checked_layers(folder, quantization, tensors), "armor")
+        dense = [name for name in sorted(linears) if f"{name}.{VALUES}" in tensors]
+        sparse = [name for name in dense if _is_2of4(read_tensor(tensors, f"{name}.{VALUES}"))]
+        return cls(folder, config, tensors, dict.fromkeys(sparse, LayerSpec((1, 1))), "dense")
+
+    def layer(self, name: str) -> PackedLinear:
+        """Read and check one layer."""
+        if self.kind == "legacy":
+            return read_legacy_layer(name, self.tensors)
+        if self.kind == "dense":
+            weight = read_tensor(self.tensors, f"{name}.{VALUES}")
+            return PackedLinear.plain(*pack_2of4(weight, _mask_2of4(weight)))
+        owner = self.specs[name].input_factor
+        return read_layer(name, self.tensors, None if owner is None else read_layer(owner, self.tensors))
+
+    @property
+    def main(self) -> str:
+        """The part of a layer's tensor names in whose file the layer is written."""
+        return COMPRESSED if self.kind == "legacy" else VALUES
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of a layer's tensors, bias aside."""
+        return {"legacy": LEGACY_NAMES, "armor": TENSOR_NAMES, "dense": (VALUES,)}[self.kind]
+
+
+def export(source: Source, destination: Path, *, to: Target, ignore: Iterable[str] = ()) -> Exported:
+    """Write `source` into the existing empty folder `destination` (see `armor_recipes.checkpoint.staging`).
+
+    Args:
+        source: what to convert.
+        destination: an empty folder.
+        to: the format.
+        ignore: full names of the linear layers that stay dense; for `sparse-24-bitmask` alone, whose config lists them.
+
+    Raises:
+        PlanError: if the source has no packed layers to convert, or factors that the format cannot hold.
+        CheckpointError: if the source is damaged.
+    """
+    convert = _converter(source, to)
+    _write_tensors(source, destination, convert)
+    _write_config(source, destination, to, ignore)
+    left_out = _copy_rest(source, destination)
+    _write_manifest(source, destination, to)
+    check_folder(destination)
+    nbytes = sum(info.nbytes for info in read_header(destination).values())
+    return Exported(to, len(source.specs), nbytes, left_out)
+
+
+def _converter(source: Source, to: Target) -> Callable[[str], dict[str, Tensor]]:
+    """A function from a layer's name to its tensors in the new format, by their names after the module's."""
+    if source.kind == "dense" and to != "sparse-24-bitmask":
+        raise PlanError(f"{source.folder} is dense already: every stock loader reads it")
+    if not source.specs:
+        raise PlanError(f"{source.folder} has no linear layer with 2:4 weights: there is nothing to convert to {to}")
+
+    def dense(name: str) -> dict[str, Tensor]:
+        packed = source.layer(name)
+        return {VALUES: packed.fold(packed.values.dtype, name=name)}
+
+    def plain(name: str) -> PackedLinear:
+        packed = source.layer(name)
+        if not packed.is_plain:
+            raise PlanError(
+                f"{name} in {source.folder} has factors other than the identity: its folded weight is not 2:4, and {to} "
+                "cannot hold the factors. Export to dense"
+            )
+        return packed
+
+    match to:
+        case "dense":
+            return dense
+        case "dense-2of4":
+            return lambda name: {VALUES: plain(name).unpack(name=name)[0]}
+        case "sparse-24-bitmask":
+            return lambda name: legacy_tensors(plain(name))
+
+
+def _write_tensors(source: Source, destination: Path, convert: Callable[[str], dict[str, Tensor]]) -> None:
+    """The files keep their names, and each layer stays in the file of its values."""
+    places: dict[str, str] = {}
+    total = 0
+    for file in sorted({info.file for info in source.tensors.values()}):
+        held: dict[str, Tensor] = {}
+        for tensor in (name for name, info in source.tensors.items() if info.file == file):
+            name, _, part = tensor.rpartition(".")
+            if name not in source.specs or part not in source.parts:
+                held[tensor] = read_tensor(source.tensors, tensor)
+            elif part == source.main:
+                held.update({f"{name}.{new}": made.contiguous() for new, made in convert(name).items()})
+        if held:
+            save_file(held, destination / file.name, metadata={"format": "pt"})
+        places.update(dict.fromkeys(held, file.name))
+        total += sum(tensor.nbytes for tensor in held.values())
+    if (source.folder / INDEX_FILE).exists():
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        _write_json(destination / INDEX_FILE, index)
+
+
+def _write_config(source: Source, destination: Path, to: Target, ignore: Iterable[str]) -> None:
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    if to == "sparse-24-bitmask":
+        config |= {"quantization_config": legacy_config(list(ignore)), **_old_rope(source)}
+    _write_json(destination / CONFIG_FILE, config)
+
+
+def _old_rope(source: Source) -> dict[str, Any]:
+    """The rotary embedding as transformers 4 spells it: that release reads this format, and would fall back to a default."""
+    rope = source.config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise PlanError(
+            f"{source.folder / CONFIG_FILE}: rope_parameters differ between layers, which transformers 4, the last that reads "
+            "sparse-24-bitmask, spells in another way for each architecture: export to dense-2of4"
+        )
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    plain = scaling.get("rope_type", "default") == "default"
+    kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    return {**kept, "rope_scaling": None if plain else scaling}
+
+
+def _copy_rest(source: Source, destination: Path) -> tuple[str, ...]:
+    left_out = []
+    used = {info.file.name for info in source.tensors.values()}
+    for path in sorted(source.folder.iterdir()):
+        if path.name in _WRITTEN_ANEW or path.name in used:
+            continue
+        if path.is_file() and path.suffix not in _WEIGHTS:
+            shutil.copyfile(path, destination / path.name)
+        else:
+            left_out.append(path.name)
+    return tuple(left_out)
+
+
+def _write_manifest(source: Source, destination: Path, to: Target) -> None:
+    manifest = source.folder / MANIFEST_FILE
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+    content = {
+        "format_version": FORMAT_VERSION,
+        "armor_recipes": __version__,
+        "export": {"to": to, "source_manifest_sha256": digest},
+        "tensors": tensor_hashes(destination),
+    }
+    _write_json(destination / MANIFEST_FILE, content, sort_keys=False)
+
+
+def _write_json(file: Path, content: Mapping[str, Any], *, sort_keys: bool = True) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
+
+
+def _is_2of4(weight: Tensor) -> bool:
+    if weight.dim() != 2 or not weight.numel() or weight.shape[1] % 8 or weight.dtype not in PACKABLE_DTYPES:
+        return False
+    return bool(((weight != 0).view(weight.shape[0], -1, 4).sum(-1) <= 2).all())
+
+
+def _mask_2of4(weight: Tensor) -> Tensor:
+    """What is not zero, and the first zeros of a group where that is less than 2; `(O, I)` bool."""
+    zero = (weight == 0).view(-1, 4).to(torch.uint8)
+    order = zero.argsort(dim=-1, stable=True)
+    return torch.zeros_like(zero).scatter_(1, order[:, :2], 1).bool().view(weight.shape)

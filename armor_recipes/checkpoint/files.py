@@ -1,0 +1,94 @@
+"""The files of a checkpoint folder: config.json, the headers of all shards, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from armor_recipes.checkpoint.header import TensorInfo, file_header, read_json, shown
+from armor_recipes.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+MANIFEST_FILE = "armor_manifest.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_DIMENSIONS = (
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json. Raises `CheckpointError` if it is missing or no JSON object."""
+    return read_json(folder / CONFIG_FILE)
+
+
+def read_header(folder: Path) -> dict[str, TensorInfo]:
+    """Map tensor name → what its file's header says, over all shards, sorted.
+
+    Raises:
+        CheckpointError: if a file is missing, truncated or no safetensors (see `file_header`), or the index and the shards differ.
+    """
+    index_file = folder / INDEX_FILE
+    if not index_file.exists():
+        return dict(sorted(file_header(folder / WEIGHTS_FILE).items()))
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index_file}: weight_map is no mapping of tensor names to files")
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or "\0" in file:
+            raise CheckpointError(f"{index_file}: {shown(file)} is no file of this folder")
+        for name, info in file_header(folder / file).items():
+            if weight_map.get(name) != file:
+                raise CheckpointError(
+                    f"{index_file}: tensor {shown(name)} is in {file}, but listed in {shown(weight_map.get(name))}: the files do "
+                    "not belong together"
+                )
+            tensors[name] = info
+    missing = sorted(weight_map.keys() - tensors.keys())
+    if missing:
+        raise CheckpointError(
+            f"{index_file}: tensor {shown(missing[0])} is listed, but no shard holds it: the files do not belong together"
+        )
+    return dict(sorted(tensors.items()))
+
+
+def read_tensor(tensors: Mapping[str, TensorInfo], name: str) -> Tensor:
+    """Read one tensor that a header names. Raises `CheckpointError` if safetensors cannot."""
+    file = tensors[name].file
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: tensor {shown(name)} cannot be read ({error}): copy the file again") from error
+    return tensor
+
+
+def check_sizes(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse a config.json whose model could not be these tensors by far, before somebody builds a model of that size.
+
+    The limits are generous: layers may share their weights, and a field may mean something else in some architecture.
+
+    Raises:
+        CheckpointError: naming the field.
+    """
+    nbytes = sum(info.nbytes for info in tensors.values())
+    limits = {"num_hidden_layers": 1024 + 16 * len(tensors), **dict.fromkeys(_DIMENSIONS, 2**20 + 8 * nbytes)}
+    sections = {"": config, **{f"{key}.": value for key, value in config.items() if isinstance(value, Mapping)}}
+    for prefix, section in sections.items():
+        for key, limit in limits.items():
+            value = section.get(key)
+            if isinstance(value, int | float) and not value <= limit:
+                raise CheckpointError(
+                    f"{folder / CONFIG_FILE}: {prefix}{key} is {shown(value)}, and the files hold {len(tensors)} tensors of "
+                    f"{nbytes} bytes: they do not belong together"
+                )

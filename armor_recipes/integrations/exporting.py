@@ -1,0 +1,46 @@
+"""`armor export`: a checkpoint in another format, checked first, put in place when it is complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from armor_recipes.checkpoint.export import Exported, Source, Target, export
+from armor_recipes.checkpoint.files import read_config
+from armor_recipes.checkpoint.staging import check_destination, staged
+from armor_recipes.errors import RecipeError
+from armor_recipes.integrations.models import meta_model, open_model
+from armor_recipes.recipe.schema import ModelSpec
+
+
+def export_folder(folder: Path, destination: Path, *, to: Target, overwrite: bool = False) -> Exported:
+    """Write the checkpoint in `folder` to `destination` in another format.
+
+    Raises:
+        RecipeError: if something is at `destination` and `overwrite` is false, or the two folders overlap.
+        PlanError: if there is nothing to convert, or the format cannot hold it.
+        CheckpointError: if `folder` is damaged.
+    """
+    check_destination(destination, overwrite=overwrite)
+    if folder.resolve().is_relative_to(destination.resolve()) or destination.resolve().is_relative_to(folder.resolve()):
+        raise RecipeError(f"{destination} and {folder} lie one in the other: choose another folder to write to")
+    config = read_config(folder)
+    linears = frozenset[str]() if "quantization_config" in config else _linears(folder)
+    source = Source.open(folder, linears)
+    ignore = linears - source.specs.keys() if source.kind == "dense" else _ignored(config["quantization_config"])
+    with staged(destination, overwrite=overwrite) as staging:
+        return export(source, staging, to=to, ignore=ignore)
+
+
+def _linears(folder: Path) -> frozenset[str]:
+    """Full names of the linear layers, from config.json alone: embeddings have two-dimensional weights, too."""
+    model = meta_model(open_model(ModelSpec(id=str(folder)), device=torch.device("cpu")))
+    return frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+
+
+def _ignored(quantization: dict[str, object]) -> list[str]:
+    sparsity = quantization.get("sparsity_config")
+    ignore = sparsity.get("ignore") if isinstance(sparsity, dict) else quantization.get("ignore")
+    return [name for name in ignore if isinstance(name, str)] if isinstance(ignore, list) else []

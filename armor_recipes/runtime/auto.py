@@ -1,0 +1,139 @@
+"""What `auto` takes on a CPU: the first time that a shape meets a number of tokens, every way is timed, and the fastest kept.
+
+| choice | how |
+|---|---|
+| `kernel` | the compiled kernel, from the packed tensors |
+| `dense` | the core unpacked into a shared buffer, in the layer's dtype, and `F.linear` |
+| `dense-float32` | the same in float32, which some processors multiply faster than 16-bit numbers |
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.errors import RecipeError
+from armor_recipes.runtime.kernel import run_kernel
+from armor_recipes.runtime.scratch import run_dense, unpacked
+
+KEEP_VARIABLE = "ARMOR_KEEP_DENSE"
+CHOICES = ("kernel", "dense", "dense-float32")
+TOKEN_CLASSES = (1, 2, 4, 8, 16, 32, 64, 128)
+"""A batch is in the first class that is not smaller; all larger batches are in the last."""
+_HOPELESS = 4.0
+"""A way that takes this many times the best is not timed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a choice depends on."""
+
+    rows: int
+    columns: int
+    block_size: tuple[int, int]
+    dtype: torch.dtype
+    """Of the packed tensors."""
+    activation: torch.dtype
+    tokens: int
+    """The class, from TOKEN_CLASSES."""
+    threads: int
+    kept: bool
+    """Whether layers keep the unpacked core."""
+
+    @classmethod
+    def of(cls, x: Tensor, packed: PackedLinear) -> Situation:
+        """Describe x `(..., I)` meeting a layer."""
+        tokens = x.numel() // max(1, x.shape[-1])
+        token_class = next((most for most in TOKEN_CLASSES if tokens <= most), TOKEN_CLASSES[-1])
+        rows, columns = packed.shape
+        threads = torch.get_num_threads()
+        return cls(rows, columns, packed.block_size, packed.values.dtype, x.dtype, token_class, threads, keeps_dense())
+
+
+@dataclass(slots=True)
+class DenseCores:
+    """The unpacked core of one layer, by dtype; filled only where ARMOR_KEEP_DENSE asks for it."""
+
+    kept: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def get(self, packed: PackedLinear, dtype: torch.dtype) -> Tensor | None:
+        """Return the core `(O, I)`, unpacked now or before, or None where nothing is kept."""
+        if not keeps_dense():
+            return None
+        if dtype not in self.kept:
+            self.kept[dtype] = unpacked(packed, dtype)
+        return self.kept[dtype]
+
+
+_choices: dict[Situation, str] = {}
+
+
+def keeps_dense() -> bool:
+    """Whether ARMOR_KEEP_DENSE is 1: every layer that meets a large batch then keeps its unpacked core beside the packed one."""
+    return os.environ.get(KEEP_VARIABLE) == "1"
+
+
+def choices() -> dict[Situation, str]:
+    """Return what was measured or told so far, a copy."""
+    return dict(_choices)
+
+
+def tell(told: Mapping[Situation, str]) -> None:
+    """Take these choices instead of measuring. Raises `RecipeError` for a name that is not in CHOICES."""
+    for choice in told.values():
+        if choice not in CHOICES:
+            raise RecipeError(f"choice {choice!r} is unknown: choose one of {', '.join(CHOICES)}")
+    _choices.update(told)
+
+
+def forget() -> None:
+    """Forget all choices: each is measured again when it is met."""
+    _choices.clear()
+
+
+@torch.no_grad()
+def run_auto(x: Tensor, packed: PackedLinear, bias: Tensor | None, cores: DenseCores | None = None) -> Tensor:
+    """Compute `A (S (B x)) + bias` `(..., O)` on the CPU in whatever way is the fastest for this shape; no gradients."""
+    cores = DenseCores() if cores is None else cores
+    situation = Situation.of(x, packed)
+    choice = _choices.get(situation)
+    if choice is None:
+        choice = _choices[situation] = _measure(situation, packed, bias, cores)
+    return _ways(packed, bias, cores)[choice](x)
+
+
+def _ways(packed: PackedLinear, bias: Tensor | None, cores: DenseCores) -> dict[str, Callable[[Tensor], Tensor]]:
+    def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return run_dense(x, packed, bias, dtype, cores.get(packed, dtype))
+
+    return {
+        "kernel": lambda x: run_kernel(x, packed, bias),
+        "dense": lambda x: dense(x, packed.values.dtype),
+        "dense-float32": lambda x: dense(x, torch.float32),
+    }
+
+
+def _measure(situation: Situation, packed: PackedLinear, bias: Tensor | None, cores: DenseCores) -> str:
+    x = torch.full((situation.tokens, situation.columns), 0.5, dtype=situation.activation)
+    best_name, best = "", float("inf")
+    for name, way in _ways(packed, bias, cores).items():
+        if name == "dense-float32" and situation.dtype == torch.float32:
+            continue
+        seconds = _seconds(way, x)  # the first run also warms up
+        if seconds < _HOPELESS * best:
+            seconds = min(_seconds(way, x) for _ in range(2))
+        if seconds < best:
+            best_name, best = name, seconds
+    return best_name
+
+
+def _seconds(way: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    start = time.perf_counter()
+    way(x)
+    return time.perf_counter() - start

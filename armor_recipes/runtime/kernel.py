@@ -1,0 +1,285 @@
+"""The compiled kernel: `y = A (S (B x)) + bias` for a few tokens, straight from the packed tensors.
+
+`native/linear.c` is built as an optional extension and entered through ctypes, which lets go of the interpreter's lock. It
+holds up to three paths: plain C (`scalar`), `avx2`, and `avx512` (VBMI2 and BF16). The best that the processor has is taken,
+after a check: a path that disagrees with plain C on a fixed problem of small integers, where every sum is exact, is
+never used, and `capabilities` says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from armor_recipes.checkpoint.packing import PACKABLE_DTYPES, PackedLinear
+from armor_recipes.errors import RecipeError
+
+PATH_VARIABLE = "ARMOR_CPU_PATH"
+PATHS = ("scalar", "avx2", "avx512")
+"""In the order of the kernel's own numbers; the last one that a machine has is its best."""
+FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+MOST_TOKENS = 16
+"""Of one pass over the packed tensors; more take several."""
+_STRIP, _ROWS_AT_ONCE = 32, 64  # of native/linear.h and linear.c
+#: Entries of S below which starting another thread costs more than it saves.
+_WORTH_A_THREAD = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What the runtime can do on this machine."""
+
+    compiled: bool
+    """Whether the extension was built. Without it the backend `cpu` is refused and `auto` never takes it."""
+    paths: tuple[str, ...]
+    """Paths of the kernel that the build holds, the processor has and the check passed, best last."""
+    rejected: tuple[str, ...]
+    """Paths that the processor has but that gave wrong numbers in the check; they are not used."""
+    path: str | None
+    """The path in use: the best one, or the one that ARMOR_CPU_PATH names."""
+    threads: int
+    """Threads that a call may use: torch's number."""
+
+    def lines(self) -> list[str]:
+        """Tell it, a line a fact."""
+        if not self.compiled:
+            return ["cpu kernel: not built (no C compiler when the package was installed); ARMOR layers run folded"]
+        told = [f"cpu kernel: {self.path} (of {', '.join(self.paths)}), {self.threads} threads"]
+        if self.rejected:
+            told.append(f"cpu kernel: {', '.join(self.rejected)} gave wrong numbers in the self-check and is not used")
+        return told
+
+
+class _Job(ctypes.Structure):
+    """`job_t` of native/linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "values", "bitmask", "a", "b", "bias", "y", "inner")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("tokens", "rows", "columns", "b_o", "b_i", "format", "activation", "path")
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Library:
+    paths: int
+    input: Callable[..., None]
+    output: Callable[..., None]
+    unpack: Callable[..., None]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def kernel_available() -> bool:
+    """Whether the compiled kernel was built."""
+    return _library() is not None
+
+
+def capabilities() -> Capabilities:
+    """Tell what the kernel can do here; runs the self-check once in a process.
+
+    Raises:
+        RecipeError: if ARMOR_CPU_PATH names a path that cannot be used.
+    """
+    if not kernel_available():
+        return Capabilities(compiled=False, paths=(), rejected=(), path=None, threads=torch.get_num_threads())
+    good, bad = _checked_paths()
+    return Capabilities(compiled=True, paths=good, rejected=bad, path=_chosen_path(), threads=torch.get_num_threads())
+
+
+def run_kernel(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, path: str | None = None) -> Tensor:
+    """Compute `A (S (B x)) + bias`, summed in float32, rounded once to x's dtype.
+
+    Args:
+        x: `(..., I)` in bfloat16, float16 or float32, on the CPU.
+        packed: in one of these dtypes, which need not be x's.
+        bias: `(O,)` in the packed tensors' dtype.
+        path: `scalar`, `avx2` or `avx512`; None takes the best. avx512 rounds `B x` to bfloat16 where x and packed are.
+
+    Raises:
+        RecipeError: if the kernel was not built or `path` cannot run here.
+        TypeError: if the dtypes are not those above.
+    """
+    rows, columns = packed.shape
+    _check_arguments(x, packed, bias)
+    number = PATHS.index(path or _chosen_path())
+    flat = x.reshape(-1, columns).contiguous()
+    y = flat.new_empty(flat.shape[0], rows)
+    tensors = [tensor.contiguous() for tensor in (packed.values, packed.bitmask, packed.a, packed.b)]
+    if 0 < flat.shape[0] <= MOST_TOKENS:
+        _run_job(flat, tensors, bias, y, number)
+    else:
+        for part, result in zip(flat.split(MOST_TOKENS), y.split(MOST_TOKENS), strict=True):
+            _run_job(part, tensors, bias, result, number)
+    return y.view(*x.shape[:-1], rows)
+
+
+def unpack_into(packed: PackedLinear, out: Tensor) -> None:
+    """Write the core into `out` `(O, I)`, contiguous, in the values' dtype or float32, zero where nothing is kept.
+
+    The bitmask is taken as it is (`check_packed` checks it once); a damaged one stays within `out`. Raises `TypeError` for
+    another dtype or shape.
+    """
+    library = _library()
+    assert library is not None
+    if out.shape != packed.shape or not out.is_contiguous() or out.dtype not in (packed.values.dtype, torch.float32):
+        raise TypeError(f"cannot unpack {packed.shape} {packed.values.dtype} into {tuple(out.shape)} {out.dtype}")
+    rows, columns = packed.shape
+    values, bitmask = packed.values.contiguous(), packed.bitmask.contiguous()
+    formats = FORMATS[values.dtype], FORMATS[out.dtype]
+
+    def run(begin: int, end: int, _: int) -> None:
+        library.unpack(values.data_ptr(), bitmask.data_ptr(), out.data_ptr(), columns, *formats, begin, end)
+
+    _split(run, rows, rows * columns)
+
+
+def _check_arguments(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> None:
+    if x.dtype not in PACKABLE_DTYPES or x.shape[-1] != packed.shape[1]:
+        raise TypeError(
+            f"the cpu kernel takes x (..., {packed.shape[1]}) in {PACKABLE_DTYPES}, got {tuple(x.shape)} {x.dtype}"
+        )
+    stored = packed.values.dtype
+    one_dtype = packed.a.dtype == packed.b.dtype == stored and (bias is None or bias.dtype == stored)
+    if not one_dtype or stored not in FORMATS or (bias is not None and not bias.is_contiguous()):
+        raise TypeError(
+            "the cpu kernel takes values, factors and a contiguous bias in one dtype, got "
+            f"{stored}, {packed.a.dtype}, {packed.b.dtype} and {None if bias is None else bias.dtype}"
+        )
+    if not (x.is_cpu and packed.values.is_cpu and packed.bitmask.is_cpu and packed.a.is_cpu and packed.b.is_cpu):
+        raise TypeError(f"the cpu kernel takes CPU tensors, got x on {x.device}, values on {packed.values.device}")
+
+
+def _run_job(x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, path: int) -> None:
+    """One job of at most MOST_TOKENS tokens; the factors before the rows, each split over threads."""
+    library = _library()
+    assert library is not None
+    values, _, a, b = tensors
+    (tokens, columns), rows, b_o, b_i = x.shape, y.shape[1], a.shape[-1], b.shape[-1]
+    inner = torch.empty(tokens * -(-columns // _STRIP) * _STRIP, dtype=torch.float32)
+    pointers = [x.data_ptr(), *(t.data_ptr() for t in tensors), None if bias is None else bias.data_ptr(), y.data_ptr()]
+    sizes = (tokens, rows, columns, b_o, b_i, FORMATS[values.dtype], FORMATS[x.dtype], path)
+    job = _Job(*pointers, inner.data_ptr(), *sizes)
+    scratch = torch.empty(torch.get_num_threads(), 2 * max(b_o, b_i, _ROWS_AT_ONCE) * tokens, dtype=torch.float32)
+
+    def input_step(begin: int, end: int, part: int) -> None:
+        library.input(ctypes.byref(job), scratch[part].data_ptr(), begin, end)
+
+    def output_step(begin: int, end: int, part: int) -> None:
+        library.output(ctypes.byref(job), scratch[part].data_ptr(), begin, end)
+
+    _split(input_step, columns // b_i, columns * b_i)
+    _split(output_step, rows // b_o, rows * (columns // 2 + b_o))
+
+
+def _split(step: Callable[[int, int, int], None], blocks: int, entries: int) -> None:
+    """Run `step(begin, end, thread)` over [0, blocks), on as many threads as `entries` numbers are worth."""
+    threads = max(1, min(torch.get_num_threads(), blocks, entries // _WORTH_A_THREAD))
+    bounds = [blocks * part // threads for part in range(threads + 1)]
+    if threads == 1:
+        step(0, blocks, 0)
+        return
+    others = [_pool(threads - 1).submit(step, bounds[part], bounds[part + 1], part) for part in range(1, threads)]
+    step(bounds[0], bounds[1], 0)
+    for other in others:
+        other.result()
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="armor-kernel")
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child has the pool's queue and none of its threads: it would wait for ever.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+@functools.cache
+def _library() -> _Library | None:
+    """The extension's entry points, or None where it was not built."""
+    spec = importlib.util.find_spec("armor_recipes.runtime._native")
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    library.armor_paths.restype = ctypes.c_int64
+    library.armor_paths.argtypes = []
+    for function in (library.armor_input, library.armor_output):
+        function.restype = None
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    library.armor_unpack.restype = None
+    library.armor_unpack.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 5
+    return _Library(int(library.armor_paths()), library.armor_input, library.armor_output, library.armor_unpack)
+
+
+def _chosen_path() -> str:
+    named = os.environ.get(PATH_VARIABLE)
+    good, bad = _checked_paths()
+    if not named:
+        return good[-1]
+    if named not in good:
+        why = "gave wrong numbers in the self-check" if named in bad else "is not there"
+        raise RecipeError(
+            f"environment variable {PATH_VARIABLE} {named!r}: this path {why}; choose one of {', '.join(good)}"
+        )
+    return named
+
+
+@functools.cache
+def _checked_paths() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Paths that agree with plain C to the bit, and those that do not."""
+    library = _library()
+    if library is None:
+        raise RecipeError(
+            "the cpu kernel was not built, for lack of a C compiler when the package was installed: install one and "
+            "install armor-recipes again, or choose the backend `folded`"
+        )
+    found = [name for number, name in enumerate(PATHS) if library.paths >> number & 1]
+    good = tuple(name for name in found if name == "scalar" or path_agrees(name))
+    return good, tuple(name for name in found if name not in good)
+
+
+def path_agrees(path: str) -> bool:
+    """Whether a path gives the numbers of plain C on small integers, for every dtype and number of tokens.
+
+    65 columns of x would be exact in any order of additions: products and sums of integers below 2²⁴ are, and `B x` stays
+    below 2⁸, so it is exact in bfloat16, too. Rows and columns end in parts of a strip, of a block of 8 and of 4.
+    """
+    for dtype in FORMATS:
+        packed, bias = _integer_problem(dtype)
+        for x_dtype in {dtype, torch.float32}:
+            for tokens in (1, 2, 13):
+                x = _integers((tokens, packed.shape[1]), 3).to(x_dtype)
+                expected = run_kernel(x, packed, bias, path="scalar")
+                if not torch.equal(run_kernel(x, packed, bias, path=path), expected):
+                    return False
+    return True
+
+
+def _integers(shape: tuple[int, ...], most: int) -> Tensor:
+    """Integers from -most to most, in an order that no kernel's layout repeats; the same ones in every process."""
+    count = functools.reduce(lambda x, y: x * y, shape)
+    return ((torch.arange(count) * 7919 + 104729) % 10007 % (2 * most + 1) - most).view(shape)
+
+
+def _integer_problem(dtype: torch.dtype) -> tuple[PackedLinear, Tensor]:
+    """A core of 27 × 104 with blocks of 9 × 13; every one of the six masks occurs."""
+    nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8)
+    choice = nibbles[_integers((27, 26), 40) % 6]
+    bitmask = choice[:, 0::2] | choice[:, 1::2] << 4
+    packed = PackedLinear(
+        _integers((27, 52), 4).to(dtype),
+        bitmask,
+        _integers((3, 9, 9), 1).to(dtype),
+        _integers((8, 13, 13), 1).to(dtype),
+    )
+    return packed, _integers((27,), 5).to(dtype)

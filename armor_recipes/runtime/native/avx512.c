@@ -1,0 +1,87 @@
+/* AVX-512 with VBMI2 and BF16. The 32 bits of a mask word are the operand of an expand: 16 packed values become 32 columns in
+ * one instruction, which dpbf16 multiplies with 32 columns of x. Rows of x are bf16 in natural order here. */
+#include "linear.h"
+#if ARMOR_X86
+#include <immintrin.h>
+
+#ifndef FEATURES /* a test emulates the instructions and names fewer */
+#define FEATURES "avx512f,avx512bw,avx512vbmi2,avx512bf16,avx2,fma,f16c"
+#endif
+#define AVX512_INLINE static inline __attribute__((always_inline, target(FEATURES)))
+
+AVX512_INLINE __m512i expand(const uint8_t *values, uint32_t mask) {
+    const __m256i kept = _mm256_loadu_si256((const __m256i *)(const void *)values);
+    return _mm512_maskz_expand_epi16(mask, _mm512_castsi256_si512(kept));
+}
+
+AVX512_INLINE __m512 step(__m512 sum, __m512i row, const uint16_t *x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)row, (__m512bh)_mm512_loadu_si512(x));
+}
+
+AVX512_INLINE uint32_t word(const uint8_t *bitmask) {
+    uint32_t mask;
+    memcpy(&mask, bitmask, 4);
+    return mask;
+}
+
+/* `count` rows times `tokens`, both constants; at most 16 sums. */
+AVX512_INLINE void tile(const job_t *job, int64_t token, int64_t row, int count, int tokens, int64_t begin, int64_t end,
+                        float *z, int64_t stride) {
+    const int64_t pitch = job->columns, mask_pitch = job->columns / 8;
+    const int64_t whole = end <= job->columns ? end / STRIP : job->columns / STRIP;
+    const uint16_t *x = (const uint16_t *)(const void *)job->inner + token * padded(job->columns);
+    const uint8_t *values = job->values + row * pitch, *bitmask = job->bitmask + row * mask_pitch;
+    __m512 sum[16];
+    for (int i = 0; i < count * tokens; i++) sum[i] = _mm512_setzero_ps();
+    for (int64_t strip = begin / STRIP; strip < whole; strip++)
+        for (int r = 0; r < count; r++) {
+            const uint8_t *at = values + r * pitch + 32 * strip;
+            const uint8_t *mask = bitmask + r * mask_pitch + 4 * strip;
+            if (strip % 2 == 0) _mm_prefetch((const char *)(at + count * pitch), _MM_HINT_T1);
+            if (strip % 16 == 0) _mm_prefetch((const char *)(mask + count * mask_pitch), _MM_HINT_T1);
+            const __m512i columns = expand(at, word(mask));
+            for (int t = 0; t < tokens; t++)
+                sum[r * tokens + t] = step(sum[r * tokens + t], columns, x + (strip * tokens + t) * STRIP);
+        }
+    for (int r = 0; r < count; r++) {
+        if (whole * STRIP < end) {
+            uint8_t rest[4 * STRIP / 2];
+            const uint32_t mask = last_strip(job, row + r, whole * STRIP, rest);
+            const __m512i columns = expand(rest, mask);
+            for (int t = 0; t < tokens; t++)
+                sum[r * tokens + t] = step(sum[r * tokens + t], columns, x + (whole * tokens + t) * STRIP);
+        }
+        for (int t = 0; t < tokens; t++) z[t * stride + r] += _mm512_reduce_add_ps(sum[r * tokens + t]);
+    }
+}
+
+AVX512_INLINE void tiles(const job_t *job, int64_t token, int64_t row, int64_t rows, int count, int tokens, int64_t begin,
+                         int64_t end, float *z, int64_t stride) {
+    int64_t r = 0;
+    for (; r + count <= rows; r += count) tile(job, token, row + r, count, tokens, begin, end, z + r, stride);
+    for (; r < rows; r++) tile(job, token, row + r, 1, tokens, begin, end, z + r, stride);
+}
+
+__attribute__((target(FEATURES))) static void core(const job_t *job, int64_t row, int64_t count, int64_t begin,
+                                                   int64_t end, float *z, int64_t stride) {
+    int64_t t = 0;
+    for (; t + 8 <= job->tokens; t += 8) tiles(job, t, row, count, 2, 8, begin, end, z + t * stride, stride);
+    for (; t + 4 <= job->tokens; t += 4) tiles(job, t, row, count, 4, 4, begin, end, z + t * stride, stride);
+    for (; t + 2 <= job->tokens; t += 2) tiles(job, t, row, count, 4, 2, begin, end, z + t * stride, stride);
+    if (t < job->tokens) tiles(job, t, row, count, 4, 1, begin, end, z + t * stride, stride);
+}
+
+static void square(const uint8_t *matrix, int64_t size, format_t format, const float *in, int64_t in_stride, float *out,
+                   int64_t out_stride, int64_t tokens) {
+    AVX2_PATH.square(matrix, size, format, in, in_stride, out, out_stride, tokens);
+}
+
+static void arrange(const job_t *job, int64_t token, const float *natural, int64_t column, int64_t count) {
+    const int64_t tile = tile_of(job->tokens, token), start = tile_start(job->tokens, token);
+    uint16_t *x = (uint16_t *)(void *)job->inner + start * padded(job->columns) + (token - start) * STRIP;
+    for (int64_t i = 0; i < count; i++)
+        x[(column + i) / STRIP * tile * STRIP + (column + i) % STRIP] = float_to_bfloat(natural[i]);
+}
+
+const path_t AVX512_PATH = {core, square, arrange};
+#endif

@@ -1,0 +1,144 @@
+/* The compiled form of A (S (B x)) + bias, entered through ctypes; armor_recipes/runtime/native.py is its other half. A job is run
+ * in two steps, each split in ranges that may run on different threads: blocks of B, then blocks of A with the core
+ * rows that they need. No sum is ever split, so bits do not depend on the number of threads. */
+#define PY_SSIZE_T_CLEAN
+#ifndef ARMOR_STANDALONE
+#include <Python.h>
+#endif
+#include "linear.h"
+
+#ifdef _WIN32
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+#define ROWS_AT_ONCE 64 /* core rows that pass over one chunk of x while it is in the first cache */
+#define CHUNK_NUMBERS 4096 /* numbers of x in that chunk */
+
+enum { SCALAR = 0, AVX2 = 1, AVX512 = 2 };
+
+static const path_t *path_of(const job_t *job) {
+#if ARMOR_X86
+    /* dpbf16 multiplies bf16 by bf16: right for bf16 activations only. */
+    if (job->path == AVX512 && job->format == BF16 && job->activation == BF16) return &AVX512_PATH;
+    if (job->path >= AVX2) return &AVX2_PATH;
+#else
+    (void)job;
+#endif
+    return &SCALAR_PATH;
+}
+
+/* The paths that this build holds and this machine can run, one bit each. */
+EXPORT int64_t armor_paths(void) {
+    int64_t paths = 1 << SCALAR;
+#if ARMOR_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) paths |= 1 << AVX2;
+    if (paths & 1 << AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
+        paths |= 1 << AVX512;
+#endif
+    return paths;
+}
+
+/* Blocks that are taken together, so that small ones (1 x 1, for a core without factors) do not cost a pass each. */
+static int64_t blocks_at_once(int64_t size) { return size < ROWS_AT_ONCE ? ROWS_AT_ONCE / size : 1; }
+
+/* `count` blocks of a block-diagonal factor times all tokens: in and out are (tokens, count * size). */
+static void factor(const job_t *job, const path_t *path, const uint8_t *blocks, int64_t count, int64_t size,
+                   const float *in, float *out) {
+    const format_t format = (format_t)job->format;
+    const int64_t stride = count * size;
+    for (int64_t block = 0; block < count; block++) {
+        const uint8_t *matrix = blocks + block * size * size * width(format);
+        if (size > 1) {
+            path->square(matrix, size, format, in + block * size, stride, out + block * size, stride, job->tokens);
+            continue;
+        }
+        const float number = load_number(matrix, 0, format);
+        for (int64_t t = 0; t < job->tokens; t++) out[t * stride + block] = number * in[t * stride + block];
+    }
+}
+
+/* Blocks [begin, end) of B. `work` holds 2 * max(b_i, ROWS_AT_ONCE) * tokens floats. */
+EXPORT void armor_input(const job_t *job, float *work, int64_t begin, int64_t end) {
+    const path_t *path = path_of(job);
+    const int64_t size = job->b_i, most = blocks_at_once(size), bytes = size * size * width((format_t)job->format);
+    const uint8_t *blocks = job->b + begin * bytes;
+    for (int64_t block = begin; block < end; block += most) {
+        const int64_t count = end - block < most ? end - block : most, wide = count * size;
+        float *out = work + wide * job->tokens;
+        for (int64_t t = 0; t < job->tokens; t++)
+            load_numbers(job->x, t * job->columns + block * size, wide, (format_t)job->activation, work + t * wide);
+        factor(job, path, blocks, count, size, work, out);
+        blocks += count * bytes;
+        for (int64_t t = 0; t < job->tokens; t++)
+            path->arrange(job, t, out + t * wide, block * size, wide);
+    }
+    if (end * size < job->columns) return;
+    const float zeros[STRIP] = {0};
+    for (int64_t t = 0; t < job->tokens; t++)
+        path->arrange(job, t, zeros, job->columns, padded(job->columns) - job->columns);
+}
+
+/* z (tokens, count) = core rows [row, row + count) times `inner`, by chunks of columns that fit the first cache. */
+static void core_rows(const job_t *job, const path_t *path, int64_t row, int64_t count, float *z) {
+    const int64_t ld = padded(job->columns);
+    /* One token's x stays in the first cache whole; the longer the runs, the better weights stream from memory. */
+    const int64_t wide = CHUNK_NUMBERS / job->tokens / STRIP * STRIP;
+    const int64_t chunk = job->tokens == 1 ? ld : wide < 512 ? 512 : wide;
+    memset(z, 0, (size_t)(count * job->tokens) * sizeof(float));
+    for (int64_t r = 0; r < count; r += ROWS_AT_ONCE) {
+        const int64_t rows = count - r < ROWS_AT_ONCE ? count - r : ROWS_AT_ONCE;
+        for (int64_t c = 0; c < ld; c += chunk)
+            path->core(job, row + r, rows, c, c + chunk < ld ? c + chunk : ld, z + r, count);
+    }
+}
+
+/* Blocks [begin, end) of A, after all of B. `work` holds 2 * max(b_o, ROWS_AT_ONCE) * tokens floats. */
+EXPORT void armor_output(const job_t *job, float *work, int64_t begin, int64_t end) {
+    const path_t *path = path_of(job);
+    const int64_t size = job->b_o, most = blocks_at_once(size);
+    const format_t format = (format_t)job->format;
+    const int64_t bytes = size * size * width(format);
+    for (int64_t block = begin; block < end; block += most) {
+        const int64_t count = end - block < most ? end - block : most, rows = count * size;
+        float *out = work + rows * job->tokens;
+        const uint8_t *blocks = job->a + block * bytes;
+        core_rows(job, path, block * size, rows, work);
+        factor(job, path, blocks, count, size, work, out);
+        for (int64_t t = 0; t < job->tokens; t++) {
+            if (job->bias)
+                for (int64_t i = 0; i < rows; i++) out[t * rows + i] += load_number(job->bias, block * size + i, format);
+            store_numbers(job->y, t * job->rows + block * size, rows, (format_t)job->activation, out + t * rows);
+        }
+    }
+}
+
+/* Rows [begin, end) of the core (rows, columns), zero where nothing is kept, in `out_format`: the values' own, or FP32. */
+EXPORT void armor_unpack(const uint8_t *values, const uint8_t *bitmask, uint8_t *out, int64_t columns, int64_t format,
+                         int64_t out_format, int64_t begin, int64_t end) {
+    const int64_t in_width = width((format_t)format), out_width = width((format_t)out_format);
+    for (int64_t group = begin * columns / 4; group < end * columns / 4; group++) {
+        const unsigned bits = bitmask[group / 2] >> (group & 1) * 4 & 15u;
+        const uint8_t *kept = values + 2 * group * in_width, *last = kept + in_width;
+        uint8_t *place = out + 4 * group * out_width;
+        memset(place, 0, (size_t)(4 * out_width));
+        for (int column = 0; column < 4; column++, place += out_width) {
+            if (!(bits >> column & 1u) || kept > last) continue; /* a damaged mask may have more than 2 bits */
+            if (format == out_format)
+                memcpy(place, kept, (size_t)in_width);
+            else
+                store_number(place, 0, (format_t)out_format, load_number(kept, 0, (format_t)format));
+            kept += in_width;
+        }
+    }
+}
+
+#ifndef ARMOR_STANDALONE
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Compiled linear layer; entered through ctypes.", -1,
+                                    NULL};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }
+#endif

@@ -1,0 +1,161 @@
+/* y = A (S (B x)) + bias for a few tokens: the job, the number formats, and what a path (scalar, AVX2, AVX-512) must provide. */
+#ifndef ARMOR_LINEAR_H
+#define ARMOR_LINEAR_H
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define ARMOR_X86 1
+#else
+#define ARMOR_X86 0
+#endif
+
+#define MOST_TOKENS 16 /* of one job */
+#define STRIP 32       /* columns of one 32-bit word of the bitmask; rows of x are padded to whole strips */
+
+/* How numbers are stored. An int8 or int4 core is a new format here, and a new case in each path's `pairs` function. */
+typedef enum { BF16 = 0, FP16 = 1, FP32 = 2 } format_t;
+
+/* Everything is read and written at its own byte address: a tensor mapped from a file need not be aligned. */
+typedef struct {
+    const uint8_t *x;       /* (tokens, columns) in `activation` */
+    const uint8_t *values;  /* (rows, columns / 2) in `format` */
+    const uint8_t *bitmask; /* (rows, columns / 8) */
+    const uint8_t *a;       /* (rows / b_o, b_o, b_o) in `format` */
+    const uint8_t *b;       /* (columns / b_i, b_i, b_i) in `format` */
+    const uint8_t *bias;    /* (rows,) in `format`, or NULL */
+    uint8_t *y;             /* (tokens, rows) in `activation` */
+    float *inner;           /* (tokens, strips * STRIP): B x, in the order that the path wants */
+    int64_t tokens, rows, columns, b_o, b_i, format, activation, path;
+} job_t;
+
+/* Sums of core rows [row, row + count) over columns [begin, end), added to z[token * stride + (0..count)). */
+typedef void core_t(const job_t *job, int64_t row, int64_t count, int64_t begin, int64_t end, float *z, int64_t stride);
+/* out[token * out_stride + i] = sum_j matrix[i, j] * in[token * in_stride + j] for a (size, size) matrix in `format`. */
+typedef void square_t(const uint8_t *matrix, int64_t size, format_t format, const float *in, int64_t in_stride,
+                      float *out, int64_t out_stride, int64_t tokens);
+/* Put `count` columns from `column` on of one token, in natural order, where the path's core function reads them. */
+typedef void arrange_t(const job_t *job, int64_t token, const float *natural, int64_t column, int64_t count);
+
+typedef struct {
+    core_t *core;
+    square_t *square;
+    arrange_t *arrange;
+} path_t;
+
+INLINE int64_t padded(int64_t columns) { return (columns + STRIP - 1) / STRIP * STRIP; }
+
+/* Tokens go through the core in tiles of 8, and what is left of them in one each of 4, 2 and 1. */
+INLINE int64_t tile_of(int64_t tokens, int64_t token) {
+    const int64_t eights = tokens / 8 * 8;
+    if (token < eights) return 8;
+    const int64_t left = tokens - eights, place = token - eights;
+    if (left & 4 && place < 4) return 4;
+    return left & 2 && place < (left & 6) ? 2 : 1;
+}
+
+/* Within a tile, x is kept strip by strip with the tokens side by side. Rows of x a power of two apart would share one set of
+ * the first cache, and push out of it each other and the weights. */
+INLINE int64_t tile_start(int64_t tokens, int64_t token) {
+    const int64_t tile = tile_of(tokens, token);
+    return tile == 1 ? token : token / tile * tile;
+}
+
+INLINE int64_t width(format_t format) { return format == FP32 ? 4 : 2; }
+
+INLINE float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE float half_to_float(uint16_t half) {
+    const uint32_t sign = (uint32_t)(half & 0x8000u) << 16, rest = half & 0x7fffu;
+    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+    if (rest < 0x400u) return from_bits(sign | to_bits((float)rest * 0x1p-24f));
+    return from_bits(sign | ((rest << 13) + 0x38000000u));
+}
+
+/* Round to nearest, ties to even. */
+INLINE uint16_t float_to_half(float value) {
+    const uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+    if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
+    if (rest >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);
+    if (rest < 0x38800000u) return (uint16_t)(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000u));
+    return (uint16_t)(sign | ((rest + 0xfffu + (rest >> 13 & 1u)) - 0x38000000u) >> 13);
+}
+
+INLINE uint16_t float_to_bfloat(float value) {
+    const uint32_t bits = to_bits(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40u);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+INLINE float load_number(const uint8_t *numbers, int64_t index, format_t format) {
+    uint32_t word = 0;
+    uint16_t half;
+    if (format == FP32) {
+        memcpy(&word, numbers + 4 * index, 4);
+        return from_bits(word);
+    }
+    memcpy(&half, numbers + 2 * index, 2);
+    return format == FP16 ? half_to_float(half) : from_bits((uint32_t)half << 16);
+}
+
+INLINE void store_number(uint8_t *numbers, int64_t index, format_t format, float value) {
+    if (format == FP32) {
+        memcpy(numbers + 4 * index, &value, 4);
+        return;
+    }
+    const uint16_t half = format == FP16 ? float_to_half(value) : float_to_bfloat(value);
+    memcpy(numbers + 2 * index, &half, 2);
+}
+
+/* With the format known to the compiler, these loops are vectorised. */
+INLINE void load_numbers(const uint8_t *numbers, int64_t index, int64_t count, format_t format, float *out) {
+    if (format == BF16)
+        for (int64_t i = 0; i < count; i++) out[i] = load_number(numbers, index + i, BF16);
+    else if (format == FP16)
+        for (int64_t i = 0; i < count; i++) out[i] = load_number(numbers, index + i, FP16);
+    else
+        memcpy(out, numbers + 4 * index, (size_t)count * 4);
+}
+
+INLINE void store_numbers(uint8_t *numbers, int64_t index, int64_t count, format_t format, const float *in) {
+    if (format == BF16)
+        for (int64_t i = 0; i < count; i++) store_number(numbers, index + i, BF16, in[i]);
+    else if (format == FP16)
+        for (int64_t i = 0; i < count; i++) store_number(numbers, index + i, FP16, in[i]);
+    else
+        memcpy(numbers + 4 * index, in, (size_t)count * 4);
+}
+
+/* Copy the strip that the columns end in, zeros after them, so that no path reads past a row. */
+INLINE uint32_t last_strip(const job_t *job, int64_t row, int64_t begin, uint8_t values[4 * STRIP / 2]) {
+    const int64_t left = job->columns - begin, size = width((format_t)job->format);
+    uint32_t mask = 0;
+    memset(values, 0, 4 * STRIP / 2);
+    memcpy(values, job->values + (row * job->columns + begin) / 2 * size, (size_t)(left / 2 * size));
+    for (int64_t byte = 0; byte < left / 8; byte++)
+        mask |= (uint32_t)job->bitmask[(row * job->columns + begin) / 8 + byte] << 8 * byte;
+    return mask;
+}
+
+extern const path_t SCALAR_PATH;
+#if ARMOR_X86
+extern const path_t AVX2_PATH;
+extern const path_t AVX512_PATH;
+#endif
+#endif

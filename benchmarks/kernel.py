@@ -1,0 +1,138 @@
+"""The cpu kernel, A and B included, against torch's bf16 `F.linear` and our own dense bf16 kernel, measured side by side.
+
+    OMP_NUM_THREADS=1 python benchmarks/kernel.py [--tokens 1 8] [--repeats 30] [--json FILE]
+
+The three take turns in every repeat, so that what else the machine does meets all of them; a ratio is the median of the
+ratios within repeats. The dense kernel, native/dense.c, is compiled here by the C compiler; it has the same care as ours
+(vectors, tiles, prefetching), and so tells what 2:4 brings apart from the quality of torch's product on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.runtime import capabilities
+from armor_recipes.runtime.kernel import run_kernel
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
+BLOCK = 64
+SOURCE = Path(__file__).parent / "native" / "dense.c"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One shape and number of tokens: fastest milliseconds of each contender, and median ratios (above 1: ours is faster)."""
+
+    rows: int
+    columns: int
+    tokens: int
+    torch_ms: float
+    dense_ms: float
+    ours_ms: float
+    torch_over_ours: float
+    dense_over_ours: float
+
+
+def made_up_layer(rows: int, columns: int, generator: torch.Generator) -> PackedLinear:
+    masks = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8)
+    halves = masks[torch.randint(6, (rows, columns // 8, 2), generator=generator)]
+    a, b = (
+        (torch.eye(BLOCK) + 0.1 * torch.randn(side // BLOCK, BLOCK, BLOCK, generator=generator)).bfloat16()
+        for side in (rows, columns)
+    )
+    values = torch.randn(rows, columns // 2, generator=generator).bfloat16()
+    return PackedLinear(values, halves[..., 0] | halves[..., 1] << 4, a, b)
+
+
+def dense_kernel(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise SystemExit("this benchmark compiles its dense kernel: install a C compiler")
+    library = folder / "dense.so"
+    flags = ("-O3", "-std=c11", "-ffp-contract=off", "-shared", "-fPIC")
+    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
+    function: Any = ctypes.CDLL(str(library)).dense_linear
+    function.restype, function.argtypes = None, [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        (tokens, columns), rows = x.shape, weight.shape[0]
+        y, inner = x.new_empty(tokens, rows), torch.empty(tokens, columns)
+        function(x.data_ptr(), weight.data_ptr(), y.data_ptr(), inner.data_ptr(), tokens, rows, columns)
+        return y
+
+    return run
+
+
+def seconds(run: Callable[[], Tensor]) -> float:
+    # With one thread, the processor's own time: what it spends on other programs in between is none of the contenders'.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    run()
+    return clock() - start
+
+
+def measure(shape: tuple[int, int], tokens: int, repeats: int, dense: Callable[[Tensor, Tensor], Tensor]) -> Row:
+    generator = torch.Generator().manual_seed(0)
+    layer = made_up_layer(*shape, generator)
+    weight = torch.randn(shape, generator=generator).bfloat16()
+    x = torch.randn(tokens, shape[1], generator=generator).bfloat16()
+    product = torch.nn.functional.linear(x, weight)
+    if (dense(x, weight) - product).norm() > 0.01 * product.norm():
+        raise SystemExit("the dense kernel is wrong")
+    own_weight = weight.clone()  # or the dense kernel would find in the cache what torch has just read
+    contenders = (
+        lambda: torch.nn.functional.linear(x, weight),
+        lambda: dense(x, own_weight),
+        lambda: run_kernel(x, layer),
+    )
+    times = [[seconds(run) for run in contenders] for _ in range(repeats)]
+    fastest_torch, fastest_dense, fastest_ours = (1e3 * min(column) for column in zip(*times, strict=True))
+    over_torch, over_dense = (statistics.median(row[i] / row[2] for row in times) for i in (0, 1))
+    return Row(*shape, tokens, fastest_torch, fastest_dense, fastest_ours, over_torch, over_dense)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    print(*capabilities().lines(), sep="\n")
+    found = []
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        dense = dense_kernel(Path(folder))
+        for tokens in options.tokens:
+            for shape in SHAPES:
+                row = measure(shape, tokens, options.repeats, dense)
+                found.append(row)
+                print(
+                    f"{row.rows:5} x {row.columns:5}, {tokens:2} tokens: torch {row.torch_ms:7.2f} ms, dense "
+                    f"{row.dense_ms:6.2f} ms, ours {row.ours_ms:6.2f} ms; torch/ours {row.torch_over_ours:.2f}, "
+                    f"dense/ours {row.dense_over_ours:.2f}",
+                    flush=True,
+                )
+            mine = [row for row in found if row.tokens == tokens]
+            ratios = [statistics.median(getattr(r, f"{name}_over_ours") for r in mine) for name in ("torch", "dense")]
+            print(f"median of the shapes, {tokens} tokens: torch/ours {ratios[0]:.2f}, dense/ours {ratios[1]:.2f}")
+    if options.json is not None:
+        rows = [asdict(row) for row in found]
+        options.json.write_text(json.dumps({"path": capabilities().path, "rows": rows}, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""`armor export`, `armor verify`, and what `armor inspect` shows of shared factors, legacy folders and the runtime."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from commands import Shell, write_recipe
+from engine_samples import ARMOR, MLP
+
+from armor_recipes.runtime import capabilities
+
+
+@pytest.fixture
+def shared(shell: Shell, llama: Path, tmp_path: Path) -> Path:
+    file = write_recipe(tmp_path, llama, ARMORModifier={**ARMOR, "share_input_factor": True})
+    assert shell("armor-apply", file, "--quiet").code == 0
+    return tmp_path / "out"
+
+
+def test_shared_factors_are_shown_and_stored_once(shell: Shell, shared: Path) -> None:
+    found = json.loads(shell("armor", "inspect", "out", "--json").out)
+    owners = {layer["name"]: layer["input_factor"] for layer in found["layers"]}
+    prefix = "model.layers.0"
+    assert owners[f"{prefix}.self_attn.k_proj"] == owners[f"{prefix}.self_attn.v_proj"] == f"{prefix}.self_attn.q_proj"
+    assert owners[f"{prefix}.mlp.up_proj"] == f"{prefix}.mlp.gate_proj"
+    assert owners[f"{prefix}.mlp.gate_proj"] is None
+    assert found["format"] == "armor"
+    assert f"{prefix}.self_attn.q_proj" in shell("armor", "inspect", "out").out
+
+
+def test_export_and_verify(shell: Shell, shared: Path, tmp_path: Path) -> None:
+    done = shell("armor", "verify", "out")
+    assert (done.code, "14 packed layers are well formed" in done.out, "format version 2" in done.out) == (
+        0,
+        True,
+        True,
+    )
+    done = shell("armor", "export", "out", "--to", "dense", "dense")
+    assert (done.code, done.out.startswith("14 layers to dense: dense, ")) == (0, True)
+    assert (tmp_path / "dense" / "recipe.yaml").read_bytes() == (shared / "recipe.yaml").read_bytes()
+    assert json.loads(shell("armor", "verify", "dense", "--json").out)["layers"] == 0
+    assert shell("armor", "export", "out", "dense", "--to", "dense").code == 2
+    assert (
+        json.loads(shell("armor", "export", "out", "dense", "--to", "dense", "--overwrite", "--json").out)["layers"]
+        == 14
+    )
+    done = shell("armor", "export", "out", "other", "--to", "dense-2of4")
+    assert (done.code, "factors other than the identity" in done.err) == (3, True)
+    assert shell("armor", "export", "out", "other", "--to", "marlin-24").code == 2
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["dense", "out"]
+
+
+def test_a_plain_result_becomes_a_legacy_folder(shell: Shell, llama: Path, tmp_path: Path) -> None:
+    shell("armor-apply", write_recipe(tmp_path, llama, MagnitudeModifier={"targets": [MLP]}), "--quiet")
+    done = shell("armor", "export", "out", "legacy", "--to", "sparse-24-bitmask")
+    assert (done.code, "6 layers to sparse-24-bitmask" in done.out, "transformers 5" in done.out) == (0, True, True)
+    assert "6 plain 2:4 layers (legacy format)" in shell("armor", "inspect", "legacy").out
+    ignored = json.loads((tmp_path / "legacy" / "config.json").read_text())["quantization_config"]["sparsity_config"][
+        "ignore"
+    ]
+    assert len(ignored) == 9
+
+
+def test_a_changed_byte_is_found(shell: Shell, shared: Path) -> None:
+    file = shared / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    done = shell("armor", "verify", "out")
+    assert (done.code, "has SHA-256" in done.err) == (6, True)
+    file.write_bytes(content[:-1])
+    assert shell("armor", "verify", "out").code == 5
+
+
+def test_what_the_runtime_can_do(shell: Shell) -> None:
+    done = shell("armor", "inspect", "--runtime")
+    assert (done.code, len(done.out.splitlines())) == (0, len(asdict(capabilities())))
+    assert json.loads(shell("armor", "inspect", "--runtime", "--json").out).keys() == asdict(capabilities()).keys()
+    for words in ((), ("out", "--runtime")):
+        done = shell("armor", "inspect", *words)
+        assert (done.code, "one of the two" in done.err) == (2, True)

@@ -1,0 +1,115 @@
+/* Every path against the definition, on small integers whose sums are exact, in buffers of exactly the right size: compiled
+ * with -fsanitize by test_sanitizers.py. Prints the number of cases and exits with 1 at the first that differs. */
+#include "linear.h"
+#include <stdio.h>
+#include <stdlib.h>
+
+int64_t armor_paths(void);
+void armor_input(const job_t *job, float *work, int64_t begin, int64_t end);
+void armor_output(const job_t *job, float *work, int64_t begin, int64_t end);
+void armor_unpack(const uint8_t *values, const uint8_t *bitmask, uint8_t *out, int64_t columns, int64_t format,
+                  int64_t out_format, int64_t begin, int64_t end);
+
+static uint32_t state = 1;
+static int random_below(int most) { return (int)((state = state * 1664525u + 1013904223u) >> 8) % most; }
+
+/* `count` integers from -most to most, one byte past an aligned address: tensors of a file lie anywhere. */
+static uint8_t *integers(int64_t count, format_t format, int most, uint8_t **held) {
+    *held = malloc((size_t)(count * width(format) + 1));
+    for (int64_t i = 0; i < count; i++) store_number(*held + 1, i, format, (float)(random_below(2 * most + 1) - most));
+    return *held + 1;
+}
+
+static uint8_t *masks(int64_t bytes) {
+    static const uint8_t nibbles[6] = {3, 5, 6, 9, 10, 12};
+    uint8_t *made = malloc((size_t)bytes);
+    for (int64_t i = 0; i < bytes; i++) made[i] = (uint8_t)(nibbles[random_below(6)] | nibbles[random_below(6)] << 4);
+    return made;
+}
+
+static void multiply(const job_t *job, const float *core, float *out) {
+    float *inner = calloc((size_t)job->columns, 4), *middle = calloc((size_t)job->rows, 4);
+    for (int64_t t = 0; t < job->tokens; t++) {
+        for (int64_t i = 0; i < job->columns; i++) {
+            inner[i] = 0;
+            for (int64_t j = 0; j < job->b_i; j++)
+                inner[i] += load_number(job->b, i * job->b_i + j, (format_t)job->format) *
+                            load_number(job->x, t * job->columns + i / job->b_i * job->b_i + j, (format_t)job->activation);
+        }
+        for (int64_t i = 0; i < job->rows; i++) {
+            middle[i] = 0;
+            for (int64_t j = 0; j < job->columns; j++) middle[i] += core[i * job->columns + j] * inner[j];
+        }
+        for (int64_t i = 0; i < job->rows; i++) {
+            float sum = load_number(job->bias, i, (format_t)job->format);
+            for (int64_t j = 0; j < job->b_o; j++)
+                sum += load_number(job->a, i * job->b_o + j, (format_t)job->format) * middle[i / job->b_o * job->b_o + j];
+            out[t * job->rows + i] = sum;
+        }
+    }
+    free(inner), free(middle);
+}
+
+static int compare(const job_t *job, const float *expected) {
+    for (int64_t i = 0; i < job->tokens * job->rows; i++) {
+        uint8_t rounded[4];
+        store_number(rounded, 0, (format_t)job->activation, expected[i]);
+        if (!memcmp(rounded, job->y + i * width((format_t)job->activation), (size_t)width((format_t)job->activation))) continue;
+        printf("path %d format %d activation %d tokens %d rows %d columns %d: y[%d] is not %g\n", (int)job->path,
+               (int)job->format, (int)job->activation, (int)job->tokens, (int)job->rows, (int)job->columns, (int)i, expected[i]);
+        return 1;
+    }
+    return 0;
+}
+
+/* In two ranges each, as two threads would take them. */
+static int run(job_t *job, const float *expected) {
+    const int64_t blocks_in = job->columns / job->b_i, blocks_out = job->rows / job->b_o;
+    int64_t wide = job->b_i > job->b_o ? job->b_i : job->b_o;
+    wide = wide < 64 ? 64 : wide;
+    float *work = malloc((size_t)(2 * wide * job->tokens) * 4);
+    job->inner = malloc((size_t)(job->tokens * padded(job->columns)) * 4);
+    job->y = malloc((size_t)(job->tokens * job->rows * width((format_t)job->activation)));
+    armor_input(job, work, 0, blocks_in / 2), armor_input(job, work, blocks_in / 2, blocks_in);
+    armor_output(job, work, 0, blocks_out / 2), armor_output(job, work, blocks_out / 2, blocks_out);
+    const int wrong = compare(job, expected);
+    free(work), free(job->inner), free(job->y);
+    return wrong;
+}
+
+static int shape(int64_t rows, int64_t columns, int64_t b_o, int64_t b_i, format_t format, format_t activation,
+                 int64_t tokens, const int *paths, int *cases) {
+    uint8_t *held[5], *mask = masks(rows * columns / 8);
+    job_t job = {.tokens = tokens, .rows = rows, .columns = columns, .b_o = b_o, .b_i = b_i, .format = format,
+                 .activation = activation, .bitmask = mask};
+    job.x = integers(tokens * columns, activation, 2, &held[0]);
+    job.values = integers(rows * columns / 2, format, 3, &held[1]);
+    job.a = integers(rows * b_o, format, 1, &held[2]);
+    job.b = integers(columns * b_i, format, 1, &held[3]);
+    job.bias = integers(rows, format, 5, &held[4]);
+    float *core = malloc((size_t)(rows * columns) * 4), *expected = malloc((size_t)(tokens * rows) * 4);
+    armor_unpack(job.values, mask, (uint8_t *)core, columns, format, FP32, 0, rows);
+    multiply(&job, core, expected);
+    int wrong = 0;
+    for (int path = 0; path < 3; path++)
+        if (paths[path]) job.path = path, wrong |= run(&job, expected), ++*cases;
+    for (int i = 0; i < 5; i++) free(held[i]);
+    free(mask), free(core), free(expected);
+    return wrong;
+}
+
+int main(void) {
+    const int paths[3] = {1, (int)(armor_paths() >> 1 & 1), EMULATED_AVX512};
+    static const int64_t sizes[][4] = {{8, 8, 8, 8},     {3, 16, 1, 1},   {9, 24, 3, 4},   {66, 32, 33, 16}, {70, 40, 7, 5},
+                                       {12, 56, 12, 56}, {65, 64, 65, 1}, {130, 72, 1, 9}, {64, 520, 64, 65}, {5, 1056, 5, 33}};
+    int cases = 0;
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+        for (int format = BF16; format <= FP32; format++)
+            for (int activation = BF16; activation <= FP32; activation++)
+                for (int64_t tokens = 1; tokens <= MOST_TOKENS; tokens++)
+                    if (shape(sizes[s][0], sizes[s][1], sizes[s][2], sizes[s][3], (format_t)format, (format_t)activation,
+                              tokens, paths, &cases))
+                        return 1;
+    printf("%d cases agree\n", cases);
+    return 0;
+}

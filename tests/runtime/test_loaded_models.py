@@ -1,0 +1,79 @@
+"""A checkpoint through `from_pretrained` and `load` on the CPU backends."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from packed_samples import logits, write
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import armor_recipes
+from armor_recipes.runtime import ArmorLinear, set_backend
+from armor_recipes.runtime.auto import DenseCores, choices
+from armor_recipes.runtime.backends import choose_backend
+from armor_recipes.runtime.kernel import kernel_available
+
+pytestmark = pytest.mark.skipif(not kernel_available(), reason="the kernel was not built")
+PROMPT = torch.tensor([[1, 5, 9]])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    write("llama-attention-bias-gqa", folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ARMOR_BACKEND")
+
+
+def layers(model: PreTrainedModel) -> list[ArmorLinear]:
+    return [module for module in model.modules() if isinstance(module, ArmorLinear)]
+
+
+def test_auto_is_the_default_and_folds_nothing(checkpoint: Path) -> None:
+    assert choose_backend().name == "auto"
+    for model in (armor_recipes.load(checkpoint), AutoModelForCausalLM.from_pretrained(checkpoint)):
+        expected = logits(armor_recipes.load(checkpoint, backend="folded"))
+        assert (logits(model) - expected).norm() < 0.02 * expected.norm()
+        prepared = [layer._prepared for layer in layers(model)]
+        assert all(made is not None and isinstance(made[1], DenseCores) and not made[1].kept for made in prepared)
+    assert choices()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto", "reference"])
+def test_float32_agrees_with_the_folded_model(checkpoint: Path, backend: str) -> None:
+    model = armor_recipes.load(checkpoint, backend=backend, dtype=torch.float32)
+    expected = logits(armor_recipes.load(checkpoint, backend="folded", dtype=torch.float32))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert set_backend(model, "folded") == len(layers(model))
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_generate_copies_and_saving(checkpoint: Path, tmp_path: Path, backend: str) -> None:
+    model = armor_recipes.load(checkpoint, backend=backend, dtype=torch.float32)
+    folded = armor_recipes.load(checkpoint, backend="folded", dtype=torch.float32)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(PROMPT, **options)
+    assert torch.equal(tokens, folded.generate(PROMPT, **options))
+    assert torch.equal(copy.deepcopy(model).generate(PROMPT, **options), tokens)
+    stored = armor_recipes.load(checkpoint, backend=backend)
+    logits(stored)
+    stored.save_pretrained(tmp_path)
+    before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_compiled_model(checkpoint: Path) -> None:
+    model = armor_recipes.load(checkpoint, backend="cpu", dtype=torch.float32)
+    expected = logits(model)
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
