@@ -1,6 +1,6 @@
 """The cpu kernel, A and B included, against torch's bf16 `F.linear` and our own dense bf16 kernel, measured side by side.
 
-    OMP_NUM_THREADS=1 python benchmarks/kernel.py [--tokens 1 8] [--repeats 30] [--json FILE]
+    python benchmarks/kernel.py [--tokens 1 8] [--repeats 30] [--threads 1] [--json FILE]
 
 The three take turns in every repeat, so that what else the machine does meets all of them; a ratio is the median of the
 ratios within repeats. The dense kernel, native/dense.c, is compiled here by the C compiler; it has the same care as ours
@@ -110,8 +110,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1, help="of torch and of ours; the dense kernel has one")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     print(*capabilities().lines(), sep="\n")
     found = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

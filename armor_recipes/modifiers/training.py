@@ -97,7 +97,7 @@ class TrainingRefiner(Refiner[C]):
         return Estimate(
             stored_bytes=0,
             flops=2.0 * passes * unit.parameters * unit.tokens * self.config.epochs,
-            peak_bytes=4 * (_COPIES * trained + weights + weights // 2),  # S spread out, and its kept values
+            peak_bytes=4 * (_COPIES * trained + weights),
         )
 
     def refine(self, task: RefineTask, on_progress: SolveProgress | None) -> RefineOutcome:
@@ -107,9 +107,9 @@ class TrainingRefiner(Refiner[C]):
         """
         _check_batches(task.batches)
         vectors = task.vectors if self.config.norms else {}
-        for factors in task.factors.values():
-            factors.values.requires_grad_(self.config.core)
-        parts = [p for factors in task.factors.values() for p in factors.parameters() if p.requires_grad]
+        for factors in task.factors.values() if self.config.core else ():
+            factors.train_core()
+        parts = [p for factors in task.factors.values() for p in factors.parameters()]
         parameters = list(dict.fromkeys([*parts, *vectors.values()]))  # modules may share a B
         seed = module_seed(self.config.seed, next(iter(task.factors)))
         with _workers(parameters[0].device, self.config.accumulate) as workers:
@@ -139,7 +139,7 @@ class _Training:
 
     def refresh(self) -> None:
         """Let the factors know that their parameters have changed."""
-        for factors in self.task.factors.values() if self.config.core else ():
+        for factors in self.task.factors.values():
             factors.refresh()
 
     def held_out_loss(self, held: Sequence[int]) -> float:

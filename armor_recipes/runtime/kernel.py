@@ -117,7 +117,7 @@ def run_kernel(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, p
     tensors = [tensor.contiguous() for tensor in (packed.values, packed.bitmask, packed.a, packed.b)]
     if 0 < flat.shape[0] <= MOST_TOKENS:
         _run_job(flat, tensors, bias, y, number)
-    else:
+    elif flat.shape[0]:
         for part, result in zip(flat.split(MOST_TOKENS), y.split(MOST_TOKENS), strict=True):
             _run_job(part, tensors, bias, result, number)
     return y.view(*x.shape[:-1], rows)

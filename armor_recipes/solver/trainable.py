@@ -11,32 +11,34 @@ from armor_recipes.solver.blockdiag import fold
 
 
 class TrainableFactors(nn.Module):
-    """Parameters `a` `(J, b_o, b_o)`, `values` (kept entries of S, row by row), `b` `(K, b_i, b_i)`; a buffer `mask`
-    `(O, I)`.
+    """Parameters `a` `(J, b_o, b_o)` and `b` `(K, b_i, b_i)`, and after `train_core` `values`, the kept entries of S row by
+    row; buffers `mask` `(O, I)` and `core`, S in float32 `(O, I)`.
 
     They start as the very numbers that are given, so that factors which no step changes pack to the same bits again. A common
     scale of S and A makes no difference to steps that are relative to each tensor's root mean square.
     """
 
     a: nn.Parameter
-    values: nn.Parameter
     b: nn.Parameter
+    values: nn.Parameter | None
     mask: Tensor
+    core: Tensor
 
     def __init__(self, a: Tensor, core: Tensor, mask: Tensor, b: Tensor) -> None:
         super().__init__()
-        self.a, self.values, self.b = (nn.Parameter(part.detach().float().clone()) for part in (a, core[mask], b))
+        self.a, self.b = (nn.Parameter(part.detach().float().clone()) for part in (a, b))
         self.register_buffer("mask", mask)
-        self.refresh()
+        self.register_buffer("core", core.detach().float())
+        self.register_parameter("values", None)
+
+    def train_core(self) -> None:
+        """Make the kept values of S a parameter too."""
+        self.values = nn.Parameter(self.core[self.mask])
 
     def refresh(self) -> None:
-        """Make S again; to be called whenever the values have changed (a fused optimizer does not count its changes)."""
-        self._core = _spread(self.values.detach(), self.mask)
-
-    @property
-    def core(self) -> Tensor:
-        """S float32 `(O, I)`, detached, as the last `refresh` made it."""
-        return self._core
+        """Make S again from its values; to be called whenever they have changed."""
+        if self.values is not None:
+            self.core = torch.zeros_like(self.core).masked_scatter_(self.mask, self.values.detach())
 
     def weight(self) -> Tensor:
         """Ŵ float32 `(O, I)`, detached."""
@@ -75,7 +77,7 @@ class _Product(torch.autograd.Function):
     """Rows x `(T, I)` to A(S(Bx)) `(T, O)`. Keeps x and S(Bx) for the backward pass, and makes Bx again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, values: Tensor, b: Tensor, core: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, x: Tensor, a: Tensor, values: Tensor | None, b: Tensor, core: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG004
         y = _blocks(x, b) @ core.T
         ctx.save_for_backward(x, y, a, b, core, mask)
         return _blocks(y, a)
@@ -107,7 +109,3 @@ def _outer(left: Tensor, right: Tensor, blocks: Tensor) -> Tensor:
 def _parts(x: Tensor, blocks: Tensor) -> Tensor:
     """View `(T, K·b)` as `(K, T, b)`."""
     return x.view(x.shape[0], blocks.shape[0], blocks.shape[-1]).transpose(0, 1)
-
-
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)

@@ -116,23 +116,30 @@ EXPORT void armor_output(const job_t *job, float *work, int64_t begin, int64_t e
     }
 }
 
-/* Rows [begin, end) of the core (rows, columns), zero where nothing is kept, in `out_format`: the values' own, or FP32. */
-EXPORT void armor_unpack(const uint8_t *values, const uint8_t *bitmask, uint8_t *out, int64_t columns, int64_t format,
-                         int64_t out_format, int64_t begin, int64_t end) {
-    const int64_t in_width = width((format_t)format), out_width = width((format_t)out_format);
-    for (int64_t group = begin * columns / 4; group < end * columns / 4; group++) {
-        const unsigned bits = bitmask[group / 2] >> (group & 1) * 4 & 15u;
-        const uint8_t *kept = values + 2 * group * in_width, *last = kept + in_width;
+INLINE void unpack(const uint8_t *values, const uint8_t *bitmask, uint8_t *out, format_t format, format_t out_format,
+                   int64_t begin, int64_t end) {
+    const int64_t out_width = width(out_format);
+    for (int64_t group = begin; group < end; group++) {
+        const int bits = bitmask[group / 2] >> (group & 1) * 4 & 15;
         uint8_t *place = out + 4 * group * out_width;
         memset(place, 0, (size_t)(4 * out_width));
-        for (int column = 0; column < 4; column++, place += out_width) {
-            if (!(bits >> column & 1u) || kept > last) continue; /* a damaged mask may have more than 2 bits */
-            if (format == out_format)
-                memcpy(place, kept, (size_t)in_width);
-            else
-                store_number(place, 0, (format_t)out_format, load_number(kept, 0, (format_t)format));
-            kept += in_width;
-        }
+        store_number(place, FIRST[bits], out_format, load_number(values, 2 * group, format));
+        store_number(place, SECOND[bits], out_format, load_number(values, 2 * group + 1, format));
+    }
+}
+
+/* Rows [begin, end) of the core (rows, columns), zero where nothing is kept, in FP32 or, with 2 bytes a number, as it is. */
+EXPORT void armor_unpack(const uint8_t *values, const uint8_t *bitmask, uint8_t *out, int64_t columns, int64_t format,
+                         int64_t out_format, int64_t begin, int64_t end) {
+    const int64_t first = begin * columns / 4, last = end * columns / 4;
+    if (format == FP32) {
+        unpack(values, bitmask, out, FP32, FP32, first, last);
+    } else if (out_format != FP32) { /* bits of 16-bit numbers pass through bf16 unchanged, NaNs aside, which checks refuse */
+        unpack(values, bitmask, out, BF16, BF16, first, last);
+    } else if (format == FP16) {
+        unpack(values, bitmask, out, FP16, FP32, first, last);
+    } else {
+        unpack(values, bitmask, out, BF16, FP32, first, last);
     }
 }
 

@@ -69,6 +69,10 @@ INLINE int64_t tile_start(int64_t tokens, int64_t token) {
 
 INLINE int64_t width(format_t format) { return format == FP32 ? 4 : 2; }
 
+/* Where the two kept columns of a group are, by its 4 bits; a damaged mask stays within the group. */
+static const uint8_t FIRST[16] = {0, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 0, 2, 0, 1, 0};
+static const uint8_t SECOND[16] = {0, 0, 1, 1, 2, 2, 2, 1, 3, 3, 3, 1, 3, 2, 2, 1};
+
 INLINE float from_bits(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);

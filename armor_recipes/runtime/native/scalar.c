@@ -1,10 +1,6 @@
 /* The plain C path: what every machine runs, and what the others are checked against. */
 #include "linear.h"
 
-/* Where the two kept columns of a group are, by its 4 bits; a damaged mask stays within the group. */
-static const uint8_t FIRST[16] = {0, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 0, 2, 0, 1, 0};
-static const uint8_t SECOND[16] = {0, 0, 1, 1, 2, 2, 2, 1, 3, 3, 3, 1, 3, 2, 2, 1};
-
 INLINE void core_rows(const job_t *job, int64_t row, int64_t count, int64_t begin, int64_t end, float *z,
                       int64_t stride, format_t format) {
     const int64_t ld = padded(job->columns);
