@@ -118,8 +118,9 @@ def refine_model(
 
 def _refine(job: RefineJob, task: RefineTask, unit: str, module: nn.Module, *, tokens: int) -> Refined:
     started = time.perf_counter()
+    own = [module.get_parameter(_within(f"{name}.weight", unit)) for name in task.factors]
     try:
-        with _frozen(module):
+        with _frozen(module), _let_go(own):
             outcome = job.refiner.refine(task, job.progress)
         packed = {name: _packed(name, factors, job.dtype) for name, factors in task.factors.items()}
     except ArmorError as error:
@@ -127,7 +128,7 @@ def _refine(job: RefineJob, task: RefineTask, unit: str, module: nn.Module, *, t
     changed = {
         name: value.detach()
         for name, value in task.vectors.items()
-        if not torch.equal(value, module.get_parameter(name if unit == "model" else name.removeprefix(unit + ".")))
+        if not torch.equal(value, module.get_parameter(_within(name, unit)))
     }
     result = RefineResult(
         modifier=job.entry.key,
@@ -141,6 +142,10 @@ def _refine(job: RefineJob, task: RefineTask, unit: str, module: nn.Module, *, t
         seconds=time.perf_counter() - started,
     )
     return Refined(result, packed, changed)
+
+
+def _within(name: str, unit: str) -> str:
+    return name if unit == "model" else name.removeprefix(f"{unit}.")
 
 
 def _packed(name: str, factors: TrainableFactors, dtype: torch.dtype) -> PackedLinear:
@@ -193,6 +198,22 @@ def _tap(layer: nn.Module) -> list[Tensor]:
     taken: list[Tensor] = []
     layer.register_forward_hook(lambda _, __, output: taken.append(hidden_states(output)))
     return taken
+
+
+@contextmanager
+def _let_go(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Give the memory of these weights back: the factors stand for them, and make them anew in the end.
+
+    Afterwards they have their shape again and no meaning.
+    """
+    shapes = [weight.shape for weight in weights]
+    try:
+        for weight in weights:
+            weight.data = weight.data.new_empty(0)
+        yield
+    finally:
+        for weight, shape in zip(weights, shapes, strict=True):
+            weight.data = weight.data.new_zeros(shape)
 
 
 @contextmanager

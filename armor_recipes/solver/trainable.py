@@ -74,18 +74,23 @@ class TrainableLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """Rows x `(T, I)` to A(S(Bx)) `(T, O)`. Keeps x and S(Bx) for the backward pass, and makes Bx again."""
+    """Rows x `(T, I)` to A(S(Bx)) `(T, O)`. Keeps x and S(Bx) for the backward pass, and makes Bx again.
+
+    Both are kept in bfloat16: they serve the gradients of A, S and B alone, whose noise from one batch to the next is far above
+    that rounding, and would else be a third of a step's memory. The gradient in x does not depend on them.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, values: Tensor | None, b: Tensor, core: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG004
         y = _blocks(x, b) @ core.T
-        ctx.save_for_backward(x, y, a, b, core, mask)
+        ctx.save_for_backward(x.bfloat16(), y.bfloat16(), a, b, core, mask)
         return _blocks(y, a)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        x, y, a, b, core, mask = ctx.saved_tensors
+        rough_x, rough_y, a, b, core, mask = ctx.saved_tensors
+        x, y = rough_x.float(), rough_y.float()
         wanted = ctx.needs_input_grad
         in_a = _outer(gradient, y, a) if wanted[1] else None
         in_y = _blocks(gradient, a.mT)

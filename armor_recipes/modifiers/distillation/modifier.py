@@ -31,7 +31,7 @@ class DistillationConfig(RefineConfig):
         description="Adam's step as a share of each tensor's root mean square; warmed up over 5 %, then a cosine.",
     )
     hidden_layers: Annotated[int, Field(strict=True, ge=0)] = Field(
-        default=5,
+        default=3,
         title="Hidden layers",
         description="Decoder layers, evenly spread, whose outputs are compared too; 0 compares logits alone.",
     )
