@@ -1,21 +1,23 @@
 """`quantization_config`, in compressed-tensors' own schema.
 
-One config group for every distinct block size and core type, `format: sparse-24-bitmask`, with the full names of its
-modules as targets. `weights` is what the schema asks for. What a loader has to know before it reads tensors is the block
-size, the core type and who shares an input factor, and `weights.observer_kwargs` is the one free field that
-compressed-tensors keeps when it writes a config again: unknown keys are dropped, and `block_structure` is accepted with
-one strategy only, which a quantised core could not use.
+One config group for every distinct block size, core type and group size, `format: sparse-24-bitmask`, with the full names
+of its modules as targets. `weights` is what the schema asks for; of a quantised core it says bits, strategy and group size.
+What else a loader has to know before it reads tensors is the block size, the core type and who shares an input factor,
+and `weights.observer_kwargs` is the one free field that compressed-tensors keeps when it writes a config again: unknown
+keys are dropped, and `block_structure` is accepted with one strategy only, which a quantised core could not use.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from armor_recipes.checkpoint.header import shown
-from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.packing import GROUP_STEP, KEPT_PER_VALUE, PackedLinear
 from armor_recipes.errors import CheckpointError
 
 FORMAT = "sparse-24-bitmask"
@@ -25,13 +27,15 @@ FORMAT_VERSION = 2
 SCHEMA_VERSION = "0.17.0"
 """The oldest compressed-tensors whose schema reads this: a constant, so that equal runs give equal bytes."""
 BLOCK_SIZE_KEY, CORE_KEY, INPUT_FACTOR_KEY = "armor_block_size", "armor_core", "armor_input_factor"
-CORE_TYPES = ("float",)
-"""What the kept values of a core can be. `float`: numbers in the checkpoint's float dtype, which the tensor itself tells."""
-VALUES, BITMASK, OUTPUT_FACTOR, INPUT_FACTOR = "weight", "bitmask", "armor_a", "armor_b"
+CORE_TYPES = tuple(KEPT_PER_VALUE)
+"""What the kept values of a core can be. `float`: numbers in the checkpoint's float dtype, which the tensor itself tells.
+`int8`, `int4`: integers, with scales in that dtype."""
+CORE_BITS = {"int8": 8, "int4": 4}
+VALUES, BITMASK, OUTPUT_FACTOR, INPUT_FACTOR, SCALE = "weight", "bitmask", "armor_a", "armor_b", "weight_scale"
 TENSOR_NAMES = (VALUES, BITMASK, OUTPUT_FACTOR, INPUT_FACTOR)
-"""Names of a layer's tensors after its module's name. The values are called `weight`, in their packed shape, on
-purpose: a loader that does not know the format meets a size mismatch, where it would replace a missing `weight` by a
-random one."""
+"""Names of a layer's tensors after its module's name; a quantised core has `SCALE` besides. The values are called `weight`,
+in their packed shape, on purpose: a loader that does not know the format meets a size mismatch, where it would replace a
+missing `weight` by a random one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +48,56 @@ class LayerSpec:
     """One of `CORE_TYPES`."""
     input_factor: str | None = None
     """Full name of the module whose B this layer uses; None where it has its own."""
+    group_size: int | None = None
+    """Kept values of a row that have one scale; None for a whole row, and where the core is not quantised."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedShapes:
-    """The shapes of a layer's tensors on disk, from its weight's shape `(O, I)` and block size `(b_o, b_i)`."""
+    """The shapes of a layer's tensors on disk, from its weight's shape `(O, I)` and what config.json says of it."""
 
     values: tuple[int, ...]
     bitmask: tuple[int, ...]
     a: tuple[int, ...]
     b: tuple[int, ...]
+    scale: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, shape: tuple[int, int], block_size: tuple[int, int], *, name: str = "this layer") -> PackedShapes:
+    def of(cls, shape: tuple[int, int], spec: LayerSpec, *, name: str = "this layer") -> PackedShapes:
         """Compute them.
 
         Raises:
-            CheckpointError: where the block size does not divide the weight, or 8 its columns.
+            CheckpointError: where the block size does not divide the weight, or 8 its columns (16 for int4), or the group size
+                the kept values of a row.
         """
-        (rows, columns), (b_o, b_i) = shape, block_size
+        (rows, columns), block_size = shape, spec.block_size
+        b_o, b_i = block_size
         if not rows or not columns or rows % b_o or columns % b_i or columns % 8:
             raise CheckpointError(
                 f"{name}: {block_size=} does not divide the weight's shape {shape}, or it is empty, or its {columns} "
                 "columns are no multiple of 8: config.json does not belong to this model"
             )
-        return cls((rows, columns // 2), (rows, columns // 8), (rows // b_o, b_o, b_o), (columns // b_i, b_i, b_i))
+        kept, stored = columns // 2, KEPT_PER_VALUE[spec.core]
+        group = spec.group_size or kept
+        if kept % stored or kept % group:
+            raise CheckpointError(
+                f"{name}: the {kept} kept values of a row are no whole groups of {group}, or no multiple of the {stored} that one "
+                f"number of an {spec.core} core holds: config.json does not belong to this model"
+            )
+        factors = (rows // b_o, b_o, b_o), (columns // b_i, b_i, b_i)
+        scale = None if spec.core == "float" else (rows, kept // group)
+        return cls((rows, kept // stored), (rows, columns // 8), *factors, scale)
+
+
+def named_tensors(layer: PackedLinear) -> dict[str, Tensor]:
+    """A layer's tensors by their names after the module's."""
+    tensors = dict(zip(TENSOR_NAMES, (layer.values, layer.bitmask, layer.a, layer.b), strict=True))
+    return tensors if layer.scale is None else {**tensors, SCALE: layer.scale}
+
+
+def tensor_names(core: str) -> tuple[str, ...]:
+    """The names of a layer's tensors after the module's, by core type."""
+    return TENSOR_NAMES if core == "float" else (*TENSOR_NAMES, SCALE)
 
 
 def quantization_config(
@@ -81,14 +110,14 @@ def quantization_config(
         ignore: full names of the linear modules left dense.
         shared: full name of a module without a B of its own → of the module of the same group whose B it uses.
     """
-    groups: dict[tuple[tuple[int, int], str], list[str]] = defaultdict(list)
+    groups: dict[LayerSpec, list[str]] = defaultdict(list)
     for name, layer in layers.items():
         _check_target(name)
-        groups[layer.block_size, layer.core].append(name)
+        groups[LayerSpec(layer.block_size, layer.core, None, layer.group_size)].append(name)
+    ordered = sorted(groups, key=lambda spec: (spec.block_size, spec.core, spec.group_size or 0))
     return {
         "config_groups": {
-            f"group_{index}": _group(sorted(groups[key]), *key, shared or {})
-            for index, key in enumerate(sorted(groups))
+            f"group_{index}": _group(sorted(groups[spec]), spec, shared or {}) for index, spec in enumerate(ordered)
         },
         "format": FORMAT,
         "global_compression_ratio": None,
@@ -123,6 +152,32 @@ def core_of(weights: object, *, where: str) -> str:
             "use a later one, or a checkpoint with another core"
         )
     return str(value)
+
+
+def layer_spec_of(weights: object, *, where: str) -> LayerSpec:
+    """Read block size, core type and group size from a group's `weights`. Raises `CheckpointError`, starting with `where`."""
+    core = core_of(weights, where=where)
+    return LayerSpec(block_size_of(weights, where=where), core, None, _group_size_of(weights, core, where=where))
+
+
+def _group_size_of(weights: object, core: str, *, where: str) -> int | None:
+    """Kept values of a row that have one scale; None for a whole row. Of a float core nothing is asked."""
+    if core == "float" or not isinstance(weights, Mapping):
+        return None
+    bits, strategy, size = (weights.get(key) for key in ("num_bits", "strategy", "group_size"))
+    if bits != CORE_BITS[core] or weights.get("type") != "int" or weights.get("symmetric") is not True:
+        raise CheckpointError(
+            f"{where}: weights say {shown(bits)} bits, type {shown(weights.get('type'))}, symmetric "
+            f"{shown(weights.get('symmetric'))}; an {core} core has {CORE_BITS[core]} bits, type int, symmetric true"
+        )
+    if strategy == "channel" and size is None:
+        return None
+    if strategy == "group" and type(size) is int and size > 0 and size % GROUP_STEP == 0:
+        return size
+    raise CheckpointError(
+        f"{where}: weights have strategy {shown(strategy)}, group_size {shown(size)}; a quantised core has strategy channel and no "
+        f"group_size, or strategy group and a multiple of {GROUP_STEP}"
+    )
 
 
 def input_factors_of(weights: object, *, targets: Collection[str], where: str) -> dict[str, str]:
@@ -177,8 +232,8 @@ def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
     return specs
 
 
-def _group(targets: list[str], block_size: tuple[int, int], core: str, shared: Mapping[str, str]) -> dict[str, Any]:
-    kwargs: dict[str, Any] = {BLOCK_SIZE_KEY: list(block_size), CORE_KEY: core}
+def _group(targets: list[str], spec: LayerSpec, shared: Mapping[str, str]) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {BLOCK_SIZE_KEY: list(spec.block_size), CORE_KEY: spec.core}
     owners = {name: shared[name] for name in targets if name in shared}
     if owners:
         kwargs[INPUT_FACTOR_KEY] = owners
@@ -189,11 +244,11 @@ def _group(targets: list[str], block_size: tuple[int, int], core: str, shared: M
         "targets": targets,
         "weights": {
             "dynamic": False,
-            "group_size": None,
+            "group_size": spec.group_size,
             # int with 16 bits stands for "not quantised": the schema has no 16-bit float. The stored dtype counts.
-            "num_bits": 16,
+            "num_bits": CORE_BITS.get(spec.core, 16),
             "observer_kwargs": kwargs,
-            "strategy": "tensor",
+            "strategy": "tensor" if spec.core == "float" else "channel" if spec.group_size is None else "group",
             "symmetric": True,
             "type": "int",
         },
@@ -212,9 +267,9 @@ def _group_specs(group: object, *, where: str) -> dict[str, LayerSpec]:
     if len(set(targets)) != len(targets):
         raise CheckpointError(f"{where}.targets names a module twice")
     weights = group.get("weights")
-    size, core = block_size_of(weights, where=where), core_of(weights, where=where)
+    spec = layer_spec_of(weights, where=where)
     owners = input_factors_of(weights, targets=targets, where=where)
-    return {target: LayerSpec(size, core, owners.get(target)) for target in targets}
+    return {target: replace(spec, input_factor=owners.get(target)) for target in targets}
 
 
 def _observer_kwargs(weights: object) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from armor_recipes.checkpoint.config import FORMAT_VERSION, TENSOR_NAMES, VALUES, LayerSpec
+from armor_recipes.checkpoint.config import FORMAT_VERSION, SCALE, TENSOR_NAMES, VALUES, LayerSpec
 from armor_recipes.checkpoint.files import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, read_config, read_header, read_tensor
 from armor_recipes.checkpoint.header import TensorInfo
 from armor_recipes.checkpoint.legacy import (
@@ -108,7 +108,7 @@ class Source:
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of a layer's tensors, bias aside."""
-        return {"legacy": LEGACY_NAMES, "armor": TENSOR_NAMES, "dense": (VALUES,)}[self.kind]
+        return {"legacy": LEGACY_NAMES, "armor": (*TENSOR_NAMES, SCALE), "dense": (VALUES,)}[self.kind]
 
 
 def export(source: Source, destination: Path, *, to: Target, ignore: Iterable[str] = ()) -> Exported:
@@ -143,14 +143,14 @@ def _converter(source: Source, to: Target) -> Callable[[str], dict[str, Tensor]]
 
     def dense(name: str) -> dict[str, Tensor]:
         packed = source.layer(name)
-        return {VALUES: packed.fold(packed.values.dtype, name=name)}
+        return {VALUES: packed.fold(packed.dtype, name=name)}
 
     def plain(name: str) -> PackedLinear:
         packed = source.layer(name)
         if not packed.is_plain:
             raise PlanError(
-                f"{name} in {source.folder} has factors other than the identity: its folded weight is not 2:4, and {to} "
-                "cannot hold the factors. Export to dense"
+                f"{name} in {source.folder} has factors other than the identity, or a quantised core: its folded weight is not "
+                f"2:4, and {to} cannot hold factors or integers. Export to dense"
             )
         return packed
 

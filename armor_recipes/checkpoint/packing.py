@@ -1,24 +1,38 @@
-"""A 2:4 core as kept values and a bitmask, byte for byte as compressed-tensors ≤ 0.14 wrote `sparse-24-bitmask`.
+"""A 2:4 core as kept values and a bitmask; with float values byte for byte as compressed-tensors ≤ 0.14 wrote them.
 
 For a core S `(O, I)` with exactly 2 kept entries in every 4 consecutive ones of a row:
 
 - values `(O, I/2)`: the kept entries of each row, left to right;
 - bitmask `(O, I/8)` uint8: one bit a column, little-endian within the byte (bit 0 of byte 0 is column 0), as
   `numpy.packbits(mask, axis=-1, bitorder="little")` writes it. The mask is the truth: a kept value may be 0.
+
+A quantised core has integers for its kept values, and a scale for each group of so many kept values of a row:
+
+- int8: values `(O, I/2)` int8, from -127 to 127;
+- int4: values `(O, I/16)` int32, eight to a number as compressed-tensors' `pack_to_int32` packs them: kept value 8k + j of a
+  row, plus 8, is in bits 4j to 4j + 3 of number k;
+- scale `(O, groups)` in the dtype of the factors, positive.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from armor_recipes.errors import CheckpointError
 from armor_recipes.solver.blockdiag import fold
+from armor_recipes.solver.result import QuantizedValues, SparseFactors
 
 PACKABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INTEGER_DTYPES = {torch.int8: "int8", torch.int32: "int4"}
+"""Of the stored values of a quantised core, and its core type."""
+KEPT_PER_VALUE = {"float": 1, "int8": 1, "int4": 8}
+"""Kept entries of S in one stored number, by core type."""
+GROUP_STEP = 8
+"""A group of kept values that have one scale is a multiple of this: the int4 values of one int32."""
 _ALIGNMENT = 64
 
 
@@ -48,22 +62,39 @@ class FactorizationLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """One ARMOR layer as it is stored: the packed core and the two block-diagonal factors, all in one float dtype."""
+    """One ARMOR layer as it is stored: the packed core and the two block-diagonal factors.
+
+    All floats have one dtype; where the core is quantised, its values are integers.
+    """
 
     values: Tensor
-    """`(O, I/2)`, the kept entries of S."""
+    """The kept entries of S: floats or int8 `(O, I/2)`, or int4 eight to an int32 `(O, I/16)`."""
     bitmask: Tensor
     """`(O, I/8)` uint8, which entries those are."""
     a: Tensor
     """`(O/b_o, b_o, b_o)`, the output factor."""
     b: Tensor
     """`(I/b_i, b_i, b_i)`, the input factor."""
+    scale: Tensor | None = None
+    """`(O, groups)`, what the integers of a quantised core are multiplied by; None where the values are floats."""
 
     @classmethod
     def from_factorization(cls, factorization: FactorizationLike, dtype: torch.dtype) -> PackedLinear:
         """Round a solver's result to `dtype` and pack it. Raises `CheckpointError` where a value overflows `dtype`."""
         values, bitmask = pack_2of4(factorization.core.to(dtype), factorization.mask)
         packed = cls(values, bitmask, factorization.a.to(dtype).contiguous(), factorization.b.to(dtype).contiguous())
+        packed.validate()
+        return packed
+
+    @classmethod
+    def from_factors(cls, factors: SparseFactors, dtype: torch.dtype) -> PackedLinear:
+        """Round factors to `dtype` and pack them, integers as integers. Raises `CheckpointError` as `from_factorization` does."""
+        packed = cls.from_factorization(factors, dtype)
+        found = factors.quantized
+        if found is None:
+            return packed
+        values = found.integers.contiguous() if found.num_bits == 8 else pack_int4(found.integers)
+        packed = cls(values, packed.bitmask, packed.a, packed.b, found.scale.to(dtype).contiguous())
         packed.validate()
         return packed
 
@@ -75,13 +106,20 @@ class PackedLinear:
 
     @property
     def is_plain(self) -> bool:
-        """Whether both factors are exactly the identity."""
-        return all(bool((part == torch.eye(part.shape[-1], dtype=part.dtype)).all()) for part in (self.a, self.b))
+        """Whether both factors are exactly the identity, and the core is not quantised."""
+        return self.scale is None and all(
+            bool((part == torch.eye(part.shape[-1], dtype=part.dtype)).all()) for part in (self.a, self.b)
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(O, I)` of the weight that this layer stands for."""
-        return self.values.shape[0], 2 * self.values.shape[1]
+        return self.values.shape[0], 2 * KEPT_PER_VALUE[self.core] * self.values.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layer's floats."""
+        return self.a.dtype
 
     @property
     def block_size(self) -> tuple[int, int]:
@@ -91,12 +129,26 @@ class PackedLinear:
     @property
     def core(self) -> str:
         """The core type as a config group names it, see `armor_recipes.checkpoint.config.CORE_TYPES`."""
-        return "float"
+        return "float" if self.scale is None else INTEGER_DTYPES.get(self.values.dtype, "int8")
+
+    @property
+    def group_size(self) -> int | None:
+        """Kept values of a row that have one scale; None where a whole row has one, or the core is not quantised."""
+        if self.scale is None or self.scale.shape[1] < 2:
+            return None
+        return self.shape[1] // 2 // self.scale.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the four tensors on disk."""
-        return sum(tensor.nbytes for tensor in (self.values, self.bitmask, self.a, self.b))
+        """Bytes of its tensors on disk."""
+        tensors = (self.values, self.bitmask, self.a, self.b, self.scale)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same layer with its floats in `dtype`; integers stay."""
+        values = self.values.to(dtype) if self.scale is None else self.values
+        scale = None if self.scale is None else self.scale.to(dtype)
+        return type(self)(values, self.bitmask, self.a.to(dtype), self.b.to(dtype), scale)
 
     def validate(self, *, name: str = "this layer") -> None:
         """Check shapes, dtypes, the 2-of-4 rule and that all numbers are finite; `name` (the module's) is for messages.
@@ -107,16 +159,72 @@ class PackedLinear:
         self.unpack(name=name)
 
     def unpack(self, *, name: str = "this layer") -> tuple[Tensor, Tensor]:
-        """Unpack the core `(O, I)`, zero where nothing is kept, and its mask (bool); checked as by `validate`."""
-        core, mask = unpack_2of4(self.values, self.bitmask, name=name)
-        _check_factor(self.a, rows=self.shape[0], dtype=self.values.dtype, name=f"{name}: armor_a")
-        _check_factor(self.b, rows=self.shape[1], dtype=self.values.dtype, name=f"{name}: armor_b")
+        """Unpack the core `(O, I)`, zero where nothing is kept, and its mask (bool); checked as by `validate`.
+
+        A quantised core comes as float32: integer times scale, exact where the scales are bfloat16 or float16.
+        """
+        values = self.values if self.scale is None else self._integers(self.scale, name).dequantize()
+        core, mask = unpack_2of4(values, self.bitmask, name=name)
+        _check_factor(self.a, rows=self.shape[0], dtype=self._checked_dtype(name), name=f"{name}: armor_a")
+        _check_factor(self.b, rows=self.shape[1], dtype=self.dtype, name=f"{name}: armor_b")
         return core, mask
+
+    def factors(self, *, name: str = "this layer") -> SparseFactors:
+        """A, S with its mask, and B, S's integers where it is quantised; checked as by `validate`."""
+        core, mask = self.unpack(name=name)
+        return SparseFactors(
+            self.a, core, mask, self.b, None if self.scale is None else self._integers(self.scale, name)
+        )
+
+    def _checked_dtype(self, name: str) -> torch.dtype:
+        """What dtype the factors must have: the values', or where these are integers the scale's."""
+        dtype = self.values.dtype if self.scale is None else self.scale.dtype
+        if dtype not in PACKABLE_DTYPES:
+            raise CheckpointError(f"{name}: weight_scale is {dtype}; it must be bfloat16, float16 or float32")
+        return dtype
+
+    def _integers(self, scale: Tensor, name: str) -> QuantizedValues:
+        """The integers and their scales. Raises `CheckpointError` where they are not what the format says."""
+        if self.values.dtype not in INTEGER_DTYPES or self.values.dim() != 2:
+            raise CheckpointError(
+                f"{name}: weight is {tuple(self.values.shape)} {self.values.dtype}; with a weight_scale beside it, it must be "
+                "(O, I/2) int8, or (O, I/16) int32 that hold eight int4 each"
+            )
+        _check_scale(scale, self.values.shape[0], self.shape[1] // 2, name=f"{name}: weight_scale")
+        if self.values.dtype == torch.int32:
+            return QuantizedValues(unpack_int4(self.values), scale, 4)
+        if bool((self.values == -128).any()):
+            raise CheckpointError(
+                f"{name}: weight holds -128; int8 values are symmetric, from -127 to 127: it is damaged"
+            )
+        return QuantizedValues(self.values, scale, 8)
 
     def fold(self, dtype: torch.dtype, *, name: str = "this layer") -> Tensor:
         """Compute `Ŵ = A · S · B` `(O, I)`, accumulated in float32 and then rounded to `dtype`."""
         core, _ = self.unpack(name=name)
         return fold(_aligned(self.a), core, _aligned(self.b)).to(dtype)
+
+
+def pack_int4(integers: Tensor) -> Tensor:
+    """Pack int8 `(O, N)` from -8 to 7 into int32 `(O, N/8)`: the one at 8k + j, plus 8, in bits 4j to 4j + 3 of number k.
+
+    Raises:
+        CheckpointError: if N is no multiple of 8.
+    """
+    if integers.shape[1] % GROUP_STEP:
+        raise CheckpointError(
+            f"cannot pack {integers.shape[1]} int4 values a row: eight go into an int32, so I must be a multiple of 16"
+        )
+    shifts = torch.arange(0, 32, 4, dtype=torch.int64, device=integers.device)
+    unsigned = ((integers.long() + 8).unflatten(1, (-1, 8)) << shifts).sum(-1)
+    return torch.where(unsigned >= 1 << 31, unsigned - (1 << 32), unsigned).to(torch.int32)
+
+
+def unpack_int4(values: Tensor) -> Tensor:
+    """Undo `pack_int4`: int8 `(O, N)`."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=values.device)
+    nibbles: Tensor = ((values.unsqueeze(-1) >> shifts) & 15).to(torch.int8) - 8
+    return nibbles.flatten(1)
 
 
 def pack_2of4(core: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +278,21 @@ def _check_packed_shapes(values: Tensor, bitmask: Tensor, *, name: str) -> None:
         raise CheckpointError(
             f"{name}: bitmask is {tuple(bitmask.shape)} {bitmask.dtype}; with values {tuple(values.shape)} it must be "
             f"{expected} torch.uint8"
+        )
+
+
+def _check_scale(scale: Tensor, rows: int, kept: int, *, name: str) -> None:
+    groups = scale.shape[1] if scale.dim() == 2 else 0
+    whole = groups == 1 or (groups > 0 and kept % (groups * GROUP_STEP) == 0)
+    if not whole or scale.shape[0] != rows or scale.dtype not in PACKABLE_DTYPES:
+        raise CheckpointError(
+            f"{name} is {tuple(scale.shape)} {scale.dtype}; with {rows} rows of {kept} kept values it must be (rows, groups), "
+            f"groups of a multiple of {GROUP_STEP} values or whole rows, in bfloat16, float16 or float32"
+        )
+    _check_finite(scale, name=name)
+    if not bool((scale > 0).all()):
+        raise CheckpointError(
+            f"{name}: {int((scale <= 0).sum())} of {scale.numel()} scales are not positive: it is damaged"
         )
 
 

@@ -12,21 +12,26 @@ from armor_recipes.checkpoint.config import (
     FORMAT,
     FORMAT_VERSION,
     INPUT_FACTOR,
+    OUTPUT_FACTOR,
+    SCALE,
     TENSOR_NAMES,
     VALUES,
     LayerSpec,
     PackedShapes,
     layer_specs,
+    tensor_names,
 )
 from armor_recipes.checkpoint.files import CONFIG_FILE, MANIFEST_FILE, check_sizes, read_tensor
 from armor_recipes.checkpoint.files import read_config as read_config
 from armor_recipes.checkpoint.files import read_header as read_header
 from armor_recipes.checkpoint.header import TensorInfo, read_json, shown
 from armor_recipes.checkpoint.legacy import COMPRESSED, LEGACY_NAMES, is_legacy, legacy_layers, read_legacy_layer
-from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.packing import KEPT_PER_VALUE, PackedLinear
 from armor_recipes.errors import CheckpointError
 
 _FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_INTEGERS = {"int8": ("I8",), "int4": ("I32",)}
+_ITEMSIZES = {"BF16": 2, "F16": 2, "F32": 4}
 _BIAS = "bias"
 
 
@@ -40,14 +45,16 @@ class LayerSize:
     block_size: tuple[int, int]
     """`(b_o, b_i)`."""
     core: str
-    """dtype of the kept values: `bfloat16`, `float16` or `float32`."""
+    """What the kept values are: `bfloat16`, `float16`, `float32`, or the integers `int8` or `int4`."""
     nbytes: int
-    """Of the layer's own tensors: values, bitmask, A, and B where it is stored with this layer; without the bias, which a
-    dense layer has too."""
+    """Of the layer's own tensors: values, bitmask, scales, A, and B where it is stored with this layer; without the bias, which
+    a dense layer has too."""
     dense_nbytes: int
-    """Of a dense weight in the same dtype."""
+    """Of a dense weight in the layer's float dtype."""
     input_factor: str | None = None
     """Full name of the module that stores this layer's B; None where the layer does."""
+    group_size: int | None = None
+    """Kept values of a row that have one scale; None for a whole row, and where the core is not quantised."""
 
     @property
     def ratio(self) -> float:
@@ -107,7 +114,8 @@ def read_layer(name: str, tensors: Mapping[str, TensorInfo], owner: PackedLinear
     """Read and check one ARMOR layer that `checked_layers` named; `owner` is the layer whose B it uses, if any."""
     values, bitmask, a = (read_tensor(tensors, f"{name}.{part}") for part in TENSOR_NAMES[:3])
     b = read_tensor(tensors, f"{name}.{INPUT_FACTOR}") if owner is None else owner.b
-    packed = PackedLinear(values, bitmask, a, b)
+    scale = read_tensor(tensors, f"{name}.{SCALE}") if f"{name}.{SCALE}" in tensors else None
+    packed = PackedLinear(values, bitmask, a, b, scale)
     packed.validate(name=f"{tensors[f'{name}.{VALUES}'].file}: {name}")
     return packed
 
@@ -163,7 +171,7 @@ def format_version(folder: Path) -> int | None:
 
 def stored_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the tensors that an ARMOR layer stores itself, bias aside."""
-    return TENSOR_NAMES if spec.input_factor is None else TENSOR_NAMES[:3]
+    return tuple(part for part in tensor_names(spec.core) if part != INPUT_FACTOR or spec.input_factor is None)
 
 
 def checked_layers(folder: Path, quantization: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, LayerSpec]:
@@ -182,7 +190,7 @@ def checked_layers(folder: Path, quantization: Any, tensors: Mapping[str, Tensor
         name, _, part = tensor.rpartition(".")
         if name in specs and part not in (*stored_names(specs[name]), _BIAS):
             raise CheckpointError(f"{info.file}: {shown(tensor)} is no tensor of this layer, as {where} describes it")
-        if name not in specs and part in TENSOR_NAMES[1:]:
+        if name not in specs and part in (*TENSOR_NAMES[1:], SCALE):
             raise CheckpointError(
                 f"{info.file}: {shown(tensor)} belongs to no layer that {where} names: the two do not match"
             )
@@ -195,18 +203,38 @@ def _check_layer(name: str, spec: LayerSpec, tensors: Mapping[str, TensorInfo], 
         if f"{name}.{part}" not in tensors:
             raise CheckpointError(f"{where} names the layer {name}, but no file holds its tensor {name}.{part}")
     values = tensors[f"{name}.{VALUES}"]
-    if len(values.shape) != 2 or values.dtype not in _FLOATS:
+    allowed = _INTEGERS.get(spec.core, tuple(_FLOATS))
+    if len(values.shape) != 2 or values.dtype not in allowed:
         raise CheckpointError(
-            f"{values.file}: {name}.{VALUES} is {values.shape} {values.dtype}; packed values are (O, I/2) in "
-            f"{', '.join(_FLOATS)}; there is no layout for expert weights of three dimensions"
+            f"{values.file}: {name}.{VALUES} is {values.shape} {values.dtype}; packed values of core type {spec.core} are "
+            f"(O, I/{2 * KEPT_PER_VALUE[spec.core]}) in {', '.join(allowed)}; there is no layout for expert weights of three "
+            "dimensions"
         )
-    shapes = PackedShapes.of((values.shape[0], 2 * values.shape[1]), spec.block_size, name=f"{where}: {name}")
-    expected = zip(TENSOR_NAMES, (shapes.values, shapes.bitmask, shapes.a, shapes.b), strict=True)
-    for part, shape in [(part, shape) for part, shape in expected if part in parts]:
-        _check_tensor(tensors, f"{name}.{part}", shape, "U8" if part == BITMASK else values.dtype, spec)
+    shapes = PackedShapes.of(_weight_shape(values, spec), spec, name=f"{where}: {name}")
+    floats = _float_dtype(name, spec, tensors)
+    dtypes = {VALUES: values.dtype, BITMASK: "U8"}
+    names = (*TENSOR_NAMES, SCALE)
+    for part, shape in zip(names, (shapes.values, shapes.bitmask, shapes.a, shapes.b, shapes.scale), strict=True):
+        if part in parts and shape is not None:
+            _check_tensor(tensors, f"{name}.{part}", shape, dtypes.get(part, floats), spec)
     bias = tensors.get(f"{name}.{_BIAS}")
     if bias is not None and bias.shape != (values.shape[0],):
         raise CheckpointError(f"{bias.file}: {name}.{_BIAS} has shape {bias.shape}; it must be ({values.shape[0]},)")
+
+
+def _weight_shape(values: TensorInfo, spec: LayerSpec) -> tuple[int, int]:
+    """`(O, I)`."""
+    return values.shape[0], 2 * KEPT_PER_VALUE[spec.core] * values.shape[1]
+
+
+def _float_dtype(name: str, spec: LayerSpec, tensors: Mapping[str, TensorInfo]) -> str:
+    """What dtype the layer's floats have: the packed values' own, or where these are integers that of A."""
+    info = tensors[f"{name}.{VALUES if spec.core == 'float' else OUTPUT_FACTOR}"]
+    if info.dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{info.file}: {name}.{OUTPUT_FACTOR} is {info.dtype}; it must be one of {', '.join(_FLOATS)}"
+        )
+    return info.dtype
 
 
 def _check_tensor(
@@ -221,16 +249,20 @@ def _check_tensor(
 
 
 def _check_same_width(name: str, owner: str, tensors: Mapping[str, TensorInfo]) -> None:
-    info, other = (tensors.get(f"{module}.{VALUES}") for module in (name, owner))
-    if info is None or other is None or info.shape[1:] != other.shape[1:] or info.dtype != other.dtype:
+    both = [[tensors.get(f"{module}.{part}") for part in (VALUES, OUTPUT_FACTOR)] for module in (name, owner)]
+    found = [[(part.shape[1:], part.dtype) if part else None for part in parts] for parts in both]
+    if found[0] != found[1]:
         raise CheckpointError(
-            f"{CONFIG_FILE} lets {name} use the B of {owner}, but their packed values are "
-            f"{[(part.shape, part.dtype) if part else None for part in (info, other)]}: widths and dtypes must be equal"
+            f"{CONFIG_FILE} lets {name} use the B of {owner}, but their packed values and A are {found}: widths and dtypes "
+            "must be equal"
         )
 
 
 def _layer_size(name: str, tensors: Mapping[str, TensorInfo], spec: LayerSpec, parts: tuple[str, ...]) -> LayerSize:
     values = tensors[f"{name}.{COMPRESSED if COMPRESSED in parts else VALUES}"]
     nbytes = sum(tensors[f"{name}.{part}"].nbytes for part in parts)
-    shape = values.shape[0], 2 * values.shape[1]
-    return LayerSize(name, shape, spec.block_size, _FLOATS[values.dtype], nbytes, 2 * values.nbytes, spec.input_factor)
+    shape = _weight_shape(values, spec)
+    floats = values.dtype if COMPRESSED in parts else _float_dtype(name, spec, tensors)
+    dense = shape[0] * shape[1] * _ITEMSIZES[floats]
+    core = spec.core if spec.core in _INTEGERS else _FLOATS[floats]
+    return LayerSize(name, shape, spec.block_size, core, nbytes, dense, spec.input_factor, spec.group_size)

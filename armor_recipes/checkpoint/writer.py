@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.checkpoint.config import INPUT_FACTOR, TENSOR_NAMES, VALUES, quantization_config
+from armor_recipes.checkpoint.config import INPUT_FACTOR, VALUES, named_tensors, quantization_config
 from armor_recipes.checkpoint.files import CONFIG_FILE, read_header, read_tensor
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.reader import check_folder
@@ -89,7 +89,8 @@ def check_layers(model: PreTrainedModel, layers: Mapping[str, object]) -> None:
 def shared_input_factors(layers: Mapping[str, PackedLinear]) -> dict[str, str]:
     """Map each layer whose B another one has, byte for byte → the first such layer in the order given.
 
-    Only layers of one decoder layer (whose names are equal up to the first number), one block size and one core type share.
+    Only layers of one decoder layer (whose names are equal up to the first number) share that are of one config group: of
+    one block size, core type and group size.
     """
     owners: dict[tuple[object, ...], list[str]] = defaultdict(list)
     shared = {}
@@ -97,7 +98,8 @@ def shared_input_factors(layers: Mapping[str, PackedLinear]) -> dict[str, str]:
         decoder_layer = _DECODER_LAYER.match(name)
         if decoder_layer is None:
             continue
-        group = owners[decoder_layer[0], layer.block_size, layer.core, layer.b.shape, layer.b.dtype]
+        kind = layer.block_size, layer.core, layer.group_size
+        group = owners[decoder_layer[0], kind, layer.b.shape, layer.b.dtype]
         owner = next((other for other in group if _equal_bytes(layers[other].b, layer.b)), None)
         if owner is None:
             group.append(name)
@@ -148,15 +150,12 @@ def _state_dict(
 
 
 def _layer_tensors(name: str, layer: PackedLinear, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    if layer.shape != shape or layer.values.dtype != dtype:
+    if layer.shape != shape or layer.dtype != dtype:
         raise CheckpointError(
-            f"{name}: packed as {layer.shape} {layer.values.dtype}, but the model's weight is {shape} and the "
+            f"{name}: packed as {layer.shape} {layer.dtype}, but the model's weight is {shape} and the "
             f"checkpoint is written in {dtype}"
         )
-    return {
-        f"{name}.{part}": t
-        for part, t in zip(TENSOR_NAMES, (layer.values, layer.bitmask, layer.a, layer.b), strict=True)
-    }
+    return {f"{name}.{part}": tensor for part, tensor in named_tensors(layer).items()}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, *, name: str) -> Tensor:

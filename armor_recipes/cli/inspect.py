@@ -98,7 +98,7 @@ def _row(layer: LayerSize) -> dict[str, Any]:
         "name": layer.name,
         "shape": f"{layer.shape[0]}x{layer.shape[1]}",
         "block_size": f"{layer.block_size[0]}x{layer.block_size[1]}",
-        "core": layer.core,
+        "core": layer.core if layer.group_size is None else f"{layer.core}, groups of {layer.group_size}",
         "input_factor": layer.input_factor,
         "bytes": layer.nbytes,
         "dense_bytes": layer.dense_nbytes,
@@ -107,7 +107,16 @@ def _row(layer: LayerSize) -> dict[str, Any]:
 
 
 def _data(found: CheckpointSize) -> dict[str, Any]:
-    layers = [{**_row(x), "shape": list(x.shape), "block_size": list(x.block_size)} for x in found.layers]
+    layers = [
+        {
+            **_row(x),
+            "shape": list(x.shape),
+            "block_size": list(x.block_size),
+            "core": x.core,
+            "group_size": x.group_size,
+        }
+        for x in found.layers
+    ]
     return {
         "format": found.format,
         "layers": layers,

@@ -83,7 +83,7 @@ def _plan_row(module: ModulePlan) -> tuple[str, ...]:
         f"{module.d_out}x{module.d_in}",
         "-" if block is None else f"{block[0]}x{block[1]}",
         "-" if blocks is None else f"{blocks[0]}+{blocks[1]}",
-        module.stored_as,
+        module.stored_as if module.core == "float" else f"{module.stored_as} {module.core}",
         str(module.bytes_before),
         str(module.bytes_after),
         f"{module.overhead_percent:.1f} %",
@@ -128,6 +128,7 @@ def summary(result: Result) -> RenderableType:
     lines += [_calibration_line(row) for row in report["calibration"]]
     lines += _rearrangement_lines(result)
     lines += _refinement_lines(result)
+    lines += _change_lines(result)
     lines += [f"{name}: {count}" for name, count in sorted(total_counts(result).items())]
     lines.append(
         f"{totals.modules} modules in {report['seconds']:.0f} s, peak memory {size(report['peak_memory_bytes'])}"
@@ -164,6 +165,16 @@ def _refinement_lines(result: Result) -> list[str]:
     ]
 
 
+def _change_lines(result: Result) -> list[str]:
+    """One line a factor modifier: modules, their core type, and the mean loss against the product before."""
+    changes = [change for module in result.modules.values() for change in module.changes]
+    return [
+        f"{name}: {len(rows)} cores as {', '.join(sorted({r.core for r in rows}))}, loss against the factors before "
+        f"{_mean(r.losses[0] for r in rows):.3g} -> {_mean(r.stored_loss for r in rows):.3g}"
+        for name, rows in _by_modifier(changes).items()
+    ]
+
+
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / len(found)
@@ -176,8 +187,10 @@ def _mean_losses(result: Result) -> tuple[float, float]:
 
 
 def total_counts(result: Result) -> Counter[str]:
-    """How often something out of the ordinary was done, over all modules."""
-    return sum((Counter(dict(module.counts)) for module in result.modules.values()), Counter())
+    """How often something out of the ordinary was done, over all modules and what changed them afterwards."""
+    counts = [module.counts for module in result.modules.values()]
+    counts += [change.counts for module in result.modules.values() for change in module.changes]
+    return sum((Counter(dict(count)) for count in counts), Counter())
 
 
 def result_json(result: Result) -> dict[str, Any]:
@@ -195,6 +208,7 @@ def result_json(result: Result) -> dict[str, Any]:
                 "relative_error": module.error,
                 "iterations": module.iterations,
                 "counts": dict(module.counts),
+                "changes": [asdict(change) for change in module.changes],
             }
             for name, module in result.modules.items()
         },

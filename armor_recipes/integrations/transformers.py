@@ -20,12 +20,15 @@ from compressed_tensors.quantization.utils.helpers import is_module_quantized
 from torch import Tensor, nn
 
 from armor_recipes.checkpoint.config import (
+    CORE_BITS,
     FORMAT,
+    SCALE,
     TENSOR_NAMES,
-    block_size_of,
-    core_of,
     input_factors_of,
+    layer_spec_of,
+    named_tensors,
     quantization_config,
+    tensor_names,
 )
 from armor_recipes.checkpoint.files import read_config, read_header, read_tensor
 from armor_recipes.checkpoint.legacy import LEGACY_NAMES, is_legacy
@@ -43,9 +46,10 @@ class ArmorCompressor(BaseCompressor):  # type: ignore[misc]
     """The layout of an ARMOR layer, for compressed-tensors' registry. It decompresses; only a recipe compresses."""
 
     @classmethod
-    def compression_param_names(cls, scheme: QuantizationScheme) -> tuple[str, ...]:  # noqa: ARG003 - theirs
+    def compression_param_names(cls, scheme: QuantizationScheme) -> tuple[str, ...]:
         """Name a layer's tensors, bias aside."""
-        return TENSOR_NAMES
+        bits = None if scheme.weights is None else scheme.weights.num_bits
+        return tensor_names(next((core for core, wanted in CORE_BITS.items() if wanted == bits), "float"))
 
     @classmethod
     def can_compress(cls, module_type: type, scheme: QuantizationScheme) -> bool:  # noqa: ARG003 - theirs
@@ -59,9 +63,10 @@ class ArmorCompressor(BaseCompressor):  # type: ignore[misc]
         scheme: QuantizationScheme,  # noqa: ARG003 - theirs
     ) -> dict[str, Tensor]:
         """Put the folded weight in the place of a layer's packed tensors; other entries (a bias) stay."""
-        packed = PackedLinear(*(state_dict[name] for name in TENSOR_NAMES))
-        rest = {name: tensor for name, tensor in state_dict.items() if name not in TENSOR_NAMES}
-        return {**rest, "weight": packed.fold(packed.values.dtype)}
+        values, bitmask, a, b = (state_dict[name] for name in TENSOR_NAMES)
+        packed = PackedLinear(values, bitmask, a, b, state_dict.get(SCALE))
+        rest = {name: tensor for name, tensor in state_dict.items() if name not in (*TENSOR_NAMES, SCALE)}
+        return {**rest, "weight": packed.fold(packed.dtype)}
 
     @classmethod
     def compress_module(cls, module: nn.Module) -> None:
@@ -80,10 +85,7 @@ class ArmorCompressor(BaseCompressor):  # type: ignore[misc]
             )
         _forget_quantization(module)
         scheme: Any = module.quantization_scheme
-        weights = scheme.weights.model_dump()
-        core_of(weights, where="quantization_config")
-        block_size = block_size_of(weights, where="quantization_config")
-        ArmorLinear.adopt(module, block_size)
+        ArmorLinear.adopt(module, layer_spec_of(scheme.weights.model_dump(mode="json"), where="quantization_config"))
         module.quantization_status = QuantizationStatus.COMPRESSED
 
     @classmethod
@@ -183,8 +185,7 @@ def _legacy_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     of_layers = {f"{name}.{part}" for name in layers for part in LEGACY_NAMES}
     state = {name: read_tensor(tensors, name) for name in tensors if name not in of_layers}
     for name, layer in layers.items():
-        parts = zip(TENSOR_NAMES, (layer.values, layer.bitmask, layer.a, layer.b), strict=True)
-        state.update({f"{name}.{part}": tensor for part, tensor in parts})
+        state.update({f"{name}.{part}": tensor for part, tensor in named_tensors(layer).items()})
     return state, quantization_config(layers, [])
 
 

@@ -3,6 +3,7 @@
 from armor_recipes.modifiers.base import (
     AnyModifier,
     Estimate,
+    FactorModifier,
     Modifier,
     ModuleShape,
     Outcome,
@@ -15,6 +16,7 @@ from armor_recipes.modifiers.registry import config_types, modifiers, register
 __all__ = [
     "AnyModifier",
     "Estimate",
+    "FactorModifier",
     "Modifier",
     "ModuleShape",
     "Outcome",

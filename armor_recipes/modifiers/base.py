@@ -1,10 +1,11 @@
 """The contract of a modifier: what it is told, what it answers, and the few rules that the engine checks for it.
 
-The engine (session) knows no modifier by name. There are three kinds. A `Modifier` changes linear modules one by one: it is
+The engine (session) knows no modifier by name. There are four kinds. A `Modifier` changes linear modules one by one: it is
 asked for `plan` (on shapes alone, before any weight is read), `statistic` (an accumulator for the module's inputs), then
 `solve`. A `Refiner` trains the factors that an earlier modifier made, of a decoder layer or of the whole model, against
-what the dense layer or model gives on the same tokens. A `Rearranger` reorders channels inside a layer, before anything
-else in it, and leaves its function as it is.
+what the dense layer or model gives on the same tokens. A `FactorModifier` gives the factors of one module another form,
+around the product that they make. A `Rearranger` reorders channels inside a layer, before anything else in it, and leaves
+its function as it is.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 from armor_recipes.recipe.schema import ModifierConfig
 from armor_recipes.solver import Factorization
 from armor_recipes.solver.patterns import parse_pattern
+from armor_recipes.solver.result import SparseFactors
 from armor_recipes.solver.trainable import TrainableFactors
 
 #: Called during a solve with (iterations done, at most, best relative loss).
 SolveProgress = Callable[[int, int, float], None]
 Propagate = Literal["compressed", "dense"]
 StoredAs = Literal["packed", "dense"]
+CoreType = Literal["float", "int8", "int4"]
 
 
 def _checked_pattern(text: str) -> str:
@@ -97,6 +100,7 @@ class Estimate:
         flops: floating-point operations of the solve, for the estimate of time.
         peak_bytes: working memory of the solve.
         stored_as: `packed` (a 2:4 core and its factors) or `dense` (one plain weight, whatever made it).
+        core: what a packed core's kept values are: `float`, `int8` or `int4`.
     """
 
     stored_bytes: int
@@ -105,6 +109,7 @@ class Estimate:
     factor_bytes: int = 0
     block_size: tuple[int, int] | None = None
     stored_as: StoredAs = "dense"
+    core: CoreType = "float"
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +270,47 @@ class Refiner(AnyModifier[C]):
     @abstractmethod
     def refine(self, task: RefineTask, on_progress: SolveProgress | None) -> RefineOutcome:
         """Train the task's factors in place. Raises NumericalError."""
+
+
+@dataclass(frozen=True, slots=True)
+class FactorOutcome:
+    """A module's factors in another form, and what was measured.
+
+    `losses` are against the product A · S · B before, relative to 0 in its place: first that of the method's start. `counts`
+    names everything out of the ordinary.
+    """
+
+    factors: SparseFactors
+    losses: tuple[float, ...]
+    iterations: int = 0
+    stop_reason: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+class FactorModifier(AnyModifier[C]):
+    """Changes the factors that an earlier modifier of this stage or another made, of one module at a time.
+
+    It needs no dense model: the product that the factors give before is what it keeps to. Modules that share their B are
+    given to it as one, stacked along their rows, and share what it makes of their B.
+    """
+
+    @abstractmethod
+    def plan(self, module: ModuleShape, block_size: tuple[int, int]) -> Estimate:
+        """Check that the module can be taken, and estimate the cost; bytes are exact. Raises PlanError."""
+
+    @abstractmethod
+    def statistic(self, module: ModuleShape) -> Statistic:
+        """A new accumulator for the module's calibration inputs."""
+
+    @abstractmethod
+    def change(
+        self, module: ModuleShape, factors: SparseFactors, statistic: Any, on_progress: SolveProgress | None
+    ) -> FactorOutcome:
+        """New factors, in the dtype of those given, which is that of the checkpoint. Raises NumericalError."""
+
+    @abstractmethod
+    def loss(self, target: Tensor, statistic: Any, approximation: Tensor) -> float:
+        """The relative loss of an approximation `(O, I)` of the product before: recomputed on what is stored."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `
 |---|---|---|
 | bytes of those weights | {totals.bytes_before} | {totals.bytes_after} |
 {_perplexity_row(facts.before, facts.after)}
-{_dense_note(facts)}{_refined_note(facts)}
+{_dense_note(facts)}{_refined_note(facts)}{_changed_note(facts)}
 ## Use
 
 {_usage(facts)}
@@ -78,6 +78,13 @@ def _refined_note(facts: Facts) -> str:
     names = dict.fromkeys(row.modifier.split(".", 2)[-1] for row in facts.refinements)
     count = sum(bool(result.refined) for result in facts.modules.values())
     return f"\nThe factors of {count} of these weights were trained afterwards: {', '.join(names)}.\n" if names else ""
+
+
+def _changed_note(facts: Facts) -> str:
+    """Which cores are integers, and what made them so."""
+    changes = [change for result in facts.modules.values() for change in result.changes[-1:]]
+    kinds = sorted({f"{change.core} by {change.modifier.split('.', 2)[-1]}" for change in changes})
+    return f"\nThe kept values of {len(changes)} of these weights were stored as {', '.join(kinds)}.\n" if kinds else ""
 
 
 def _usage(facts: Facts) -> str:

@@ -17,7 +17,7 @@ from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.evaluation.perplexity import Perplexity
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
-from armor_recipes.session import ModuleResult, Plan, RearrangeResult, RefineResult
+from armor_recipes.session import FactorChange, ModuleResult, Plan, RearrangeResult, RefineResult
 from armor_recipes.solver.sweep import native_available
 from armor_recipes.version import __version__
 
@@ -86,6 +86,21 @@ def _module(result: ModuleResult, block_size: tuple[int, int] | None) -> dict[st
         "counts": dict(result.counts),
         "measures": dict(result.measures),
         "refined": list(result.refined),
+        "changes": [_change(change) for change in result.changes],
+    }
+
+
+def _change(change: FactorChange) -> dict[str, Any]:
+    return {
+        "modifier": change.modifier,
+        "core": change.core,
+        "first_loss": change.losses[0],
+        "last_loss": change.losses[-1],
+        "stored_loss": change.stored_loss,
+        "iterations": change.iterations,
+        "stop_reason": change.stop_reason,
+        "tokens": change.tokens,
+        "counts": dict(change.counts),
     }
 
 

@@ -49,7 +49,10 @@ class Stopwatch:
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self._begin, 3),
             "seconds_by_phase": {name: round(value, 3) for name, value in self.seconds.items()},
-            "seconds_by_module": {name: round(result.seconds, 3) for name, result in modules.items()},
+            "seconds_by_module": {
+                name: round(result.seconds + sum(change.seconds for change in result.changes), 3)
+                for name, result in modules.items()
+            },
             "seconds_estimated": plan.totals.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "peak_memory_estimated_bytes": plan.totals.peak_bytes,

@@ -24,10 +24,12 @@ from armor_recipes.runtime.scratch import run_dense, unpacked
 
 KEEP_VARIABLE = "ARMOR_KEEP_DENSE"
 CHOICES = ("kernel", "dense", "dense-float32")
-TOKEN_CLASSES = (1, 2, 4, 8, 16, 32, 64, 128)
+TOKEN_CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """A batch is in the first class that is not smaller; all larger batches are in the last."""
 _HOPELESS = 4.0
 """A way that takes this many times the best is not timed again."""
+_LONG = 0.2
+"""Seconds after which one run tells enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ def _measure(situation: Situation, packed: PackedLinear, bias: Tensor | None, co
         if name == "dense-float32" and situation.dtype == torch.float32:
             continue
         seconds = _seconds(way, x)  # the first run also warms up
-        if seconds < _HOPELESS * best:
+        if seconds < min(_HOPELESS * best, _LONG):
             seconds = min(_seconds(way, x) for _ in range(2))
         if seconds < best:
             best_name, best = name, seconds

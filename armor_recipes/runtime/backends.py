@@ -3,7 +3,7 @@
 | backend | prepared | forward |
 |---|---|---|
 | `folded` | Ŵ = A·S·B, rounded to the layer's dtype | `F.linear(x, Ŵ, bias)`, bit for bit a plain linear layer |
-| `reference` | S, unpacked | `A (S (B x)) + bias`, in plain torch |
+| `reference` | S, unpacked, in the layer's dtype | `A (S (B x)) + bias`, in plain torch |
 | `cpu` | nothing: the packed tensors are checked | the compiled kernel, straight from the packed tensors |
 | `auto` | as `cpu` where that can run, else as `folded` | what was fastest for this shape and number of tokens |
 """
@@ -54,7 +54,7 @@ def choose_backend(name: str | None = None) -> Backend:
 
 
 def _fold(packed: PackedLinear, name: str) -> Tensor:
-    return packed.fold(packed.values.dtype, name=name)
+    return packed.fold(packed.dtype, name=name)
 
 
 def _run_folded(x: Tensor, weight: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:  # noqa: ARG001
@@ -62,7 +62,7 @@ def _run_folded(x: Tensor, weight: Tensor, packed: PackedLinear, bias: Tensor | 
 
 
 def _unpack(packed: PackedLinear, name: str) -> Tensor:
-    return packed.unpack(name=name)[0]
+    return packed.unpack(name=name)[0].to(packed.dtype)
 
 
 def _run_reference(x: Tensor, core: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
@@ -76,6 +76,10 @@ def _check_for_kernel(packed: PackedLinear, name: str) -> None:
         raise RecipeError(
             f"{name}: the backend cpu needs the compiled kernel, which was not built for lack of a C compiler: install "
             "one and install armor-recipes again, or choose `folded`"
+        )
+    if packed.scale is not None:
+        raise RecipeError(
+            f"{name} has an {packed.core} core, which the backend cpu does not run yet: choose `auto`, which runs it folded"
         )
     if packed.values.device.type != "cpu":
         raise RecipeError(f"{name} is on {packed.values.device}: the backend cpu runs on the CPU; choose `folded`")
@@ -116,7 +120,7 @@ def _trains(packed: PackedLinear) -> bool:
 
 BACKENDS = {
     "auto": Backend("auto", _prepare_auto, _run_auto, traced=_has_kernel),
-    "cpu": Backend("cpu", _check_for_kernel, _run_cpu, traced=lambda _: True),
+    "cpu": Backend("cpu", _check_for_kernel, _run_cpu, traced=lambda packed: packed.scale is None),
     "folded": Backend("folded", _fold, _run_folded),
     "reference": Backend("reference", _unpack, _run_reference),
 }

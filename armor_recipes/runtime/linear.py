@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.checkpoint.config import INPUT_FACTOR, TENSOR_NAMES, PackedShapes
-from armor_recipes.checkpoint.packing import FactorizationLike, PackedLinear
+from armor_recipes.checkpoint.config import INPUT_FACTOR, SCALE, LayerSpec, PackedShapes, named_tensors, tensor_names
+from armor_recipes.checkpoint.packing import INTEGER_DTYPES, FactorizationLike, PackedLinear
 from armor_recipes.errors import CheckpointError
 from armor_recipes.runtime.backends import choose_backend
 
@@ -17,7 +17,8 @@ from armor_recipes.runtime.backends import choose_backend
 class ArmorLinear(nn.Linear):
     """`y = A (S (B x)) + bias` for x `(..., I)`, computed by a backend of `armor_recipes.runtime.backends`.
 
-    Parameters: `weight` (packed values `(O, I/2)`), `bitmask`, `armor_a`, `armor_b`, `bias`; so `state_dict` is the
+    Parameters: `weight` (packed values `(O, I/2)`; int4 `(O, I/16)`), `bitmask`, `armor_a`, `armor_b`, `bias`, and where the core
+    is quantised `weight_scale`; so `state_dict` is the
     checkpoint, whatever the backend keeps beside it. What the backend prepares (the folded weight, say) is no
     parameter: it is made at the first forward pass, and again after the parameters were moved, cast, replaced or
     changed in place. In training mode it is made in every pass, inside autograd, if a parameter of the layer is trained.
@@ -41,19 +42,21 @@ class ArmorLinear(nn.Linear):
     _prepared: tuple[object, Any] | None
 
     @classmethod
-    def adopt(cls, linear: nn.Linear, block_size: tuple[int, int]) -> ArmorLinear:
+    def adopt(cls, linear: nn.Linear, spec: LayerSpec) -> ArmorLinear:
         """Turn `linear` into an `ArmorLinear` in place, with empty packed tensors (on the same device, meta as a rule).
 
         Raises:
-            CheckpointError: if the block size does not divide the weight, or its columns are no multiple of 8.
+            CheckpointError: if the sizes do not divide the weight, or its columns are no multiple of 8 (16 for int4).
         """
-        shapes = PackedShapes.of((linear.out_features, linear.in_features), block_size)
+        shapes = PackedShapes.of((linear.out_features, linear.in_features), spec)
         weight = linear.weight.detach()
+        integers = {core: dtype for dtype, core in INTEGER_DTYPES.items()}
         empty = PackedLinear(
-            weight.new_empty(shapes.values),
+            weight.new_empty(shapes.values, dtype=integers.get(spec.core, weight.dtype)),
             weight.new_empty(shapes.bitmask, dtype=torch.uint8),
             weight.new_empty(shapes.a),
             weight.new_empty(shapes.b),
+            None if shapes.scale is None else weight.new_empty(shapes.scale),
         )
         layer = cls.from_packed(linear, empty)
         layer._loaded = False
@@ -64,7 +67,7 @@ class ArmorLinear(nn.Linear):
         """Turn `linear` into an `ArmorLinear` in place that holds `packed`; the bias stays."""
         linear.__class__ = cls
         assert isinstance(linear, cls)
-        for name, tensor in zip(TENSOR_NAMES, (packed.values, packed.bitmask, packed.a, packed.b), strict=True):
+        for name, tensor in named_tensors(packed).items():
             setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
         linear.backend, linear.label, linear._loaded, linear._prepared = None, "", True, None
         linear._owner, linear._sharers = None, []
@@ -132,13 +135,15 @@ class ArmorLinear(nn.Linear):
 
     def to_dense(self) -> nn.Linear:
         """Turn this layer in place into a plain `nn.Linear` that holds the folded weight; the packed tensors go."""
-        weight = self.packed().fold(self.weight.dtype, name=self._name())
+        packed = self.packed()
+        weight = packed.fold(packed.dtype, name=self._name())
         for sharer in self._sharers:
             sharer._leave()
         if self._owner is not None:
             self._owner._sharers.remove(self)
-        for name in TENSOR_NAMES if self._owner is None else TENSOR_NAMES[:3]:
-            delattr(self, name)
+        for name in tensor_names(packed.core):
+            if name != INPUT_FACTOR or self._owner is None:
+                delattr(self, name)
         for name in ("backend", "label", "_loaded", "_prepared", "_owner", "_sharers"):
             del self.__dict__[name]
         dense: nn.Linear = self
@@ -150,12 +155,13 @@ class ArmorLinear(nn.Linear):
         """Return the packed tensors, as they are now (not copied)."""
         b = self._stored()[INPUT_FACTOR]
         # The same tensor, unless this layer was moved or cast without the one that it shares with.
-        return PackedLinear(self.weight, self.bitmask, self.armor_a, b.to(self.armor_a.device, self.armor_a.dtype))
+        b = b.to(self.armor_a.device, self.armor_a.dtype)
+        return PackedLinear(self.weight, self.bitmask, self.armor_a, b, self._parameters.get(SCALE))
 
     def _stored(self) -> dict[str, Tensor]:
         """The parameters that this layer runs from, by name; B may be another layer's."""
         b = self.armor_b if self._owner is None else self._owner.armor_b
-        return dict(zip(TENSOR_NAMES, (self.weight, self.bitmask, self.armor_a, b), strict=True))
+        return named_tensors(PackedLinear(self.weight, self.bitmask, self.armor_a, b, self._parameters.get(SCALE)))
 
     def prepare(self) -> None:
         """Do now what the first forward pass would do: check the tensors and let the backend prepare what it runs from.
@@ -229,7 +235,9 @@ class ArmorLinear(nn.Linear):
 
 
 def _wants_gradients(packed: PackedLinear) -> bool:
-    return any(tensor.requires_grad for tensor in (packed.values, packed.a, packed.b))
+    return any(
+        tensor.requires_grad for tensor in (packed.values, packed.a, packed.b, packed.scale) if tensor is not None
+    )
 
 
 def set_backend(model: nn.Module, name: str | None) -> int:

@@ -5,10 +5,11 @@ from armor_recipes.session.plan import ModulePlan, Plan, RefinePlan, make_plan
 from armor_recipes.session.rearranging import RearrangeResult
 from armor_recipes.session.refining import RefineResult
 from armor_recipes.session.session import Session
-from armor_recipes.session.solving import ModuleResult
+from armor_recipes.session.solving import FactorChange, ModuleResult
 
 __all__ = [
     "Event",
+    "FactorChange",
     "ModulePlan",
     "ModuleResult",
     "Observer",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from armor_recipes.errors import PlanError
-from armor_recipes.modifiers import AnyModifier, Modifier, ModuleShape, Rearranger, Refiner
-from armor_recipes.modifiers.base import RefineUnit, StoredAs
+from armor_recipes.modifiers import AnyModifier, FactorModifier, Modifier, ModuleShape, Rearranger, Refiner
+from armor_recipes.modifiers.base import CoreType, Estimate, RefineUnit, StoredAs
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.session.estimate import bytes_at_once, calibration_tokens, estimate_peak_bytes, estimate_seconds
 from armor_recipes.session.layers import DecoderLayers, find_decoder_layers
@@ -20,9 +21,11 @@ from armor_recipes.session.targets import resolve_targets, tied_to
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan:
-    """What will happen to one module. `modifier` is an entry's key, bytes are those of the stored weight, `layer` counts from 0.
+    """What will happen to one module. `modifier` is an entry's key, `layer` counts from 0.
 
+    `bytes_before` are those of the dense weight, `bytes_after` those of the weight as stored if nothing else follows.
     `stored_as`: `packed` (core and factors) or `dense` (a plain weight: masked, or the product A·S·B of what cannot be packed).
+    `core` is what a packed core's kept values are. A module has a row for each modifier that changes it, the last one counts.
     """
 
     name: str
@@ -39,6 +42,7 @@ class ModulePlan:
     flops: float
     peak_bytes: int
     stored_as: StoredAs = "dense"
+    core: CoreType = "float"
 
     @property
     def overhead_percent(self) -> float:
@@ -152,10 +156,16 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModif
                 _check_first(entry, recipe, modifiers)
                 chains += plan_chains(entry, modifier, model, layers, matched.names, itemsize=itemsize)
                 _check_untouched(chains, rows)
+            elif isinstance(modifier, FactorModifier):
+                _check_factor_modifier(entry, recipe, modifiers)
+                rows += _plan_modules(
+                    entry, matched.names, partial(_plan_change, entry, modifier, tuple(rows)), problems
+                )
             else:
                 assert isinstance(modifier, Modifier)
                 ignored.update((name, None) for name in matched.ignored)
-                rows += _plan_modules(entry, modifier, model, layers, matched.names, itemsize, problems)
+                make = partial(_plan_module, entry, modifier, model, layers, itemsize)
+                rows += _plan_modules(entry, matched.names, make, problems)
         except PlanError as error:
             problems.append(f"{entry.where}: {entry.name}: {error}")
     problems += _conflicts(recipe, rows, modifiers) + _late_dense(recipe, modifiers)
@@ -178,20 +188,14 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModif
 
 
 def _plan_modules(
-    entry: ModifierEntry,
-    modifier: Modifier[Any],
-    model: nn.Module,
-    layers: DecoderLayers,
-    names: Sequence[str],
-    itemsize: int,
-    problems: list[str],
+    entry: ModifierEntry, names: Sequence[str], make: Callable[[str], ModulePlan], problems: list[str]
 ) -> list[ModulePlan]:
-    """Rows for all modules that the modifier can take; what is refused is added to `problems`."""
+    """What `make` plans for each module; what it refuses is added to `problems`."""
     rows: list[ModulePlan] = []
     refused: dict[str, list[str]] = {}
     for name in names:
         try:
-            rows.append(_plan_module(entry, modifier, model, layers, name, itemsize))
+            rows.append(make(name))
         except PlanError as error:
             refused.setdefault(str(error).replace(name, "{}"), []).append(name)
     problems += [f"{entry.where}: {entry.name}: {_once(text, found)}" for text, found in refused.items()]
@@ -221,7 +225,7 @@ def _check_untouched(chains: Sequence[RearrangePlan], rows: Sequence[ModulePlan]
 
 
 def _plan_module(
-    entry: ModifierEntry, modifier: Modifier[Any], model: nn.Module, layers: DecoderLayers, name: str, itemsize: int
+    entry: ModifierEntry, modifier: Modifier[Any], model: nn.Module, layers: DecoderLayers, itemsize: int, name: str
 ) -> ModulePlan:
     layer = layers.layer_of(name)
     if layer is None:
@@ -235,9 +239,46 @@ def _plan_module(
         raise PlanError(f"the weight of {name} is tied to {other}; add {name!r} to `ignore`")
     shape = ModuleShape(name, linear.out_features, linear.in_features, itemsize)
     cost = modifier.plan(shape)
+    return _row(entry, shape, layer, cost)
+
+
+def _check_factor_modifier(entry: ModifierEntry, recipe: Recipe, modifiers: Mapping[str, AnyModifier[Any]]) -> None:
+    """Raise PlanError where factors are not stored, or where another modifier of the stage would train them only afterwards."""
+    if recipe.output.format == "dense":
+        raise PlanError(
+            "output.format dense stores folded weights, in which factors leave nothing to change: set output.format: "
+            "compressed-tensors, or leave it out"
+        )
+    before = recipe.modifiers[: [other.key for other in recipe.modifiers].index(entry.key)]
+    for other in before:
+        modifier = modifiers[other.key]
+        if other.stage == entry.stage and isinstance(modifier, Refiner) and modifier.scope == "model":
+            raise PlanError(
+                f"{other.name} ({other.where}) before it trains the whole model at the end of {entry.stage}, after this one has "
+                "changed every layer; put this one into a later stage"
+            )
+
+
+def _plan_change(
+    entry: ModifierEntry, modifier: FactorModifier[Any], rows: Sequence[ModulePlan], name: str
+) -> ModulePlan:
+    """A row for a module whose factors, made by the modifiers before, are changed."""
+    made = {module.name: module for module in rows}.get(name)
+    if made is None or made.stored_as != "packed" or made.block_size is None:
+        by = "" if made is None else f" ({_name(made.modifier)} stores it dense)"
+        raise PlanError(
+            f"no modifier before it makes 2:4 factors for {name}{by}; put it after an ARMORModifier that takes the module, or add "
+            f"{name!r} to `ignore`"
+        )
+    itemsize = made.bytes_before // (made.d_out * made.d_in)
+    shape = ModuleShape(name, made.d_out, made.d_in, itemsize)
+    return _row(entry, shape, made.layer, modifier.plan(shape, made.block_size))
+
+
+def _row(entry: ModifierEntry, shape: ModuleShape, layer: int, cost: Estimate) -> ModulePlan:
     block = cost.block_size
     return ModulePlan(
-        name=name,
+        name=shape.name,
         modifier=entry.key,
         stage=entry.stage,
         layer=layer,
@@ -251,6 +292,7 @@ def _plan_module(
         flops=cost.flops,
         peak_bytes=cost.peak_bytes,
         stored_as=cost.stored_as,
+        core=cost.core,
     )
 
 
@@ -264,6 +306,12 @@ def _plan_refiner(
 ) -> list[RefinePlan]:
     """One unit a layer, or one for the model, of the targeted modules that this stage factorised before."""
     wanted = set(targets)
+    fixed = next((m for m in rows if m.name in wanted and m.core != "float"), None)
+    if fixed is not None:
+        raise PlanError(
+            f"{_name(fixed.modifier)} makes the core of {fixed.name} {fixed.core} before it, and a refiner trains and stores float "
+            "cores; put it before that"
+        )
     taken = [m for m in rows if m.stage == entry.stage and m.name in wanted and m.stored_as == "packed"]
     if targets and not taken:
         raise PlanError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from armor_recipes.calibration.tokens import TokenSet
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.modifiers import Modifier, ModuleShape, Rearranger, Refiner, Statistic
+from armor_recipes.modifiers import FactorModifier, Modifier, ModuleShape, Rearranger, Refiner, Statistic
 from armor_recipes.modifiers.base import AnyModifier
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
@@ -34,7 +34,7 @@ from armor_recipes.session.layers import find_decoder_layers
 from armor_recipes.session.plan import ModulePlan, Plan
 from armor_recipes.session.rearranging import RearrangeJob, RearrangeResult, rearrange_layer
 from armor_recipes.session.refining import DenseRun, Refined, RefineJob, RefineResult, refine_layer, refine_model
-from armor_recipes.session.solving import ModuleResult, Solved, Solver, SolveTask, loaded_weight
+from armor_recipes.session.solving import FactorTask, ModuleResult, Solved, Solver, SolveTask, loaded_weight
 
 #: One stream of activations for each distinct calibration set and model that it runs through: `compressed` or `dense`.
 _StreamKey = tuple[CalibrationSpec, str]
@@ -78,6 +78,7 @@ class Session:
         self.rearrangements: list[RearrangeResult] = []
         self._solver = Solver(model, self.observer, stored_dtype=stored_dtype, keep_packed=keep_packed)
         self._factors: dict[str, PackedLinear] = {}
+        self._keeps_factors = any(isinstance(modifier, (Refiner, FactorModifier)) for modifier in modifiers.values())
         self._sharing: dict[str, str] = {}
         self._original: dict[str, Tensor] = {}
         self._readers: dict[str, str] = {}
@@ -151,7 +152,7 @@ class Session:
             )
             for key in keys
         }
-        names = [m.name for m in self.plan.modules]
+        names = list(dict.fromkeys(m.name for m in self.plan.modules))  # a module has a row for each modifier
         if keys and not self._readers:
             window = self.tokens[next(iter(keys))[0]].ids[:1]
             self._readers = input_groups(self.model, self.layers, names, window, self.hooks)
@@ -180,7 +181,10 @@ class Session:
                 collected |= self._observe_pairs(layer, streams, entry, before)
             elif planned and self._streams_of(entry) == ("compressed",):
                 collected |= self._observe(layer, streams[self._key(entry, "compressed")], [entry], advance=False)
-            self._solve(entry, planned, collected.get(entry.key, {}))
+            if isinstance(self.modifiers[entry.key], FactorModifier):
+                self._change_factors(entry, planned, collected.get(entry.key, {}))
+            else:
+                self._solve(entry, planned, collected.get(entry.key, {}))
         for key, stream in streams.items():
             if key[1] == "compressed" and layer < last:
                 stream.advance(layer)
@@ -227,7 +231,7 @@ class Session:
     ) -> dict[str, Statistic]:
         """A statistic for each module, one for all that read the same input, with the hook that feeds it."""
         modifier = self.modifiers[entry.key]
-        assert isinstance(modifier, Modifier)
+        assert isinstance(modifier, (Modifier, FactorModifier))
         found: dict[str, Statistic] = {}
         statistics: dict[str, Statistic] = {}
         for module in self.plan.for_layer(entry.stage, layer, entry.key):
@@ -274,6 +278,40 @@ class Session:
         for one in solved:
             self._apply(one)
 
+    def _change_factors(
+        self, entry: ModifierEntry, planned: Sequence[ModulePlan], statistics: Mapping[str, Statistic]
+    ) -> None:
+        """Change the modules' factors, those that share a B as one, and put them in place once all are changed."""
+        modifier = self.modifiers[entry.key]
+        assert isinstance(modifier, FactorModifier)
+        groups: dict[str, list[ModulePlan]] = {}
+        for module in planned:
+            groups.setdefault(self._sharing[module.name], []).append(module)
+        tasks = [
+            FactorTask(
+                entry,
+                modifier,
+                tuple(map(self._shape, group)),
+                tuple(self._factors[module.name] for module in group),
+                statistics.get(group[0].name),
+                self._no_longer_shared(owner, group),
+            )
+            for owner, group in groups.items()
+        ]
+        flops = {module.name: module.flops for module in planned}
+        for one in [changed for found in self._solver.change(tasks) for changed in found]:
+            self._put(f"{one.name}.weight", one.weight)
+            result = self.results[one.name]
+            self.results[one.name] = replace(result, packed=one.factors, changes=(*result.changes, one.change))
+            self._factors[one.name] = one.factors
+            share, change = self._progress(flops[one.name]), one.change
+            self.observer(ModuleFinished(one.name, change.losses[0], change.stored_loss, change.seconds, share))
+
+    def _no_longer_shared(self, owner: str, group: Sequence[ModulePlan]) -> dict[str, int]:
+        """A count where only some of the modules that share a B are changed: B is then stored for them, too."""
+        sharers = [name for name, first in self._sharing.items() if first == owner]
+        return {} if len(sharers) == len(group) else {"input_factors_no_longer_shared": 1}
+
     def _announced(self, solved: list[Solved], flops: Mapping[str, float]) -> list[Solved]:
         for one in solved:
             result = one.result
@@ -286,7 +324,7 @@ class Session:
         self._put(f"{name}.weight", solved.weight)
         self.results[name] = solved.result
         self._factors.pop(name, None)
-        if solved.factors is not None and self.plan.refinements:
+        if solved.factors is not None and self._keeps_factors:
             self._factors[name] = solved.factors
 
     def _put(self, parameter: str, value: Tensor) -> None:

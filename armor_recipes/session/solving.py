@@ -7,18 +7,39 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import ArmorError, NumericalError
-from armor_recipes.modifiers import Modifier, ModuleShape, Outcome, Statistic
+from armor_recipes.modifiers import FactorModifier, Modifier, ModuleShape, Outcome, Statistic
 from armor_recipes.modifiers.base import join_shapes
 from armor_recipes.recipe import ModifierEntry
 from armor_recipes.session.events import Observer, SolveProgressed
 from armor_recipes.solver import relative_error
+from armor_recipes.solver.result import SparseFactors
+
+
+@dataclass(frozen=True, slots=True)
+class FactorChange:
+    """What a factor modifier did to one module.
+
+    `losses` are against the product A · S · B before, relative to 0 in its place; `stored_loss` is that of what is stored.
+    Modules that share a B are changed as one and have the same losses and counts.
+    """
+
+    modifier: str
+    core: str
+    losses: tuple[float, ...]
+    stored_loss: float
+    tokens: int
+    iterations: int
+    stop_reason: str
+    counts: Mapping[str, int]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +48,8 @@ class ModuleResult:
 
     `losses` are relative to Ŵ = 0; `stored_loss` is the last one computed again after rounding to the stored dtype;
     `error` is ‖W − Ŵ‖ / ‖W‖ (Frobenius) of the stored weight; `packed` is what the checkpoint keeps, None for a dense weight.
-    `refined` names the refiners that trained the factors afterwards: losses and error are those from before.
+    `refined` names the refiners that trained the factors afterwards, and `changes` are what factor modifiers did to them then:
+    losses and error are those from before.
     """
 
     name: str
@@ -43,6 +65,7 @@ class ModuleResult:
     packed: PackedLinear | None
     measures: Mapping[str, float] = field(default_factory=dict)
     refined: tuple[str, ...] = ()
+    changes: tuple[FactorChange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +87,32 @@ class Solved:
     factors: PackedLinear | None
 
 
+@dataclass(frozen=True, slots=True)
+class FactorTask:
+    """Modules whose factors are changed as one: a single one, or several with the same B, of which `packed` has one each."""
+
+    entry: ModifierEntry
+    modifier: FactorModifier[Any]
+    shapes: tuple[ModuleShape, ...]
+    packed: tuple[PackedLinear, ...]
+    statistic: Statistic | None
+    counts: Mapping[str, int]
+    """What the session has to say of these modules."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A module's new factors, and the weight in compute dtype `(O, I)` that a loader makes of them."""
+
+    name: str
+    change: FactorChange
+    weight: Tensor
+    factors: PackedLinear
+
+
+T = TypeVar("T")
+
+
 class Solver:
     """Solves tasks against a model's weights without changing them. `stored_dtype` and `keep_packed` are the session's."""
 
@@ -77,23 +126,31 @@ class Solver:
         self._stopped = threading.Event()
 
     def solve(self, tasks: Sequence[SolveTask]) -> Iterator[list[Solved]]:
-        """Results in the order of the tasks, as many tasks at once as torch has threads, each on one thread.
+        """Results in the order of the tasks, several tasks at once (`_run`)."""
+        return self._run([partial(self._solve, task) for task in tasks])
+
+    def change(self, tasks: Sequence[FactorTask]) -> Iterator[list[Changed]]:
+        """New factors in the order of the tasks, several tasks at once (`_run`)."""
+        return self._run([partial(self._change, task) for task in tasks])
+
+    def _run(self, jobs: Sequence[Callable[[], T]]) -> Iterator[T]:
+        """What the jobs give, in order; as many at once as torch has threads, each on one thread.
 
         On a CPU a solve is made of small products that gain little from a second thread; bits are the same either way.
         """
         device = next(self.model.parameters()).device.type
-        workers = min(torch.get_num_threads(), len(tasks)) if device == "cpu" else 1
+        workers = min(torch.get_num_threads(), len(jobs)) if device == "cpu" else 1
         self._stopped.clear()
         if workers <= 1:
-            yield from map(self._solve, tasks)
+            yield from (job() for job in jobs)
             return
-        yield from self._solve_at_once(tasks, workers)
+        yield from self._run_at_once(jobs, workers)
 
-    def _solve_at_once(self, tasks: Sequence[SolveTask], workers: int) -> Iterator[list[Solved]]:
+    def _run_at_once(self, jobs: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
         threads = torch.get_num_threads()
         try:
             with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                futures: list[Future[list[Solved]]] = [pool.submit(self._solve, task) for task in tasks]
+                futures: list[Future[T]] = [pool.submit(job) for job in jobs]
                 try:
                     for future in futures:
                         yield future.result()
@@ -133,6 +190,35 @@ class Solver:
                 raise
             raise type(error)(f"{task.entry.where}: {task.entry.name}: {shape.name}: {error}") from error
 
+    @torch.no_grad()
+    def _change(self, task: FactorTask) -> list[Changed]:
+        """Change the factors of one task and pack them. Errors name the recipe's line and the modules."""
+        shape = join_shapes(task.shapes)
+        started = time.perf_counter()
+        try:
+            before = SparseFactors.stack([packed.factors() for packed in task.packed])
+            outcome = task.modifier.change(shape, before, task.statistic, self._progress(shape.name))
+            parts = outcome.factors.split([s.d_out for s in task.shapes])
+            packed = [PackedLinear.from_factors(part, self.factor_dtype) for part in parts]
+        except ArmorError as error:
+            raise type(error)(f"{task.entry.where}: {task.entry.name}: {shape.name}: {error}") from error
+        stored = torch.cat([one.fold(torch.float32) for one in packed])
+        change = FactorChange(
+            modifier=task.entry.key,
+            core=packed[0].core,
+            losses=outcome.losses,
+            stored_loss=task.modifier.loss(before.dense(), task.statistic, stored),
+            tokens=0 if task.statistic is None else task.statistic.tokens,
+            iterations=outcome.iterations,
+            stop_reason=outcome.stop_reason,
+            counts={**outcome.counts, **task.counts},
+            seconds=(time.perf_counter() - started) / len(packed),
+        )
+        return [
+            Changed(s.name, change, loaded_weight(one, self._weight(s).dtype), one)
+            for s, one in zip(task.shapes, packed, strict=True)
+        ]
+
     def _weight(self, shape: ModuleShape) -> Tensor:
         weight = self.model.get_submodule(shape.name).weight
         assert isinstance(weight, Tensor)
@@ -169,7 +255,7 @@ class _StoppedError(Exception):
 
 def loaded_weight(packed: PackedLinear, dtype: torch.dtype) -> Tensor:
     """The weight that a loader computing in `dtype` makes of the stored tensors, bit for bit."""
-    return PackedLinear(packed.values.to(dtype), packed.bitmask, packed.a.to(dtype), packed.b.to(dtype)).fold(dtype)
+    return packed.to(dtype).fold(dtype)
 
 
 def _refuse_zero(weight: Tensor) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 from armor_recipes.solver.blockdiag import fold
@@ -53,6 +54,67 @@ class Factorization:
         return [
             replace(self, a=a.contiguous(), core=core.contiguous(), mask=mask.contiguous())
             for a, core, mask in zip(*parts, strict=True)
+        ]
+
+    def dense(self) -> Tensor:
+        """Ŵ, float32 `(O, I)`."""
+        return fold(self.a, self.core, self.b)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedValues:
+    """The kept values of a core as integers: each is its integer times the scale of its group.
+
+    A group is so many kept values of one row, from left to right; every row has equally many groups.
+
+    Attributes:
+        integers: int8 `(O, I/2)`, -127 to 127 with 8 bits, -8 to 7 with 4.
+        scale: `(O, groups)`, positive, in the dtype in which it is stored.
+        num_bits: 8 or 4.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    num_bits: int
+
+    def dequantize(self) -> Tensor:
+        """The values, float32 `(O, I/2)`: exact where the scales are bfloat16 or float16."""
+        groups = self.integers.float().unflatten(1, (self.scale.shape[1], -1))
+        values: Tensor = (groups * self.scale.float()[..., None]).flatten(1)
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class SparseFactors:
+    """`A · S · B` as it is stored: A `(J, b_o, b_o)`, S and its mask (bool) `(O, I)`, B `(K, b_i, b_i)`.
+
+    `quantized` holds the kept values of S as integers, row by row; None where they are floats.
+    """
+
+    a: Tensor
+    core: Tensor
+    mask: Tensor
+    b: Tensor
+    quantized: QuantizedValues | None = None
+
+    @classmethod
+    def stack(cls, parts: Sequence[SparseFactors]) -> SparseFactors:
+        """Factors with the same B and float cores, stacked along their rows."""
+        if len(parts) == 1:
+            return parts[0]
+        a, core, mask = (torch.cat([getattr(part, name) for part in parts]) for name in ("a", "core", "mask"))
+        return cls(a, core, mask, parts[0].b)
+
+    def split(self, rows: Sequence[int]) -> list[SparseFactors]:
+        """Undo `stack`, by the numbers of rows; each part has the same B."""
+        blocks = [count // self.a.shape[-1] for count in rows]
+        parts = zip(self.a.split(blocks), self.core.split(list(rows)), self.mask.split(list(rows)), strict=True)
+        values: list[QuantizedValues | None] = [None] * len(rows)
+        if self.quantized is not None:
+            both = (self.quantized.integers.split(list(rows)), self.quantized.scale.split(list(rows)))
+            values = [QuantizedValues(*pair, self.quantized.num_bits) for pair in zip(*both, strict=True)]
+        return [
+            SparseFactors(a, core, mask, self.b, found) for (a, core, mask), found in zip(parts, values, strict=True)
         ]
 
     def dense(self) -> Tensor:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packed_samples import made_up
+from packed_samples import made_up, quantized
 from safetensors.torch import save_file
 from torch import Tensor
 
-from armor_recipes.checkpoint.config import TENSOR_NAMES, quantization_config
+from armor_recipes.checkpoint.config import named_tensors, quantization_config
 from armor_recipes.checkpoint.legacy import legacy_config, legacy_tensors
 from armor_recipes.checkpoint.packing import PackedLinear
 
 Files = dict[str, bytes]
 Q, K, DOWN = "model.layers.0.q_proj", "model.layers.0.k_proj", "model.layers.0.down_proj"
+GATE, UP = "model.layers.0.gate_proj", "model.layers.0.up_proj"
 _VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 8, 2**31, 2**63, 10**30, 0.5, 1e308, float("nan"), "", "x", "re:.*", "evil.py:run",
     "../../etc/passwd", "/dev/zero", "model.safetensors", "a\0b", Q, K, DOWN, "F32", "U8", "I64", "F4", [], [0], [8, 8],
@@ -29,7 +30,7 @@ _VALUES: list[Any] = [
 
 
 def layers() -> dict[str, PackedLinear]:
-    """Three layers; the first two share their B."""
+    """Three layers with float cores; the first two share their B."""
     generator = torch.Generator().manual_seed(7)
     q, k, down = (
         PackedLinear.from_factorization(made_up(8, 16, size, generator), torch.bfloat16)
@@ -38,12 +39,18 @@ def layers() -> dict[str, PackedLinear]:
     return {Q: q, K: PackedLinear(k.values, k.bitmask, k.a, q.b), DOWN: down}
 
 
+def integer_layers() -> dict[str, PackedLinear]:
+    """Two layers with int8 and int4 cores."""
+    generator = torch.Generator().manual_seed(8)
+    gate = quantized(made_up(8, 32, (4, 8), generator), torch.bfloat16, bits=8)
+    up = quantized(made_up(8, 32, (4, 8), generator), torch.bfloat16, bits=4, group=8)
+    return {GATE: gate, UP: up}
+
+
 def stored(made: dict[str, PackedLinear]) -> dict[str, Tensor]:
     """The tensors of an ARMOR folder with these layers and one dense tensor."""
     tensors = {
-        f"{name}.{part}": tensor
-        for name, layer in made.items()
-        for part, tensor in zip(TENSOR_NAMES, (layer.values, layer.bitmask, layer.a, layer.b), strict=True)
+        f"{name}.{part}": tensor for name, layer in made.items() for part, tensor in named_tensors(layer).items()
     }
     del tensors[f"{K}.armor_b"]
     return {**tensors, f"{Q}.bias": torch.zeros(8), "model.norm.weight": torch.arange(4.0)}
@@ -51,14 +58,15 @@ def stored(made: dict[str, PackedLinear]) -> dict[str, Tensor]:
 
 def healthy(folder: Path) -> dict[str, Files]:
     """The files of three folders: an ARMOR one, the same in two shards, and a legacy one."""
-    made = layers()
+    plain = layers()
+    made = {**plain, **integer_layers()}
     config = {"num_hidden_layers": 1, "hidden_size": 16, "quantization_config": quantization_config(made, [], {K: Q})}
     tensors = stored(made)
     names = sorted(tensors)
     shards = {"a.safetensors": names[:6], "b.safetensors": names[6:]}
     for file, part in {"model.safetensors": names, **shards}.items():
         save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
-    old = {f"{n}.{part}": t.clone() for n, layer in made.items() for part, t in legacy_tensors(layer).items()}
+    old = {f"{n}.{part}": t.clone() for n, layer in plain.items() for part, t in legacy_tensors(layer).items()}
     save_file(old, folder / "legacy.safetensors")
     index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
     read = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}

@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.writer import write_checkpoint
+from armor_recipes.solver.quantize import kept, round_to_nearest, spread
+from armor_recipes.solver.result import SparseFactors
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -50,17 +52,30 @@ def made_up(rows: int, columns: int, block_size: tuple[int, int], generator: tor
     return MadeUp(a, 0.1 * torch.randn(rows, columns, generator=generator) * mask, mask, b)
 
 
+def quantized(factors: MadeUp, dtype: torch.dtype, *, bits: int, group: int | None = None) -> PackedLinear:
+    """The same with integers for the kept values."""
+    values = kept(factors.core, factors.mask)
+    found = round_to_nearest(values, torch.ones_like(values), num_bits=bits, group_size=group, dtype=dtype)
+    core = spread(found.dequantize(), factors.mask)
+    return PackedLinear.from_factors(SparseFactors(factors.a, core, factors.mask, factors.b, found), dtype)
+
+
 def block_size_of(name: str) -> tuple[int, int]:
     """Different sizes, square and rectangular, in one model."""
     return (16, 8) if "mlp" in name else (4, 32) if "v_proj" in name else (8, 8)
 
 
 def session_model(
-    kind: str, dtype: torch.dtype = torch.bfloat16, *, share: bool = False
+    kind: str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    share: bool = False,
+    bits: int | None = None,
+    group: int | None = None,
 ) -> tuple[PreTrainedModel, dict[str, PackedLinear]]:
     """Make a model in float32 as a session holds it after solving (Ŵ in its weights), and its layers.
 
-    With `share`, modules of one parent and block size have one B.
+    With `share`, modules of one parent and block size have one B; with `bits`, cores are quantised.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -77,16 +92,26 @@ def session_model(
             if share:
                 reads = name.rpartition(".")[0], block_size_of(name), module.in_features
                 factors = replace(factors, b=first.setdefault(reads, factors).b.clone())
-            layers[name] = PackedLinear.from_factorization(factors, dtype)
+            if bits is None:
+                layers[name] = PackedLinear.from_factorization(factors, dtype)
+            else:
+                layers[name] = quantized(factors, dtype, bits=bits, group=group)
             module.weight.data = layers[name].fold(torch.float32)
     return model, layers
 
 
 def write(
-    kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16, *, share: bool = False, **options: object
+    kind: str,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    share: bool = False,
+    bits: int | None = None,
+    group: int | None = None,
+    **options: object,
 ) -> PreTrainedModel:
     """Write a session's model into a new folder and return it."""
-    model, layers = session_model(kind, dtype, share=share)
+    model, layers = session_model(kind, dtype, share=share, bits=bits, group=group)
     folder.mkdir(parents=True)
     write_checkpoint(model, layers, folder, dtype=dtype, **options)  # type: ignore[arg-type]
     return model

@@ -13,14 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_cases import Files, damaged, healthy, layers, tensors_of
+from fuzz_cases import Files, damaged, healthy, integer_layers, layers, tensors_of
 
 from armor_recipes.checkpoint.legacy import LEGACY_NAMES
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.reader import check_folder, inspect, read_layers
 from armor_recipes.errors import ArmorError, CheckpointError
 
-_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
+_DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int32: "I32",
+}
 _FORBIDDEN = (
     "exec",
     "compile",
@@ -77,7 +84,10 @@ def is_what_the_bytes_say(read: dict[str, PackedLinear], files: Files) -> None:
     for name, layer in read.items():
         stored = LEGACY_NAMES[:2] if legacy else ("weight", "bitmask", "armor_a")
         wanted = [f"{name}.{part}" for part in stored] + ([] if legacy else [f"{owners.get(name, name)}.armor_b"])
-        for tensor, key in zip((layer.values, layer.bitmask, layer.a, layer.b), wanted, strict=False):
+        tensors = [layer.values, layer.bitmask, layer.a, layer.b][: len(wanted)]
+        if layer.scale is not None:
+            tensors, wanted = [*tensors, layer.scale], [*wanted, f"{name}.weight_scale"]
+        for tensor, key in zip(tensors, wanted, strict=True):
             bytes_read = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             assert (_DTYPES[tensor.dtype], tuple(tensor.shape)) == (said[key].dtype, said[key].shape)
             assert bytes_read == said[key].data
@@ -249,4 +259,4 @@ def test_pipes_and_folders_are_not_read(samples: dict[str, Files], tmp_path: Pat
             read_layers(tmp_path)
         (tmp_path / name).unlink()
         (tmp_path / name).write_bytes(content)
-    assert read_layers(tmp_path).keys() == layers().keys()
+    assert read_layers(tmp_path).keys() == {**layers(), **integer_layers()}.keys()

@@ -14,8 +14,7 @@ from packed_samples import IGNORED, MODELS, session_model, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from armor_recipes.checkpoint.config import LayerSpec, layer_specs, quantization_config
-from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.config import LayerSpec, layer_specs, named_tensors, quantization_config
 from armor_recipes.checkpoint.reader import check_folder, inspect, read_header, read_layers
 from armor_recipes.checkpoint.writer import check_layers, tensor_hashes, write_checkpoint
 from armor_recipes.errors import CheckpointError, PlanError
@@ -79,8 +78,9 @@ def test_layers_read_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
     read = read_layers(tmp_path)
     assert list(read) == sorted(layers)
     for name, layer in layers.items():
-        for part in PackedLinear.__slots__:
-            assert torch.equal(getattr(read[name], part), getattr(layer, part)), (name, part)
+        assert named_tensors(read[name]).keys() == named_tensors(layer).keys()
+        for part, tensor in named_tensors(layer).items():
+            assert torch.equal(named_tensors(read[name])[part], tensor), (name, part)
     ignored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["ignore"]
     assert ignored == sorted(IGNORED)
     assert ("lm_head.weight" in read_header(tmp_path)) != model.config.tie_word_embeddings

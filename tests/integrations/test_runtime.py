@@ -10,6 +10,7 @@ import torch
 from packed_samples import made_up
 from torch import nn
 
+from armor_recipes.checkpoint.config import LayerSpec
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import CheckpointError, RecipeError
 from armor_recipes.runtime.backends import BACKENDS, choose_backend
@@ -166,4 +167,4 @@ def test_damaged_layer_is_named_at_the_first_pass() -> None:
 
 def test_block_size_that_does_not_fit() -> None:
     with pytest.raises(CheckpointError, match=r"does not divide"):
-        ArmorLinear.adopt(nn.Linear(16, 8, device="meta"), (3, 8))
+        ArmorLinear.adopt(nn.Linear(16, 8, device="meta"), LayerSpec((3, 8)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from armor_recipes.errors import NumericalError, PlanError
 from armor_recipes.modifiers import (
     Estimate,
+    FactorModifier,
     Modifier,
     ModuleShape,
     Outcome,
@@ -40,8 +41,9 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "SparseGPTModifier": [{}, {"damping": 0.1}],
     "WandaModifier": [{}],
 }
-#: Refiners go through tests/modifiers/test_refiners.py, rearrangers through test_channel_permutation.py beside it.
-OTHER_KINDS = {name for name, kind in modifiers().items() if issubclass(kind, (Rearranger, Refiner))}
+#: Refiners go through tests/modifiers/test_refiners.py, rearrangers through test_channel_permutation.py, and modifiers of
+#: factors through test_quantization.py beside it.
+OTHER_KINDS = {name for name, kind in modifiers().items() if issubclass(kind, (FactorModifier, Rearranger, Refiner))}
 CASES = [
     (name, index) for name in modifiers() if name not in OTHER_KINDS for index in range(len(EXAMPLES.get(name, [{}])))
 ]

@@ -1,0 +1,293 @@
+"""A core with integers for its kept values, and A and B re-solved around it (see `docs/solver.md`).
+
+Everything is measured against the product `Ŵ = A · S · B` that the factors give before: with `diagonal` by
+`Σ_ij (Ŵ − Ŵ')²_ij h_j`, with `hessian` by `tr((Ŵ − Ŵ') G (Ŵ − Ŵ')ᵀ)`, both on the weight as it is and relative to Ŵ' = 0.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from armor_recipes.errors import NumericalError
+from armor_recipes.solver import exact, hessian
+from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
+from armor_recipes.solver.exact import ExactProblem
+from armor_recipes.solver.hessian import HessianProblem
+from armor_recipes.solver.normalize import fill_dead_channels
+from armor_recipes.solver.result import Factors, QuantizedValues, SparseFactors
+
+LEVELS = {8: (-127, 127), 4: (-8, 7)}
+"""Smallest and largest integer by number of bits."""
+Rounding = Literal["nearest", "gptq"]
+#: Called after a cycle with (done, at most, best relative loss).
+Progress = Callable[[int, int, float], None]
+#: Scales that are tried, as shares of the one that reaches the largest value: smaller ones clip it and round the rest finer.
+_RATIOS = tuple(1 - 0.05 * step for step in range(11))
+#: Bytes of the float64 Hessians that `gptq` works on at once.
+_GPTQ_BYTES = 1 << 28
+#: Another cycle of A and B follows only where the last one gained more than this, relative.
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Requantized:
+    """Factors with a quantised core.
+
+    Attributes:
+        factors: `quantized` is set, `core` is what its integers stand for; A and B in the dtype of those given.
+        losses: relative, first with the given A and B, then after each cycle that was kept.
+        stop_reason: `iterations`, `tolerance`, or `rounding` where A and B, rounded to their dtype, were no better than those
+            given, which then stay.
+        counts: `dead_channels` and `gram_jitter`, as elsewhere.
+    """
+
+    factors: SparseFactors
+    losses: tuple[float, ...]
+    stop_reason: str
+    counts: Mapping[str, int]
+
+
+def requantize(
+    factors: SparseFactors,
+    second_moment: Tensor,
+    *,
+    gram: Tensor | None = None,
+    num_bits: int,
+    group_size: int | None = None,
+    rounding: Rounding = "nearest",
+    iterations: int,
+    on_progress: Progress | None = None,
+) -> Requantized:
+    """Quantise the kept values of S, symmetrically, then re-solve A and B, S fixed, so that the product stays what it was.
+
+    Args:
+        factors: A `(J, b_o, b_o)`, S `(O, I)` with its 2:4 mask, B `(K, b_i, b_i)`, in the dtype in which they are stored.
+        second_moment: h `(I,)`, mean of x² over the calibration tokens.
+        gram: G `(I, I)` as `hessian.regularize` makes it, for the `hessian` loss; None for `diagonal`.
+        num_bits: 8 or 4.
+        group_size: kept values of a row that have one scale; None for a scale a row. Must divide I/2.
+        rounding: `nearest`, or `gptq` (arXiv 2210.17323) on the kept values alone, which needs `gram`.
+        iterations: cycles of A and B at most; 0 leaves them as they are.
+        on_progress: called after each cycle with (done, at most, best relative loss).
+
+    Raises:
+        ValueError: numbers or shapes that do not fit.
+        NumericalError: values that are not finite.
+    """
+    _check(factors, second_moment, gram, num_bits, group_size, rounding)
+    h, dead = fill_dead_channels(second_moment.float())
+    values, weights = kept(factors.core, factors.mask), kept_weights(factors, h, gram)
+    found = round_to_nearest(values, weights, num_bits=num_bits, group_size=group_size, dtype=factors.a.dtype)
+    if rounding == "gptq" and gram is not None:
+        found = gptq(values, factors.mask, input_gram(factors.b, gram), found)
+    start = replace(factors, core=spread(found.dequantize(), factors.mask), quantized=found)
+    counts = Counter({"dead_channels": dead} if dead else {})
+    return _Resolve.of(factors.dense(), h, gram, factors.b.shape[0], counts).run(start, iterations, on_progress)
+
+
+def round_to_nearest(
+    values: Tensor, weights: Tensor, *, num_bits: int, group_size: int | None = None, dtype: torch.dtype
+) -> QuantizedValues:
+    """The nearest integers, with the scale of each group that gives the least `Σ weight · (value − integer · scale)²`.
+
+    Scales are sought among a few shares of the one that reaches the group's largest value, each rounded to `dtype` first, so
+    that integers fit the scale that is stored. A group of zeros has scale 1.
+
+    Args:
+        values: `(O, N)` float32.
+        weights: `(O, N)`, not negative.
+        num_bits: 8 or 4.
+        group_size: a divisor of N, or None for whole rows.
+        dtype: of the scales.
+    """
+    low, high = LEVELS[num_bits]
+    v, w = (x.unflatten(1, (-1, group_size or x.shape[1])) for x in (values, weights))
+    largest = v.abs().amax(-1, keepdim=True)
+    best, scale = torch.full_like(largest, torch.inf), torch.ones_like(largest)
+    for ratio in _RATIOS:
+        trial = torch.where(largest > 0, _storable(largest * (ratio / high), dtype), scale)
+        error = (w * (v - trial * _nearest(v, trial, low, high)).square()).sum(-1, keepdim=True)
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, trial, scale)
+    integers = _nearest(v, scale, low, high).to(torch.int8).flatten(1)
+    return QuantizedValues(integers, scale.squeeze(-1).to(dtype), num_bits)
+
+
+def gptq(values: Tensor, mask: Tensor, gram: Tensor, start: QuantizedValues) -> QuantizedValues:
+    """Integers for the scales of `start` by GPTQ (arXiv 2210.17323) on the kept values alone, so that masks stay.
+
+    Kept values are rounded from left to right, and the error of each moves those to its right: with the row's own Hessian
+    H_r (rows and columns of `gram` that it keeps) and `H_r⁻¹ = UᵀU`, U upper triangular, `v[j:] −= (v_j − q_j) / U_jj · U[j, j:]`.
+    A row for which `start` has the smaller error keeps it. All in float64.
+
+    Args:
+        values: `(O, N)`, what is rounded.
+        mask: bool `(O, I)`, N kept entries in each row.
+        gram: positive definite `(I, I)`, the Gram matrix of what S multiplies, `B G Bᵀ`.
+        start: what `round_to_nearest` gave.
+
+    Raises:
+        NumericalError: where a row's Hessian is not positive definite.
+    """
+    rows, count = values.shape
+    columns = mask.nonzero()[:, 1].view(rows, count)
+    at_once = max(1, _GPTQ_BYTES // (8 * count * count))
+    parts = zip(
+        *(x.split(at_once) for x in (values.double(), columns, start.integers, start.scale.double())), strict=True
+    )
+    integers = [_gptq_rows(v, gram.double(), index, q, s, LEVELS[start.num_bits]) for v, index, q, s in parts]
+    return replace(start, integers=torch.cat(integers))
+
+
+def kept(core: Tensor, mask: Tensor) -> Tensor:
+    """The kept entries of S `(O, I)` row by row, float32 `(O, I/2)`."""
+    return core.float()[mask].view(core.shape[0], -1)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Undo `kept`: S `(O, I)` with zeros where nothing is kept."""
+    return values.new_zeros(mask.shape).masked_scatter_(mask, values)
+
+
+def kept_weights(factors: SparseFactors, h: Tensor, gram: Tensor | None = None) -> Tensor:
+    """What an error of each kept value weighs in its row, `(O, I/2)`: the mean square of its entry of Bx.
+
+    With h `(I,)` alone as if the inputs were uncorrelated, with G `(I, I)` the diagonal of `B G Bᵀ`.
+    """
+    b = factors.b.float()
+    if gram is None:
+        squares = (b.square() * h.view(b.shape[0], 1, -1)).sum(-1).flatten()
+    else:
+        squares = input_gram(b, gram).diagonal()
+    return kept(squares.expand(factors.mask.shape), factors.mask)
+
+
+def input_gram(b: Tensor, gram: Tensor) -> Tensor:
+    """`B G Bᵀ` `(I, I)`: the Gram matrix of what S multiplies."""
+    return right_multiply(left_multiply(b.float(), gram), b.float().mT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolve:
+    """A and B in the coordinates of `problem`: its target is the product that is to stay, B's columns are times `root`."""
+
+    problem: ExactProblem | HessianProblem
+    root: Tensor
+
+    @classmethod
+    def of(cls, target: Tensor, h: Tensor, gram: Tensor | None, blocks: int, counts: Counter[str]) -> _Resolve:
+        if gram is not None:
+            return cls(
+                HessianProblem(target, gram, counts=counts), target.new_ones(blocks, 1, target.shape[1] // blocks)
+            )
+        root = (h / h.mean()).sqrt()
+        return cls(ExactProblem(target * root, counts=counts), root.view(blocks, 1, -1))
+
+    def loss(self, factors: SparseFactors) -> float:
+        """The loss of factors as they are stored, relative to Ŵ' = 0 (0 where the product itself is 0)."""
+        return self.relative(self.problem.squared_error(self._scaled(factors)))
+
+    def relative(self, loss: float) -> float:
+        target = self.problem.target
+        gram = self.problem.gram if isinstance(self.problem, HessianProblem) else None
+        total = stable_sum(target.square()) if gram is None else hessian.quadratic_form(target, gram)
+        return loss / total if total > 0 else 0.0
+
+    def run(self, start: SparseFactors, iterations: int, on_progress: Progress | None) -> Requantized:
+        """Cycles of A and B while they gain. What is returned, rounded to its dtype, is never worse than `start`."""
+        losses, reason = [self.loss(start)], "iterations"
+        now = best = self._scaled(start)
+        for step in range(iterations):
+            now = self._cycle(now)
+            loss = self.relative(self.problem.squared_error(now))
+            gain = losses[-1] - loss
+            if gain > 0:
+                best = now
+                losses.append(loss)
+                if on_progress is not None:
+                    on_progress(step + 1, iterations, loss)
+            if gain <= _TOLERANCE * losses[-1]:
+                reason = "tolerance"
+                break
+        dtype = start.a.dtype
+        found = replace(start, a=best.a.to(dtype), b=(best.b / self.root).to(dtype)) if len(losses) > 1 else start
+        if found is not start and not self.loss(found) < losses[0]:
+            found, losses, reason = start, losses[:1], "rounding"
+        return Requantized(found, tuple(losses), reason, dict(self.problem.counts))
+
+    def _scaled(self, factors: SparseFactors) -> Factors:
+        nothing = factors.core.new_empty(0)  # no step of A and B asks which mask a group has
+        return Factors(factors.a.float(), factors.core.float(), factors.b.float() * self.root, nothing)
+
+    def _cycle(self, factors: Factors) -> Factors:
+        """One step of A and one of B, each exact given the other, on a copy."""
+        found = Factors(factors.a, factors.core, factors.b, factors.index)  # steps replace A and B, and leave S
+        if isinstance(self.problem, HessianProblem):
+            hessian.update_a(self.problem, found)
+            hessian.update_b(self.problem, found)
+        else:
+            exact.update_a(self.problem, found)
+            exact.update_b(self.problem, found)
+        return found
+
+
+def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as `dtype` holds them, none of them zero, in float32."""
+    limits = torch.finfo(dtype)
+    return scale.to(dtype).float().clamp(min=limits.smallest_normal * limits.eps)
+
+
+def _nearest(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    return (values / scale).round().clamp(low, high)
+
+
+def _gptq_rows(
+    values: Tensor, gram: Tensor, columns: Tensor, start: Tensor, scale: Tensor, levels: tuple[int, int]
+) -> Tensor:
+    """`gptq` for a few rows: values and columns `(R, N)`, start int8 `(R, N)`, scale `(R, groups)`; int8 `(R, N)`."""
+    count = values.shape[1]
+    own = gram[columns[:, :, None], columns[:, None, :]]
+    lower, info = torch.linalg.cholesky_ex(own)
+    if bool(info.any()):
+        raise NumericalError(
+            "the Hessian of a row's kept values is not positive definite: raise `damping` or `shrinkage`"
+        )
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(lower)).mT
+    scales = scale.repeat_interleave(count // scale.shape[1], dim=1)
+    left, found = values.clone(), torch.empty_like(values)
+    for j in range(count):
+        found[:, j] = _nearest(left[:, j], scales[:, j], *levels)
+        error = (left[:, j] - found[:, j] * scales[:, j]) / upper[:, j, j]
+        left[:, j:] -= error[:, None] * upper[:, j, j:]
+    errors = [values - integers * scales for integers in (found, start.double())]
+    better, worse = (torch.einsum("rn,rnm,rm->r", error, own, error) for error in errors)
+    return torch.where((better < worse)[:, None], found.to(torch.int8), start)
+
+
+def _check(
+    factors: SparseFactors,
+    second_moment: Tensor,
+    gram: Tensor | None,
+    num_bits: int,
+    group_size: int | None,
+    rounding: str,
+) -> None:
+    d_in = factors.mask.shape[1]
+    if num_bits not in LEVELS:
+        raise ValueError(f"{num_bits=} is not one of {', '.join(map(str, LEVELS))}")
+    if group_size is not None and (group_size < 1 or (d_in // 2) % group_size):
+        raise ValueError(f"{group_size=} does not divide the {d_in // 2} kept values of a row")
+    if second_moment.shape != (d_in,) or (gram is not None and gram.shape != (d_in, d_in)):
+        raise ValueError(
+            f"second_moment must be (I,) and gram (I, I) with I = {d_in}, got {tuple(second_moment.shape)}"
+        )
+    if rounding == "gptq" and gram is None:
+        raise ValueError("rounding='gptq' needs the Gram matrix of the inputs")
+    if not all(bool(part.isfinite().all()) for part in (factors.a, factors.core, factors.b)):
+        raise NumericalError("the factors hold numbers that are not finite")

@@ -1,0 +1,220 @@
+"""`QuantizationModifier` from the plan to the folder: bytes to the last one, refusals, shared B, later stages, equal bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import torch
+from engine_samples import (
+    ALL,
+    ARMOR,
+    ATTENTION,
+    MLP,
+    hook_count,
+    make_job,
+    make_session,
+    recipe,
+    rng_states,
+    save_model,
+)
+
+import armor_recipes
+from armor_recipes.checkpoint.reader import inspect, read_layers
+from armor_recipes.errors import PlanError
+from armor_recipes.modifiers import FactorModifier, ModuleShape, modifiers
+from armor_recipes.modifiers.quantization import QuantizationConfig, QuantizationModifier
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"strategy": "group", "group_size": 8},
+    {"num_bits": 4},
+    {"num_bits": 4, "strategy": "group", "group_size": 16},
+    {"num_bits": 4, "objective": "hessian", "rounding": "gptq"},
+    {"num_bits": 4, "resolve": False},
+]
+REFINE = {"targets": [ALL], "epochs": 1, "held_out": 0.4}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model")
+
+
+def wanted(source: Path, output: Path | str = "out", **fields: Any) -> dict[str, Any]:
+    armor = fields.pop("armor", ARMOR)
+    return recipe(source, output, ARMORModifier=armor, QuantizationModifier={"targets": [ALL], **fields})
+
+
+def refusal(mapping: dict[str, Any]) -> str:
+    with pytest.raises(PlanError) as caught:
+        make_job(mapping)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_from_plan_to_folder(source: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    result = armor_recipes.apply(
+        wanted(source, tmp_path / "out", **fields)
+    )  # the run verifies the folder's logits bit for bit
+    last = {row.name: row for row in result.plan.modules}
+    core = "int4" if fields.get("num_bits") == 4 else "int8"
+    assert len(last) == 14
+    assert len(result.plan.modules) == 28
+    sizes = {layer.name: layer for layer in inspect(tmp_path / "out").layers}
+    for name, row in last.items():
+        assert (row.core, sizes[name].core, sizes[name].nbytes) == (core, core, row.bytes_after)
+        first, change = result.modules[name], result.modules[name].changes[0]
+        assert first.losses[-1] > 0
+        assert change.modifier == row.modifier
+        assert change.core == core
+        assert change.tokens == 60
+        assert change.stored_loss <= change.losses[0] * (1 + 1e-5)
+        assert len(change.losses) == change.iterations + 1
+        assert (change.iterations > 0) == fields.get("resolve", True)
+    assert result.plan.totals.bytes_after == sum(layer.nbytes for layer in sizes.values())
+    assert result.plan.totals.bytes_before == sum(layer.dense_nbytes for layer in sizes.values())
+    manifest = json.loads((tmp_path / "out" / "armor_manifest.json").read_text())
+    row = next(iter(manifest["modules"].values()))["changes"][0]
+    assert (row["core"], row["modifier"]) == (core, next(iter(last.values())).modifier)
+    assert f"stored as {core} by QuantizationModifier" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_equal_runs_write_equal_bytes(source: Path, tmp_path: Path) -> None:
+    before = rng_states()
+    for name in ("one", "two"):
+        armor_recipes.apply(wanted(source, tmp_path / name, num_bits=4))
+    assert rng_states() == before
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    differ = {name for name in files[0] if files[0][name] != files[1][name]}
+    assert differ <= {"report.json", "recipe.yaml", "README.md", "armor_manifest.json"}
+    tensors = [json.loads(file["armor_manifest.json"])["tensors"] for file in files]
+    assert tensors[0] == tensors[1]
+
+
+def test_a_later_stage_gives_the_factors_of_the_first(source: Path, tmp_path: Path) -> None:
+    mapping = recipe(source, tmp_path / "out")
+    mapping["pack_stage"] = {"late_modifiers": {"QuantizationModifier": {"targets": [ALL], "resolve": False}}}
+    result = armor_recipes.apply(mapping)
+    armor_recipes.apply(recipe(source, tmp_path / "float"))
+    floats, integers = read_layers(tmp_path / "float"), read_layers(tmp_path / "out")
+    for name, layer in integers.items():
+        assert layer.core == "int8"
+        assert torch.equal(layer.a, floats[name].a)
+        assert torch.equal(layer.bitmask, floats[name].bitmask)
+        error = layer.unpack()[0] - floats[name].unpack()[0].float()
+        assert float(error.abs().max()) < 0.6 * float(layer.scale.float().max())  # type: ignore[union-attr]
+    assert [row.stage for row in result.plan.modules] == ["prune_stage"] * 14 + ["pack_stage"] * 14
+
+
+def test_after_a_refiner_of_the_layer(source: Path, tmp_path: Path) -> None:
+    mapping = recipe(
+        source,
+        tmp_path / "out",
+        ARMORModifier=ARMOR,
+        BlockRefineModifier=REFINE,
+        QuantizationModifier={"targets": [MLP]},
+    )
+    result = armor_recipes.apply(mapping)
+    assert {name for name, module in result.modules.items() if module.changes} == {
+        name for name in result.modules if ".mlp." in name
+    }
+    assert {layer.core for layer in inspect(tmp_path / "out").layers} == {"int8", "bfloat16"}
+
+
+def test_modules_that_share_a_b_go_on_sharing(source: Path, tmp_path: Path) -> None:
+    shared = {**ARMOR, "share_input_factor": True}
+    armor_recipes.apply(wanted(source, tmp_path / "out", armor=shared))
+    owners = {layer.name: layer.input_factor for layer in inspect(tmp_path / "out").layers if layer.input_factor}
+    assert len(owners) == 2 * 3
+    assert {layer.core for layer in inspect(tmp_path / "out").layers} == {"int8"}
+    part = wanted(source, tmp_path / "part", armor=shared)
+    part["prune_stage"]["armor_modifiers"]["QuantizationModifier"]["targets"] = [r"re:.*q_proj$"]
+    result = armor_recipes.apply(part)
+    counts = {name: dict(m.changes[0].counts) for name, m in result.modules.items() if m.changes}
+    assert counts == {f"model.layers.{i}.self_attn.q_proj": {"input_factors_no_longer_shared": 1} for i in (0, 1)}
+
+
+def test_the_model_in_memory_is_what_a_loader_makes(source: Path) -> None:
+    job = make_job(wanted(source, num_bits=4, strategy="group", group_size=8))
+    with make_session(job) as session:
+        session.run()
+    assert hook_count(session.model) == 0
+    for name, result in session.results.items():
+        assert result.packed is not None
+        assert result.packed.core == "int4"
+        weight = session.model.get_parameter(f"{name}.weight")
+        assert torch.equal(weight, result.packed.to(torch.float32).fold(torch.float32))
+
+
+def test_refusals_say_what_to_do(source: Path) -> None:
+    assert "no modifier before it makes 2:4 factors for model.layers.0.self_attn.q_proj" in refusal(
+        recipe(source, QuantizationModifier={"targets": [ALL]})
+    )
+    text = refusal(recipe(source, QuantizationModifier={"targets": [ALL]}, ARMORModifier=ARMOR))
+    assert "put it after an ARMORModifier" in text
+    assert "(WandaModifier stores it dense)" in refusal(
+        recipe(source, WandaModifier={"targets": [ALL]}, QuantizationModifier={"targets": [ALL]})
+    )
+    text = refusal(wanted(source, strategy="group", group_size=24))
+    assert "group_size 24 does not divide the 16 kept values in a row of" in text
+    assert "sizes that fit: [8, 16], or strategy: channel" in text
+    dense = wanted(source)
+    dense["output"]["format"] = "dense"
+    assert "set output.format: compressed-tensors" in refusal(dense)
+    twice = recipe(
+        source,
+        ARMORModifier=ARMOR,
+        QuantizationModifier__a={"targets": [ALL]},
+        QuantizationModifier__b={"targets": [ATTENTION], "num_bits": 4},
+    )
+    assert "both quantize" in refusal(twice)
+
+
+def test_refiners_stand_before_it(source: Path) -> None:
+    after = recipe(
+        source, ARMORModifier=ARMOR, QuantizationModifier={"targets": [ALL]}, BlockRefineModifier={"targets": [ALL]}
+    )
+    text = refusal(after)
+    assert "QuantizationModifier makes the core of model.layers.0.self_attn.q_proj int8 before it" in text
+    same = recipe(
+        source, ARMORModifier=ARMOR, DistillationModifier={"targets": [ALL]}, QuantizationModifier={"targets": [ALL]}
+    )
+    assert "put this one into a later stage" in refusal(same)
+
+
+def test_sizes_of_a_7b_model_at_block_128() -> None:
+    """All linear weights of a Llama 7B layer together, as a share of their bytes in bfloat16."""
+    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+    for fields, most in (({}, 0.40), ({"num_bits": 4, "strategy": "group", "group_size": 32}, 0.27)):
+        modifier = QuantizationModifier(QuantizationConfig(targets=("Linear",), **fields))
+        costs = [modifier.plan(ModuleShape("m", *shape, 2), (128, 128)) for shape in shapes]
+        assert sum(cost.stored_bytes for cost in costs) <= most * 2 * sum(a * b for a, b in shapes)
+
+
+def test_int4_rows_of_no_multiple_of_16_are_refused() -> None:
+    modifier = QuantizationModifier(QuantizationConfig(targets=("Linear",), num_bits=4))
+    with pytest.raises(PlanError, match=r"multiple of 16 entries, model\.odd has 24.*`ignore`"):
+        modifier.plan(ModuleShape("model.odd", 16, 24, 2), (8, 8))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"strategy": "group"},
+        {"group_size": 8},
+        {"strategy": "group", "group_size": 12},
+        {"rounding": "gptq"},
+        {"num_bits": 2},
+    ],
+)
+def test_fields_that_do_not_fit_together(fields: dict[str, Any]) -> None:
+    with pytest.raises(pydantic.ValidationError):
+        QuantizationConfig(targets=("Linear",), **fields)
+
+
+def test_every_modifier_of_factors_is_tested_here() -> None:
+    assert {name for name, kind in modifiers().items() if issubclass(kind, FactorModifier)} == {"QuantizationModifier"}
