@@ -74,7 +74,7 @@ class ARMORConfig(CalibratedConfig):
         default=False,
         title="Shared input factor",
         description="One B for the targeted modules of a layer that read the same input, found from the inputs themselves. "
-        "The checkpoint still stores it with each of them.",
+        "The checkpoint stores it once.",
     )
     tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=1e-3,
