@@ -170,7 +170,11 @@ def run_row(row: str, setting: Setting, texts: Mapping[str, Tensor]) -> dict[str
 def measure_row(row: str, folder: Path, texts: Mapping[str, Tensor]) -> dict[str, Any]:
     """Losses of a checkpoint that a run wrote, with what its manifest and report say."""
     manifest, figures = (json.loads((folder / f).read_text()) for f in ("armor_manifest.json", "report.json"))
-    model = armor_recipes.load(folder, dtype=torch.float32) if packed(manifest) else dense_model(str(folder))
+    model = (
+        armor_recipes.load(folder, backend="folded", dtype=torch.float32)
+        if packed(manifest)
+        else dense_model(str(folder))
+    )
     return {
         "row": row,
         "command": "armor-apply recipe.yaml",
