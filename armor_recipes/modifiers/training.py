@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
@@ -25,6 +24,7 @@ from armor_recipes.modifiers.base import (
     UnitOutput,
 )
 from armor_recipes.modifiers.seeding import module_seed
+from armor_recipes.modifiers.threads import one_thread_each
 from armor_recipes.recipe.schema import ModifierConfig
 
 _BETAS = (0.9, 0.95)
@@ -36,6 +36,17 @@ _WARM_UP, _LAST_RATE = 0.05, 0.02
 _PASSES, _PASSES_WITH_CORE, _COPIES = 2, 3, 5
 #: Values in one sum: few enough that torch does not split it over threads, on whose number its bits would then depend.
 _SUMMED_AT_ONCE = 1 << 14
+
+
+def learning_rate_field(default: float) -> Any:
+    """The field `learning_rate`, whose default is the refiner's own."""
+    return Field(
+        default=default,
+        gt=0,
+        le=1,
+        title="Learning rate",
+        description="Adam's step as a share of each tensor's root mean square; warmed up over 5 %, then a cosine.",
+    )
 
 
 class RefineConfig(ModifierConfig):
@@ -55,11 +66,7 @@ class RefineConfig(ModifierConfig):
         title="Epochs",
         description="Passes over the calibration batches at most; a pass that does not lower the held-out loss is the last.",
     )
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=5e-4,
-        title="Learning rate",
-        description="Adam's step as a share of each tensor's root mean square; warmed up over 5 %, then a cosine.",
-    )
+    learning_rate: float = learning_rate_field(5e-4)
     held_out: Annotated[float, Field(gt=0, le=0.5)] = Field(
         default=0.05,
         title="Held-out share",
@@ -112,7 +119,9 @@ class TrainingRefiner(Refiner[C]):
         parts = [p for factors in task.factors.values() for p in factors.parameters()]
         parameters = list(dict.fromkeys([*parts, *vectors.values()]))  # modules may share a B
         seed = module_seed(self.config.seed, next(iter(task.factors)))
-        with _workers(parameters[0].device, self.config.accumulate) as workers:
+        # On a CPU the batches of a step run at once; a GPU has them one by one.
+        at_once = min(torch.get_num_threads(), self.config.accumulate) if parameters[0].device.type == "cpu" else 1
+        with one_thread_each(at_once) as workers:
             return train(_Training(task, parameters, self.loss, self.config, seed, workers), on_progress)
 
     @abstractmethod
@@ -189,20 +198,6 @@ def train(training: _Training, on_progress: SolveProgress | None) -> RefineOutco
     return RefineOutcome(
         tuple(losses), step, "epochs" if step == total and losses[-1] <= min(losses) else "held-out loss"
     )
-
-
-@contextmanager
-def _workers(device: torch.device, at_once: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for the batches of a step: on a CPU as many as torch has, each of which computes with one, so that bits depend
-    neither on how many there are nor on how torch splits a sum.
-    """
-    threads = torch.get_num_threads()
-    count = min(threads, at_once) if device.type == "cpu" else 1
-    try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:  # of all threads to come: a worker's own setting is torch's default for threads that start after it
-        torch.set_num_threads(threads)
 
 
 def _check_batches(batches: int) -> None:

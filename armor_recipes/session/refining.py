@@ -103,8 +103,9 @@ def refine_model(
     factors, vectors = _trainables(job, model, "")
 
     def forward(batch: int) -> UnitOutput:
-        student = _student(model, "", factors, vectors)
-        hidden = [_tap(student.get_submodule(layers.names[index])) for index in dense.hidden]
+        tapped = [layers.names[index] for index in dense.hidden]
+        student = _student(model, "", factors, vectors, copied=tapped)
+        hidden = [_tap(student.get_submodule(name)) for name in tapped]
         logits: Tensor = student(input_ids=stream.ids[batch], use_cache=False).logits
         return UnitOutput(logits, tuple(taken[0] for taken in hidden))
 
@@ -179,9 +180,16 @@ def _trainables(
 
 
 def _student(
-    module: nn.Module, prefix: str, factors: Mapping[str, TrainableFactors], vectors: Mapping[str, nn.Parameter]
+    module: nn.Module,
+    prefix: str,
+    factors: Mapping[str, TrainableFactors],
+    vectors: Mapping[str, nn.Parameter],
+    copied: Sequence[str] = (),
 ) -> nn.Module:
-    """A view of the module in which factors stand for its linear layers, and the vectors for its own."""
+    """A view of the module in which factors stand for its linear layers, and the vectors for its own.
+
+    Modules in `copied` are the view's own even where nothing inside is replaced.
+    """
     own: dict[str, nn.Module | Tensor] = {}
     for name, trained in factors.items():
         linear = module.get_submodule(name.removeprefix(prefix))
@@ -190,7 +198,7 @@ def _student(
     for name, vector in vectors.items():
         inner = name.removeprefix(prefix)
         own[inner] = vector.to(module.get_parameter(inner).dtype)
-    return view(module, own)
+    return view(module, own, copied=copied)
 
 
 def _tap(layer: nn.Module) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import ArmorError, NumericalError
 from armor_recipes.modifiers import FactorModifier, Modifier, ModuleShape, Outcome, Statistic
 from armor_recipes.modifiers.base import join_shapes
+from armor_recipes.modifiers.threads import one_thread_each
 from armor_recipes.recipe import ModifierEntry
 from armor_recipes.session.events import Observer, SolveProgressed
 from armor_recipes.solver import relative_error
@@ -147,20 +148,16 @@ class Solver:
         yield from self._run_at_once(jobs, workers)
 
     def _run_at_once(self, jobs: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
-        threads = torch.get_num_threads()
-        try:
-            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                futures: list[Future[T]] = [pool.submit(job) for job in jobs]
-                try:
-                    for future in futures:
-                        yield future.result()
-                except BaseException:
-                    self._stopped.set()
-                    for future in futures:
-                        future.cancel()
-                    raise
-        finally:  # of all threads to come: a worker's own setting is torch's default for threads that start after it
-            torch.set_num_threads(threads)
+        with one_thread_each(workers) as pool:
+            futures: list[Future[T]] = [pool.submit(job) for job in jobs]
+            try:
+                for future in futures:
+                    yield future.result()
+            except BaseException:
+                self._stopped.set()
+                for future in futures:
+                    future.cancel()
+                raise
 
     def _progress(self, name: str) -> Callable[[int, int, float], None]:
         def progress(done: int, at_most: int, loss: float) -> None:

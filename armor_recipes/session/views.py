@@ -4,7 +4,7 @@ run several views of one module at once."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -12,12 +12,17 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def view(module: M, replacements: Mapping[str, nn.Module | Tensor]) -> M:
+def view(module: M, replacements: Mapping[str, nn.Module | Tensor], *, copied: Sequence[str] = ()) -> M:
     """Copy the module along the paths of `replacements` (name from the module → what stands there), and share the rest.
 
-    Tensors stand for parameters, and gradients flow into them. Raises KeyError where a module on a path does not exist.
+    Tensors stand for parameters, and gradients flow into them. Modules named in `copied` are copied, too, so that hooks can be put
+    on them. Raises KeyError where a module on a path does not exist.
     """
     below: dict[str, dict[str, nn.Module | Tensor]] = defaultdict(dict)
+    inner_copied: dict[str, list[str]] = defaultdict(list)
+    for name in copied:
+        first, _, rest = name.partition(".")
+        inner_copied[first] += [rest] if rest else []
     found = _shallow(module)
     for name, part in replacements.items():
         first, _, rest = name.partition(".")
@@ -27,10 +32,10 @@ def view(module: M, replacements: Mapping[str, nn.Module | Tensor]) -> M:
             found._modules[first] = part
         else:
             found._parameters[first] = part  # type: ignore[assignment]  # as torch.func.functional_call puts plain tensors there
-    for first, inner in below.items():
+    for first in dict.fromkeys([*below, *inner_copied]):
         child = module._modules[first]
         assert child is not None
-        found._modules[first] = view(child, inner)
+        found._modules[first] = view(child, below[first], copied=inner_copied[first])
     return found
 
 

@@ -52,6 +52,14 @@ def test_hooks_of_a_view_are_its_own(model: nn.Sequential) -> None:
     assert len(seen) == 1
 
 
+def test_a_module_without_replacements_is_copied_on_request(model: nn.Sequential) -> None:
+    found = view(model, {"0": nn.Identity()}, copied=["1.0"])
+    found[1][0].register_forward_hook(lambda _, __, output: 2 * output)  # type: ignore[index]
+    assert torch.allclose(found(X), model[1][1](2 * model[1][0](X)))  # type: ignore[index]
+    assert not model[1][0]._forward_hooks  # type: ignore[index]
+    assert found[1][1] is model[1][1]  # type: ignore[index]
+
+
 def test_threads_run_views_of_one_module_at_once(model: nn.Sequential) -> None:
     found: dict[int, Tensor] = {}
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from armor_recipes.modifiers.base import UnitOutput
 from armor_recipes.modifiers.registry import register
-from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner
+from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner, learning_rate_field
 
 #: Tokens whose probabilities are made at once: a vocabulary's worth of numbers each.
 _ROWS = 64
@@ -25,11 +25,7 @@ _ROWS = 64
 class DistillationConfig(RefineConfig):
     """Train all factors against the dense model's next-token probabilities and hidden states. Masks stay, bytes too."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1e-3,
-        title="Learning rate",
-        description="Adam's step as a share of each tensor's root mean square; warmed up over 5 %, then a cosine.",
-    )
+    learning_rate: float = learning_rate_field(1e-3)
     hidden_layers: Annotated[int, Field(strict=True, ge=0)] = Field(
         default=3,
         title="Hidden layers",
