@@ -11,7 +11,7 @@ setup(
     ext_modules=[
         Extension(
             "armor_recipes.solver._native",
-            sources=["armor_recipes/solver/native/sweep.c"],
+            sources=["armor_recipes/solver/native/sweep.c", "armor_recipes/solver/native/product.c"],
             extra_compile_args=FLAGS,
             optional=True,
         ),

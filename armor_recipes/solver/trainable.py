@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.solver.blockdiag import fold
+from armor_recipes.solver.sparse import SparseCore
 
 
 class TrainableFactors(nn.Module):
     """Parameters `a` `(J, b_o, b_o)` and `b` `(K, b_i, b_i)`, and after `train_core` `values`, the kept entries of S row by
-    row; buffers `mask` `(O, I)` and `core`, S in float32 `(O, I)`.
+    row; `mask` `(O, I)` and `core`, S in float32 `(O, I)`.
+
+    As long as S is not trained, its products take half the multiplications on a CPU (`SparseCore`) where its numbers are
+    bfloat16 ones, as those of a bfloat16 checkpoint are.
 
     They start as the very numbers that are given, so that factors which no step changes pack to the same bits again. A common
     scale of S and A makes no difference to steps that are relative to each tensor's root mean square.
@@ -22,23 +26,31 @@ class TrainableFactors(nn.Module):
     b: nn.Parameter
     values: nn.Parameter | None
     mask: Tensor
-    core: Tensor
+    _core: Tensor
+    _sparse: SparseCore | None
 
     def __init__(self, a: Tensor, core: Tensor, mask: Tensor, b: Tensor) -> None:
         super().__init__()
         self.a, self.b = (nn.Parameter(part.detach().float().clone()) for part in (a, b))
         self.register_buffer("mask", mask)
-        self.register_buffer("core", core.detach().float())
+        self._sparse = SparseCore.of(core.detach(), mask)
+        self.register_buffer("_core", core.detach().to(torch.float32 if self._sparse is None else torch.bfloat16))
         self.register_parameter("values", None)
+
+    @property
+    def core(self) -> Tensor:
+        """S float32 `(O, I)`, zero where nothing is kept."""
+        return self._core.float()
 
     def train_core(self) -> None:
         """Make the kept values of S a parameter too."""
-        self.values = nn.Parameter(self.core[self.mask])
+        self._core, self._sparse = self.core, None
+        self.values = nn.Parameter(self._core[self.mask])
 
     def refresh(self) -> None:
         """Make S again from its values; to be called whenever they have changed."""
         if self.values is not None:
-            self.core = torch.zeros_like(self.core).masked_scatter_(self.mask, self.values.detach())
+            self._core = torch.zeros_like(self._core).masked_scatter_(self.mask, self.values.detach())
 
     def weight(self) -> Tensor:
         """Ŵ float32 `(O, I)`, detached."""
@@ -49,7 +61,8 @@ class TrainableFactors(nn.Module):
 
         No weight is folded, and no gradient of a weight's size is made unless the values are trained.
         """
-        rows: Tensor = _Product.apply(x.flatten(0, -2), self.a, self.values, self.b, self.core, self.mask)  # type: ignore[no-untyped-call]
+        core = self._core if self._sparse is None else self._sparse
+        rows: Tensor = _Product.apply(x.flatten(0, -2), self.a, self.values, self.b, core, self.mask)  # type: ignore[no-untyped-call]
         return rows.view(*x.shape[:-1], -1)
 
 
@@ -81,21 +94,31 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, values: Tensor | None, b: Tensor, core: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG004
-        y = _blocks(x, b) @ core.T
-        ctx.save_for_backward(x.bfloat16(), y.bfloat16(), a, b, core, mask)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        values: Tensor | None,  # noqa: ARG004 - here for its gradient
+        b: Tensor,
+        core: Tensor | SparseCore,
+        mask: Tensor,
+    ) -> Tensor:
+        inner = _blocks(x, b)
+        y = core.forward.times(inner) if isinstance(core, SparseCore) else inner @ core.T
+        ctx.core = core
+        ctx.save_for_backward(x.bfloat16(), y.bfloat16(), a, b, mask)
         return _blocks(y, a)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        rough_x, rough_y, a, b, core, mask = ctx.saved_tensors
+        rough_x, rough_y, a, b, mask = ctx.saved_tensors
         x, y = rough_x.float(), rough_y.float()
         wanted = ctx.needs_input_grad
         in_a = _outer(gradient, y, a) if wanted[1] else None
         in_y = _blocks(gradient, a.mT)
         in_values = (in_y.T @ _blocks(x, b))[mask] if wanted[2] else None
-        in_bx = in_y @ core
+        in_bx = ctx.core.backward.times(in_y) if isinstance(ctx.core, SparseCore) else in_y @ ctx.core
         in_b = _outer(in_bx, x, b) if wanted[3] else None
         in_x = _blocks(in_bx, b.mT) if wanted[0] else None
         return in_x, in_a, in_values, in_b, None, None
