@@ -1,6 +1,6 @@
 # quickstart, test: the two commands of the README. Each makes the virtual environment it needs, once.
 PYTHON ?= python3
-SOURCES := pyproject.toml setup.py constraints.txt armor_recipes/solver/native/sweep.c $(wildcard armor_recipes/runtime/native/*)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
 .PHONY: quickstart test check fetch-smollm2 train-embedded clean
 

@@ -31,9 +31,9 @@ _BETAS = (0.9, 0.95)
 #: Losses and so gradients are tiny where activations are; Adam's usual 1e-8 would damp its steps there.
 _EPSILON = 1e-15
 _WARM_UP, _LAST_RATE = 0.05, 0.02
-#: What a step costs in forward passes: two without gradients of the core, three with. Copies of what is trained: itself, the
-#: gradients of a step and of one batch, and Adam's two moments.
-_PASSES, _PASSES_WITH_CORE, _COPIES = 2, 3, 5
+#: What a step costs in forward passes, that of the dense target among them: one more with gradients of the core. Copies of what
+#: is trained: itself, the gradients of a step and of one batch, and Adam's two moments.
+_PASSES, _PASSES_WITH_CORE, _COPIES = 3, 4, 5
 #: Values in one sum: few enough that torch does not split it over threads, on whose number its bits would then depend.
 _SUMMED_AT_ONCE = 1 << 14
 
@@ -104,7 +104,7 @@ class TrainingRefiner(Refiner[C]):
         return Estimate(
             stored_bytes=0,
             flops=2.0 * passes * unit.parameters * unit.tokens * self.config.epochs,
-            peak_bytes=4 * (_COPIES * trained + weights),
+            peak_bytes=4 * (_COPIES * trained + weights) + 2 * weights,  # S by itself, and the dense weights in 16 bits
         )
 
     def refine(self, task: RefineTask, on_progress: SolveProgress | None) -> RefineOutcome:

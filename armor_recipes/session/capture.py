@@ -60,17 +60,13 @@ class Stream:
     Attributes:
         ids: token ids of each batch, `(B, L)`.
         hidden: activations of each batch at the door of the next layer, `(B, L, H)`.
-        as_tuple: whether layers give their output in a tuple.
     """
 
-    def __init__(
-        self, calls: list[list[LayerCall]], layers: DecoderLayers, ids: Sequence[Tensor], *, as_tuple: bool
-    ) -> None:
+    def __init__(self, calls: list[list[LayerCall]], layers: DecoderLayers, ids: Sequence[Tensor]) -> None:
         self._calls = [[replace(call, hidden=_NOTHING) for call in batch] for batch in calls]
         self._layers = layers
         self.ids = tuple(ids)
         self.hidden = [batch[0].hidden for batch in calls]
-        self.as_tuple = as_tuple
 
     def call(self, layer: int, batch: int) -> LayerCall:
         """What layer `layer` is called with for a batch; `hidden` must have come as far as that layer."""
@@ -110,7 +106,7 @@ def capture_stream(model: nn.Module, layers: DecoderLayers, ids: Tensor, *, batc
     device = next(model.parameters()).device
     parts = [batch.to(device) for batch in ids.split(batch_size)]
     calls = [_run_model(model, layers, batch, hooks, through=not same)[0] for batch in parts]
-    return Stream(calls, layers, parts, as_tuple=isinstance(output, tuple))
+    return Stream(calls, layers, parts)
 
 
 def input_groups(

@@ -64,18 +64,13 @@ class RefineJob:
 
 
 @dataclass(frozen=True, slots=True)
-class DenseRun:
-    """What the dense model made of the calibration set: its stream, come to the end, and what layers on the way gave.
-
-    `hidden` maps a decoder layer's index to its outputs `(B, L, H)`, batch by batch, in bfloat16 for memory's sake.
+class Teaching:
+    """What the whole model is trained on: token ids `(B, L)` batch by batch, and the dense model's parameters by name, as far as
+    the model's own have changed since.
     """
 
-    stream: Stream
-    hidden: dict[int, list[Tensor]]
-
-    def keep(self, layer: int) -> None:
-        """Keep what the stream holds now, the outputs of this layer."""
-        self.hidden[layer] = [states.to(torch.bfloat16) for states in self.stream.hidden]
+    batches: Sequence[Tensor]
+    dense: Mapping[str, Tensor]
 
 
 def refine_layer(
@@ -92,29 +87,27 @@ def refine_layer(
     return _refine(job, task, layers.names[index], layer, tokens=sum(t.shape[0] * t.shape[1] for t in targets))
 
 
-def refine_model(
-    job: RefineJob, model: nn.Module, layers: DecoderLayers, dense: DenseRun, original: Mapping[str, Tensor]
-) -> Refined:
-    """Train the whole model against the dense one: the logits that its last hidden states give, and hidden states on the way.
+def refine_model(job: RefineJob, model: nn.Module, layers: DecoderLayers, teaching: Teaching) -> Refined:
+    """Train the whole model against the logits of the dense one and, where the refiner asks for them, hidden states on the way.
 
-    `original` holds the dense model's parameters outside of the layers that differ from the model's own by now.
+    The dense model runs along: a view of the model with the dense parameters in the place of its own.
     """
-    stream = dense.stream
     factors, vectors = _trainables(job, model, "")
+    tapped = [layers.names[index] for index in job.refiner.hidden_layers(len(layers.names))]
 
-    def forward(batch: int) -> UnitOutput:
-        tapped = [layers.names[index] for index in dense.hidden]
-        student = _student(model, "", factors, vectors, copied=tapped)
-        hidden = [_tap(student.get_submodule(name)) for name in tapped]
-        logits: Tensor = student(input_ids=stream.ids[batch], use_cache=False).logits
+    def run(network: nn.Module, batch: int) -> UnitOutput:
+        hidden = [_tap(network.get_submodule(name)) for name in tapped]
+        logits: Tensor = network(input_ids=teaching.batches[batch], use_cache=False).logits
         return UnitOutput(logits, tuple(taken[0] for taken in hidden))
 
-    def target(batch: int) -> UnitOutput:
-        logits = tail_logits(model, layers, stream, batch, original)
-        return UnitOutput(logits, tuple(states[batch] for states in dense.hidden.values()))
+    def forward(batch: int) -> UnitOutput:
+        return run(_student(model, "", factors, vectors, copied=tapped), batch)
 
-    task = RefineTask(factors, vectors, len(stream.ids), forward, target)
-    return _refine(job, task, "model", model, tokens=sum(ids.numel() for ids in stream.ids))
+    def target(batch: int) -> UnitOutput:
+        return run(dense_view(model, teaching.dense, copied=tapped), batch)
+
+    task = RefineTask(factors, vectors, len(teaching.batches), forward, target)
+    return _refine(job, task, "model", model, tokens=sum(ids.numel() for ids in teaching.batches))
 
 
 def _refine(job: RefineJob, task: RefineTask, unit: str, module: nn.Module, *, tokens: int) -> Refined:
@@ -237,35 +230,30 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def tail_logits(
-    model: nn.Module, layers: DecoderLayers, stream: Stream, batch: int, original: Mapping[str, Tensor]
-) -> Tensor:
-    """Logits `(B, L, V)` of what comes after the decoder layers, given their outputs, to which the stream has come.
+def dense_view(model: nn.Module, dense: Mapping[str, Tensor], copied: Sequence[str] = ()) -> nn.Module:
+    """The model with other parameters, by name, in the place of its own, which may hold anything.
 
-    They come from a view of the model with one layer that answers with those hidden states in the place of all its layers,
-    and with the parameters of `original` in the place of its own.
+    Weights of linear layers are kept in the dtype that they come in and widened when they are used.
     """
-    replay = _Replay(stream.hidden[batch], layers.modules[-1], as_tuple=stream.as_tuple)
-    tail = view(model, {layers.names[0].rpartition(".")[0]: nn.ModuleList([replay]), **original})
-    logits: Tensor = tail(input_ids=stream.ids[batch], use_cache=False).logits
-    return logits
+    parts: dict[str, nn.Module | Tensor] = {}
+    for name, value in dense.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, nn.Linear) and leaf == "weight":
+            parts[owner] = _WidenedLinear(value, module.bias)
+        else:
+            parts[name] = value.to(model.get_parameter(name).dtype)
+    return view(model, parts, copied=copied)
 
 
-class _Replay(nn.Module):
-    """Stands in for a decoder layer: answers with given hidden states, and has the attributes of a real layer."""
+class _WidenedLinear(nn.Module):
+    """A linear layer whose weight `(O, I)` may be of a narrower dtype than its input."""
 
-    def __init__(self, hidden: Tensor, like: nn.Module, *, as_tuple: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.hidden = hidden
-        self.as_tuple = as_tuple
-        self._like = (like,)  # in a tuple, so that it is no submodule
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias
+        self.out_features, self.in_features = weight.shape
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_like"][0], name)
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        """The given hidden states."""
-        return (self.hidden,) if self.as_tuple else self.hidden
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)

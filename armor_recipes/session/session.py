@@ -33,7 +33,7 @@ from armor_recipes.session.hooks import Hooks, feeding
 from armor_recipes.session.layers import find_decoder_layers
 from armor_recipes.session.plan import ModulePlan, Plan
 from armor_recipes.session.rearranging import RearrangeJob, RearrangeResult, rearrange_layer
-from armor_recipes.session.refining import DenseRun, Refined, RefineJob, RefineResult, refine_layer, refine_model
+from armor_recipes.session.refining import Refined, RefineJob, RefineResult, Teaching, refine_layer, refine_model
 from armor_recipes.session.solving import FactorTask, ModuleResult, Solved, Solver, SolveTask, loaded_weight
 
 #: One stream of activations for each distinct calibration set and model that it runs through: `compressed` or `dense`.
@@ -80,7 +80,7 @@ class Session:
         self._factors: dict[str, PackedLinear] = {}
         self._keeps_factors = any(isinstance(modifier, (Refiner, FactorModifier)) for modifier in modifiers.values())
         self._sharing: dict[str, str] = {}
-        self._original: dict[str, Tensor] = {}
+        self._dense: dict[str, Tensor] | None = None
         self._readers: dict[str, str] = {}
         self._work_done = 0.0
         self._work = plan.flops or 1.0
@@ -111,20 +111,16 @@ class Session:
         self.observer(PhaseStarted(f"stage {stage}"))
         streams = self._capture(entries)
         of_model = [e for e in entries if self._scope(e) == "model"]
+        self._dense = {} if of_model else None
         last = self.plan.last_layer(stage)
-        total = len(self.layers.names)
-        end = total if of_model else last
-        runs = {e.key: DenseRun(streams[self._key(e, "dense")], {}) for e in of_model}
-        for layer in range(min(end + 1, total)):
-            self.observer(LayerStarted(stage, layer, total))
-            self._run_layer(layer, [e for e in entries if e not in of_model], streams, last=last, end=end)
-            for key, run in runs.items():
-                if layer in self._refiner(key).hidden_layers(total):
-                    run.keep(layer)
-        del streams  # compressed ones are no longer needed
+        for layer in range(last + 1):
+            self.observer(LayerStarted(stage, layer, len(self.layers.names)))
+            self._run_layer(layer, [e for e in entries if e not in of_model], streams, last=last)
+        del streams  # no longer needed
         for entry in of_model:
             self.observer(PhaseStarted(f"{entry.name} ({stage})"))
-            self._refine_model(entry, runs[entry.key])
+            self._refine_model(entry)
+        self._dense = None
 
     def _scope(self, entry: ModifierEntry) -> str:
         modifier = self.modifiers[entry.key]
@@ -142,7 +138,7 @@ class Session:
         propagate = getattr(entry.config, "propagate", "compressed")
         if scope == "layer" or propagate == "matched":
             return "compressed", "dense"
-        return ("dense",) if scope == "model" else (propagate,)
+        return () if scope == "model" else (propagate,)
 
     def _capture(self, entries: list[ModifierEntry]) -> dict[_StreamKey, Stream]:
         keys = dict.fromkeys(self._key(entry, kind) for entry in entries for kind in self._streams_of(entry))
@@ -159,7 +155,7 @@ class Session:
         return streams
 
     def _run_layer(
-        self, layer: int, entries: list[ModifierEntry], streams: dict[_StreamKey, Stream], *, last: int, end: int
+        self, layer: int, entries: list[ModifierEntry], streams: dict[_StreamKey, Stream], *, last: int
     ) -> None:
         """Channels are reordered first, which leaves the layer's function; then dense streams pass it before anything else
         changes; then each modifier observes, solves and applies in turn.
@@ -170,7 +166,7 @@ class Session:
         for key, stream in streams.items():
             if key[1] == "dense":
                 readers = [e for e in entries if self._streams_of(e) == ("dense",) and self._key(e, "dense") == key]
-                wanted = layer < end or any(self._scope(e) == "layer" for e in entries)
+                wanted = layer < last or any(self._scope(e) == "layer" for e in entries)
                 collected |= self._observe(layer, stream, readers, advance=wanted)
         for entry in entries:
             if self._scope(entry) == "layer":
@@ -328,7 +324,12 @@ class Session:
             self._factors[name] = solved.factors
 
     def _put(self, parameter: str, value: Tensor) -> None:
-        self.model.get_parameter(parameter).data.copy_(value)
+        """Every change of a parameter. What the dense model held is kept where a refiner of this stage asks for it."""
+        own = self.model.get_parameter(parameter).data
+        if self._dense is not None and parameter not in self._dense:
+            narrow = own.to(self.stored_dtype, copy=True)
+            self._dense[parameter] = narrow if torch.equal(narrow.to(own.dtype), own) else own.clone()
+        own.copy_(value)
 
     def _progress(self, flops: float) -> float:
         self._work_done += flops
@@ -354,10 +355,15 @@ class Session:
             job = self._job(entry, unit.unit, unit.modules)
             self._take(refine_layer(job, self.layers, layer, inputs=inputs, targets=targets.hidden), unit.flops)
 
-    def _refine_model(self, entry: ModifierEntry, dense: DenseRun) -> None:
+    def _refine_model(self, entry: ModifierEntry) -> None:
+        spec = entry.config.calibration
+        assert spec is not None
+        assert self._dense is not None
+        device = next(self.model.parameters()).device
+        batches = [ids.to(device) for ids in self.tokens[spec].ids.split(spec.batch_size)]
         for unit in self.plan.refinements_of(entry.key, None):
             job = self._job(entry, unit.unit, unit.modules)
-            self._take(refine_model(job, self.model, self.layers, dense, self._original), unit.flops)
+            self._take(refine_model(job, self.model, self.layers, Teaching(batches, self._dense)), unit.flops)
 
     def _take(self, refined: Refined, flops: float) -> None:
         """Put what was trained in place, rounded to the stored dtype."""
@@ -373,8 +379,6 @@ class Session:
             )
             self._factors[name] = packed
         for name, vector in refined.vectors.items():
-            if self.layers.layer_of(name) is None:
-                self._original.setdefault(name, self.model.get_parameter(name).detach().clone())
             self._put(name, vector.to(self.stored_dtype).to(compute))
         self.refinements.append(refined.result)
         found, share = refined.result, self._progress(flops)

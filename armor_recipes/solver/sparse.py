@@ -50,6 +50,14 @@ class SparseMatrix:
         entries = (numbers[kept].view(torch.int16).to(torch.int32) << 16) | column
         return cls((rows, columns), entries, starts)
 
+    def dense(self) -> Tensor:
+        """The matrix float32 `(rows, columns)`, zero where there is no entry."""
+        (rows, columns), panels = self.shape, len(self.starts)
+        row = torch.arange(panels * rows).repeat_interleave((self.starts[:, 1:] - self.starts[:, :-1]).flatten())
+        full = torch.zeros(panels * rows, _PANEL)
+        full[row, self.entries & 0xFFFF] = (self.entries & -0x10000).view(torch.float32)
+        return full.view(panels, rows, _PANEL).transpose(0, 1).reshape(rows, -1)[:, :columns].contiguous()
+
     def times(self, x: Tensor, *, plain: bool = False) -> Tensor:
         """`x Mᵀ` float32 `(T, rows)` of x float32 `(T, columns)`, on as many threads as torch has, with the same bits.
 

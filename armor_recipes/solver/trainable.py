@@ -26,7 +26,7 @@ class TrainableFactors(nn.Module):
     b: nn.Parameter
     values: nn.Parameter | None
     mask: Tensor
-    _core: Tensor
+    _core: Tensor | None
     _sparse: SparseCore | None
 
     def __init__(self, a: Tensor, core: Tensor, mask: Tensor, b: Tensor) -> None:
@@ -34,23 +34,27 @@ class TrainableFactors(nn.Module):
         self.a, self.b = (nn.Parameter(part.detach().float().clone()) for part in (a, b))
         self.register_buffer("mask", mask)
         self._sparse = SparseCore.of(core.detach(), mask)
-        self.register_buffer("_core", core.detach().to(torch.float32 if self._sparse is None else torch.bfloat16))
+        self.register_buffer("_core", core.detach().float() if self._sparse is None else None)
         self.register_parameter("values", None)
 
     @property
     def core(self) -> Tensor:
         """S float32 `(O, I)`, zero where nothing is kept."""
-        return self._core.float()
+        if self._core is not None:
+            return self._core
+        assert self._sparse is not None
+        return self._sparse.forward.dense()
 
     def train_core(self) -> None:
         """Make the kept values of S a parameter too."""
-        self._core, self._sparse = self.core, None
-        self.values = nn.Parameter(self._core[self.mask])
+        core = self.core
+        self._core, self._sparse = core, None
+        self.values = nn.Parameter(core[self.mask])
 
     def refresh(self) -> None:
         """Make S again from its values; to be called whenever they have changed."""
         if self.values is not None:
-            self._core = torch.zeros_like(self._core).masked_scatter_(self.mask, self.values.detach())
+            self._core = torch.zeros_like(self.core).masked_scatter_(self.mask, self.values.detach())
 
     def weight(self) -> Tensor:
         """Ŵ float32 `(O, I)`, detached."""
@@ -61,7 +65,7 @@ class TrainableFactors(nn.Module):
 
         No weight is folded, and no gradient of a weight's size is made unless the values are trained.
         """
-        core = self._core if self._sparse is None else self._sparse
+        core = self.core if self._sparse is None else self._sparse
         rows: Tensor = _Product.apply(x.flatten(0, -2), self.a, self.values, self.b, core, self.mask)  # type: ignore[no-untyped-call]
         return rows.view(*x.shape[:-1], -1)
 

@@ -1,4 +1,4 @@
-"""The dense model's logits from its last hidden states, shared inputs, and where in a recipe a refiner may stand."""
+"""The dense model beside the changed one, shared inputs, and where in a recipe a refiner may stand."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from armor_recipes.modifiers.base import RefineTask
 from armor_recipes.modifiers.block_refine import BlockRefineModifier
 from armor_recipes.modifiers.distillation import DistillationModifier
 from armor_recipes.run import apply
-from armor_recipes.session.capture import Stream, capture_stream, input_groups
+from armor_recipes.session.capture import capture_stream, input_groups
 from armor_recipes.session.hooks import Hooks
-from armor_recipes.session.layers import DecoderLayers, find_decoder_layers
-from armor_recipes.session.refining import tail_logits
+from armor_recipes.session.layers import find_decoder_layers
+from armor_recipes.session.refining import dense_view
 
 IDS = torch.randint(0, 96, (5, 12), generator=torch.Generator().manual_seed(3))
 SLIDING = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
@@ -50,28 +50,33 @@ def with_refiner(model: Path | str, *names: str, output: Path | str = "out", **f
     return recipe(model, output, ARMORModifier=ARMOR, **{name: {"learning_rate": 0.003, **fields} for name in names})
 
 
-def streamed(model: nn.Module, layers: DecoderLayers) -> Stream:
-    """The stream of `IDS` after all layers."""
-    stream = capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
-    for index in range(len(layers.modules)):
-        stream.advance(index)
-    return stream
-
-
-# --- logits ------------------------------------------------------------------------------------------------------------------
+# --- the dense model ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("kind", [*MODELS, *MORE])
-def test_tail_logits_are_the_models_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dense_view_is_the_model_before_its_changes(
+    kind: str, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("engine_samples.MODELS", {**MODELS, **MORE})
     model: Any = make_model(kind)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
     layers = find_decoder_layers(model)
-    stream = streamed(model, layers)
-    for batch, ids in enumerate(IDS.split(2)):
-        assert torch.equal(stream.ids[batch], ids)
-        found = tail_logits(model, layers, stream, batch, {})
-        assert torch.equal(found, model(input_ids=ids, use_cache=False).logits)
+    wanted = model(input_ids=IDS, use_cache=False).logits
+    changed = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if (name.startswith(layers.names) and name.endswith("weight")) or name == "model.norm.weight"
+    }
+    dense = {name: p.bfloat16() if narrow else p.clone() for name, p in changed.items()}
+    for parameter in changed.values():
+        parameter.mul_(0.5)
+    other = model(input_ids=IDS, use_cache=False).logits
+    assert torch.equal(dense_view(model, dense)(input_ids=IDS, use_cache=False).logits, wanted)
+    assert torch.equal(model(input_ids=IDS, use_cache=False).logits, other)
+    assert not torch.equal(other, wanted)
     assert find_decoder_layers(model) == layers
     assert hook_count(model) == 0
 
@@ -102,31 +107,6 @@ class Model(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, scale={"causal": 0.5}[layer.kind])[0]
         return SimpleNamespace(logits=self.norm(hidden) @ self.embed.weight.T)
-
-
-@torch.no_grad()
-def test_tail_logits_where_layers_answer_in_tuples_and_have_attributes() -> None:
-    model = Model()
-    layers = find_decoder_layers(model)
-    stream = streamed(model, layers)
-    assert stream.as_tuple
-    assert layers.names == ("layers.0", "layers.1", "layers.2")
-    for batch, ids in enumerate(IDS.split(2)):
-        assert torch.equal(tail_logits(model, layers, stream, batch, {}), model(ids, use_cache=False).logits)
-    assert tuple(model.layers) == layers.modules
-
-
-@torch.no_grad()
-def test_tail_logits_with_other_parameters_leave_the_models_own() -> None:
-    model: Any = make_model()
-    layers = find_decoder_layers(model)
-    stream = streamed(model, layers)
-    wanted = tail_logits(model, layers, stream, 0, {})
-    own = model.model.norm.weight.clone()
-    model.model.norm.weight.mul_(2)
-    assert torch.allclose(tail_logits(model, layers, stream, 0, {}), 2 * wanted, rtol=1e-4)
-    assert torch.equal(tail_logits(model, layers, stream, 0, {"model.norm.weight": own}), wanted)
-    assert torch.equal(model.model.norm.weight, 2 * own)
 
 
 # --- the stream --------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class DistillationConfig(RefineConfig):
 
 @register
 class DistillationModifier(TrainingRefiner[DistillationConfig]):
-    """Trains the factors of the whole model at the end of a stage. The whole model's activations must fit in memory."""
+    """Trains the factors of the whole model at the end of a stage, beside the dense one, whose weights are kept for that."""
 
     config_type = DistillationConfig
     scope: ClassVar[Literal["layer", "model"]] = "model"
