@@ -300,9 +300,10 @@ def test_hidden_states_count_by_their_weight_and_each_token_by_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "total", "layers"), [(5, 30, (5, 11, 17, 23, 29)), (1, 4, (3,)), (9, 3, (0, 1, 2)), (0, 8, ())]
+    ("asked", "total", "layers"),
+    [(5, 30, (5, 11, 17, 23, 29)), (1, 4, (3,)), (9, 3, (0, 1, 2)), ("all", 3, (0, 1, 2)), (0, 8, ())],
 )
-def test_hidden_layers_are_evenly_spread(asked: int, total: int, layers: tuple[int, ...]) -> None:
+def test_hidden_layers_are_evenly_spread(asked: int | str, total: int, layers: tuple[int, ...]) -> None:
     kind: Any = REFINERS["DistillationModifier"]
     assert kind(kind.config_type(hidden_layers=asked)).hidden_layers(total) == layers
 

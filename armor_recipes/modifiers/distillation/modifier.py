@@ -2,7 +2,7 @@
 
 Knowledge distillation (Hinton et al., arXiv 1503.02531) on the calibration tokens. It sees what no layer-wise loss sees:
 which errors the model's output feels, and which ones later layers can make up for. Beside the logits, the hidden states of
-a few layers are matched (as in FitNets, arXiv 1412.6550): they say more about each token than its logits do.
+the layers are matched (as in FitNets, arXiv 1412.6550): they say more about each token than its logits do.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class DistillationConfig(RefineConfig):
     """Train all factors against the dense model's next-token probabilities and hidden states. Masks stay, bytes too."""
 
     learning_rate: float = learning_rate_field(1e-3)
-    hidden_layers: Annotated[int, Field(strict=True, ge=0)] = Field(
-        default=3,
+    hidden_layers: Annotated[int, Field(strict=True, ge=0)] | Literal["all"] = Field(
+        default="all",
         title="Hidden layers",
-        description="Decoder layers, evenly spread, whose outputs are compared too; 0 compares logits alone.",
+        description="Decoder layers whose outputs are compared too: all, or so many, evenly spread; 0 compares logits alone.",
     )
     hidden_weight: Annotated[float, Field(gt=0)] = Field(
         default=5.0,
@@ -46,8 +46,9 @@ class DistillationModifier(TrainingRefiner[DistillationConfig]):
     scope: ClassVar[Literal["layer", "model"]] = "model"
 
     def hidden_layers(self, total: int) -> tuple[int, ...]:
-        """Evenly spread, the last layer among them; all where the config asks for more than there are."""
-        count = min(self.config.hidden_layers, total)
+        """Evenly spread, the last layer among them; all where the config asks for all or for more than there are."""
+        asked = self.config.hidden_layers
+        count = total if asked == "all" else min(asked, total)
         return tuple((i + 1) * total // count - 1 for i in range(count))
 
     def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
