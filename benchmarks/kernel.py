@@ -1,9 +1,10 @@
 """The cpu kernel, A and B included, against torch's bf16 `F.linear` and our own dense bf16 kernel, measured side by side.
 
-    python benchmarks/kernel.py [--tokens 1 8] [--repeats 30] [--threads 1] [--json FILE]
+    python benchmarks/kernel.py [--core bf16 int8 int4] [--tokens 1 8] [--repeats 30] [--threads 1] [--json FILE]
 
-The three take turns in every repeat, so that what else the machine does meets all of them; a ratio is the median of the
-ratios within repeats. The dense kernel, native/dense.c, is compiled here by the C compiler; it has the same care as ours
+The core is stored as bf16, as int8 with a scale a row, or as int4 with a scale for each 32 kept values; factors and activations are
+bf16. All contenders take turns in every repeat, so that what else the machine does meets all of them; a ratio is the median of
+the ratios within repeats. The dense kernel, native/dense.c, is compiled here by the C compiler; it has the same care as ours
 (vectors, tiles, prefetching), and so tells what 2:4 brings apart from the quality of torch's product on this machine.
 """
 
@@ -17,30 +18,35 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.packing import PackedLinear, pack_int4
 from armor_recipes.runtime import capabilities
 from armor_recipes.runtime.kernel import run_kernel
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
 BLOCK = 64
+CORES = ("bf16", "int8", "int4")
+GROUP = 32
+"""Kept values of an int4 core that have one scale."""
 SOURCE = Path(__file__).parent / "native" / "dense.c"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One shape and number of tokens: fastest milliseconds of each contender, and median ratios (above 1: ours is faster)."""
+    """One shape, number of tokens and core: fastest milliseconds of each contender, and median ratios (above 1: ours is faster)."""
 
     rows: int
     columns: int
     tokens: int
+    core: str
     torch_ms: float
     dense_ms: float
     ours_ms: float
@@ -48,15 +54,21 @@ class Row:
     dense_over_ours: float
 
 
-def made_up_layer(rows: int, columns: int, generator: torch.Generator) -> PackedLinear:
+def made_up_layer(rows: int, columns: int, core: str, generator: torch.Generator) -> PackedLinear:
     masks = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8)
     halves = masks[torch.randint(6, (rows, columns // 8, 2), generator=generator)]
     a, b = (
         (torch.eye(BLOCK) + 0.1 * torch.randn(side // BLOCK, BLOCK, BLOCK, generator=generator)).bfloat16()
         for side in (rows, columns)
     )
-    values = torch.randn(rows, columns // 2, generator=generator).bfloat16()
-    return PackedLinear(values, halves[..., 0] | halves[..., 1] << 4, a, b)
+    bitmask = halves[..., 0] | halves[..., 1] << 4
+    if core == "bf16":
+        return PackedLinear(torch.randn(rows, columns // 2, generator=generator).bfloat16(), bitmask, a, b)
+    bits, groups = (8, 1) if core == "int8" else (4, columns // 2 // GROUP)
+    most = 2 ** (bits - 1) - 1
+    integers = torch.randint(-most, most + 1, (rows, columns // 2), generator=generator, dtype=torch.int8)
+    scale = ((0.5 + torch.rand(rows, groups, generator=generator)) / most).bfloat16()
+    return PackedLinear(integers if bits == 8 else pack_int4(integers), bitmask, a, b, scale)
 
 
 def dense_kernel(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
@@ -86,28 +98,52 @@ def seconds(run: Callable[[], Tensor]) -> float:
     return clock() - start
 
 
-def measure(shape: tuple[int, int], tokens: int, repeats: int, dense: Callable[[Tensor, Tensor], Tensor]) -> Row:
+def measure(
+    shape: tuple[int, int], tokens: int, cores: Sequence[str], repeats: int, dense: Callable[[Tensor, Tensor], Tensor]
+) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
-    layer = made_up_layer(*shape, generator)
+    layers = [made_up_layer(*shape, core, generator) for core in cores]
     weight = torch.randn(shape, generator=generator).bfloat16()
     x = torch.randn(tokens, shape[1], generator=generator).bfloat16()
     product = torch.nn.functional.linear(x, weight)
     if (dense(x, weight) - product).norm() > 0.01 * product.norm():
         raise SystemExit("the dense kernel is wrong")
     own_weight = weight.clone()  # or the dense kernel would find in the cache what torch has just read
-    contenders = (
+    contenders: list[Callable[[], Tensor]] = [
         lambda: torch.nn.functional.linear(x, weight),
         lambda: dense(x, own_weight),
-        lambda: run_kernel(x, layer),
-    )
+        *(partial(run_kernel, x, layer) for layer in layers),
+    ]
     times = [[seconds(run) for run in contenders] for _ in range(repeats)]
-    fastest_torch, fastest_dense, fastest_ours = (1e3 * min(column) for column in zip(*times, strict=True))
-    over_torch, over_dense = (statistics.median(row[i] / row[2] for row in times) for i in (0, 1))
-    return Row(*shape, tokens, fastest_torch, fastest_dense, fastest_ours, over_torch, over_dense)
+    fastest_torch, fastest_dense, *fastest = (1e3 * min(column) for column in zip(*times, strict=True))
+    found = []
+    for place, (core, ours) in enumerate(zip(cores, fastest, strict=True), start=2):
+        over_torch, over_dense = (statistics.median(row[i] / row[place] for row in times) for i in (0, 1))
+        found.append(Row(*shape, tokens, core, fastest_torch, fastest_dense, ours, over_torch, over_dense))
+    return found
+
+
+def report(row: Row) -> None:
+    print(
+        f"{row.rows:5} x {row.columns:5}, {row.tokens:2} tokens, {row.core}: torch {row.torch_ms:7.2f} ms, dense "
+        f"{row.dense_ms:6.2f} ms, ours {row.ours_ms:6.2f} ms; torch/ours {row.torch_over_ours:.2f}, "
+        f"dense/ours {row.dense_over_ours:.2f}",
+        flush=True,
+    )
+
+
+def summarise(rows: Sequence[Row]) -> None:
+    for core in dict.fromkeys(row.core for row in rows):
+        mine = [row for row in rows if row.core == core]
+        ratios = [statistics.median(getattr(r, f"{name}_over_ours") for r in mine) for name in ("torch", "dense")]
+        print(
+            f"median of the shapes, {mine[0].tokens} tokens, {core}: torch/ours {ratios[0]:.2f}, dense/ours {ratios[1]:.2f}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--core", nargs="+", choices=CORES, default=list(CORES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="of torch and of ours; the dense kernel has one")
@@ -119,21 +155,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         dense = dense_kernel(Path(folder))
         for tokens in options.tokens:
+            mine = []
             for shape in SHAPES:
-                row = measure(shape, tokens, options.repeats, dense)
-                found.append(row)
-                print(
-                    f"{row.rows:5} x {row.columns:5}, {tokens:2} tokens: torch {row.torch_ms:7.2f} ms, dense "
-                    f"{row.dense_ms:6.2f} ms, ours {row.ours_ms:6.2f} ms; torch/ours {row.torch_over_ours:.2f}, "
-                    f"dense/ours {row.dense_over_ours:.2f}",
-                    flush=True,
-                )
-            mine = [row for row in found if row.tokens == tokens]
-            ratios = [statistics.median(getattr(r, f"{name}_over_ours") for r in mine) for name in ("torch", "dense")]
-            print(f"median of the shapes, {tokens} tokens: torch/ours {ratios[0]:.2f}, dense/ours {ratios[1]:.2f}")
+                rows = measure(shape, tokens, options.core, options.repeats, dense)
+                for row in rows:
+                    report(row)
+                mine += rows
+            summarise(mine)
+            found += mine
     if options.json is not None:
-        rows = [asdict(row) for row in found]
-        options.json.write_text(json.dumps({"path": capabilities().path, "rows": rows}, indent=2), encoding="utf-8")
+        content = {"path": capabilities().path, "rows": [asdict(row) for row in found]}
+        options.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 | choice | how |
 |---|---|
 | `kernel` | the compiled kernel, from the packed tensors |
-| `dense` | the core unpacked into a shared buffer, in the layer's dtype, and `F.linear` |
+| `dense` | the core unpacked into a shared buffer, in the dtype of the layer's floats, and `F.linear` |
 | `dense-float32` | the same in float32, which some processors multiply faster than 16-bit numbers |
 """
 
@@ -40,7 +40,11 @@ class Situation:
     columns: int
     block_size: tuple[int, int]
     dtype: torch.dtype
-    """Of the packed tensors."""
+    """Of the packed floats."""
+    core: str
+    """`float`, `int8` or `int4`."""
+    group_size: int | None
+    """Kept values of a quantised core that have one scale; None for a whole row."""
     activation: torch.dtype
     tokens: int
     """The class, from TOKEN_CLASSES."""
@@ -55,7 +59,18 @@ class Situation:
         token_class = next((most for most in TOKEN_CLASSES if tokens <= most), TOKEN_CLASSES[-1])
         rows, columns = packed.shape
         threads = torch.get_num_threads()
-        return cls(rows, columns, packed.block_size, packed.values.dtype, x.dtype, token_class, threads, keeps_dense())
+        return cls(
+            rows,
+            columns,
+            packed.block_size,
+            packed.dtype,
+            packed.core,
+            packed.group_size,
+            x.dtype,
+            token_class,
+            threads,
+            keeps_dense(),
+        )
 
 
 @dataclass(slots=True)
@@ -116,7 +131,7 @@ def _ways(packed: PackedLinear, bias: Tensor | None, cores: DenseCores) -> dict[
 
     return {
         "kernel": lambda x: run_kernel(x, packed, bias),
-        "dense": lambda x: dense(x, packed.values.dtype),
+        "dense": lambda x: dense(x, packed.dtype),
         "dense-float32": lambda x: dense(x, torch.float32),
     }
 

@@ -77,10 +77,6 @@ def _check_for_kernel(packed: PackedLinear, name: str) -> None:
             f"{name}: the backend cpu needs the compiled kernel, which was not built for lack of a C compiler: install "
             "one and install armor-recipes again, or choose `folded`"
         )
-    if packed.scale is not None:
-        raise RecipeError(
-            f"{name} has an {packed.core} core, which the backend cpu does not run yet: choose `auto`, which runs it folded"
-        )
     if packed.values.device.type != "cpu":
         raise RecipeError(f"{name} is on {packed.values.device}: the backend cpu runs on the CPU; choose `folded`")
     check_packed(packed, name=name)
@@ -110,17 +106,23 @@ def _run_auto(x: Tensor, prepared: Tensor | DenseCores | None, packed: PackedLin
 
 
 def _has_kernel(packed: PackedLinear) -> bool:
-    return packed.values.device.type == "cpu" and packed.values.dtype in FORMATS and kernel_available()
+    return packed.values.device.type == "cpu" and packed.dtype in FORMATS and kernel_available()
+
+
+def wants_gradients(packed: PackedLinear) -> bool:
+    """Whether a packed tensor is trained."""
+    tensors = (packed.values, packed.a, packed.b, packed.scale)
+    return any(tensor.requires_grad for tensor in tensors if tensor is not None)
 
 
 def _trains(packed: PackedLinear) -> bool:
     """Whether a backward pass wants gradients of the packed tensors, which dense products give faster."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (packed.values, packed.a, packed.b))
+    return torch.is_grad_enabled() and wants_gradients(packed)
 
 
 BACKENDS = {
     "auto": Backend("auto", _prepare_auto, _run_auto, traced=_has_kernel),
-    "cpu": Backend("cpu", _check_for_kernel, _run_cpu, traced=lambda packed: packed.scale is None),
+    "cpu": Backend("cpu", _check_for_kernel, _run_cpu, traced=lambda _: True),
     "folded": Backend("folded", _fold, _run_folded),
     "reference": Backend("reference", _unpack, _run_reference),
 }

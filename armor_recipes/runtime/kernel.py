@@ -1,8 +1,8 @@
-"""The compiled kernel: `y = A (S (B x)) + bias` for a few tokens, straight from the packed tensors.
+"""The compiled kernel: `y = A (S (B x)) + bias` for a few tokens, straight from the packed tensors, float or quantised.
 
 `native/linear.c` is built as an optional extension and entered through ctypes, which lets go of the interpreter's lock. It
 holds up to three paths: plain C (`scalar`), `avx2`, and `avx512` (VBMI2 and BF16). The best that the processor has is taken,
-after a check: a path that disagrees with plain C on a fixed problem of small integers, where every sum is exact, is
+after a check: a path that disagrees with plain C on fixed problems of small integers, where every sum is exact, is
 never used, and `capabilities` says so.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +20,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from armor_recipes.checkpoint.packing import PACKABLE_DTYPES, PackedLinear
+from armor_recipes.checkpoint.packing import INTEGER_DTYPES, PACKABLE_DTYPES, PackedLinear, pack_int4
 from armor_recipes.errors import RecipeError
 
 PATH_VARIABLE = "ARMOR_CPU_PATH"
 PATHS = ("scalar", "avx2", "avx512")
 """In the order of the kernel's own numbers; the last one that a machine has is its best."""
 FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""The kernel's numbers for what factors, scales, bias and activations may be."""
+_VALUE_FORMATS = {**FORMATS, torch.int8: 3, torch.int32: 4}
 MOST_TOKENS = 16
 """Of one pass over the packed tensors; more take several."""
+_CHECKED_CORES = (("float", 0), ("int8", 1), ("int8", 2), ("int4", 1), ("int4", 4))
+"""Core types and scales a row of the self-check."""
+_LARGEST = {"float": 4, "int8": 127, "int4": 8}
+"""Of its kept values; int4 ends at 7."""
 _STRIP, _ROWS_AT_ONCE = 32, 64  # of native/linear.h and linear.c
 #: Entries of S below which starting another thread costs more than it saves.
 _WORTH_A_THREAD = 1 << 18
@@ -62,12 +69,24 @@ class _Job(ctypes.Structure):
     """`job_t` of native/linear.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "values", "bitmask", "a", "b", "bias", "y", "inner")),
+        *((name, ctypes.c_void_p) for name in ("x", "values", "scale", "bitmask", "a", "b", "bias", "y", "inner")),
         *(
             (name, ctypes.c_int64)
-            for name in ("tokens", "rows", "columns", "b_o", "b_i", "format", "activation", "path")
+            for name in ("tokens", "rows", "columns", "groups", "b_o", "b_i", "format", "floats", "activation", "path")
         ),
     )
+
+    @classmethod
+    def of(cls, packed: PackedLinear) -> _Job:
+        """What a job says of the layer, whose tensors are contiguous and have to outlive it."""
+        (rows, columns), (b_o, b_i), scale = packed.shape, packed.block_size, packed.scale
+        job = cls(rows=rows, columns=columns, b_o=b_o, b_i=b_i)
+        job.format, job.floats = _VALUE_FORMATS[packed.values.dtype], FORMATS[packed.dtype]
+        job.values, job.bitmask = packed.values.data_ptr(), packed.bitmask.data_ptr()
+        job.a, job.b = packed.a.data_ptr(), packed.b.data_ptr()
+        if scale is not None:
+            job.scale, job.groups = scale.data_ptr(), scale.shape[1]
+        return job
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,46 +120,52 @@ def run_kernel(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, p
 
     Args:
         x: `(..., I)` in bfloat16, float16 or float32, on the CPU.
-        packed: in one of these dtypes, which need not be x's.
-        bias: `(O,)` in the packed tensors' dtype.
-        path: `scalar`, `avx2` or `avx512`; None takes the best. avx512 rounds `B x` to bfloat16 where x and packed are.
+        packed: with floats in one of these dtypes, which need not be x's; its core of any type.
+        bias: `(O,)` in the dtype of the packed floats.
+        path: `scalar`, `avx2` or `avx512`; None takes the best. avx512 rounds `B x` to bfloat16 where x and the floats are.
 
     Raises:
         RecipeError: if the kernel was not built or `path` cannot run here.
-        TypeError: if the dtypes are not those above.
+        TypeError: if dtypes are not those above, or the scales do not fit the core.
     """
     rows, columns = packed.shape
     _check_arguments(x, packed, bias)
     number = PATHS.index(path or _chosen_path())
     flat = x.reshape(-1, columns).contiguous()
     y = flat.new_empty(flat.shape[0], rows)
-    tensors = [tensor.contiguous() for tensor in (packed.values, packed.bitmask, packed.a, packed.b)]
+    packed = _contiguous(packed)
     if 0 < flat.shape[0] <= MOST_TOKENS:
-        _run_job(flat, tensors, bias, y, number)
+        _run_job(flat, packed, bias, y, number)
     elif flat.shape[0]:
         for part, result in zip(flat.split(MOST_TOKENS), y.split(MOST_TOKENS), strict=True):
-            _run_job(part, tensors, bias, result, number)
+            _run_job(part, packed, bias, result, number)
     return y.view(*x.shape[:-1], rows)
 
 
 def unpack_into(packed: PackedLinear, out: Tensor) -> None:
-    """Write the core into `out` `(O, I)`, contiguous, in the values' dtype or float32, zero where nothing is kept.
+    """Write the core into `out` `(O, I)`, contiguous, in the dtype of the packed floats or float32, zero where nothing is kept.
 
-    The bitmask is taken as it is (`check_packed` checks it once); a damaged one stays within `out`. Raises `TypeError` for
-    another dtype or shape.
+    Integers come times their scales, rounded once. The bitmask is taken as it is (`check_packed` checks it once); a damaged
+    one stays within `out`. Raises `TypeError` for another dtype or shape.
     """
     library = _library()
     assert library is not None
-    if out.shape != packed.shape or not out.is_contiguous() or out.dtype not in (packed.values.dtype, torch.float32):
-        raise TypeError(f"cannot unpack {packed.shape} {packed.values.dtype} into {tuple(out.shape)} {out.dtype}")
+    _check_core(packed)
+    if out.shape != packed.shape or not out.is_contiguous() or out.dtype not in (packed.dtype, torch.float32):
+        raise TypeError(f"cannot unpack {packed.shape} {packed.dtype} into {tuple(out.shape)} {out.dtype}")
     rows, columns = packed.shape
-    values, bitmask = packed.values.contiguous(), packed.bitmask.contiguous()
-    formats = FORMATS[values.dtype], FORMATS[out.dtype]
+    packed = _contiguous(packed)
+    job = _Job.of(packed)
 
     def run(begin: int, end: int, _: int) -> None:
-        library.unpack(values.data_ptr(), bitmask.data_ptr(), out.data_ptr(), columns, *formats, begin, end)
+        library.unpack(ctypes.byref(job), out.data_ptr(), FORMATS[out.dtype], begin, end)
 
     _split(run, rows, rows * columns)
+
+
+def _contiguous(packed: PackedLinear) -> PackedLinear:
+    values, bitmask, a, b = (t.contiguous() for t in (packed.values, packed.bitmask, packed.a, packed.b))
+    return PackedLinear(values, bitmask, a, b, None if packed.scale is None else packed.scale.contiguous())
 
 
 def _check_arguments(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> None:
@@ -148,27 +173,49 @@ def _check_arguments(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> No
         raise TypeError(
             f"the cpu kernel takes x (..., {packed.shape[1]}) in {PACKABLE_DTYPES}, got {tuple(x.shape)} {x.dtype}"
         )
-    stored = packed.values.dtype
-    one_dtype = packed.a.dtype == packed.b.dtype == stored and (bias is None or bias.dtype == stored)
-    if not one_dtype or stored not in FORMATS or (bias is not None and not bias.is_contiguous()):
-        raise TypeError(
-            "the cpu kernel takes values, factors and a contiguous bias in one dtype, got "
-            f"{stored}, {packed.a.dtype}, {packed.b.dtype} and {None if bias is None else bias.dtype}"
-        )
-    if not (x.is_cpu and packed.values.is_cpu and packed.bitmask.is_cpu and packed.a.is_cpu and packed.b.is_cpu):
+    tensors = (packed.values, packed.bitmask, packed.a, packed.b, *(t for t in (packed.scale, bias) if t is not None))
+    if not (x.is_cpu and all(tensor.is_cpu for tensor in tensors)):
         raise TypeError(f"the cpu kernel takes CPU tensors, got x on {x.device}, values on {packed.values.device}")
+    _check_core(packed)
+    if packed.b.dtype != packed.dtype or (
+        bias is not None and (bias.dtype != packed.dtype or not bias.is_contiguous())
+    ):
+        raise TypeError(
+            "the cpu kernel takes factors and a contiguous bias in one dtype, got "
+            f"{packed.a.dtype}, {packed.b.dtype} and {None if bias is None else bias.dtype}"
+        )
 
 
-def _run_job(x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, path: int) -> None:
+def _check_core(packed: PackedLinear) -> None:
+    """Refuse dtypes that the kernel has not, and scales that it would read past; contents are checked once, by `check_packed`."""
+    (rows, columns), stored, scale = packed.shape, packed.values.dtype, packed.scale
+    scales = packed.values if scale is None else scale
+    known = stored in (FORMATS if scale is None else INTEGER_DTYPES)
+    if not known or packed.dtype not in FORMATS or scales.dtype != packed.dtype:
+        raise TypeError(
+            "the cpu kernel takes values in the factors' dtype, or int8 or int4 (in int32) with scales in that dtype, got "
+            f"{stored}, scales {None if scale is None else scale.dtype} and factors {packed.dtype}"
+        )
+    shape = None if scale is None else tuple(scale.shape)
+    if shape not in (None, (rows, 1)) and (
+        len(shape) != 2 or shape[0] != rows or not shape[1] or columns % (16 * shape[1])
+    ):
+        raise TypeError(
+            f"the cpu kernel takes scales ({rows}, groups) of whole rows or of a multiple of 8 values, got {shape} for "
+            f"{columns // 2} values a row"
+        )
+
+
+def _run_job(x: Tensor, packed: PackedLinear, bias: Tensor | None, y: Tensor, path: int) -> None:
     """One job of at most MOST_TOKENS tokens; the factors before the rows, each split over threads."""
     library = _library()
     assert library is not None
-    values, _, a, b = tensors
-    (tokens, columns), rows, b_o, b_i = x.shape, y.shape[1], a.shape[-1], b.shape[-1]
+    (tokens, columns), rows, (b_o, b_i) = x.shape, y.shape[1], packed.block_size
     inner = torch.empty(tokens * -(-columns // _STRIP) * _STRIP, dtype=torch.float32)
-    pointers = [x.data_ptr(), *(t.data_ptr() for t in tensors), None if bias is None else bias.data_ptr(), y.data_ptr()]
-    sizes = (tokens, rows, columns, b_o, b_i, FORMATS[values.dtype], FORMATS[x.dtype], path)
-    job = _Job(*pointers, inner.data_ptr(), *sizes)
+    job = _Job.of(packed)
+    job.tokens, job.activation, job.path = tokens, FORMATS[x.dtype], path
+    job.x, job.y, job.inner = x.data_ptr(), y.data_ptr(), inner.data_ptr()
+    job.bias = None if bias is None else bias.data_ptr()
     scratch = torch.empty(torch.get_num_threads(), 2 * max(b_o, b_i, _ROWS_AT_ONCE) * tokens, dtype=torch.float32)
 
     def input_step(begin: int, end: int, part: int) -> None:
@@ -217,7 +264,7 @@ def _library() -> _Library | None:
         function.restype = None
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     library.armor_unpack.restype = None
-    library.armor_unpack.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 5
+    library.armor_unpack.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3
     return _Library(int(library.armor_paths()), library.armor_input, library.armor_output, library.armor_unpack)
 
 
@@ -249,14 +296,14 @@ def _checked_paths() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def path_agrees(path: str) -> bool:
-    """Whether a path gives the numbers of plain C on small integers, for every dtype and number of tokens.
+    """Whether a path gives the numbers of plain C on small integers, for every dtype, core type and number of tokens.
 
-    65 columns of x would be exact in any order of additions: products and sums of integers below 2²⁴ are, and `B x` stays
-    below 2⁸, so it is exact in bfloat16, too. Rows and columns end in parts of a strip, of a block of 8 and of 4.
+    All sums are exact in any order of additions: products and sums of integers below 2²⁴ are, and `B x` stays below 2⁸, so it
+    is exact in bfloat16, too. Rows and columns end in parts of a strip, of a block of 8 and of 4.
     """
-    for dtype in FORMATS:
-        packed, bias = _integer_problem(dtype)
-        for x_dtype in {dtype, torch.float32}:
+    for dtype, (core, groups) in itertools.product(FORMATS, _CHECKED_CORES):
+        packed, bias = _integer_problem(dtype, core, groups)
+        for x_dtype in {dtype, torch.float32} if core == "float" else {dtype}:
             for tokens in (1, 2, 13):
                 x = _integers((tokens, packed.shape[1]), 3).to(x_dtype)
                 expected = run_kernel(x, packed, bias, path="scalar")
@@ -271,15 +318,19 @@ def _integers(shape: tuple[int, ...], most: int) -> Tensor:
     return ((torch.arange(count) * 7919 + 104729) % 10007 % (2 * most + 1) - most).view(shape)
 
 
-def _integer_problem(dtype: torch.dtype) -> tuple[PackedLinear, Tensor]:
-    """A core of 27 × 104 with blocks of 9 × 13; every one of the six masks occurs."""
+def _integer_problem(dtype: torch.dtype, core: str, groups: int) -> tuple[PackedLinear, Tensor]:
+    """A core of 27 rows in blocks of 9, with every one of the six masks; columns end within a strip, where groups let them."""
+    columns = {"float": 104, "int8": 104, "int4": 112}[core] if groups < 2 else 128
     nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8)
-    choice = nibbles[_integers((27, 26), 40) % 6]
-    bitmask = choice[:, 0::2] | choice[:, 1::2] << 4
+    choice = nibbles[_integers((27, columns // 4), 40) % 6]
+    values = _integers((27, columns // 2), _LARGEST[core])
+    values = pack_int4(values.clamp(max=7)) if core == "int4" else values.to(torch.int8 if core == "int8" else dtype)
+    scale = None if core == "float" else (_integers((27, groups), 1) + 2).to(dtype)
     packed = PackedLinear(
-        _integers((27, 52), 4).to(dtype),
-        bitmask,
+        values,
+        choice[:, 0::2] | choice[:, 1::2] << 4,
         _integers((3, 9, 9), 1).to(dtype),
-        _integers((8, 13, 13), 1).to(dtype),
+        _integers((8, columns // 8, columns // 8), 1).to(dtype),
+        scale,
     )
     return packed, _integers((27,), 5).to(dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from armor_recipes.checkpoint.config import INPUT_FACTOR, SCALE, LayerSpec, PackedShapes, named_tensors, tensor_names
 from armor_recipes.checkpoint.packing import INTEGER_DTYPES, FactorizationLike, PackedLinear
 from armor_recipes.errors import CheckpointError
-from armor_recipes.runtime.backends import choose_backend
+from armor_recipes.runtime.backends import choose_backend, wants_gradients
 
 
 class ArmorLinear(nn.Linear):
@@ -179,7 +179,7 @@ class ArmorLinear(nn.Linear):
         packed = self.packed()
         if torch.compiler.is_compiling() and backend.traced(packed):
             return backend.run(input, None, packed, self.bias)
-        training = self.training and torch.is_grad_enabled() and _wants_gradients(packed)
+        training = self.training and torch.is_grad_enabled() and wants_gradients(packed)
         prepared = backend.prepare(packed, self._name()) if training else self._cached()
         return backend.run(input, prepared, packed, self.bias)
 
@@ -232,12 +232,6 @@ class ArmorLinear(nn.Linear):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._owner is not None:
             self._owner._sharers.append(self)
-
-
-def _wants_gradients(packed: PackedLinear) -> bool:
-    return any(
-        tensor.requires_grad for tensor in (packed.values, packed.a, packed.b, packed.scale) if tensor is not None
-    )
 
 
 def set_backend(model: nn.Module, name: str | None) -> int:

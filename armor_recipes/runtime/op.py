@@ -1,7 +1,8 @@
 """`armor_recipes::linear`: the cpu kernel as an operator of torch, with a shape function and gradients.
 
 So `torch.compile` traces through it, and an adapter (LoRA, say) trains on top of a layer that runs on it. The backward pass
-is plain torch: it unpacks the core, so to train the factors themselves the backend `reference` is faster.
+is plain torch: it unpacks the core, so to train the factors themselves the backend `reference` is faster. The integers and scales
+of a quantised core get no gradient.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armor_recipes.checkpoint.packing import PackedLinear, unpack_2of4
+from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.errors import RecipeError
 from armor_recipes.runtime.auto import DenseCores, run_auto
 from armor_recipes.runtime.kernel import run_kernel
 from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor
@@ -24,9 +26,10 @@ def linear(
     """Compute `A (S (B x)) + bias` `(..., O)`; past the dispatcher, which costs tens of microseconds, where nothing needs it.
 
     `backend` is `cpu`, the kernel whatever the number of tokens, or `auto`, the fastest way, with the layer's `cores` if it
-    keeps them. Raises what `run_kernel` raises.
+    keeps them. Differentiable in x, float values, A, B and bias. Raises what `run_kernel` raises, and in a backward pass
+    `RecipeError` where the scales of a quantised core are trained.
     """
-    tensors = (x, packed.values, packed.bitmask, packed.a, packed.b, bias)
+    tensors = (x, packed.values, packed.bitmask, packed.a, packed.b, packed.scale, bias)
     grads = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if grads or torch.compiler.is_compiling():
         y: Tensor = torch.ops.armor_recipes.linear(*tensors, backend)
@@ -36,9 +39,16 @@ def linear(
 
 @torch.library.custom_op("armor_recipes::linear", mutates_args=(), device_types="cpu")
 def _linear(
-    x: Tensor, values: Tensor, bitmask: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, backend: str
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    backend: str,
 ) -> Tensor:
-    packed = PackedLinear(values, bitmask, a, b)
+    packed = PackedLinear(values, bitmask, a, b, scale)
     return run_kernel(x, packed, bias) if backend == "cpu" else run_auto(x, packed, bias)
 
 
@@ -49,6 +59,7 @@ def _(
     bitmask: Tensor,  # noqa: ARG001
     a: Tensor,  # noqa: ARG001
     b: Tensor,  # noqa: ARG001
+    scale: Tensor | None,  # noqa: ARG001
     bias: Tensor | None,  # noqa: ARG001
     backend: str,  # noqa: ARG001
 ) -> Tensor:
@@ -57,10 +68,18 @@ def _(
 
 @torch.library.custom_op("armor_recipes::linear_backward", mutates_args=())
 def _linear_backward(
-    grad: Tensor, x: Tensor, values: Tensor, bitmask: Tensor, a: Tensor, b: Tensor, wanted: Sequence[bool]
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor | None,
+    wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, values, a and b: those `wanted`, empty tensors for the others (no autograd inside an operator)."""
-    core, mask = unpack_2of4(values, bitmask)
+    core, mask = PackedLinear(values, bitmask, a, b, scale).unpack()
+    core = core.to(a.dtype)  # a quantised one comes as float32
     flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     inner = apply_input_factor(flat, b)
     inner_grad = apply_output_factor(grad, a.mT)
@@ -88,6 +107,7 @@ def _(
     bitmask: Tensor,  # noqa: ARG001
     a: Tensor,
     b: Tensor,
+    scale: Tensor | None,  # noqa: ARG001
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     return [
@@ -96,11 +116,15 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs[:5])
+    ctx.save_for_backward(*inputs[:6])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    need_x, need_values, _, need_a, need_b, need_bias, _ = ctx.needs_input_grad
+    need_x, need_values, _, need_a, need_b, need_scale, need_bias, _ = ctx.needs_input_grad
+    if need_scale:
+        raise RecipeError(
+            "the backends cpu and auto compute no gradient of weight_scale: choose `reference` to train it, or freeze it"
+        )
     wanted = [need_x, need_values, need_a, need_b]
     found = (
         torch.ops.armor_recipes.linear_backward(grad, *ctx.saved_tensors, wanted)
@@ -109,7 +133,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
     x, values, a, b = (gradient if need else None for gradient, need in zip(found, wanted, strict=True))
     bias = grad.flatten(0, -2).sum(0) if need_bias else None
-    return x, values, None, a, b, bias, None
+    return x, values, None, a, b, None, bias, None
 
 
 _linear.register_autograd(_backward, setup_context=_save)

@@ -23,7 +23,7 @@ def run_dense(
         x: `(..., I)`, on the CPU.
         packed: the layer.
         bias: `(O,)` or None.
-        dtype: the packed values' or float32.
+        dtype: the packed floats' or float32.
         core: S `(O, I)` in `dtype`, if it was kept; None unpacks it into this thread's buffer.
     """
     if core is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.packing import GROUP_STEP, INTEGER_DTYPES, PackedLinear
 
 _PART = 1 << 20
 """Numbers checked at once."""
@@ -16,28 +19,40 @@ def check_packed(packed: PackedLinear, *, name: str = "this layer") -> None:
     Raises:
         CheckpointError: naming the tensor that is wrong, its value, and what it should be.
     """
-    fits = _shapes_fit(packed) and _two_of_four(packed.bitmask) and all(map(_finite, _floats(packed)))
-    if packed.scale is not None or not fits:  # integers and scales are checked in full
+    right = _shapes_fit(packed) and _two_of_four(packed.bitmask) and all(map(_finite, _floats(packed)))
+    if not right or not _integers_fit(packed):
         packed.validate(name=name)  # says what is wrong, and where
 
 
 def _floats(packed: PackedLinear) -> tuple[Tensor, Tensor, Tensor]:
-    return packed.values, packed.a, packed.b
+    return packed.values if packed.scale is None else packed.scale, packed.a, packed.b
 
 
 def _shapes_fit(packed: PackedLinear) -> bool:
-    if any(t.dim() != n for t, n in zip((*_floats(packed), packed.bitmask), (2, 3, 3, 2), strict=True)):
+    tensors = (packed.values, packed.bitmask, *_floats(packed))
+    if any(t.dim() != n for t, n in zip(tensors, (2, 2, 2, 3, 3), strict=True)):
         return False
     (rows, columns), (b_o, b_i) = packed.shape, packed.block_size
-    expected = ((rows, columns // 2), (rows // b_o, b_o, b_o), (columns // b_i, b_i, b_i))
-    whole = columns % 8 == 0 and rows % b_o == 0 and columns % b_i == 0
-    shapes = [tuple(t.shape) for t in _floats(packed)]
-    return whole and shapes == list(expected) and tuple(packed.bitmask.shape) == (rows, columns // 8)
+    expected = ((rows, columns // 8), (rows // b_o, b_o, b_o), (columns // b_i, b_i, b_i))
+    whole = columns > 0 and columns % 8 == 0 and rows % b_o == 0 and columns % b_i == 0
+    return whole and tuple(tuple(t.shape) for t in (packed.bitmask, packed.a, packed.b)) == expected
+
+
+def _integers_fit(packed: PackedLinear) -> bool:
+    """Whether a quantised core is as `armor_recipes.checkpoint.packing` says; every int4 is in range. True of a float core."""
+    if packed.scale is None:
+        return True
+    kept, (rows, groups) = packed.shape[1] // 2, packed.scale.shape
+    dtypes = packed.values.dtype in INTEGER_DTYPES and packed.scale.dtype == packed.a.dtype == packed.b.dtype
+    whole = groups == 1 or (groups > 0 and kept % (groups * GROUP_STEP) == 0)
+    if not dtypes or not whole or rows != packed.shape[0] or not bool((packed.scale > 0).all()):
+        return False
+    return packed.values.dtype != torch.int8 or all(bool((part != -128).all()) for part in _parts(packed.values))
 
 
 def _two_of_four(bitmask: Tensor) -> bool:
     """Whether every group of 4 bits has 2 set: counts within each half byte, by the usual sums of neighbours."""
-    for part in bitmask.detach().flatten().split(_PART):
+    for part in _parts(bitmask):
         pairs = part - ((part >> 1) & 0x55)
         if not bool((((pairs & 0x33) + ((pairs >> 2) & 0x33)) == 0x22).all()):
             return False
@@ -45,4 +60,9 @@ def _two_of_four(bitmask: Tensor) -> bool:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return all(bool(part.isfinite().all()) for part in tensor.detach().flatten().split(_PART))
+    return all(bool(part.isfinite().all()) for part in _parts(tensor))
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    parts: Sequence[Tensor] = tensor.detach().flatten().split(_PART)
+    return parts

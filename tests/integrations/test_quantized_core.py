@@ -24,7 +24,8 @@ from armor_recipes.checkpoint.packing import PackedLinear, pack_int4, unpack_int
 from armor_recipes.checkpoint.reader import check_folder, inspect, read_layers
 from armor_recipes.checkpoint.verify import verify
 from armor_recipes.checkpoint.writer import tensor_hashes
-from armor_recipes.errors import CheckpointError, PlanError, RecipeError
+from armor_recipes.errors import CheckpointError, PlanError
+from armor_recipes.runtime.kernel import kernel_available
 from armor_recipes.runtime.linear import ArmorLinear
 
 KIND = "llama-attention-bias-gqa"
@@ -92,11 +93,12 @@ def test_the_config_survives_compressed_tensors_schema(case: dict[str, int | Non
     assert {spec.core for spec in layer_specs(kept, where="x").values()} == {f"int{case['bits']}"}
 
 
-def test_the_cpu_kernel_refuses_and_auto_folds(tmp_path: Path) -> None:
-    expected = logits(write(KIND, tmp_path / "model", bits=8))
-    with pytest.raises(RecipeError, match="int8 core, which the backend cpu does not run yet: choose `auto`"):
-        armor_recipes.load(tmp_path / "model", backend="cpu")
-    assert torch.equal(logits(armor_recipes.load(tmp_path / "model", dtype=torch.float32, backend="auto")), expected)
+@pytest.mark.skipif(not kernel_available(), reason="the kernel was not built")
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_the_kernel_runs_it(case: dict[str, int | None], backend: str, tmp_path: Path) -> None:
+    expected = logits(write(KIND, tmp_path / "model", **case))
+    model = armor_recipes.load(tmp_path / "model", dtype=torch.float32, backend=backend)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_casts_leave_the_integers(tmp_path: Path) -> None:

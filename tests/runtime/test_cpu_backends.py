@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from test_integer_kernel import quantized
 from test_kernel import DTYPES, TOLERANCE, error, expected, packed
 from torch import nn
 
@@ -24,9 +25,14 @@ X = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(2))
 
 
 def layer(backend: str, dtype: torch.dtype = torch.float32) -> ArmorLinear:
-    linear = nn.Linear(24, 16, dtype=dtype, device="meta")
-    linear.bias = nn.Parameter(torch.arange(16).to(dtype), requires_grad=False)
-    made = ArmorLinear.from_packed(linear, packed(16, 24, (4, 8), dtype))
+    return holding(packed(16, 24, (4, 8), dtype), backend)
+
+
+def holding(tensors: PackedLinear, backend: str) -> ArmorLinear:
+    rows, columns = tensors.shape
+    linear = nn.Linear(columns, rows, dtype=tensors.dtype, device="meta")
+    linear.bias = nn.Parameter(torch.arange(rows).to(tensors.dtype), requires_grad=False)
+    made = ArmorLinear.from_packed(linear, tensors)
     made.backend = backend
     return made.eval()
 
@@ -71,6 +77,82 @@ def test_gradients_are_those_of_the_reference(backend: str) -> None:
         found[name] = torch.autograd.grad(armor(x).square().sum(), trained)
     for ours, theirs in zip(found[backend], found["reference"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+QUANTIZED = [(core, group) for core in ("int8", "int4") for group in (None, 8, 16)]
+WIDE = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(2))
+
+
+def quantized_layer(
+    backend: str, core: str, group: int | None = None, dtype: torch.dtype = torch.float32
+) -> ArmorLinear:
+    return holding(quantized(16, 32, (4, 8), dtype, core, group), backend)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("core", "group"), QUANTIZED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantized_cores_are_right_and_run_from_their_integers(
+    backend: str, dtype: torch.dtype, core: str, group: int | None
+) -> None:
+    armor, x = quantized_layer(backend, core, group, dtype), WIDE.to(dtype)
+    truth = expected(x, armor.packed(), armor.bias)
+    assert error(armor(x), truth) < 3 * TOLERANCE[dtype]
+    assert armor._prepared is not None
+    assert not isinstance(armor._prepared[1], torch.Tensor)  # nothing was folded
+    assert error(copy.deepcopy(armor)(x), truth) < 3 * TOLERANCE[dtype]
+    cast = pickle.loads(pickle.dumps(armor)).to(torch.float32)
+    assert error(cast(WIDE), expected(WIDE, cast.packed(), cast.bias)) < 1e-6
+
+
+@needs_kernel
+@pytest.mark.parametrize("core", ["int8", "int4"])
+def test_every_way_of_auto_is_right_for_quantized_cores(core: str) -> None:
+    for dtype in DTYPES:
+        armor, x = quantized_layer("auto", core, 8, dtype), WIDE.to(dtype)
+        situation = Situation.of(x, armor.packed())
+        assert (situation.dtype, situation.core, situation.group_size) == (dtype, core, 8)
+        for choice in CHOICES:
+            tell({situation: choice})
+            assert error(armor(x), expected(x, armor.packed(), armor.bias)) < 3 * TOLERANCE[dtype]
+
+
+@needs_kernel
+@pytest.mark.parametrize("core", ["int8", "int4"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantized_cores_compile_without_a_graph_break(backend: str, core: str) -> None:
+    armor = quantized_layer(backend, core, 16)
+    compiled = torch.compile(armor, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(WIDE), armor(WIDE), atol=1e-5)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("core", "group"), QUANTIZED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_around_a_quantized_core_are_those_of_the_reference(
+    backend: str, dtype: torch.dtype, core: str, group: int | None
+) -> None:
+    found = {}
+    for name in (backend, "reference"):
+        armor, x = quantized_layer(name, core, group, dtype).train(), WIDE.to(dtype).requires_grad_()
+        trained = [x, *(getattr(armor, part).requires_grad_() for part in ("armor_a", "armor_b", "bias"))]
+        found[name] = torch.autograd.grad(armor(x).float().square().sum(), trained)
+    for ours, theirs in zip(found[backend], found["reference"], strict=True):
+        assert ours.dtype == theirs.dtype == dtype
+        assert error(ours, theirs.double()) < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+@needs_kernel
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scales_are_not_trained_in_silence(backend: str) -> None:
+    armor = quantized_layer(backend, "int8")
+    armor.weight_scale.requires_grad_()
+    y = armor(WIDE)
+    with pytest.raises(RecipeError, match="no gradient of weight_scale: choose `reference`"):
+        y.sum().backward()
 
 
 class Adapted(nn.Module):
@@ -200,6 +282,53 @@ def test_dense_cores_are_kept_only_where_asked(monkeypatch: pytest.MonkeyPatch) 
         assert armor._prepared is not None
         assert len(armor._prepared[1].kept) == int(keep)
         assert error(y, expected(X, armor.packed(), armor.bias)) < 1e-6
+
+
+def test_quantized_cores_are_checked_without_unpacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [quantized(16, 32, (4, 8), torch.bfloat16, core, group) for core, group in QUANTIZED]
+    monkeypatch.setattr(PackedLinear, "unpack", lambda *_, **__: pytest.fail("unpacked"))
+    for made in layers:
+        check_packed(made)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("zero scale", r"proj: weight_scale: 1 of 32 scales are not positive"),
+        ("infinite scale", "proj: weight_scale: 1 of 32 numbers are not finite"),
+        ("scale dtype", r"proj: armor_a is \(4, 4, 4\) torch.float32"),
+        ("scale groups", r"proj: weight_scale is \(16, 3\)"),
+        ("scale rows", r"proj: weight_scale is \(15, 2\)"),
+        ("-128", "proj: weight holds -128"),
+        ("bitmask", "proj: bitmask: row 3, columns 8 to 11 keep 3 entries"),
+        ("armor_b", r"proj: armor_b is \(2, 8, 8\)"),
+        ("values", r"proj: weight is \(16, 16\) torch.int16"),
+    ],
+)
+def test_a_damaged_quantized_core_is_refused(part: str, message: str) -> None:
+    made = quantized(16, 32, (4, 8), torch.float32, "int8", 8)
+    assert made.scale is not None
+    values, bitmask, b, scale = made.values.clone(), made.bitmask.clone(), made.b, made.scale.clone()
+    if part == "zero scale":
+        scale[2, 1] = 0
+    elif part == "infinite scale":
+        scale[2, 1] = torch.inf
+    elif part == "-128":
+        values[15, 15] = -128
+    elif part == "bitmask":
+        bitmask[3, 1] = 0b00110111
+    elif part == "armor_b":
+        b = b[:2]
+    elif part == "values":
+        values = values.to(torch.int16)
+    else:
+        scale = {
+            "scale dtype": scale.half(),
+            "scale groups": torch.ones(16, 3),
+            "scale rows": scale[:15],
+        }[part]
+    with pytest.raises(CheckpointError, match=message):
+        check_packed(PackedLinear(values, bitmask, made.a, b, scale), name="proj")
 
 
 def damaged(part: str) -> PackedLinear:

@@ -56,6 +56,18 @@ def test_float32_agrees_with_the_folded_model(checkpoint: Path, backend: str) ->
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 8), (4, None), (4, 8)])
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_quantized_cores_agree_with_the_folded_model(
+    tmp_path: Path, backend: str, bits: int, group: int | None
+) -> None:
+    write("llama-attention-bias-gqa", tmp_path / "model", bits=bits, group=group)
+    model = armor_recipes.load(tmp_path / "model", backend=backend, dtype=torch.float32)
+    expected = logits(armor_recipes.load(tmp_path / "model", backend="folded", dtype=torch.float32))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(layer._prepared[1], torch.Tensor) for layer in layers(model) if layer._prepared)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "auto"])
 def test_generate_copies_and_saving(checkpoint: Path, tmp_path: Path, backend: str) -> None:
     model = armor_recipes.load(checkpoint, backend=backend, dtype=torch.float32)

@@ -21,7 +21,35 @@ AVX2_INLINE pairs_t split_floats(__m256 low, __m256 high) {
     return (pairs_t){in_order(_mm256_shuffle_ps(low, high, 0x88)), in_order(_mm256_shuffle_ps(low, high, 0xdd))};
 }
 
+/* int8 to the uppermost byte of each lane, that is times 2^24: with what is below it zero, no sign has to be extended. */
+AVX2_INLINE pairs_t int8_pairs(const uint8_t *values) {
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)values));
+    const __m256i pair = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14); /* of bytes, of each lane's group */
+    const __m256i first = _mm256_or_si256(_mm256_slli_epi32(pair, 24), _mm256_set1_epi32(0x00808080));
+    const __m256i second = _mm256_add_epi32(first, _mm256_set1_epi32(1 << 24));
+    return (pairs_t){_mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes, first)),
+                     _mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes, second))};
+}
+
+/* A group's int4 are one byte. Its uppermost 4 bits of a lane are the second one times 2^28, once their sign is flipped, which
+ * takes away the 8 that was added; shifted left they are the first one. */
+AVX2_INLINE pairs_t int4_pairs(const uint8_t *values) {
+    int64_t eight;
+    memcpy(&eight, values, 8);
+    const __m256i place = _mm256_slli_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), 24);
+    const __m256i uppermost = _mm256_or_si256(place, _mm256_set1_epi32(0x00808080));
+    const __m256i both = _mm256_xor_si256(_mm256_shuffle_epi8(_mm256_set1_epi64x(eight), uppermost),
+                                          _mm256_set1_epi32((int)0x88000000u));
+    const __m256i second = _mm256_and_si256(both, _mm256_set1_epi32((int)0xf0000000u));
+    return (pairs_t){_mm256_cvtepi32_ps(_mm256_slli_epi32(both, 4)), _mm256_cvtepi32_ps(second)};
+}
+
+/* What makes up for that in x. */
+static float unit(format_t format) { return format == INT8 ? 0x1p-24f : format == INT4 ? 0x1p-28f : 1.0f; }
+
 AVX2_INLINE pairs_t pairs(const uint8_t *values, int64_t strip, format_t format) {
+    if (format == INT8) return int8_pairs(values + 16 * strip);
+    if (format == INT4) return int4_pairs(values + 8 * strip);
     if (format == FP32) {
         const float *at = (const float *)(const void *)(values + 64 * strip);
         return split_floats(_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8));
@@ -34,12 +62,20 @@ AVX2_INLINE pairs_t pairs(const uint8_t *values, int64_t strip, format_t format)
                      _mm256_castsi256_ps(_mm256_and_si256(words, upper))};
 }
 
-/* Lane g: the 4 mask bits of group g in the uppermost bits, so that shifting left by 3 - c puts bit c in the sign. */
+AVX2_INLINE pairs_t times(pairs_t kept, __m256 factor) {
+    return (pairs_t){_mm256_mul_ps(kept.first, factor), _mm256_mul_ps(kept.second, factor)};
+}
+
+/* Lane g: the 4 mask bits of group g in the uppermost bits. */
 AVX2_INLINE __m256i nibbles(uint32_t mask) {
     return _mm256_sllv_epi32(_mm256_set1_epi32((int)mask), _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0));
 }
 
-AVX2_INLINE __m256 sign(__m256i nibble, int bit) { return _mm256_castsi256_ps(_mm256_slli_epi32(nibble, 3 - bit)); }
+/* Bit c in the sign of selectors[c]; by additions, which more units can do than shifts. */
+AVX2_INLINE void select_bits(uint32_t mask, __m256 selectors[4]) {
+    __m256i bits = nibbles(mask);
+    for (int c = 3; c >= 0; c--, bits = _mm256_add_epi32(bits, bits)) selectors[c] = _mm256_castsi256_ps(bits);
+}
 
 AVX2_INLINE uint32_t word(const uint8_t *bitmask, int64_t strip) {
     uint32_t mask;
@@ -47,22 +83,51 @@ AVX2_INLINE uint32_t word(const uint8_t *bitmask, int64_t strip) {
     return mask;
 }
 
+/* Strips whose values are a line of the cache, or half as many where one strip is a whole line. */
+AVX2_INLINE int64_t strips_of_line(format_t format) { return format == FP32 ? 2 : 64 / bytes_of(STRIP / 2, format); }
+
 /* Ask for the same columns `rows` rows on: the hardware follows a row, but a page or a chunk ends with it. */
 AVX2_INLINE void fetch_ahead(const uint8_t *values, const uint8_t *bitmask, const job_t *job, int64_t strip, int rows,
                              format_t format) {
-    const int64_t pitch = job->columns / 2 * width(format);
-    _mm_prefetch((const char *)(values + rows * pitch + strip * STRIP / 2 * width(format)), _MM_HINT_T1);
+    const int64_t pitch = bytes_of(job->columns / 2, format);
+    _mm_prefetch((const char *)(values + rows * pitch + bytes_of(strip * STRIP / 2, format)), _MM_HINT_T1);
     if (strip % 16 == 0) _mm_prefetch((const char *)(bitmask + rows * (job->columns / 8) + 4 * strip), _MM_HINT_T1);
 }
 
-/* One token: bring x to the kept values. */
-AVX2_INLINE __m256 gather_step(__m256 sum, pairs_t kept, uint32_t mask, const float *x) {
-    const __m256i nibble = nibbles(mask);
+/* The scales of up to 4 rows over some columns, as floats, and which of them is the present strip's. */
+typedef struct {
+    float scale[4][GROUPED_COLUMNS / STRIP];
+    int64_t strips, group, next; /* strips of a group; the present group; the strip after it */
+} scales_t;
+
+AVX2_INLINE void begin_scales(scales_t *s, const job_t *job, int64_t row, int count, int64_t begin, int64_t end) {
+    const int64_t wide = job->columns / job->groups, first = begin / wide, groups = (end - 1) / wide - first + 1;
+    const int64_t size = width((format_t)job->floats);
+    for (int r = 0; r < count; r++) {
+        const int64_t index = (row + r) * job->groups + first;
+        for (int64_t byte = 0; byte < groups * size; byte += 64)
+            _mm_prefetch((const char *)(job->scale + (index + 4 * job->groups) * size + byte), _MM_HINT_T1);
+        load_numbers(job->scale, index, groups, (format_t)job->floats, s->scale[r]);
+    }
+    s->strips = wide / STRIP, s->group = 0, s->next = (first + 1) * s->strips;
+}
+
+AVX2_INLINE void at_strip(scales_t *s, int64_t strip) {
+    if (strip == s->next) s->group++, s->next += s->strips;
+}
+
+AVX2_INLINE __m256 scale_of(const scales_t *s, int r) { return _mm256_broadcast_ss(&s->scale[r][s->group]); }
+
+/* One token: bring x to the kept values. The scale is that of row r, where groups have their own. */
+AVX2_INLINE __m256 gather_step(__m256 sum, pairs_t kept, uint32_t mask, const float *x, const scales_t *scales, int r) {
+    __m256 bit[4];
+    select_bits(mask, bit);
     const __m256 x1 = _mm256_loadu_ps(x + 8), x2 = _mm256_loadu_ps(x + 16);
-    const __m256 first = _mm256_blendv_ps(_mm256_blendv_ps(x2, x1, sign(nibble, 1)), _mm256_loadu_ps(x), sign(nibble, 0));
-    const __m256 second =
-        _mm256_blendv_ps(_mm256_blendv_ps(x1, x2, sign(nibble, 2)), _mm256_loadu_ps(x + 24), sign(nibble, 3));
-    return _mm256_fmadd_ps(kept.second, second, _mm256_fmadd_ps(kept.first, first, sum));
+    const __m256 first = _mm256_blendv_ps(_mm256_blendv_ps(x2, x1, bit[1]), _mm256_loadu_ps(x), bit[0]);
+    const __m256 second = _mm256_blendv_ps(_mm256_blendv_ps(x1, x2, bit[2]), _mm256_loadu_ps(x + 24), bit[3]);
+    if (!scales) return _mm256_fmadd_ps(kept.second, second, _mm256_fmadd_ps(kept.first, first, sum));
+    const __m256 unscaled = _mm256_fmadd_ps(kept.second, second, _mm256_mul_ps(kept.first, first));
+    return _mm256_fmadd_ps(unscaled, scale_of(scales, r), sum);
 }
 
 /* Several tokens: bring the kept values to their columns, once. */
@@ -90,30 +155,28 @@ AVX2_INLINE __m128 totals(const __m256 lanes[4]) {
 
 /* `count` rows (a constant: 1 or 4) times one token. */
 AVX2_INLINE void one_token(const job_t *job, const float *x, int64_t row, int count, int64_t begin, int64_t end,
-                           float *z, format_t format) {
+                           float *z, format_t format, int grouped) {
     const int64_t whole = end <= job->columns ? end / STRIP : job->columns / STRIP;
-    const uint8_t *values[4], *bitmask[4];
+    const int64_t pitch = bytes_of(job->columns / 2, format), mask_pitch = job->columns / 8;
+    const uint8_t *values = job->values + row * pitch, *bitmask = job->bitmask + row * mask_pitch;
+    scales_t held, *scales = grouped ? &held : NULL;
     __m256 sum[4];
-    for (int r = 0; r < count; r++) {
-        values[r] = job->values + (row + r) * job->columns / 2 * width(format);
-        bitmask[r] = job->bitmask + (row + r) * job->columns / 8;
-        sum[r] = _mm256_setzero_ps();
-    }
-    int64_t strip = begin / STRIP;
-    for (; strip + 2 <= whole; strip += 2) /* two strips of 16-bit values are what a prefetch brings */
+    for (int r = 0; r < count; r++) sum[r] = _mm256_setzero_ps();
+    if (grouped) begin_scales(&held, job, row, count, begin, end);
+    for (int64_t strip = begin / STRIP; strip < whole; strip++) {
+        if (grouped) at_strip(&held, strip);
         for (int r = 0; r < count; r++) {
-            fetch_ahead(values[r], bitmask[r], job, strip, count, format);
-            for (int64_t s = strip; s < strip + 2; s++)
-                sum[r] = gather_step(sum[r], pairs(values[r], s, format), word(bitmask[r], s), x + s * STRIP);
+            if (strip % strips_of_line(format) == 0)
+                fetch_ahead(values + r * pitch, bitmask + r * mask_pitch, job, strip, count, format);
+            sum[r] = gather_step(sum[r], pairs(values + r * pitch, strip, format), word(bitmask + r * mask_pitch, strip),
+                                 x + strip * STRIP, scales, r);
         }
-    for (; strip < whole; strip++)
-        for (int r = 0; r < count; r++)
-            sum[r] = gather_step(sum[r], pairs(values[r], strip, format), word(bitmask[r], strip), x + strip * STRIP);
-    if (whole * STRIP < end)
+    }
+    if (!grouped && whole * STRIP < end)
         for (int r = 0; r < count; r++) {
             uint8_t rest[4 * STRIP / 2];
             const uint32_t mask = last_strip(job, row + r, whole * STRIP, rest);
-            sum[r] = gather_step(sum[r], pairs(rest, 0, format), mask, x + whole * STRIP);
+            sum[r] = gather_step(sum[r], pairs(rest, 0, format), mask, x + whole * STRIP, NULL, r);
         }
     if (count == 1) {
         z[0] += total(sum[0]);
@@ -129,21 +192,28 @@ AVX2_INLINE void spread_step(__m256 *sum, pairs_t kept, uint32_t mask, const flo
         for (int t = 0; t < tokens; t++) sum[t] = _mm256_fmadd_ps(columns[c], _mm256_loadu_ps(x + t * STRIP + 8 * c), sum[t]);
 }
 
-/* `count` rows times `tokens`, constants whose product is at most 8: as many sums as hide the time that an addition takes. */
+/* `count` rows times `tokens`, constants whose product is at most 8: as many sums as hide the time that an addition takes.
+ * There is no room for a sum of each group: its integers are scaled, once for all tokens. */
 AVX2_INLINE void tile(const job_t *job, const float *x, int64_t row, int count, int tokens, int64_t begin, int64_t end,
-                      float *z, int64_t stride, format_t format) {
+                      float *z, int64_t stride, format_t format, int grouped) {
     const int64_t whole = end <= job->columns ? end / STRIP : job->columns / STRIP;
-    const int64_t pitch = job->columns / 2 * width(format), mask_pitch = job->columns / 8;
+    const int64_t pitch = bytes_of(job->columns / 2, format), mask_pitch = job->columns / 8;
     const uint8_t *values = job->values + row * pitch, *bitmask = job->bitmask + row * mask_pitch;
+    scales_t scales;
     __m256 sum[8];
     for (int i = 0; i < 8; i++) sum[i] = _mm256_setzero_ps();
-    for (int64_t strip = begin / STRIP; strip < whole; strip++)
+    if (grouped) begin_scales(&scales, job, row, count, begin, end);
+    for (int64_t strip = begin / STRIP; strip < whole; strip++) {
+        if (grouped) at_strip(&scales, strip);
         for (int r = 0; r < count; r++) {
-            if (strip % 2 == 0) fetch_ahead(values + r * pitch, bitmask + r * mask_pitch, job, strip, 4, format);
-            spread_step(sum + r * tokens, pairs(values + r * pitch, strip, format), word(bitmask + r * mask_pitch, strip),
-                        x + strip * tokens * STRIP, tokens);
+            if (strip % strips_of_line(format) == 0)
+                fetch_ahead(values + r * pitch, bitmask + r * mask_pitch, job, strip, 4, format);
+            pairs_t kept = pairs(values + r * pitch, strip, format);
+            if (grouped) kept = times(kept, scale_of(&scales, r));
+            spread_step(sum + r * tokens, kept, word(bitmask + r * mask_pitch, strip), x + strip * tokens * STRIP, tokens);
         }
-    if (whole * STRIP < end)
+    }
+    if (!grouped && whole * STRIP < end)
         for (int r = 0; r < count; r++) {
             uint8_t rest[4 * STRIP / 2];
             const uint32_t mask = last_strip(job, row + r, whole * STRIP, rest);
@@ -154,42 +224,56 @@ AVX2_INLINE void tile(const job_t *job, const float *x, int64_t row, int count, 
 }
 
 AVX2_INLINE void tiles(const job_t *job, int64_t token, int tokens, int64_t row, int64_t rows, int64_t begin, int64_t end,
-                       float *z, int64_t stride, format_t format) {
+                       float *z, int64_t stride, format_t format, int grouped) {
     const float *x = job->inner + token * padded(job->columns);
     const int count = tokens == 1 ? 4 : 8 / tokens;
     int64_t r = 0;
     z += token * stride;
     for (; r + count <= rows; r += count)
         if (tokens == 1)
-            one_token(job, x, row + r, 4, begin, end, z + r, format);
+            one_token(job, x, row + r, 4, begin, end, z + r, format, grouped);
         else
-            tile(job, x, row + r, count, tokens, begin, end, z + r, stride, format);
+            tile(job, x, row + r, count, tokens, begin, end, z + r, stride, format, grouped);
     for (; r < rows; r++) /* the same additions in the same order */
         if (tokens == 1)
-            one_token(job, x, row + r, 1, begin, end, z + r, format);
+            one_token(job, x, row + r, 1, begin, end, z + r, format, grouped);
         else
-            tile(job, x, row + r, 1, tokens, begin, end, z + r, stride, format);
+            tile(job, x, row + r, 1, tokens, begin, end, z + r, stride, format, grouped);
 }
 
 AVX2_INLINE void core_rows(const job_t *job, int64_t row, int64_t count, int64_t begin, int64_t end, float *z,
-                           int64_t stride, format_t format) {
+                           int64_t stride, format_t format, int grouped) {
     for (int64_t t = 0; t < job->tokens;) {
         const int64_t tokens = tile_of(job->tokens, t);
         switch (tokens) {
-        case 8: tiles(job, t, 8, row, count, begin, end, z, stride, format); break;
-        case 4: tiles(job, t, 4, row, count, begin, end, z, stride, format); break;
-        case 2: tiles(job, t, 2, row, count, begin, end, z, stride, format); break;
-        default: tiles(job, t, 1, row, count, begin, end, z, stride, format);
+        case 8: tiles(job, t, 8, row, count, begin, end, z, stride, format, grouped); break;
+        case 4: tiles(job, t, 4, row, count, begin, end, z, stride, format, grouped); break;
+        case 2: tiles(job, t, 2, row, count, begin, end, z, stride, format, grouped); break;
+        default: tiles(job, t, 1, row, count, begin, end, z, stride, format, grouped);
         }
         t += tokens;
     }
 }
 
+AVX2 static void grouped_core(const job_t *job, int64_t row, int64_t count, int64_t begin, int64_t end, float *z,
+                              int64_t stride) {
+    if (job->format == INT8)
+        core_rows(job, row, count, begin, end, z, stride, INT8, 1);
+    else
+        core_rows(job, row, count, begin, end, z, stride, INT4, 1);
+}
+
 AVX2 static void core(const job_t *job, int64_t row, int64_t count, int64_t begin, int64_t end, float *z, int64_t stride) {
+    if (job->groups > 1) {
+        grouped_core(job, row, count, begin, end, z, stride);
+        return;
+    }
     switch ((format_t)job->format) {
-    case BF16: core_rows(job, row, count, begin, end, z, stride, BF16); break;
-    case FP16: core_rows(job, row, count, begin, end, z, stride, FP16); break;
-    case FP32: core_rows(job, row, count, begin, end, z, stride, FP32); break;
+    case BF16: core_rows(job, row, count, begin, end, z, stride, BF16, 0); break;
+    case FP16: core_rows(job, row, count, begin, end, z, stride, FP16, 0); break;
+    case FP32: core_rows(job, row, count, begin, end, z, stride, FP32, 0); break;
+    case INT8: core_rows(job, row, count, begin, end, z, stride, INT8, 0); break;
+    case INT4: core_rows(job, row, count, begin, end, z, stride, INT4, 0); break;
     }
 }
 
@@ -246,23 +330,24 @@ AVX2 static void square(const uint8_t *matrix, int64_t size, format_t format, co
     switch (format) {
     case BF16: square_of(matrix, size, BF16, in, in_stride, out, out_stride, tokens); break;
     case FP16: square_of(matrix, size, FP16, in, in_stride, out, out_stride, tokens); break;
-    case FP32: square_of(matrix, size, FP32, in, in_stride, out, out_stride, tokens); break;
+    default: square_of(matrix, size, FP32, in, in_stride, out, out_stride, tokens);
     }
 }
 
 static void arrange(const job_t *job, int64_t token, const float *natural, int64_t column, int64_t count) {
     const int64_t tile = tile_of(job->tokens, token), start = tile_start(job->tokens, token);
+    const float by = unit((format_t)job->format);
     float *inner = job->inner + start * padded(job->columns) + (token - start) * STRIP;
     int64_t i = 0;
     if (column % STRIP == 0)
         for (; i + STRIP <= count; i += STRIP) {
             float *to = inner + (column + i) * tile;
             for (int c = 0; c < 4; c++)
-                for (int g = 0; g < 8; g++) to[8 * c + g] = natural[i + 4 * g + c];
+                for (int g = 0; g < 8; g++) to[8 * c + g] = by * natural[i + 4 * g + c];
         }
     for (; i < count; i++) {
         const int64_t strip = (column + i) / STRIP, place = (column + i) % STRIP;
-        inner[strip * tile * STRIP + place % 4 * 8 + place / 4] = natural[i];
+        inner[strip * tile * STRIP + place % 4 * 8 + place / 4] = by * natural[i];
     }
 }
 

@@ -9,9 +9,28 @@
 #endif
 #define AVX512_INLINE static inline __attribute__((always_inline, target(FEATURES)))
 
-AVX512_INLINE __m512i expand(const uint8_t *values, uint32_t mask) {
-    const __m256i kept = _mm256_loadu_si256((const __m256i *)(const void *)values);
-    return _mm512_maskz_expand_epi16(mask, _mm512_castsi256_si512(kept));
+/* 16 integers, which bf16 holds exactly. */
+AVX512_INLINE __m256i to_bf16(__m512i integers) { return (__m256i)_mm512_cvtneps_pbh(_mm512_cvtepi32_ps(integers)); }
+
+/* Each lane's int4 is shifted to the top, where flipping its sign takes away the 8 that was added, and down again. */
+AVX512_INLINE __m512i int4_lanes(const uint8_t *values) {
+    int32_t words[2];
+    memcpy(words, values, 8);
+    const __m512i places = _mm512_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+    const __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32(words[0]), 0xff00, words[1]);
+    const __m512i flipped = _mm512_xor_si512(_mm512_sllv_epi32(both, places), _mm512_set1_epi32((int)0x80000000u));
+    return _mm512_srai_epi32(flipped, 28);
+}
+
+/* The kept values of a strip as bf16. */
+AVX512_INLINE __m256i kept(const uint8_t *values, format_t format) {
+    if (format == INT8) return to_bf16(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)values)));
+    if (format == INT4) return to_bf16(int4_lanes(values));
+    return _mm256_loadu_si256((const __m256i *)(const void *)values);
+}
+
+AVX512_INLINE __m512i expand(const uint8_t *values, uint32_t mask, format_t format) {
+    return _mm512_maskz_expand_epi16(mask, _mm512_castsi256_si512(kept(values, format)));
 }
 
 AVX512_INLINE __m512 step(__m512 sum, __m512i row, const uint16_t *x) {
@@ -24,30 +43,41 @@ AVX512_INLINE uint32_t word(const uint8_t *bitmask) {
     return mask;
 }
 
+AVX512_INLINE __m512 scale_of(const job_t *job, int64_t row, int64_t group) {
+    return _mm512_set1_ps(load_number(job->scale, row * job->groups + group, BF16));
+}
+
 /* `count` rows times `tokens`, both constants; at most 16 sums. */
 AVX512_INLINE void tile(const job_t *job, int64_t token, int64_t row, int count, int tokens, int64_t begin, int64_t end,
-                        float *z, int64_t stride) {
-    const int64_t pitch = job->columns, mask_pitch = job->columns / 8;
+                        float *z, int64_t stride, format_t format, int grouped) {
+    const int64_t pitch = bytes_of(job->columns / 2, format), mask_pitch = job->columns / 8, line = 64 / bytes_of(16, format);
     const int64_t whole = end <= job->columns ? end / STRIP : job->columns / STRIP;
+    const int64_t strips = grouped ? job->columns / job->groups / STRIP : 1;
     const uint16_t *x = (const uint16_t *)(const void *)job->inner + token * padded(job->columns);
     const uint8_t *values = job->values + row * pitch, *bitmask = job->bitmask + row * mask_pitch;
     __m512 sum[16];
     for (int i = 0; i < count * tokens; i++) sum[i] = _mm512_setzero_ps();
-    for (int64_t strip = begin / STRIP; strip < whole; strip++)
+    for (int64_t strip = begin / STRIP, group = strip / strips; strip < whole; strip++) {
+        if (grouped && strip == (group + 1) * strips) group++;
         for (int r = 0; r < count; r++) {
-            const uint8_t *at = values + r * pitch + 32 * strip;
+            const uint8_t *at = values + r * pitch + bytes_of(16 * strip, format);
             const uint8_t *mask = bitmask + r * mask_pitch + 4 * strip;
-            if (strip % 2 == 0) _mm_prefetch((const char *)(at + count * pitch), _MM_HINT_T1);
+            if (strip % line == 0) _mm_prefetch((const char *)(at + count * pitch), _MM_HINT_T1);
             if (strip % 16 == 0) _mm_prefetch((const char *)(mask + count * mask_pitch), _MM_HINT_T1);
-            const __m512i columns = expand(at, word(mask));
-            for (int t = 0; t < tokens; t++)
-                sum[r * tokens + t] = step(sum[r * tokens + t], columns, x + (strip * tokens + t) * STRIP);
+            const __m512i columns = expand(at, word(mask), format);
+            for (int t = 0; t < tokens; t++) {
+                __m512 *to = sum + r * tokens + t;
+                const uint16_t *from = x + (strip * tokens + t) * STRIP;
+                *to = grouped ? _mm512_fmadd_ps(step(_mm512_setzero_ps(), columns, from), scale_of(job, row + r, group), *to)
+                              : step(*to, columns, from);
+            }
         }
+    }
     for (int r = 0; r < count; r++) {
-        if (whole * STRIP < end) {
+        if (!grouped && whole * STRIP < end) {
             uint8_t rest[4 * STRIP / 2];
             const uint32_t mask = last_strip(job, row + r, whole * STRIP, rest);
-            const __m512i columns = expand(rest, mask);
+            const __m512i columns = expand(rest, mask, format);
             for (int t = 0; t < tokens; t++)
                 sum[r * tokens + t] = step(sum[r * tokens + t], columns, x + (whole * tokens + t) * STRIP);
         }
@@ -56,19 +86,36 @@ AVX512_INLINE void tile(const job_t *job, int64_t token, int64_t row, int count,
 }
 
 AVX512_INLINE void tiles(const job_t *job, int64_t token, int64_t row, int64_t rows, int count, int tokens, int64_t begin,
-                         int64_t end, float *z, int64_t stride) {
+                         int64_t end, float *z, int64_t stride, format_t format, int grouped) {
     int64_t r = 0;
-    for (; r + count <= rows; r += count) tile(job, token, row + r, count, tokens, begin, end, z + r, stride);
-    for (; r < rows; r++) tile(job, token, row + r, 1, tokens, begin, end, z + r, stride);
+    z += token * stride;
+    for (; r + count <= rows; r += count)
+        tile(job, token, row + r, count, tokens, begin, end, z + r, stride, format, grouped);
+    for (; r < rows; r++) tile(job, token, row + r, 1, tokens, begin, end, z + r, stride, format, grouped);
+}
+
+AVX512_INLINE void core_rows(const job_t *job, int64_t row, int64_t count, int64_t begin, int64_t end, float *z,
+                             int64_t stride, format_t format, int grouped) {
+    int64_t t = 0;
+    for (; t + 8 <= job->tokens; t += 8) tiles(job, t, row, count, 2, 8, begin, end, z, stride, format, grouped);
+    for (; t + 4 <= job->tokens; t += 4) tiles(job, t, row, count, 4, 4, begin, end, z, stride, format, grouped);
+    for (; t + 2 <= job->tokens; t += 2) tiles(job, t, row, count, 4, 2, begin, end, z, stride, format, grouped);
+    if (t < job->tokens) tiles(job, t, row, count, 4, 1, begin, end, z, stride, format, grouped);
 }
 
 __attribute__((target(FEATURES))) static void core(const job_t *job, int64_t row, int64_t count, int64_t begin,
                                                    int64_t end, float *z, int64_t stride) {
-    int64_t t = 0;
-    for (; t + 8 <= job->tokens; t += 8) tiles(job, t, row, count, 2, 8, begin, end, z + t * stride, stride);
-    for (; t + 4 <= job->tokens; t += 4) tiles(job, t, row, count, 4, 4, begin, end, z + t * stride, stride);
-    for (; t + 2 <= job->tokens; t += 2) tiles(job, t, row, count, 4, 2, begin, end, z + t * stride, stride);
-    if (t < job->tokens) tiles(job, t, row, count, 4, 1, begin, end, z + t * stride, stride);
+    const format_t format = (format_t)job->format;
+    if (format == BF16)
+        core_rows(job, row, count, begin, end, z, stride, BF16, 0);
+    else if (format == INT8 && job->groups == 1)
+        core_rows(job, row, count, begin, end, z, stride, INT8, 0);
+    else if (format == INT8)
+        core_rows(job, row, count, begin, end, z, stride, INT8, 1);
+    else if (job->groups == 1)
+        core_rows(job, row, count, begin, end, z, stride, INT4, 0);
+    else
+        core_rows(job, row, count, begin, end, z, stride, INT4, 1);
 }
 
 static void square(const uint8_t *matrix, int64_t size, format_t format, const float *in, int64_t in_stride, float *out,

@@ -1,4 +1,4 @@
-/* The compiled form of A (S (B x)) + bias, entered through ctypes; armor_recipes/runtime/native.py is its other half. A job is run
+/* The compiled form of A (S (B x)) + bias, entered through ctypes; armor_recipes/runtime/kernel.py is its other half. A job is run
  * in two steps, each split in ranges that may run on different threads: blocks of B, then blocks of A with the core
  * rows that they need. No sum is ever split, so bits do not depend on the number of threads. */
 #define PY_SSIZE_T_CLEAN
@@ -20,8 +20,9 @@ enum { SCALAR = 0, AVX2 = 1, AVX512 = 2 };
 
 static const path_t *path_of(const job_t *job) {
 #if ARMOR_X86
-    /* dpbf16 multiplies bf16 by bf16: right for bf16 activations only. */
-    if (job->path == AVX512 && job->format == BF16 && job->activation == BF16) return &AVX512_PATH;
+    if (job->groups > 1 && job->columns / job->groups % STRIP) return &SCALAR_PATH; /* scales change within a vector */
+    /* dpbf16 multiplies bf16 by bf16: right for bf16 activations only. An int8 is exact in bf16. */
+    if (job->path == AVX512 && job->floats == BF16 && job->activation == BF16) return &AVX512_PATH;
     if (job->path >= AVX2) return &AVX2_PATH;
 #else
     (void)job;
@@ -48,7 +49,7 @@ static int64_t blocks_at_once(int64_t size) { return size < ROWS_AT_ONCE ? ROWS_
 /* `count` blocks of a block-diagonal factor times all tokens: in and out are (tokens, count * size). */
 static void factor(const job_t *job, const path_t *path, const uint8_t *blocks, int64_t count, int64_t size,
                    const float *in, float *out) {
-    const format_t format = (format_t)job->format;
+    const format_t format = (format_t)job->floats;
     const int64_t stride = count * size;
     for (int64_t block = 0; block < count; block++) {
         const uint8_t *matrix = blocks + block * size * size * width(format);
@@ -64,7 +65,7 @@ static void factor(const job_t *job, const path_t *path, const uint8_t *blocks, 
 /* Blocks [begin, end) of B. `work` holds 2 * max(b_i, ROWS_AT_ONCE) * tokens floats. */
 EXPORT void armor_input(const job_t *job, float *work, int64_t begin, int64_t end) {
     const path_t *path = path_of(job);
-    const int64_t size = job->b_i, most = blocks_at_once(size), bytes = size * size * width((format_t)job->format);
+    const int64_t size = job->b_i, most = blocks_at_once(size), bytes = size * size * width((format_t)job->floats);
     const uint8_t *blocks = job->b + begin * bytes;
     for (int64_t block = begin; block < end; block += most) {
         const int64_t count = end - block < most ? end - block : most, wide = count * size;
@@ -82,17 +83,27 @@ EXPORT void armor_input(const job_t *job, float *work, int64_t begin, int64_t en
         path->arrange(job, t, zeros, job->columns, padded(job->columns) - job->columns);
 }
 
+/* Columns of x that pass over ROWS_AT_ONCE rows at a time. */
+static int64_t chunk_of(const job_t *job) {
+    /* One token's x stays in the first cache whole; the longer the runs, the better weights stream from memory. */
+    if (job->tokens == 1) return job->groups > 1 ? GROUPED_COLUMNS : padded(job->columns);
+    const int64_t wide = CHUNK_NUMBERS / job->tokens / STRIP * STRIP;
+    return wide < 512 ? 512 : wide;
+}
+
 /* z (tokens, count) = core rows [row, row + count) times `inner`, by chunks of columns that fit the first cache. */
 static void core_rows(const job_t *job, const path_t *path, int64_t row, int64_t count, float *z) {
-    const int64_t ld = padded(job->columns);
-    /* One token's x stays in the first cache whole; the longer the runs, the better weights stream from memory. */
-    const int64_t wide = CHUNK_NUMBERS / job->tokens / STRIP * STRIP;
-    const int64_t chunk = job->tokens == 1 ? ld : wide < 512 ? 512 : wide;
+    const int64_t ld = padded(job->columns), chunk = chunk_of(job);
     memset(z, 0, (size_t)(count * job->tokens) * sizeof(float));
     for (int64_t r = 0; r < count; r += ROWS_AT_ONCE) {
         const int64_t rows = count - r < ROWS_AT_ONCE ? count - r : ROWS_AT_ONCE;
         for (int64_t c = 0; c < ld; c += chunk)
             path->core(job, row + r, rows, c, c + chunk < ld ? c + chunk : ld, z + r, count);
+    }
+    if (job->groups != 1) return;
+    for (int64_t r = 0; r < count; r++) {
+        const float scale = load_number(job->scale, row + r, (format_t)job->floats);
+        for (int64_t t = 0; t < job->tokens; t++) z[t * count + r] *= scale;
     }
 }
 
@@ -100,7 +111,7 @@ static void core_rows(const job_t *job, const path_t *path, int64_t row, int64_t
 EXPORT void armor_output(const job_t *job, float *work, int64_t begin, int64_t end) {
     const path_t *path = path_of(job);
     const int64_t size = job->b_o, most = blocks_at_once(size);
-    const format_t format = (format_t)job->format;
+    const format_t format = (format_t)job->floats;
     const int64_t bytes = size * size * width(format);
     for (int64_t block = begin; block < end; block += most) {
         const int64_t count = end - block < most ? end - block : most, rows = count * size;
@@ -116,30 +127,53 @@ EXPORT void armor_output(const job_t *job, float *work, int64_t begin, int64_t e
     }
 }
 
-INLINE void unpack(const uint8_t *values, const uint8_t *bitmask, uint8_t *out, format_t format, format_t out_format,
-                   int64_t begin, int64_t end) {
+/* Groups of four [begin, end) of the core; integers times `scale`. */
+INLINE void unpack(const job_t *job, uint8_t *out, format_t format, format_t out_format, int64_t begin, int64_t end,
+                   float scale) {
     const int64_t out_width = width(out_format);
     for (int64_t group = begin; group < end; group++) {
-        const int bits = bitmask[group / 2] >> (group & 1) * 4 & 15;
+        const int bits = job->bitmask[group / 2] >> (group & 1) * 4 & 15;
+        float first = load_number(job->values, 2 * group, format), second = load_number(job->values, 2 * group + 1, format);
+        if (format >= INT8) first *= scale, second *= scale;
         uint8_t *place = out + 4 * group * out_width;
         memset(place, 0, (size_t)(4 * out_width));
-        store_number(place, FIRST[bits], out_format, load_number(values, 2 * group, format));
-        store_number(place, SECOND[bits], out_format, load_number(values, 2 * group + 1, format));
+        store_number(place, FIRST[bits], out_format, first);
+        store_number(place, SECOND[bits], out_format, second);
     }
 }
 
-/* Rows [begin, end) of the core (rows, columns), zero where nothing is kept, in FP32 or, with 2 bytes a number, as it is. */
-EXPORT void armor_unpack(const uint8_t *values, const uint8_t *bitmask, uint8_t *out, int64_t columns, int64_t format,
-                         int64_t out_format, int64_t begin, int64_t end) {
-    const int64_t first = begin * columns / 4, last = end * columns / 4;
-    if (format == FP32) {
-        unpack(values, bitmask, out, FP32, FP32, first, last);
+INLINE void unpack_integers(const job_t *job, uint8_t *out, format_t format, format_t out_format, int64_t begin, int64_t end) {
+    const int64_t fours = job->columns / 4 / job->groups;
+    for (int64_t group = begin * job->groups; group < end * job->groups; group++)
+        unpack(job, out, format, out_format, group * fours, (group + 1) * fours,
+               load_number(job->scale, group, (format_t)job->floats));
+}
+
+INLINE void unpack_integers_to(const job_t *job, uint8_t *out, format_t format, format_t out_format, int64_t begin, int64_t end) {
+    switch (out_format) {
+    case BF16: unpack_integers(job, out, format, BF16, begin, end); break;
+    case FP16: unpack_integers(job, out, format, FP16, begin, end); break;
+    default: unpack_integers(job, out, format, FP32, begin, end);
+    }
+}
+
+/* Rows [begin, end) of the core (rows, columns), zero where nothing is kept: in FP32, or in the format of the job's floats.
+ * Of the job it reads values, scale and bitmask, and what tells their sizes. */
+EXPORT void armor_unpack(const job_t *job, uint8_t *out, int64_t out_format, int64_t begin, int64_t end) {
+    const int64_t first = begin * job->columns / 4, last = end * job->columns / 4;
+    const format_t format = (format_t)job->format;
+    if (format == INT8) {
+        unpack_integers_to(job, out, INT8, (format_t)out_format, begin, end);
+    } else if (format == INT4) {
+        unpack_integers_to(job, out, INT4, (format_t)out_format, begin, end);
+    } else if (format == FP32) {
+        unpack(job, out, FP32, FP32, first, last, 1.0f);
     } else if (out_format != FP32) { /* bits of 16-bit numbers pass through bf16 unchanged, NaNs aside, which checks refuse */
-        unpack(values, bitmask, out, BF16, BF16, first, last);
+        unpack(job, out, BF16, BF16, first, last, 1.0f);
     } else if (format == FP16) {
-        unpack(values, bitmask, out, FP16, FP32, first, last);
+        unpack(job, out, FP16, FP32, first, last, 1.0f);
     } else {
-        unpack(values, bitmask, out, BF16, FP32, first, last);
+        unpack(job, out, BF16, FP32, first, last, 1.0f);
     }
 }
 

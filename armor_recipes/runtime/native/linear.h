@@ -19,25 +19,29 @@
 #define MOST_TOKENS 16 /* of one job */
 #define STRIP 32       /* columns of one 32-bit word of the bitmask; rows of x are padded to whole strips */
 
-/* How numbers are stored. An int8 or int4 core is a new format here, and a new case in each path's `pairs` function. */
-typedef enum { BF16 = 0, FP16 = 1, FP32 = 2 } format_t;
+/* How numbers are stored. The integers are for kept values alone; number k of int4 is in bits 4 (k % 8) of 32-bit word k / 8, plus 8. */
+typedef enum { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 } format_t;
 
 /* Everything is read and written at its own byte address: a tensor mapped from a file need not be aligned. */
 typedef struct {
     const uint8_t *x;       /* (tokens, columns) in `activation` */
     const uint8_t *values;  /* (rows, columns / 2) in `format` */
+    const uint8_t *scale;   /* (rows, groups) in `floats`: what the integers of a group are multiplied by; NULL where values are floats */
     const uint8_t *bitmask; /* (rows, columns / 8) */
-    const uint8_t *a;       /* (rows / b_o, b_o, b_o) in `format` */
-    const uint8_t *b;       /* (columns / b_i, b_i, b_i) in `format` */
-    const uint8_t *bias;    /* (rows,) in `format`, or NULL */
+    const uint8_t *a;       /* (rows / b_o, b_o, b_o) in `floats` */
+    const uint8_t *b;       /* (columns / b_i, b_i, b_i) in `floats` */
+    const uint8_t *bias;    /* (rows,) in `floats`, or NULL */
     uint8_t *y;             /* (tokens, rows) in `activation` */
     float *inner;           /* (tokens, strips * STRIP): B x, in the order that the path wants */
-    int64_t tokens, rows, columns, b_o, b_i, format, activation, path;
+    int64_t tokens, rows, columns, groups, b_o, b_i, format, floats, activation, path; /* groups of a row: 0, 1 or more */
 } job_t;
 
-/* Sums of core rows [row, row + count) over columns [begin, end), added to z[token * stride + (0..count)). */
+#define GROUPED_COLUMNS 8192 /* most columns at once where a row has several groups */
+
+/* Sums of core rows [row, row + count) over columns [begin, end), added to z[token * stride + (0..count)). Where a row has
+ * several groups (of whole strips, but in the scalar path), times their scales; a scale for the whole row is left to the caller. */
 typedef void core_t(const job_t *job, int64_t row, int64_t count, int64_t begin, int64_t end, float *z, int64_t stride);
-/* out[token * out_stride + i] = sum_j matrix[i, j] * in[token * in_stride + j] for a (size, size) matrix in `format`. */
+/* out[token * out_stride + i] = sum_j matrix[i, j] * in[token * in_stride + j] for a (size, size) matrix of floats in `format`. */
 typedef void square_t(const uint8_t *matrix, int64_t size, format_t format, const float *in, int64_t in_stride,
                       float *out, int64_t out_stride, int64_t tokens);
 /* Put `count` columns from `column` on of one token, in natural order, where the path's core function reads them. */
@@ -67,7 +71,12 @@ INLINE int64_t tile_start(int64_t tokens, int64_t token) {
     return tile == 1 ? token : token / tile * tile;
 }
 
-INLINE int64_t width(format_t format) { return format == FP32 ? 4 : 2; }
+INLINE int64_t bytes_of(int64_t count, format_t format) {
+    if (format == INT4) return count / 2;
+    return format == FP32 ? 4 * count : format == INT8 ? count : 2 * count;
+}
+
+INLINE int64_t width(format_t format) { return bytes_of(1, format); }
 
 /* Where the two kept columns of a group are, by its 4 bits; a damaged mask stays within the group. */
 static const uint8_t FIRST[16] = {0, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 0, 2, 0, 1, 0};
@@ -114,6 +123,11 @@ INLINE float load_number(const uint8_t *numbers, int64_t index, format_t format)
         memcpy(&word, numbers + 4 * index, 4);
         return from_bits(word);
     }
+    if (format == INT8) return (float)(int8_t)numbers[index];
+    if (format == INT4) {
+        memcpy(&word, numbers + index / 8 * 4, 4);
+        return (float)((int)(word >> 4 * (index % 8) & 15u) - 8);
+    }
     memcpy(&half, numbers + 2 * index, 2);
     return format == FP16 ? half_to_float(half) : from_bits((uint32_t)half << 16);
 }
@@ -148,10 +162,11 @@ INLINE void store_numbers(uint8_t *numbers, int64_t index, int64_t count, format
 
 /* Copy the strip that the columns end in, zeros after them, so that no path reads past a row. */
 INLINE uint32_t last_strip(const job_t *job, int64_t row, int64_t begin, uint8_t values[4 * STRIP / 2]) {
-    const int64_t left = job->columns - begin, size = width((format_t)job->format);
+    const int64_t left = job->columns - begin;
+    const format_t format = (format_t)job->format;
     uint32_t mask = 0;
     memset(values, 0, 4 * STRIP / 2);
-    memcpy(values, job->values + (row * job->columns + begin) / 2 * size, (size_t)(left / 2 * size));
+    memcpy(values, job->values + bytes_of((row * job->columns + begin) / 2, format), (size_t)bytes_of(left / 2, format));
     for (int64_t byte = 0; byte < left / 8; byte++)
         mask |= (uint32_t)job->bitmask[(row * job->columns + begin) / 8 + byte] << 8 * byte;
     return mask;

@@ -7,16 +7,21 @@
 int64_t armor_paths(void);
 void armor_input(const job_t *job, float *work, int64_t begin, int64_t end);
 void armor_output(const job_t *job, float *work, int64_t begin, int64_t end);
-void armor_unpack(const uint8_t *values, const uint8_t *bitmask, uint8_t *out, int64_t columns, int64_t format,
-                  int64_t out_format, int64_t begin, int64_t end);
+void armor_unpack(const job_t *job, uint8_t *out, int64_t out_format, int64_t begin, int64_t end);
 
 static uint32_t state = 1;
 static int random_below(int most) { return (int)((state = state * 1664525u + 1013904223u) >> 8) % most; }
 
-/* `count` integers from -most to most, one byte past an aligned address: tensors of a file lie anywhere. */
-static uint8_t *integers(int64_t count, format_t format, int most, uint8_t **held) {
-    *held = malloc((size_t)(count * width(format) + 1));
-    for (int64_t i = 0; i < count; i++) store_number(*held + 1, i, format, (float)(random_below(2 * most + 1) - most));
+/* `count` integers from `least` to `most`, one byte past an aligned address: tensors of a file lie anywhere. */
+static uint8_t *integers(int64_t count, format_t format, int least, int most, uint8_t **held) {
+    *held = calloc((size_t)(bytes_of(count, format) + 1), 1);
+    for (int64_t i = 0; i < count; i++) {
+        const int number = least + random_below(most - least + 1);
+        uint8_t *byte = *held + 1 + (format == INT4 ? i / 2 : i);
+        if (format == INT8) *byte = (uint8_t)(int8_t)number;
+        else if (format == INT4) *byte |= (uint8_t)(number + 8) << 4 * (i % 2); /* of a little-endian word */
+        else store_number(*held + 1, i, format, (float)number);
+    }
     return *held + 1;
 }
 
@@ -33,7 +38,7 @@ static void multiply(const job_t *job, const float *core, float *out) {
         for (int64_t i = 0; i < job->columns; i++) {
             inner[i] = 0;
             for (int64_t j = 0; j < job->b_i; j++)
-                inner[i] += load_number(job->b, i * job->b_i + j, (format_t)job->format) *
+                inner[i] += load_number(job->b, i * job->b_i + j, (format_t)job->floats) *
                             load_number(job->x, t * job->columns + i / job->b_i * job->b_i + j, (format_t)job->activation);
         }
         for (int64_t i = 0; i < job->rows; i++) {
@@ -41,9 +46,9 @@ static void multiply(const job_t *job, const float *core, float *out) {
             for (int64_t j = 0; j < job->columns; j++) middle[i] += core[i * job->columns + j] * inner[j];
         }
         for (int64_t i = 0; i < job->rows; i++) {
-            float sum = load_number(job->bias, i, (format_t)job->format);
+            float sum = load_number(job->bias, i, (format_t)job->floats);
             for (int64_t j = 0; j < job->b_o; j++)
-                sum += load_number(job->a, i * job->b_o + j, (format_t)job->format) * middle[i / job->b_o * job->b_o + j];
+                sum += load_number(job->a, i * job->b_o + j, (format_t)job->floats) * middle[i / job->b_o * job->b_o + j];
             out[t * job->rows + i] = sum;
         }
     }
@@ -55,8 +60,9 @@ static int compare(const job_t *job, const float *expected) {
         uint8_t rounded[4];
         store_number(rounded, 0, (format_t)job->activation, expected[i]);
         if (!memcmp(rounded, job->y + i * width((format_t)job->activation), (size_t)width((format_t)job->activation))) continue;
-        printf("path %d format %d activation %d tokens %d rows %d columns %d: y[%d] is not %g\n", (int)job->path,
-               (int)job->format, (int)job->activation, (int)job->tokens, (int)job->rows, (int)job->columns, (int)i, expected[i]);
+        printf("path %d format %d floats %d groups %d activation %d tokens %d rows %d columns %d: y[%d] is not %g\n",
+               (int)job->path, (int)job->format, (int)job->floats, (int)job->groups, (int)job->activation, (int)job->tokens,
+               (int)job->rows, (int)job->columns, (int)i, expected[i]);
         return 1;
     }
     return 0;
@@ -77,24 +83,58 @@ static int run(job_t *job, const float *expected) {
     return wrong;
 }
 
-static int shape(int64_t rows, int64_t columns, int64_t b_o, int64_t b_i, format_t format, format_t activation,
-                 int64_t tokens, const int *paths, int *cases) {
-    uint8_t *held[5], *mask = masks(rows * columns / 8);
-    job_t job = {.tokens = tokens, .rows = rows, .columns = columns, .b_o = b_o, .b_i = b_i, .format = format,
-                 .activation = activation, .bitmask = mask};
-    job.x = integers(tokens * columns, activation, 2, &held[0]);
-    job.values = integers(rows * columns / 2, format, 3, &held[1]);
-    job.a = integers(rows * b_o, format, 1, &held[2]);
-    job.b = integers(columns * b_i, format, 1, &held[3]);
-    job.bias = integers(rows, format, 5, &held[4]);
+/* The core as the definition says, not as armor_unpack does; which is compared with it. */
+static int unpacked(const job_t *job, float *core) {
+    const int64_t kept = job->columns / 2, count = job->rows * job->columns;
+    float *other = malloc((size_t)count * 4);
+    for (int64_t i = 0, value = 0; i < count; i++) {
+        core[i] = 0;
+        if (!(job->bitmask[i / 8] >> i % 8 & 1)) continue;
+        core[i] = load_number(job->values, value, (format_t)job->format);
+        if (job->groups) core[i] *= load_number(job->scale, value / (kept / job->groups), (format_t)job->floats);
+        value++;
+    }
+    armor_unpack(job, (uint8_t *)other, FP32, 0, job->rows);
+    const int wrong = memcmp(core, other, (size_t)count * 4) != 0;
+    if (wrong) printf("armor_unpack differs: format %d groups %d\n", (int)job->format, (int)job->groups);
+    free(other);
+    return wrong;
+}
+
+/* rows, columns, b_o, b_i; the core's values with `groups` scales a row. */
+static int shape(const int64_t sizes[4], format_t format, int64_t groups, format_t floats, format_t activation, int64_t tokens,
+                 const int *paths, int *cases) {
+    const int64_t rows = sizes[0], columns = sizes[1], b_o = sizes[2], b_i = sizes[3];
+    uint8_t *held[6], *mask = masks(rows * columns / 8);
+    const int least = format == INT8 ? -127 : format == INT4 ? -8 : -3, most = format == INT8 ? 127 : format == INT4 ? 7 : 3;
+    job_t job = {.tokens = tokens, .rows = rows, .columns = columns, .groups = groups, .b_o = b_o, .b_i = b_i,
+                 .format = format, .floats = floats, .activation = activation, .bitmask = mask};
+    job.x = integers(tokens * columns, activation, -2, 2, &held[0]);
+    job.values = integers(rows * columns / 2, format, least, most, &held[1]);
+    job.a = integers(rows * b_o, floats, -1, 1, &held[2]);
+    job.b = integers(columns * b_i, floats, -1, 1, &held[3]);
+    job.bias = integers(rows, floats, -5, 5, &held[4]);
+    job.scale = integers(rows * groups, floats, 1, 3, &held[5]);
+    if (!groups) job.scale = NULL;
     float *core = malloc((size_t)(rows * columns) * 4), *expected = malloc((size_t)(tokens * rows) * 4);
-    armor_unpack(job.values, mask, (uint8_t *)core, columns, format, FP32, 0, rows);
+    int wrong = unpacked(&job, core);
     multiply(&job, core, expected);
-    int wrong = 0;
     for (int path = 0; path < 3; path++)
         if (paths[path]) job.path = path, wrong |= run(&job, expected), ++*cases;
-    for (int i = 0; i < 5; i++) free(held[i]);
+    for (int i = 0; i < 6; i++) free(held[i]);
     free(mask), free(core), free(expected);
+    return wrong;
+}
+
+/* Float cores, and integers with one scale a row and, where a row is whole groups, with scales for 8 and for 16 kept values. */
+static int cores(const int64_t sizes[4], format_t floats, format_t activation, int64_t tokens, const int *paths, int *cases) {
+    int wrong = shape(sizes, floats, 0, floats, activation, tokens, paths, cases);
+    if (floats != activation) return wrong; /* as float cores do, integers meet x as float32 */
+    for (int format = INT8; format <= INT4 && !wrong; format++)
+        for (int64_t group = 0; group <= 32 && !wrong; group += 16) {
+            if (sizes[1] % (group ? group : format == INT4 ? 16 : 8)) continue;
+            wrong = shape(sizes, (format_t)format, group ? sizes[1] / group : 1, floats, activation, tokens, paths, cases);
+        }
     return wrong;
 }
 
@@ -104,12 +144,13 @@ int main(void) {
                                        {12, 56, 12, 56}, {65, 64, 65, 1}, {130, 72, 1, 9}, {64, 520, 64, 65}, {5, 1056, 5, 33}};
     int cases = 0;
     for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
-        for (int format = BF16; format <= FP32; format++)
+        for (int floats = BF16; floats <= FP32; floats++)
             for (int activation = BF16; activation <= FP32; activation++)
                 for (int64_t tokens = 1; tokens <= MOST_TOKENS; tokens++)
-                    if (shape(sizes[s][0], sizes[s][1], sizes[s][2], sizes[s][3], (format_t)format, (format_t)activation,
-                              tokens, paths, &cases))
-                        return 1;
+                    if (cores(sizes[s], (format_t)floats, (format_t)activation, tokens, paths, &cases)) return 1;
+    static const int64_t wide[4] = {5, GROUPED_COLUMNS + 1024, 5, 8};
+    for (int64_t tokens = 1; tokens <= 2; tokens++)
+        if (cores(wide, FP32, FP32, tokens, paths, &cases)) return 1;
     printf("%d cases agree\n", cases);
     return 0;
 }

@@ -4,10 +4,13 @@
 #include <stdint.h>
 #include <string.h>
 
+typedef uint16_t __m128i __attribute__((vector_size(16)));
 typedef uint16_t __m256i __attribute__((vector_size(32)));
+typedef uint16_t __m256bh __attribute__((vector_size(32)));
 typedef uint16_t __m512i __attribute__((vector_size(64)));
 typedef uint16_t __m512bh __attribute__((vector_size(64)));
 typedef float __m512 __attribute__((vector_size(64)));
+typedef int32_t emulated_lanes __attribute__((vector_size(64)));
 
 #define _MM_HINT_T1 2
 #define _mm_prefetch(address, hint) ((void)(address))
@@ -50,6 +53,67 @@ EMULATED __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh x, __m512bh y) {
     for (int lane = 0; lane < 32; lane++) sum[lane / 2] += emulated_widen(x[lane]) * emulated_widen(y[lane]);
     return sum;
 }
+
+EMULATED __m128i _mm_loadu_si128(const __m128i *from) {
+    __m128i value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+EMULATED __m512i _mm512_cvtepi8_epi32(__m128i bytes) {
+    emulated_lanes value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = (int8_t)(bytes[lane / 2] >> 8 * (lane % 2));
+    return (__m512i)value;
+}
+
+EMULATED __m512 _mm512_cvtepi32_ps(__m512i integers) {
+    const emulated_lanes lanes = (emulated_lanes)integers;
+    __m512 value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = (float)lanes[lane];
+    return value;
+}
+
+/* Rounds towards zero: right for numbers that bf16 holds exactly, which is all it is used for. */
+EMULATED __m256bh _mm512_cvtneps_pbh(__m512 numbers) {
+    const emulated_lanes lanes = (emulated_lanes)numbers;
+    __m256bh value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = (uint16_t)((uint32_t)lanes[lane] >> 16);
+    return value;
+}
+
+EMULATED __m512i _mm512_set1_epi32(int32_t number) {
+    emulated_lanes value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = number;
+    return (__m512i)value;
+}
+
+EMULATED __m512i _mm512_mask_set1_epi32(__m512i others, uint16_t mask, int32_t number) {
+    emulated_lanes value = (emulated_lanes)others;
+    for (int lane = 0; lane < 16; lane++)
+        if (mask >> lane & 1) value[lane] = number;
+    return (__m512i)value;
+}
+
+#define _mm512_setr_epi32(...) ((__m512i)(emulated_lanes){__VA_ARGS__})
+
+EMULATED __m512i _mm512_sllv_epi32(__m512i numbers, __m512i counts) {
+    const emulated_lanes lanes = (emulated_lanes)numbers, by = (emulated_lanes)counts;
+    emulated_lanes value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = (int32_t)((uint32_t)lanes[lane] << by[lane]);
+    return (__m512i)value;
+}
+
+EMULATED __m512i _mm512_xor_si512(__m512i x, __m512i y) { return x ^ y; }
+
+EMULATED __m512i _mm512_srai_epi32(__m512i numbers, int count) { return (__m512i)((emulated_lanes)numbers >> count); }
+
+EMULATED __m512 _mm512_set1_ps(float number) {
+    __m512 value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = number;
+    return value;
+}
+
+EMULATED __m512 _mm512_fmadd_ps(__m512 x, __m512 y, __m512 z) { return x * y + z; }
 
 EMULATED __m512 _mm512_setzero_ps(void) { return (__m512){0}; }
 
