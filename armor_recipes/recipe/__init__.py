@@ -13,6 +13,7 @@ from armor_recipes.recipe.schema import (
     ModifierConfig,
     OutputSpec,
     PerplexitySpec,
+    ServeSpec,
     WeightedDataset,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "OutputSpec",
     "PerplexitySpec",
     "Recipe",
+    "ServeSpec",
     "WeightedDataset",
     "builtin_recipes",
     "json_schema",

@@ -28,6 +28,7 @@ _MISSING_SECTION = {
     ("output", "path"): "add `path: FOLDER` or give --output FOLDER",
     ("calibration", "dataset"): _ADD_DATASET,
     ("evaluation", "perplexity", "dataset"): "name the text to measure on, for example builtin:pydoc-heldout",
+    ("serve", "tensor_parallel"): "name the numbers of processes, for example tensor_parallel: [1, 2]",
 }
 _MISSING_FIELD = {
     ("targets",): "name the modules to change, for example targets: [Linear]",
@@ -118,6 +119,7 @@ def _check(table: Table, registry: Registry, problems: Problems) -> Recipe:
         calibration=sections.calibration,
         output=sections.output,
         evaluation=sections.evaluation,
+        serve=sections.serve,
         resolved=_resolved(table),
     )
 

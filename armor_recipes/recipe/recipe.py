@@ -9,7 +9,14 @@ from typing import Any
 
 import yaml
 
-from armor_recipes.recipe.schema import CalibrationSpec, EvaluationSpec, ModelSpec, ModifierConfig, OutputSpec
+from armor_recipes.recipe.schema import (
+    CalibrationSpec,
+    EvaluationSpec,
+    ModelSpec,
+    ModifierConfig,
+    OutputSpec,
+    ServeSpec,
+)
 from armor_recipes.recipe.stages import STAGE
 from armor_recipes.recipe.yaml_source import Dumper
 
@@ -49,6 +56,7 @@ class Recipe:
     calibration: CalibrationSpec | None
     output: OutputSpec
     evaluation: EvaluationSpec | None
+    serve: ServeSpec | None
     resolved: dict[str, Any]
 
     def resolved_yaml(self) -> str:

@@ -20,6 +20,7 @@ from armor_recipes.recipe.schema import (
     OutputSpec,
     PerplexitySpec,
     Sections,
+    ServeSpec,
     WeightedDataset,
 )
 
@@ -32,6 +33,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("evaluation", EvaluationSpec),
     ("evaluation.perplexity", PerplexitySpec),
     ("output", OutputSpec),
+    ("serve", ServeSpec),
 )
 
 

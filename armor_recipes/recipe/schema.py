@@ -187,6 +187,21 @@ class OutputSpec(Strict):
     )
 
 
+Ways = Annotated[
+    tuple[Count, ...], Field(min_length=1), BeforeValidator(_as_tuple, json_schema_input_type=tuple[Count, ...])
+]
+
+
+class ServeSpec(Strict):
+    """Who is to serve the result: what such a server needs is checked when the recipe is planned."""
+
+    tensor_parallel: Ways = Field(
+        title="Tensor parallelism",
+        description="Numbers of processes that a server may split each layer over, such as `[1, 2]`; fused layers (query, key and "
+        "value; gate and up) and blocks must allow each of them.",
+    )
+
+
 class Sections(Strict):
     """The sections of a recipe beside its stages."""
 
@@ -199,6 +214,9 @@ class Sections(Strict):
     output: OutputSpec = Field(title="Output", description="Where the result goes. Required, here or by `--output`.")
     evaluation: EvaluationSpec | None = Field(
         default=None, title="Evaluation", description="What is measured before and after; left out, nothing is."
+    )
+    serve: ServeSpec | None = Field(
+        default=None, title="Serve", description="What the plan checks for a server; left out, nothing."
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from armor_recipes.checkpoint.config import LayerSpec
 from armor_recipes.errors import PlanError
 from armor_recipes.modifiers import AnyModifier, FactorModifier, Modifier, ModuleShape, Rearranger, Refiner
 from armor_recipes.modifiers.base import CoreType, Estimate, RefineUnit, StoredAs
@@ -16,6 +17,7 @@ from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.session.estimate import bytes_at_once, calibration_tokens, estimate_peak_bytes, estimate_seconds
 from armor_recipes.session.layers import DecoderLayers, find_decoder_layers
 from armor_recipes.session.rearranging import RearrangePlan, chain_conflicts, plan_chains
+from armor_recipes.session.serving import PackedModule, serve_problems
 from armor_recipes.session.targets import resolve_targets, tied_to
 
 
@@ -170,6 +172,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModif
             problems.append(f"{entry.where}: {entry.name}: {error}")
     problems += _conflicts(recipe, rows, modifiers) + _late_dense(recipe, modifiers)
     problems += chain_conflicts({entry.key: entry.where for entry in recipe.modifiers}, chains)
+    problems += _unservable(recipe, model, layers, rows)
     if problems:
         raise PlanError("\n".join(problems))
     order = {entry.key: i for i, entry in enumerate(recipe.modifiers)}
@@ -383,6 +386,30 @@ def _conflicts(recipe: Recipe, rows: list[ModulePlan], modifiers: Mapping[str, A
                 )
         seen[row.name].append(row.modifier)
     return problems
+
+
+def _unservable(recipe: Recipe, model: nn.Module, layers: DecoderLayers, rows: list[ModulePlan]) -> list[str]:
+    """What keeps a server from splitting packed modules as `serve` asks, as messages, one for layers that are alike."""
+    if recipe.serve is None or recipe.output.format == "dense":
+        return []
+    entries = {entry.key: entry for entry in recipe.modifiers}
+    packed = {
+        row.name: PackedModule(entries[row.modifier], (row.d_out, row.d_in), _spec(entries[row.modifier], row))
+        for row in {row.name: row for row in rows}.values()
+        if row.stored_as == "packed"
+    }
+    found: dict[tuple[str, str], list[str]] = {}
+    for entry, name, problem in serve_problems(model, packed, recipe.serve.tensor_parallel):
+        layer = layers.names[layers.layer_of(name) or 0]
+        found.setdefault((f"{entry.where}: {entry.name}", problem.replace(layer, "{}")), []).append(layer)
+    return [f"{place}: {_once(text, names)}" for (place, text), names in found.items()]
+
+
+def _spec(entry: ModifierEntry, row: ModulePlan) -> LayerSpec:
+    """How the checkpoint will describe a packed module."""
+    assert row.block_size is not None
+    group = None if row.core == "float" else getattr(entry.config, "group_size", None)
+    return LayerSpec(row.block_size, row.core, None, None if group == row.d_in // 2 else group)
 
 
 def _name(key: str) -> str:

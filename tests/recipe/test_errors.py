@@ -145,7 +145,7 @@ SECTIONS = [
     (
         "a_stage:",
         "foo: 1\na_stage:",
-        "3: foo: unknown key; valid keys: model, calibration, output, evaluation, extends, NAME_stage",
+        "3: foo: unknown key; valid keys: model, calibration, output, evaluation, serve, extends, NAME_stage",
     ),
     (
         "a_stage:",
@@ -460,5 +460,5 @@ def test_messages_print_on_one_line_each(tmp_path: Path) -> None:
     found = errors(tmp_path, HEAD + STAGE + '"a\\nb\\e": 1\n')
     assert found == [
         "recipe.yaml:6: a\\nb\\x1b: unknown key; "
-        "valid keys: model, calibration, output, evaluation, extends, NAME_stage"
+        "valid keys: model, calibration, output, evaluation, serve, extends, NAME_stage"
     ]
