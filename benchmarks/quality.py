@@ -28,18 +28,17 @@ from typing import Any
 
 import torch
 import yaml
+from losses import bootstrap, interval, losses_of, read_texts
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import armor_recipes
-from armor_recipes.evaluation.perplexity import evaluation_windows, window_losses
 from armor_recipes.integrations.models import open_model
-from armor_recipes.recipe.schema import ModelSpec, PerplexitySpec
+from armor_recipes.recipe.schema import ModelSpec
 
 ATTENTION, MLP = r"re:.*self_attn\.(q|k|v|o)_proj$", r"re:.*mlp\.(gate|up|down)_proj$"
 #: Cycles of `exact` after which the loss is that of 20,000 steps of `adam`, on layer 10 of SmolLM2-135M at block 64.
 PAPER_CYCLES = {"attention": 46, "mlp": 21}
-RESAMPLES = 1_000
 
 Stage = dict[str, dict[str, Any]]
 
@@ -205,39 +204,6 @@ def model_folder(model: str) -> str:
     return str(open_model(ModelSpec(id=model), device=torch.device("cpu")).folder or model)
 
 
-def losses_of(model: Any, texts: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Loss in nats a token of each window, by text."""
-    return {
-        name: [float(x) / (ids.shape[1] - 1) for x in window_losses(model, ids, batch_size=2)]
-        for name, ids in texts.items()
-    }
-
-
-def read_texts(named: Sequence[str], model: str, *, windows: int, length: int) -> dict[str, Tensor]:
-    """`NAME=PATH` to windows `(N, L)`, evenly spread over the text."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(model))
-    found = {}
-    for text in named:
-        name, _, path = text.partition("=")
-        ids = evaluation_windows(PerplexitySpec(dataset=path, sequence_length=length), tokenizer).ids
-        count = min(windows, len(ids))
-        found[name] = ids[[i * len(ids) // count for i in range(count)]]
-    return found
-
-
-def bootstrap(values: Tensor) -> Tensor:
-    """Means of 1,000 resamples of the last dimension's entries; `(..., N)` to `(..., 1000)`, resampled together."""
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(values.shape[-1], (RESAMPLES, values.shape[-1]), generator=generator)
-    return values[..., picks].mean(-1)
-
-
-def interval(resampled: Tensor) -> tuple[float, float]:
-    """The middle 95 %."""
-    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
-    return low, high
-
-
 def report(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The table as Markdown."""
     dense, reference = rows.get("dense"), rows.get("paper")
@@ -292,7 +258,7 @@ def main() -> None:
     setting = Setting(options.model, options.block, options.samples, options.length, options.calibration)
     folder = options.results / f"{Path(options.model.replace(':', '-')).name}-block{options.block}"
     folder.mkdir(parents=True, exist_ok=True)
-    texts = read_texts(options.text, options.model, windows=options.windows, length=options.length)
+    texts = read_texts(options.text, model_folder(options.model), windows=options.windows, length=options.length)
     for row in [] if options.rows == "none" else split_rows(options.rows):
         file = folder / f"{row.replace(' ', '-').replace(',', '')}.json"
         if not file.exists():

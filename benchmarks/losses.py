@@ -1,0 +1,49 @@
+"""Losses of models on held-out text, window by window, and the bootstrap over windows that the benchmarks compare them by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from armor_recipes.evaluation.perplexity import evaluation_windows, window_losses
+from armor_recipes.recipe.schema import PerplexitySpec
+
+RESAMPLES = 1_000
+
+
+def read_texts(named: Sequence[str], tokenizer_folder: str | Path, *, windows: int, length: int) -> dict[str, Tensor]:
+    """`NAME=PATH` to windows `(N, L)`, evenly spread over the text."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    found = {}
+    for text in named:
+        name, _, path = text.partition("=")
+        ids = evaluation_windows(PerplexitySpec(dataset=path, sequence_length=length), tokenizer).ids
+        count = min(windows, len(ids))
+        found[name] = ids[[i * len(ids) // count for i in range(count)]]
+    return found
+
+
+def losses_of(model: Any, texts: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Loss in nats a token of each window, by text."""
+    return {
+        name: [float(x) / (ids.shape[1] - 1) for x in window_losses(model, ids, batch_size=2)]
+        for name, ids in texts.items()
+    }
+
+
+def bootstrap(values: Tensor) -> Tensor:
+    """Means of 1,000 resamples of the last dimension's entries; `(..., N)` to `(..., 1000)`, resampled together."""
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(values.shape[-1], (RESAMPLES, values.shape[-1]), generator=generator)
+    return values[..., picks].mean(-1)
+
+
+def interval(resampled: Tensor) -> tuple[float, float]:
+    """The middle 95 %."""
+    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
+    return low, high
