@@ -98,9 +98,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", default=[], metavar="NAME=PATH", help="beside builtin:pydoc-heldout")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument(
-        "--row", dest="rows", action="append", choices=ROWS, help="one row; again for more; left out, all"
-    )
+    parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas; `none` only prints")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quantized"))
     options = parser.parse_args()
     wanted = [] if options.rows == "none" else options.rows.split(",")

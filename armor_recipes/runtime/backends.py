@@ -5,6 +5,7 @@
 | `folded` | Ŵ = A·S·B, rounded to the layer's dtype | `F.linear(x, Ŵ, bias)`, bit for bit a plain linear layer |
 | `reference` | S, unpacked, in the layer's dtype | `A (S (B x)) + bias`, in plain torch |
 | `cpu` | nothing: the packed tensors are checked | the compiled kernel, straight from the packed tensors |
+| `cuda` | S for many tokens, 2:4 where cuSPARSELt can | few tokens: a Triton kernel on the packed core; many: 2:4 or dense S |
 | `auto` | as `cpu` where that can run, else as `folded` | what was fastest for this shape and number of tokens |
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import RecipeError
 from armor_recipes.runtime.auto import DenseCores
+from armor_recipes.runtime.cuda import prepare_cuda, run_cuda
 from armor_recipes.runtime.kernel import FORMATS, kernel_available
 from armor_recipes.runtime.op import linear
 from armor_recipes.runtime.validation import check_packed
@@ -123,6 +125,7 @@ def _trains(packed: PackedLinear) -> bool:
 BACKENDS = {
     "auto": Backend("auto", _prepare_auto, _run_auto, traced=_has_kernel),
     "cpu": Backend("cpu", _check_for_kernel, _run_cpu, traced=lambda _: True),
+    "cuda": Backend("cuda", prepare_cuda, run_cuda),
     "folded": Backend("folded", _fold, _run_folded),
     "reference": Backend("reference", _unpack, _run_reference),
 }
