@@ -12,6 +12,7 @@ setup(
         Extension(
             "armor_recipes.solver._native",
             sources=["armor_recipes/solver/native/sweep.c", "armor_recipes/solver/native/product.c"],
+            depends=["armor_recipes/solver/native/export.h"],
             extra_compile_args=FLAGS,
             optional=True,
         ),

@@ -86,8 +86,6 @@ def quantise(
     destination: Path,
     fields: Mapping[str, Any],
     calibration: Mapping[str, Any],
-    *,
-    compute_dtype: str = "auto",
 ) -> None:
     """Write `checkpoint` with a quantised core into the new folder `destination`, by a run on its product in dense form.
 
@@ -96,7 +94,6 @@ def quantise(
         destination: is put in place once it is whole and verified.
         fields: of `QuantizationModifier`.
         calibration: the recipe's section; inputs are those of the model as compressed so far.
-        compute_dtype: of forward passes.
     """
     source = Source.open(checkpoint)
     targets = sorted(source.specs)
@@ -107,7 +104,7 @@ def quantise(
     with tempfile.TemporaryDirectory(dir=destination.parent) as dense:
         export(source, Path(dense), to="dense")
         recipe = {
-            "model": {"id": dense, "compute_dtype": compute_dtype},
+            "model": dense,
             "prune_stage": {"quantise_modifiers": stage},
             "output": {"path": str(destination)},
         }

@@ -46,7 +46,7 @@ from armor_recipes.solver.quantize import kept, round_to_nearest
 
 CONTEXT, NEW, PROMPT = 128, 64, 512
 SAMPLING_SECONDS = 0.005
-#: Of the generated model. Its figures depend on shapes alone, so few tokens will do, one cycle, and no new A and B.
+#: Of the generated model. Its figures depend on shapes alone, so few tokens will do, and one cycle.
 FEW_TOKENS = {"dataset": "builtin:random-tokens", "samples": 2, "sequence_length": 16, "batch_size": 2}
 FACTORED = {"targets": [r"re:.*(self_attn|mlp)\..*_proj$"], "iterations": 1, "propagate": "dense"}
 ROWS = ("dense", "folded", "bf16 core", "int8 core", "int4 core")

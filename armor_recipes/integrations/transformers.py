@@ -133,7 +133,7 @@ def load(
 
     Args:
         folder: the checkpoint.
-        backend: `auto`, `cpu`, `folded` or `reference`; None asks the environment variable ARMOR_BACKEND, then takes `auto`.
+        backend: `auto`, `cpu`, `cuda`, `folded` or `reference`; None asks the environment (ARMOR_BACKEND), then takes `auto`.
         dtype: to compute in; `auto` is the stored one. Float32 holds every stored number exactly.
         device: to move the model to.
 

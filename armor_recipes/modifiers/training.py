@@ -31,9 +31,9 @@ _BETAS = (0.9, 0.95)
 #: Losses and so gradients are tiny where activations are; Adam's usual 1e-8 would damp its steps there.
 _EPSILON = 1e-15
 _WARM_UP, _LAST_RATE = 0.05, 0.02
-#: What a step costs in forward passes, that of the dense target among them: one more with gradients of the core. Copies of what
-#: is trained: itself, the gradients of a step and of one batch, and Adam's two moments.
-_PASSES, _PASSES_WITH_CORE, _COPIES = 3, 4, 5
+#: What a step costs in forward passes: two without gradients of the core, three with, and one of the dense model where that runs
+#: along. Copies of what is trained: itself, the gradients of a step and of one batch, and Adam's two moments.
+_PASSES, _PASSES_WITH_CORE, _COPIES = 2, 3, 5
 #: Values in one sum: few enough that torch does not split it over threads, on whose number its bits would then depend.
 _SUMMED_AT_ONCE = 1 << 14
 
@@ -100,11 +100,12 @@ class TrainingRefiner(Refiner[C]):
         _check_batches(-(-unit.tokens // unit.batch_tokens))
         weights = sum(m.d_out * m.d_in for m in unit.modules)
         trained = unit.factor_values - (0 if self.config.core else weights // 2)
-        passes = _PASSES_WITH_CORE if self.config.core else _PASSES
+        beside = self.scope == "model"  # the dense model, its weights in 16 bits; a layer's targets are there already
+        passes = (_PASSES_WITH_CORE if self.config.core else _PASSES) + beside
         return Estimate(
             stored_bytes=0,
             flops=2.0 * passes * unit.parameters * unit.tokens * self.config.epochs,
-            peak_bytes=4 * (_COPIES * trained + weights) + 2 * weights,  # S by itself, and the dense weights in 16 bits
+            peak_bytes=4 * (_COPIES * trained + weights) + 2 * weights * beside,
         )
 
     def refine(self, task: RefineTask, on_progress: SolveProgress | None) -> RefineOutcome:

@@ -18,7 +18,8 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import RecipeError
 from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor
 
-_FEW_TOKENS = 16
+MOST_TOKENS = 16
+"""Of one call of the Triton kernel: the narrowest tile that a tensor core multiplies."""
 #: What cuSPARSELt asks of a 16-bit 2:4 matrix: rows and columns in multiples of this, and this compute capability.
 _MULTIPLE, _CAPABILITY = 16, (8, 0)
 
@@ -60,7 +61,7 @@ def _core_product(x: Tensor, core: Tensor, packed: PackedLinear) -> Tensor:
     if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
         return nn.functional.linear(x, packed.unpack()[0].to(packed.dtype))
     flat = x.reshape(-1, x.shape[-1])
-    y = _run_kernel(flat, packed) if flat.shape[0] <= _FEW_TOKENS else nn.functional.linear(flat, core)
+    y = _run_kernel(flat, packed) if flat.shape[0] <= MOST_TOKENS else nn.functional.linear(flat, core)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
 

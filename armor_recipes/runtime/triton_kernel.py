@@ -12,9 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.runtime.cuda import MOST_TOKENS
 
-MOST_TOKENS = 16
-"""Of one call: the narrowest tile that a tensor core multiplies."""
 #: A program's tile of S: rows, and groups of four columns. Sixteen rows are the least that `tl.dot` takes, and give the most
 #: programs. Neither was tuned on a GPU.
 _ROWS, _FOURS = 16, 64

@@ -444,7 +444,12 @@ def _totals(
     touched = {m.name for m in rows}
     before = sum({m.name: m.bytes_before for m in rows}.values())
     parameters = sum(p.numel() for p in model.parameters())
-    specs = {(e.config.calibration, getattr(e.config, "propagate", "")) for e in recipe.modifiers}
+    of_model = {
+        r.modifier for r in others if isinstance(r, RefinePlan) and r.layer is None
+    }  # these hold no activations
+    specs = {
+        (e.config.calibration, getattr(e.config, "propagate", "")) for e in recipe.modifiers if e.key not in of_model
+    }
     tokens = sum(calibration_tokens(spec) for spec, _ in specs if spec is not None)
     places = {(m.stage, m.layer, m.modifier) for m in rows}
     together = [[m.peak_bytes for m in rows if (m.stage, m.layer, m.modifier) == place] for place in places]

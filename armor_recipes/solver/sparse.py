@@ -6,17 +6,15 @@ takes about two thirds of the time at 576 × 576 and half at 4096 × 4096.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from armor_recipes.solver.compiled import compiled
 
 _TILE, _PANEL = 64, 64  # of native/product.c
 
@@ -104,13 +102,5 @@ class SparseCore:
         return cls(SparseMatrix.of(rounded, mask), SparseMatrix.of(rounded.T, mask.T))
 
 
-@functools.cache
 def _native_product() -> Callable[..., None] | None:
-    """The compiled kernel's entry point, or None where the extension was not built."""
-    spec = importlib.util.find_spec("armor_recipes.solver._native")
-    if spec is None or spec.origin is None:
-        return None
-    function: Any = ctypes.CDLL(spec.origin).armor_product
-    function.restype = None
-    function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
-    return function  # type: ignore[no-any-return]
+    return compiled("armor_product", pointers=5, integers=4)

@@ -10,17 +10,14 @@ Blocks are independent, so they are batched here and split over threads in the c
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from armor_recipes.solver.compiled import compiled
 from armor_recipes.solver.groups import minor_inverses, solve_group
 from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern, mask_lanes
 
@@ -117,16 +114,8 @@ def _step(problem: SweepProblem, inverses: Tensor | None, row: int, group: int, 
     shift += (delta[..., None] * gram).sum(-2)
 
 
-@functools.cache
 def _native_sweep() -> Callable[..., None] | None:
-    """The compiled kernel's entry point, or None where the extension was not built."""
-    spec = importlib.util.find_spec("armor_recipes.solver._native")
-    if spec is None or spec.origin is None:
-        return None
-    function: Any = ctypes.CDLL(spec.origin).armor_sweep
-    function.restype = None
-    function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 9
-    return function  # type: ignore[no-any-return]
+    return compiled("armor_sweep", pointers=8, integers=9)
 
 
 def _sweep_native(problem: SweepProblem, inverses: Tensor | None) -> None:

@@ -5,17 +5,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "export.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define ARMOR_X86 1
 #else
 #define ARMOR_X86 0
-#endif
-
-#ifdef _WIN32
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
 #endif
 
 #define TILE 64  /* rows of x at a time */

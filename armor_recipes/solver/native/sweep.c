@@ -6,16 +6,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "export.h"
+
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12 /* the first to know x86-64-v4 here */
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
-#endif
-
-#ifdef _WIN32
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
