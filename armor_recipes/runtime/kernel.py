@@ -38,6 +38,8 @@ _LARGEST = {"float": 4, "int8": 127, "int4": 8}
 _STRIP, _ROWS_AT_ONCE = 32, 64  # of native/linear.h and linear.c
 #: Entries of S below which starting another thread costs more than it saves.
 _WORTH_A_THREAD = 1 << 18
+#: So that a thread that starts late, or is slowed by other work, takes fewer.
+_PARTS_A_THREAD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +91,23 @@ class _Job(ctypes.Structure):
         return job
 
 
+class _Task(ctypes.Structure):
+    """`task_t` of native/linear.h. Whoever makes one keeps what it points to."""
+
+    _fields_ = (
+        ("job", ctypes.POINTER(_Job)),
+        *((name, ctypes.c_void_p) for name in ("out", "work")),
+        *((name, ctypes.c_int64) for name in ("step", "blocks", "parts", "work_size", "out_format", "next")),
+    )
+
+
+_INPUT, _OUTPUT, _UNPACK = range(3)  # the steps
+
+
 @dataclass(frozen=True, slots=True)
 class _Library:
     paths: int
-    input: Callable[..., None]
-    output: Callable[..., None]
-    unpack: Callable[..., None]
+    run: Callable[..., None]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -148,19 +161,14 @@ def unpack_into(packed: PackedLinear, out: Tensor) -> None:
     Integers come times their scales, rounded once. The bitmask is taken as it is (`check_packed` checks it once); a damaged
     one stays within `out`. Raises `TypeError` for another dtype or shape.
     """
-    library = _library()
-    assert library is not None
     _check_core(packed)
     if out.shape != packed.shape or not out.is_contiguous() or out.dtype not in (packed.dtype, torch.float32):
         raise TypeError(f"cannot unpack {packed.shape} {packed.dtype} into {tuple(out.shape)} {out.dtype}")
     rows, columns = packed.shape
     packed = _contiguous(packed)
     job = _Job.of(packed)
-
-    def run(begin: int, end: int, _: int) -> None:
-        library.unpack(ctypes.byref(job), out.data_ptr(), FORMATS[out.dtype], begin, end)
-
-    _split(run, rows, rows * columns)
+    task = _Task(ctypes.pointer(job), out.data_ptr(), step=_UNPACK, blocks=rows, out_format=FORMATS[out.dtype])
+    _run(task, _threads(rows, rows * columns))
 
 
 def _contiguous(packed: PackedLinear) -> PackedLinear:
@@ -207,38 +215,67 @@ def _check_core(packed: PackedLinear) -> None:
 
 
 def _run_job(x: Tensor, packed: PackedLinear, bias: Tensor | None, y: Tensor, path: int) -> None:
-    """One job of at most MOST_TOKENS tokens; the factors before the rows, each split over threads."""
-    library = _library()
-    assert library is not None
+    """One job of at most MOST_TOKENS tokens; the factors before the rows."""
     (tokens, columns), rows, (b_o, b_i) = x.shape, y.shape[1], packed.block_size
     inner = torch.empty(tokens * -(-columns // _STRIP) * _STRIP, dtype=torch.float32)
     job = _Job.of(packed)
     job.tokens, job.activation, job.path = tokens, FORMATS[x.dtype], path
     job.x, job.y, job.inner = x.data_ptr(), y.data_ptr(), inner.data_ptr()
     job.bias = None if bias is None else bias.data_ptr()
-    scratch = torch.empty(torch.get_num_threads(), 2 * max(b_o, b_i, _ROWS_AT_ONCE) * tokens, dtype=torch.float32)
-
-    def input_step(begin: int, end: int, part: int) -> None:
-        library.input(ctypes.byref(job), scratch[part].data_ptr(), begin, end)
-
-    def output_step(begin: int, end: int, part: int) -> None:
-        library.output(ctypes.byref(job), scratch[part].data_ptr(), begin, end)
-
-    _split(input_step, columns // b_i, columns * b_i)
-    _split(output_step, rows // b_o, rows * (columns // 2 + b_o))
+    work_size, pointer = 2 * max(b_o, b_i, _ROWS_AT_ONCE) * tokens, ctypes.pointer(job)
+    for step, blocks, entries in (
+        (_INPUT, columns // b_i, columns * b_i),
+        (_OUTPUT, rows // b_o, rows * (columns // 2 + b_o)),
+    ):
+        threads = _threads(blocks, entries)
+        work = torch.empty(_parts(blocks, threads), work_size, dtype=torch.float32)
+        _run(_Task(pointer, None, work.data_ptr(), step, blocks, work_size=work_size), threads)
 
 
-def _split(step: Callable[[int, int, int], None], blocks: int, entries: int) -> None:
-    """Run `step(begin, end, thread)` over [0, blocks), on as many threads as `entries` numbers are worth."""
-    threads = max(1, min(torch.get_num_threads(), blocks, entries // _WORTH_A_THREAD))
-    bounds = [blocks * part // threads for part in range(threads + 1)]
+def _threads(blocks: int, entries: int) -> int:
+    """Threads that a step is worth, which touches so many `entries` of S and the factors."""
+    return max(1, min(torch.get_num_threads(), blocks, entries // _WORTH_A_THREAD))
+
+
+def _parts(blocks: int, threads: int) -> int:
+    return 1 if threads == 1 else min(blocks, threads * _PARTS_A_THREAD)
+
+
+def _run(task: _Task, threads: int) -> None:
+    """Run a task's parts on `threads` threads, of the team that torch's own loops use where that can be had."""
+    library = _library()
+    assert library is not None
+    task.parts = _parts(task.blocks, threads)
+    reference = ctypes.byref(task)
     if threads == 1:
-        step(0, blocks, 0)
-        return
-    others = [_pool(threads - 1).submit(step, bounds[part], bounds[part + 1], part) for part in range(1, threads)]
-    step(bounds[0], bounds[1], 0)
-    for other in others:
-        other.result()
+        library.run(reference)
+    elif os.getpid() == _HOME and (team := _team()) is not None:
+        team(library.run, reference, threads, 0)
+    else:
+        others = [_pool(threads - 1).submit(library.run, reference) for _ in range(threads - 1)]
+        library.run(reference)
+        for other in others:
+            other.result()
+
+
+@functools.cache
+def _team() -> Callable[..., None] | None:
+    """`GOMP_parallel` of the OpenMP that torch runs on, or None where torch has none or another.
+
+    A team of our own would find torch's on the processors, still spinning for its next loop. A copy that was preloaded comes
+    first, as it does for torch.
+    """
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return None
+    for name, mode in ((None, ctypes.DEFAULT_MODE), ("libgomp.so.1", os.RTLD_NOLOAD)):
+        try:
+            parallel = ctypes.CDLL(name, mode=mode).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        parallel.restype = None
+        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        return parallel
+    return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -249,6 +286,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 if hasattr(os, "register_at_fork"):
     # A forked child has the pool's queue and none of its threads: it would wait for ever.
     os.register_at_fork(after_in_child=_pool.cache_clear)
+_HOME = os.getpid()
+"""The process that imported this. In a forked child OpenMP waits for threads that are not there; a pool of its own takes over."""
 
 
 @functools.cache
@@ -260,12 +299,9 @@ def _library() -> _Library | None:
     library = ctypes.CDLL(spec.origin)
     library.armor_paths.restype = ctypes.c_int64
     library.armor_paths.argtypes = []
-    for function in (library.armor_input, library.armor_output):
-        function.restype = None
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    library.armor_unpack.restype = None
-    library.armor_unpack.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3
-    return _Library(int(library.armor_paths()), library.armor_input, library.armor_output, library.armor_unpack)
+    library.armor_run.restype = None
+    library.armor_run.argtypes = [ctypes.c_void_p]
+    return _Library(int(library.armor_paths()), library.armor_run)
 
 
 def _chosen_path() -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 
 import pytest
 import torch
@@ -95,6 +97,40 @@ def test_threads_do_not_change_a_bit(tokens: int, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found.append(run_kernel(x, layer))
     assert all(torch.equal(y, found[0]) for y in found)
+
+
+@pytest.mark.parametrize("team", [True, False])
+def test_threads_of_torch_and_of_our_own(team: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_WORTH_A_THREAD", 1)
+    layer = packed(90, 96, (3, 4), torch.bfloat16)
+    x = torch.randn(2, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y, calls, found = run_kernel(x, layer), [], kernel._team()
+    if team and found is None:
+        pytest.skip("torch runs on another OpenMP here, or none")
+
+    def counted(function: object, task: object, threads: int, flags: int) -> None:
+        calls.append(threads)
+        assert found is not None
+        found(function, task, threads, flags)
+
+    monkeypatch.setattr(kernel, "_team", lambda: counted if team else None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch.equal(run_kernel(x, layer), y)
+    assert calls == [2, 2] * team
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    layer, x = packed(90, 96, (3, 4), torch.bfloat16), torch.ones(1, 96, dtype=torch.bfloat16)
+    y = run_kernel(x, layer)
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: os._exit(not torch.equal(run_kernel(x, layer), y))
+    )
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
 
 
 def test_a_row_of_x_does_not_depend_on_strides_or_no_tokens() -> None:

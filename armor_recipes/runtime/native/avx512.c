@@ -5,32 +5,43 @@
 #include <immintrin.h>
 
 #ifndef FEATURES /* a test emulates the instructions and names fewer */
-#define FEATURES "avx512f,avx512bw,avx512vbmi2,avx512bf16,avx2,fma,f16c"
+#define FEATURES "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c"
 #endif
 #define AVX512_INLINE static inline __attribute__((always_inline, target(FEATURES)))
 
 /* 16 integers, which bf16 holds exactly. */
 AVX512_INLINE __m256i to_bf16(__m512i integers) { return (__m256i)_mm512_cvtneps_pbh(_mm512_cvtepi32_ps(integers)); }
 
-/* Each lane's int4 is shifted to the top, where flipping its sign takes away the 8 that was added, and down again. */
-AVX512_INLINE __m512i int4_lanes(const uint8_t *values) {
-    int32_t words[2];
-    memcpy(words, values, 8);
-    const __m512i places = _mm512_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
-    const __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32(words[0]), 0xff00, words[1]);
-    const __m512i flipped = _mm512_xor_si512(_mm512_sllv_epi32(both, places), _mm512_set1_epi32((int)0x80000000u));
-    return _mm512_srai_epi32(flipped, 28);
+/* Each word's low 4 bits, a number plus 8, choose its bf16 from 16; the rest of the word counts for nothing. */
+AVX512_INLINE __m256i int4_to_bf16(const uint8_t *values) {
+    const __m256i numbers = _mm256_setr_epi16((short)0xc100, (short)0xc0e0, (short)0xc0c0, (short)0xc0a0, (short)0xc080, (short)0xc040,
+                                              (short)0xc000, (short)0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0);
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)values));
+    return _mm256_permutexvar_epi16(_mm256_or_si256(bytes, _mm256_slli_epi32(bytes, 12)), numbers);
 }
 
 /* The kept values of a strip as bf16. */
 AVX512_INLINE __m256i kept(const uint8_t *values, format_t format) {
     if (format == INT8) return to_bf16(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)values)));
-    if (format == INT4) return to_bf16(int4_lanes(values));
+    if (format == INT4) return int4_to_bf16(values);
     return _mm256_loadu_si256((const __m256i *)(const void *)values);
 }
 
+/* Zeros, unknown to the compiler. An expand waits for what was in its target, even where the mask says to zero it: it must be
+ * told to merge into a register that nobody works on, or the expands run one after the other, at half the speed. The
+ * mask is there to have new zeros for each expand, instead of one copy kept in memory. */
+AVX512_INLINE __m512i zeros(uint32_t mask) {
+    __m512i found;
+#ifdef EMULATED
+    (void)mask, memset(&found, 0, sizeof found);
+#else
+    __asm__("vpxord %0, %0, %0" : "=v"(found) : "r"(mask));
+#endif
+    return found;
+}
+
 AVX512_INLINE __m512i expand(const uint8_t *values, uint32_t mask, format_t format) {
-    return _mm512_maskz_expand_epi16(mask, _mm512_castsi256_si512(kept(values, format)));
+    return _mm512_mask_expand_epi16(zeros(mask), mask, _mm512_castsi256_si512(kept(values, format)));
 }
 
 AVX512_INLINE __m512 step(__m512 sum, __m512i row, const uint16_t *x) {
@@ -55,23 +66,26 @@ AVX512_INLINE void tile(const job_t *job, int64_t token, int64_t row, int count,
     const int64_t strips = grouped ? job->columns / job->groups / STRIP : 1;
     const uint16_t *x = (const uint16_t *)(const void *)job->inner + token * padded(job->columns);
     const uint8_t *values = job->values + row * pitch, *bitmask = job->bitmask + row * mask_pitch;
-    __m512 sum[16];
-    for (int i = 0; i < count * tokens; i++) sum[i] = _mm512_setzero_ps();
-    for (int64_t strip = begin / STRIP, group = strip / strips; strip < whole; strip++) {
-        if (grouped && strip == (group + 1) * strips) group++;
+    __m512 sum[16], total[16]; /* of strips under one scale; of what was scaled */
+    for (int i = 0; i < count * tokens; i++) sum[i] = total[i] = _mm512_setzero_ps();
+    for (int64_t strip = begin / STRIP, end_of_group = (strip / strips + 1) * strips; strip < whole;) {
         for (int r = 0; r < count; r++) {
             const uint8_t *at = values + r * pitch + bytes_of(16 * strip, format);
             const uint8_t *mask = bitmask + r * mask_pitch + 4 * strip;
             if (strip % line == 0) _mm_prefetch((const char *)(at + count * pitch), _MM_HINT_T1);
             if (strip % 16 == 0) _mm_prefetch((const char *)(mask + count * mask_pitch), _MM_HINT_T1);
             const __m512i columns = expand(at, word(mask), format);
-            for (int t = 0; t < tokens; t++) {
-                __m512 *to = sum + r * tokens + t;
-                const uint16_t *from = x + (strip * tokens + t) * STRIP;
-                *to = grouped ? _mm512_fmadd_ps(step(_mm512_setzero_ps(), columns, from), scale_of(job, row + r, group), *to)
-                              : step(*to, columns, from);
-            }
+            for (int t = 0; t < tokens; t++)
+                sum[r * tokens + t] = step(sum[r * tokens + t], columns, x + (strip * tokens + t) * STRIP);
         }
+        strip++;
+        if (!grouped || (strip < end_of_group && strip < whole)) continue;
+        for (int r = 0; r < count; r++) {
+            const __m512 scale = scale_of(job, row + r, end_of_group / strips - 1);
+            for (int i = r * tokens; i < (r + 1) * tokens; i++)
+                total[i] = _mm512_fmadd_ps(sum[i], scale, total[i]), sum[i] = _mm512_setzero_ps();
+        }
+        end_of_group += strips;
     }
     for (int r = 0; r < count; r++) {
         if (!grouped && whole * STRIP < end) {
@@ -81,7 +95,7 @@ AVX512_INLINE void tile(const job_t *job, int64_t token, int64_t row, int count,
             for (int t = 0; t < tokens; t++)
                 sum[r * tokens + t] = step(sum[r * tokens + t], columns, x + (whole * tokens + t) * STRIP);
         }
-        for (int t = 0; t < tokens; t++) z[t * stride + r] += _mm512_reduce_add_ps(sum[r * tokens + t]);
+        for (int t = 0; t < tokens; t++) z[t * stride + r] += _mm512_reduce_add_ps((grouped ? total : sum)[r * tokens + t]);
     }
 }
 
@@ -94,11 +108,12 @@ AVX512_INLINE void tiles(const job_t *job, int64_t token, int64_t row, int64_t r
     for (; r < rows; r++) tile(job, token, row + r, 1, tokens, begin, end, z + r, stride, format, grouped);
 }
 
+/* As many rows at once as leave all sums in registers. */
 AVX512_INLINE void core_rows(const job_t *job, int64_t row, int64_t count, int64_t begin, int64_t end, float *z,
                              int64_t stride, format_t format, int grouped) {
     int64_t t = 0;
-    for (; t + 8 <= job->tokens; t += 8) tiles(job, t, row, count, 2, 8, begin, end, z, stride, format, grouped);
-    for (; t + 4 <= job->tokens; t += 4) tiles(job, t, row, count, 4, 4, begin, end, z, stride, format, grouped);
+    for (; t + 8 <= job->tokens; t += 8) tiles(job, t, row, count, grouped ? 1 : 2, 8, begin, end, z, stride, format, grouped);
+    for (; t + 4 <= job->tokens; t += 4) tiles(job, t, row, count, grouped ? 2 : 4, 4, begin, end, z, stride, format, grouped);
     for (; t + 2 <= job->tokens; t += 2) tiles(job, t, row, count, 4, 2, begin, end, z, stride, format, grouped);
     if (t < job->tokens) tiles(job, t, row, count, 4, 1, begin, end, z, stride, format, grouped);
 }

@@ -1,5 +1,5 @@
 /* The compiled form of A (S (B x)) + bias, entered through ctypes; armor_recipes/runtime/kernel.py is its other half. A job is run
- * in two steps, each split in ranges that may run on different threads: blocks of B, then blocks of A with the core
+ * in two steps, each split in parts that any number of threads share: blocks of B, then blocks of A with the core
  * rows that they need. No sum is ever split, so bits do not depend on the number of threads. */
 #define PY_SSIZE_T_CLEAN
 #ifndef ARMOR_STANDALONE
@@ -37,7 +37,7 @@ EXPORT int64_t armor_paths(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) paths |= 1 << AVX2;
     if (paths & 1 << AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
         paths |= 1 << AVX512;
 #endif
     return paths;
@@ -63,7 +63,7 @@ static void factor(const job_t *job, const path_t *path, const uint8_t *blocks, 
 }
 
 /* Blocks [begin, end) of B. `work` holds 2 * max(b_i, ROWS_AT_ONCE) * tokens floats. */
-EXPORT void armor_input(const job_t *job, float *work, int64_t begin, int64_t end) {
+static void input_blocks(const job_t *job, float *work, int64_t begin, int64_t end) {
     const path_t *path = path_of(job);
     const int64_t size = job->b_i, most = blocks_at_once(size), bytes = size * size * width((format_t)job->floats);
     const uint8_t *blocks = job->b + begin * bytes;
@@ -108,7 +108,7 @@ static void core_rows(const job_t *job, const path_t *path, int64_t row, int64_t
 }
 
 /* Blocks [begin, end) of A, after all of B. `work` holds 2 * max(b_o, ROWS_AT_ONCE) * tokens floats. */
-EXPORT void armor_output(const job_t *job, float *work, int64_t begin, int64_t end) {
+static void output_blocks(const job_t *job, float *work, int64_t begin, int64_t end) {
     const path_t *path = path_of(job);
     const int64_t size = job->b_o, most = blocks_at_once(size);
     const format_t format = (format_t)job->floats;
@@ -159,7 +159,7 @@ INLINE void unpack_integers_to(const job_t *job, uint8_t *out, format_t format, 
 
 /* Rows [begin, end) of the core (rows, columns), zero where nothing is kept: in FP32, or in the format of the job's floats.
  * Of the job it reads values, scale and bitmask, and what tells their sizes. */
-EXPORT void armor_unpack(const job_t *job, uint8_t *out, int64_t out_format, int64_t begin, int64_t end) {
+static void unpack_rows(const job_t *job, uint8_t *out, int64_t out_format, int64_t begin, int64_t end) {
     const int64_t first = begin * job->columns / 4, last = end * job->columns / 4;
     const format_t format = (format_t)job->format;
     if (format == INT8) {
@@ -174,6 +174,16 @@ EXPORT void armor_unpack(const job_t *job, uint8_t *out, int64_t out_format, int
         unpack(job, out, FP16, FP32, first, last, 1.0f);
     } else {
         unpack(job, out, BF16, FP32, first, last, 1.0f);
+    }
+}
+
+/* Run by every thread of a team with the same task: each takes the next part until none is left. */
+EXPORT void armor_run(task_t *task) {
+    for (int64_t part; (part = atomic_fetch_add(&task->next, 1)) < task->parts;) {
+        const int64_t begin = task->blocks * part / task->parts, end = task->blocks * (part + 1) / task->parts;
+        float *work = task->work + part * task->work_size;
+        if (task->step == UNPACK) unpack_rows(task->job, task->out, task->out_format, begin, end);
+        else (task->step == INPUT ? input_blocks : output_blocks)(task->job, work, begin, end);
     }
 }
 

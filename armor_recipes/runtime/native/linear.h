@@ -1,6 +1,7 @@
 /* y = A (S (B x)) + bias for a few tokens: the job, the number formats, and what a path (scalar, AVX2, AVX-512) must provide. */
 #ifndef ARMOR_LINEAR_H
 #define ARMOR_LINEAR_H
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -35,6 +36,17 @@ typedef struct {
     float *inner;           /* (tokens, strips * STRIP): B x, in the order that the path wants */
     int64_t tokens, rows, columns, groups, b_o, b_i, format, floats, activation, path; /* groups of a row: 0, 1 or more */
 } job_t;
+
+typedef enum { INPUT = 0, OUTPUT = 1, UNPACK = 2 } step_t;
+
+/* A step over all its blocks (of B; of A; rows of the core), in parts. */
+typedef struct {
+    const job_t *job;
+    uint8_t *out; /* of UNPACK: the core (rows, columns) in `out_format` */
+    float *work;  /* of the others: `work_size` floats a part, 2 * max(b_i or b_o, ROWS_AT_ONCE) * tokens */
+    int64_t step, blocks, parts, work_size, out_format;
+    atomic_int_fast64_t next; /* the first part that no thread has taken */
+} task_t;
 
 #define GROUPED_COLUMNS 8192 /* most columns at once where a row has several groups */
 

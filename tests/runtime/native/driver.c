@@ -5,9 +5,7 @@
 #include <stdlib.h>
 
 int64_t armor_paths(void);
-void armor_input(const job_t *job, float *work, int64_t begin, int64_t end);
-void armor_output(const job_t *job, float *work, int64_t begin, int64_t end);
-void armor_unpack(const job_t *job, uint8_t *out, int64_t out_format, int64_t begin, int64_t end);
+void armor_run(task_t *task);
 
 static uint32_t state = 1;
 static int random_below(int most) { return (int)((state = state * 1664525u + 1013904223u) >> 8) % most; }
@@ -68,22 +66,22 @@ static int compare(const job_t *job, const float *expected) {
     return 0;
 }
 
-/* In two ranges each, as two threads would take them. */
+/* In two parts a step. */
 static int run(job_t *job, const float *expected) {
-    const int64_t blocks_in = job->columns / job->b_i, blocks_out = job->rows / job->b_o;
     int64_t wide = job->b_i > job->b_o ? job->b_i : job->b_o;
     wide = wide < 64 ? 64 : wide;
-    float *work = malloc((size_t)(2 * wide * job->tokens) * 4);
+    task_t input = {.job = job, .step = INPUT, .blocks = job->columns / job->b_i, .parts = 2, .work_size = 2 * wide * job->tokens};
+    task_t output = {.job = job, .step = OUTPUT, .blocks = job->rows / job->b_o, .parts = 2, .work_size = input.work_size};
+    input.work = output.work = malloc((size_t)(2 * input.work_size) * 4);
     job->inner = malloc((size_t)(job->tokens * padded(job->columns)) * 4);
     job->y = malloc((size_t)(job->tokens * job->rows * width((format_t)job->activation)));
-    armor_input(job, work, 0, blocks_in / 2), armor_input(job, work, blocks_in / 2, blocks_in);
-    armor_output(job, work, 0, blocks_out / 2), armor_output(job, work, blocks_out / 2, blocks_out);
+    armor_run(&input), armor_run(&output);
     const int wrong = compare(job, expected);
-    free(work), free(job->inner), free(job->y);
+    free(input.work), free(job->inner), free(job->y);
     return wrong;
 }
 
-/* The core as the definition says, not as armor_unpack does; which is compared with it. */
+/* The core as the definition says, not as the kernel does; which is compared with it. */
 static int unpacked(const job_t *job, float *core) {
     const int64_t kept = job->columns / 2, count = job->rows * job->columns;
     float *other = malloc((size_t)count * 4);
@@ -94,9 +92,10 @@ static int unpacked(const job_t *job, float *core) {
         if (job->groups) core[i] *= load_number(job->scale, value / (kept / job->groups), (format_t)job->floats);
         value++;
     }
-    armor_unpack(job, (uint8_t *)other, FP32, 0, job->rows);
+    task_t unpack = {.job = job, .out = (uint8_t *)other, .step = UNPACK, .blocks = job->rows, .parts = 3, .out_format = FP32};
+    armor_run(&unpack);
     const int wrong = memcmp(core, other, (size_t)count * 4) != 0;
-    if (wrong) printf("armor_unpack differs: format %d groups %d\n", (int)job->format, (int)job->groups);
+    if (wrong) printf("unpacking differs: format %d groups %d\n", (int)job->format, (int)job->groups);
     free(other);
     return wrong;
 }

@@ -11,6 +11,8 @@ typedef uint16_t __m512i __attribute__((vector_size(64)));
 typedef uint16_t __m512bh __attribute__((vector_size(64)));
 typedef float __m512 __attribute__((vector_size(64)));
 typedef int32_t emulated_lanes __attribute__((vector_size(64)));
+typedef int32_t emulated_half __attribute__((vector_size(32)));
+typedef int16_t emulated_words __attribute__((vector_size(32)));
 
 #define _MM_HINT_T1 2
 #define _mm_prefetch(address, hint) ((void)(address))
@@ -35,8 +37,7 @@ EMULATED __m512i _mm512_castsi256_si512(__m256i low) {
     return value;
 }
 
-EMULATED __m512i _mm512_maskz_expand_epi16(uint32_t mask, __m512i packed) {
-    __m512i value = {0};
+EMULATED __m512i _mm512_mask_expand_epi16(__m512i value, uint32_t mask, __m512i packed) {
     for (int lane = 0, next = 0; lane < 32; lane++)
         if (mask >> lane & 1u) value[lane] = packed[next++];
     return value;
@@ -81,31 +82,29 @@ EMULATED __m256bh _mm512_cvtneps_pbh(__m512 numbers) {
     return value;
 }
 
-EMULATED __m512i _mm512_set1_epi32(int32_t number) {
-    emulated_lanes value;
-    for (int lane = 0; lane < 16; lane++) value[lane] = number;
-    return (__m512i)value;
+EMULATED __m128i _mm_loadl_epi64(const __m128i *from) {
+    __m128i value = {0};
+    memcpy(&value, from, 8);
+    return value;
 }
 
-EMULATED __m512i _mm512_mask_set1_epi32(__m512i others, uint16_t mask, int32_t number) {
-    emulated_lanes value = (emulated_lanes)others;
-    for (int lane = 0; lane < 16; lane++)
-        if (mask >> lane & 1) value[lane] = number;
-    return (__m512i)value;
+EMULATED __m256i _mm256_cvtepu8_epi32(__m128i bytes) {
+    emulated_half value;
+    for (int lane = 0; lane < 8; lane++) value[lane] = bytes[lane / 2] >> 8 * (lane % 2) & 0xff;
+    return (__m256i)value;
 }
 
-#define _mm512_setr_epi32(...) ((__m512i)(emulated_lanes){__VA_ARGS__})
+EMULATED __m256i _mm256_slli_epi32(__m256i numbers, int count) { return (__m256i)((emulated_half)numbers << count); }
 
-EMULATED __m512i _mm512_sllv_epi32(__m512i numbers, __m512i counts) {
-    const emulated_lanes lanes = (emulated_lanes)numbers, by = (emulated_lanes)counts;
-    emulated_lanes value;
-    for (int lane = 0; lane < 16; lane++) value[lane] = (int32_t)((uint32_t)lanes[lane] << by[lane]);
-    return (__m512i)value;
+EMULATED __m256i _mm256_or_si256(__m256i x, __m256i y) { return x | y; }
+
+#define _mm256_setr_epi16(...) ((__m256i)(emulated_words){__VA_ARGS__})
+
+EMULATED __m256i _mm256_permutexvar_epi16(__m256i places, __m256i numbers) {
+    __m256i value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = numbers[places[lane] & 15];
+    return value;
 }
-
-EMULATED __m512i _mm512_xor_si512(__m512i x, __m512i y) { return x ^ y; }
-
-EMULATED __m512i _mm512_srai_epi32(__m512i numbers, int count) { return (__m512i)((emulated_lanes)numbers >> count); }
 
 EMULATED __m512 _mm512_set1_ps(float number) {
     __m512 value;
