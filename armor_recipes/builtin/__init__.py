@@ -1,7 +1,7 @@
-"""What ships inside the package: a small language model and three texts. `NOTICE.md` names their source and licence.
+"""What ships inside the package: a small language model and five texts. `NOTICE.md` names their source and licence.
 
-In recipes they are written `builtin:stdlib-llama`, `builtin:pydoc`, `builtin:pydoc-heldout`, `builtin:jargon`; here without
-the prefix. The first two texts are of the model's kind and kept as its token ids, the third is English prose of another kind.
+In recipes they are written `builtin:stdlib-llama`, `builtin:pydoc` and so on; here without the prefix. `pydoc` and
+`pydoc-heldout` are of the model's kind and kept as its token ids; the others are English prose of other kinds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from armor_recipes.errors import InputError
 _HERE = Path(__file__).parent
 _MODEL = "stdlib-llama"
 _TOKENS = ("pydoc", "pydoc-heldout")
-_PROSE = ("jargon",)
+_PROSE = ("jargon", "speeches", "rustbook")
 _SEPARATOR = "\f"
 _END_OF_TEXT = "<|endoftext|>"
 
