@@ -40,6 +40,8 @@ ATTENTION, MLP = r"re:.*self_attn\.(q|k|v|o)_proj$", r"re:.*mlp\.(gate|up|down)_
 #: Cycles of `exact` after which the loss is that of 20,000 steps of `adam`, on layer 10 of SmolLM2-135M at block 64.
 PAPER_CYCLES = {"attention": 46, "mlp": 21}
 
+TEXTS = ("builtin:pydoc", "builtin:jargon", "builtin:speeches", "builtin:rustbook")
+
 Stage = dict[str, dict[str, Any]]
 
 
@@ -248,7 +250,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--calibration", default="builtin:pydoc,builtin:jargon", help="texts in equal parts")
+    parser.add_argument("--calibration", default=",".join(TEXTS), help="texts in equal parts")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=PATH")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas; `none` only prints")

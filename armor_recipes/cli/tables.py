@@ -157,12 +157,16 @@ def _rearrangement_lines(result: Result) -> list[str]:
 
 
 def _refinement_lines(result: Result) -> list[str]:
-    """One line a refiner: units, steps, and the mean of their held-out losses."""
-    return [
-        f"{name}: held-out loss {_mean(r.losses[0] for r in rows):.5f} -> "
-        f"{_mean(min(r.losses) for r in rows):.5f}, {sum(r.steps for r in rows)} steps, {len(rows)} unit(s)"
-        for name, rows in _by_modifier(result.refinements).items()
-    ]
+    """One line a refiner: units, steps, and the mean of their held-out losses; units that training did not better are counted."""
+    lines = []
+    for name, rows in _by_modifier(result.refinements).items():
+        left = sum(min(r.losses) == r.losses[0] for r in rows)
+        lines.append(
+            f"{name}: held-out loss {_mean(r.losses[0] for r in rows):.5f} -> "
+            f"{_mean(min(r.losses) for r in rows):.5f}, {sum(r.steps for r in rows)} steps, {len(rows)} unit(s)"
+            + (f", {left} of them left as before: training raised it; lower `learning_rate`" if left else "")
+        )
+    return lines
 
 
 def _change_lines(result: Result) -> list[str]:

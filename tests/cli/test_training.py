@@ -72,6 +72,16 @@ def test_a_plan_has_a_line_for_it(shell: Shell, file: Path, name: str) -> None:
     assert {r["modifier"] for r in plan["refinements"]} == {f"prune_stage.armor_modifiers.{name}"}
 
 
+def test_the_summary_tells_of_units_that_training_did_not_better(shell: Shell, file: Path, name: str) -> None:
+    done = shell("armor-apply", file, "--set", f"prune_stage.armor_modifiers.{name}.learning_rate=1.0")
+    assert done.code == 0
+    assert re.search(
+        rf"{name}: held-out loss (0\.\d{{5}}) -> \1, \d+ steps, (\d) unit\(s\), \2 of them left as before: training "
+        "raised it; lower `learning_rate`",
+        done.out,
+    )
+
+
 def test_progress_and_summary_tell_the_held_out_losses(shell: Shell, file: Path, name: str) -> None:
     done = shell("armor-apply", file)
     assert done.code == 0, done.err

@@ -25,7 +25,7 @@ _ROWS = 64
 class DistillationConfig(RefineConfig):
     """Train all factors against the dense model's next-token probabilities and hidden states. Masks stay, bytes too."""
 
-    learning_rate: float = learning_rate_field(1e-3)
+    learning_rate: float = learning_rate_field(6e-4)
     hidden_layers: Annotated[int, Field(strict=True, ge=0)] | Literal["all"] = Field(
         default="all",
         title="Hidden layers",
