@@ -160,10 +160,11 @@ def _refinement_lines(result: Result) -> list[str]:
     """One line a refiner: units, steps, and the mean of their held-out losses; units that training did not better are counted."""
     lines = []
     for name, rows in _by_modifier(result.refinements).items():
-        left = sum(min(r.losses) == r.losses[0] for r in rows)
+        left, clipped = sum(min(r.losses) == r.losses[0] for r in rows), sum(r.clipped for r in rows)
         lines.append(
             f"{name}: held-out loss {_mean(r.losses[0] for r in rows):.5f} -> "
             f"{_mean(min(r.losses) for r in rows):.5f}, {sum(r.steps for r in rows)} steps, {len(rows)} unit(s)"
+            + (f", {clipped} gradient(s) clipped" if clipped else "")
             + (f", {left} of them left as before: training raised it; lower `learning_rate`" if left else "")
         )
     return lines

@@ -242,11 +242,15 @@ class RefineTask:
 
 @dataclass(frozen=True, slots=True)
 class RefineOutcome:
-    """Held-out losses, the first before training; the factors and vectors are left at the best of them."""
+    """Held-out losses, the first before training; the factors and vectors are left at the best of them.
+
+    `clipped` counts gradients of batches that were shortened.
+    """
 
     losses: tuple[float, ...]
     steps: int
     stop_reason: str
+    clipped: int = 0
 
 
 class Refiner(AnyModifier[C]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,9 @@ _BETAS = (0.9, 0.95)
 #: Losses and so gradients are tiny where activations are; Adam's usual 1e-8 would damp its steps there.
 _EPSILON = 1e-15
 _WARM_UP, _LAST_RATE = 0.05, 0.02
+#: A batch's gradient longer than so many times the median of those before it is shortened to that (AutoClip, arXiv 2007.14469).
+#: One window among hundreds can have a gradient hundreds of times as long, which Adam's moments would not forget for many steps.
+_LONGEST = 2.0
 #: What a step costs in forward passes: two without gradients of the core, three with, and one of the dense model where that runs
 #: along. Copies of what is trained: itself, the gradients of a step and of one batch, and Adam's two moments.
 _PASSES, _PASSES_WITH_CORE, _COPIES = 2, 3, 5
@@ -140,12 +144,14 @@ class _Training:
     workers: ThreadPoolExecutor
 
     def gradients(self, batch: int) -> tuple[float, tuple[Tensor, ...]]:
-        """Loss of one batch, and its gradients."""
+        """Length of one batch's gradient, and its parts."""
         with torch.enable_grad():
             loss = self._loss(batch)
             # A parameter that the batch does not reach (an expert that no token went to) gets zeros.
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
-        return _finite(float(loss.detach())), gradients
+        _finite(float(loss.detach()), "loss")
+        lengths = torch.stack([torch.linalg.vector_norm(part) for part in gradients])
+        return _finite(float(torch.linalg.vector_norm(lengths)), "gradient"), gradients
 
     def refresh(self) -> None:
         """Let the factors know that their parameters have changed."""
@@ -158,7 +164,7 @@ class _Training:
 
     def _value(self, batch: int) -> float:
         with torch.no_grad():
-            return _finite(float(self._loss(batch)))
+            return _finite(float(self._loss(batch)), "loss")
 
     def _loss(self, batch: int) -> Tensor:
         with torch.no_grad():
@@ -179,12 +185,13 @@ def train(training: _Training, on_progress: SolveProgress | None) -> RefineOutco
     generator = torch.Generator().manual_seed(training.seed)
     losses = [training.held_out_loss(held)]
     kept = [p.detach().clone() for p in training.parameters]
-    step = 0
+    step, clipped = 0, 0
+    lengths: list[float] = []
     for _ in range(config.epochs):
         order = [trained[i] for i in torch.randperm(len(trained), generator=generator).tolist()]
         for index in range(steps):
             batches = order[index * config.accumulate : (index + 1) * config.accumulate]
-            _step(training, optimizer, batches, rate=config.learning_rate * schedule(step, total))
+            clipped += _step(training, optimizer, batches, lengths, rate=config.learning_rate * schedule(step, total))
             step += 1
             if on_progress is not None:
                 on_progress(step, total, losses[-1])
@@ -197,7 +204,7 @@ def train(training: _Training, on_progress: SolveProgress | None) -> RefineOutco
             parameter.copy_(value)
     training.refresh()
     return RefineOutcome(
-        tuple(losses), step, "epochs" if step == total and losses[-1] <= min(losses) else "held-out loss"
+        tuple(losses), step, "epochs" if step == total and losses[-1] <= min(losses) else "held-out loss", clipped
     )
 
 
@@ -233,19 +240,28 @@ def root_mean_square(x: Tensor) -> float:
     return math.sqrt(float(torch.stack(parts).sum()) / x.numel())
 
 
-def _step(training: _Training, optimizer: torch.optim.Adam, batches: Sequence[int], *, rate: float) -> None:
+def _step(
+    training: _Training, optimizer: torch.optim.Adam, batches: Sequence[int], lengths: list[float], *, rate: float
+) -> int:
+    """One step of Adam; adds to the `lengths` of gradients so far, and returns how many were shortened."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
-    for _, gradients in training.workers.map(training.gradients, batches):  # summed in the order of the batches
+    clipped = 0
+    for length, gradients in training.workers.map(training.gradients, batches):  # summed in the order of the batches
+        longest = _LONGEST * statistics.median(lengths) if lengths else length
+        lengths.append(length)
+        clipped += length > longest
+        weight = (longest / length if length > longest else 1.0) / len(batches)
         for parameter, gradient in zip(training.parameters, gradients, strict=True):
-            share = gradient / len(batches)
+            share = gradient * weight
             parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     training.refresh()
+    return clipped
 
 
-def _finite(loss: float) -> float:
-    if not math.isfinite(loss):
-        raise NumericalError(f"a training loss is {loss}: lower `learning_rate`, or check the model's weights")
-    return loss
+def _finite(number: float, what: str) -> float:
+    if not math.isfinite(number):
+        raise NumericalError(f"a training {what} is {number}: lower `learning_rate`, or check the model's weights")
+    return number

@@ -126,6 +126,7 @@ def _refinement(result: RefineResult) -> dict[str, Any]:
         "tokens": result.tokens,
         "losses": list(result.losses),
         "steps": result.steps,
+        "clipped": result.clipped,
         "stop_reason": result.stop_reason,
     }
 

@@ -23,7 +23,7 @@ from armor_recipes.solver import TrainableFactors, TrainableLinear
 
 @dataclass(frozen=True, slots=True)
 class RefineResult:
-    """One unit that was trained: held-out losses, the first before training, and how many steps were taken.
+    """One unit that was trained: held-out losses, the first before training, steps taken and gradients clipped.
 
     `unit` is a decoder layer's name, or `model`. `vectors` counts the numbers in norms that changed.
     """
@@ -32,6 +32,7 @@ class RefineResult:
     unit: str
     losses: tuple[float, ...]
     steps: int
+    clipped: int
     stop_reason: str
     modules: int
     vectors: int
@@ -129,6 +130,7 @@ def _refine(job: RefineJob, task: RefineTask, unit: str, module: nn.Module, *, t
         unit=unit,
         losses=outcome.losses,
         steps=outcome.steps,
+        clipped=outcome.clipped,
         stop_reason=outcome.stop_reason,
         modules=len(task.factors),
         vectors=sum(value.numel() for value in changed.values()),

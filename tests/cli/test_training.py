@@ -76,8 +76,8 @@ def test_the_summary_tells_of_units_that_training_did_not_better(shell: Shell, f
     done = shell("armor-apply", file, "--set", f"prune_stage.armor_modifiers.{name}.learning_rate=1.0")
     assert done.code == 0
     assert re.search(
-        rf"{name}: held-out loss (0\.\d{{5}}) -> \1, \d+ steps, (\d) unit\(s\), \2 of them left as before: training "
-        "raised it; lower `learning_rate`",
+        rf"{name}: held-out loss (0\.\d{{5}}) -> \1, \d+ steps, (\d) unit\(s\)(?:, \d+ gradient\(s\) clipped)?, "
+        r"\2 of them left as before: training raised it; lower `learning_rate`",
         done.out,
     )
 
@@ -102,7 +102,7 @@ def test_what_is_written_says_what_was_trained(shell: Shell, file: Path, name: s
     assert [row["unit"] for row in manifest["refinements"]] == units
     for row, shown in zip(manifest["refinements"], result["refinements"], strict=True):
         assert set(row) == {
-            "modifier", "unit", "modules", "norm_values", "tokens", "losses", "steps", "stop_reason",
+            "modifier", "unit", "modules", "norm_values", "tokens", "losses", "steps", "clipped", "stop_reason",
         }  # fmt: skip
         assert (row["modifier"], row["losses"]) == (shown["modifier"], shown["losses"]) == (key, row["losses"])
         assert min(row["losses"]) < row["losses"][0]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from armor_recipes.errors import CheckpointError, NumericalError, PlanError
-from armor_recipes.modifiers import ModuleShape, Refiner, modifiers
+from armor_recipes.modifiers import ModuleShape, Refiner, modifiers, training
 from armor_recipes.modifiers.base import RefineTask, RefineUnit, UnitOutput
 from armor_recipes.modifiers.training import RefineConfig, root_mean_square, schedule, split_batches
 from armor_recipes.session import Session
@@ -123,6 +123,28 @@ def test_a_learning_rate_far_too_high_ends_where_it_began(make: Callable[..., An
     assert outcome.losses[1] > outcome.losses[0]
     assert (len(outcome.losses), outcome.stop_reason) == (2, "held-out loss")
     assert all(torch.equal(now, old) for now, old in zip(p.state(), before, strict=True))
+
+
+def test_one_gradient_a_thousand_times_as_long_is_clipped_and_counted(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, trained = split_batches(8, 0.25)
+
+    def trained_with_a_spike() -> tuple[int, float]:
+        p, refiner = problem(), make(epochs=4)
+
+        def forward(batch: int) -> UnitOutput:
+            y = p.task.forward(batch).output
+            return UnitOutput(y + 999 * (y - y.detach()) if batch == trained[2] else y)
+
+        outcome = refiner.refine(replace(p.task, forward=forward), None)
+        return outcome.clipped, p.loss(refiner, held)
+
+    clipped, loss = trained_with_a_spike()
+    monkeypatch.setattr(training, "_LONGEST", math.inf)
+    none, unclipped = trained_with_a_spike()
+    assert clipped >= 4 > none == 0
+    assert loss < unclipped
 
 
 @pytest.mark.parametrize("where", ["held out", "trained on"])
