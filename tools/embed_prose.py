@@ -43,8 +43,7 @@ def jargon(source: Path) -> Iterator[str]:
     text = "\n" + source.read_text(encoding="utf-8").replace("\xa0", " ")
     for first, last in JARGON_PARTS:
         inside = text[text.index(f"\n{first}\n") : text.index(f"\n{last}\n")]
-        kept = "\n\n".join(p for p in re.split(r"\n\s*\n", inside) if not DRAWN.search(p))
-        yield re.sub(r"[{}]", "", paragraphs(re.split(r"\n\s*\n", kept)))
+        yield re.sub(r"[{}]", "", paragraphs(p for p in re.split(r"\n\s*\n", inside) if not DRAWN.search(p)))
 
 
 def speeches(source: Path) -> Iterator[str]:
