@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from armor_recipes.errors import CheckpointError, NumericalError, PlanError
 from armor_recipes.modifiers import ModuleShape, Refiner, modifiers, training
 from armor_recipes.modifiers.base import RefineTask, RefineUnit, UnitOutput
+from armor_recipes.modifiers.distillation.modifier import relative_error
 from armor_recipes.modifiers.training import RefineConfig, root_mean_square, schedule, split_batches
 from armor_recipes.session import Session
 from armor_recipes.solver import TrainableFactors, factorize
@@ -318,7 +319,18 @@ def test_hidden_states_count_by_their_weight_and_each_token_by_itself() -> None:
     wanted = UnitOutput(logits, (hidden, hidden))
     found = UnitOutput(logits, (1.1 * hidden, hidden))
     loss = kind(kind.config_type(hidden_weight=2.0)).loss(found, wanted)
-    assert float(loss) == pytest.approx(2.0 * 0.01 / 2, rel=1e-3)
+    assert float(loss) == pytest.approx(2.0 * math.log1p(0.01) / 2, rel=1e-3)
+
+
+def test_a_token_that_explodes_does_not_own_the_hidden_states_gradient() -> None:
+    wanted = torch.randn(1, 64, 6, generator=torch.Generator().manual_seed(1))
+    found = 1.2 * wanted
+    found[0, 1] *= 30  # activations that the dense model does not have here
+    found.requires_grad_()
+    (gradient,) = torch.autograd.grad(relative_error(found, wanted), found)
+    lengths = gradient[0].norm(dim=-1) * wanted[0].norm(dim=-1)  # of the relative error
+    assert lengths[1] < lengths[0]
+    assert torch.sum(gradient[0, 1] * wanted[0, 1]) > 0  # and it is still led back
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class DistillationConfig(RefineConfig):
     hidden_weight: Annotated[float, Field(gt=0)] = Field(
         default=5.0,
         title="Weight of hidden states",
-        description="Of their mean relative squared error, in the sum with the divergence of the logits in nats.",
+        description="Of the mean of ln(1 + their relative squared error), in the sum with the divergence of the logits in nats.",
     )
 
 
@@ -52,7 +52,7 @@ class DistillationModifier(TrainingRefiner[DistillationConfig]):
         return tuple((i + 1) * total // count - 1 for i in range(count))
 
     def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
-        """Mean KL(dense ‖ compressed) a token, in nats, of logits `(B, L, V)`, and the hidden states' error by its weight."""
+        """Mean KL(dense ‖ compressed) a token, in nats, of logits `(B, L, V)`, plus the hidden states' error times its weight."""
         divergence: Tensor = _Divergence.apply(found.output.flatten(0, -2), wanted.output.flatten(0, -2))  # type: ignore[no-untyped-call]
         if not wanted.hidden:
             return divergence
@@ -61,12 +61,14 @@ class DistillationModifier(TrainingRefiner[DistillationConfig]):
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error of hidden states `(B, L, H)` relative to each token's own square, averaged over tokens.
+    """ln(1 + e), averaged over tokens, of e = ‖found − wanted‖² / ‖wanted‖² of hidden states `(B, L, H)`.
 
-    Each token by itself: a few tokens carry activations so large that they would own a common sum.
+    Each token by itself: a few tokens carry activations so large that they would own a common sum. And of its logarithm (the
+    Cauchy loss, arXiv 1701.03077), which is e where that is small: a token at which only the compressed model has such
+    activations has an e of hundreds, and with it a gradient hundreds of times as long as all others together.
     """
     target = wanted.float()
-    return ((found.float() - target).square().sum(-1) / target.square().sum(-1)).mean()
+    return torch.log1p((found.float() - target).square().sum(-1) / target.square().sum(-1)).mean()
 
 
 class _Divergence(torch.autograd.Function):
