@@ -101,12 +101,12 @@ def tensor_names(core: str) -> tuple[str, ...]:
 
 
 def quantization_config(
-    layers: Mapping[str, PackedLinear], ignore: Sequence[str], shared: Mapping[str, str] | None = None
+    layers: Mapping[str, PackedLinear | LayerSpec], ignore: Sequence[str], shared: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Describe these layers, with keys and an order that depend on nothing but the arguments.
 
     Args:
-        layers: full module name → packed layer; not empty.
+        layers: full module name → packed layer, or block size, core type and group size of one; not empty.
         ignore: full names of the linear modules left dense.
         shared: full name of a module without a B of its own → of the module of the same group whose B it uses.
     """

@@ -2,8 +2,9 @@
 
 | target | a packed layer becomes | from |
 |---|---|---|
+| `armor` | an ARMOR layer of block size 1 with identity factors, integers kept | legacy, dense 2:4 |
 | `dense` | `P.weight`, Ŵ folded and rounded to the stored dtype: what the `folded` backend computes with | ARMOR, legacy |
-| `dense-2of4` | `P.weight`, the core itself, zeros kept | ARMOR with identity factors, legacy |
+| `dense-2of4` | `P.weight`, the core itself, zeros kept | ARMOR with identity factors, plain legacy |
 | `sparse-24-bitmask` | `P.compressed`, `P.bitmask`, `P.shape` (`armor_recipes.checkpoint.legacy`) | the same, dense 2:4 |
 
 All other tensors are copied as they are, and so are the files of the folder that are neither weights nor described anew.
@@ -23,17 +24,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from armor_recipes.checkpoint.config import FORMAT_VERSION, SCALE, TENSOR_NAMES, VALUES, LayerSpec
+from armor_recipes.checkpoint.config import (
+    FORMAT_VERSION,
+    SCALE,
+    TENSOR_NAMES,
+    VALUES,
+    LayerSpec,
+    named_tensors,
+    quantization_config,
+)
 from armor_recipes.checkpoint.files import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, read_config, read_header, read_tensor
 from armor_recipes.checkpoint.header import TensorInfo
 from armor_recipes.checkpoint.legacy import (
-    COMPRESSED,
-    LEGACY_NAMES,
+    LegacyFolder,
     is_legacy,
     legacy_config,
-    legacy_layers,
     legacy_tensors,
-    read_legacy_layer,
+    open_legacy,
 )
 from armor_recipes.checkpoint.packing import PACKABLE_DTYPES, PackedLinear, pack_2of4
 from armor_recipes.checkpoint.reader import check_folder, checked_layers, read_layer
@@ -41,7 +48,7 @@ from armor_recipes.checkpoint.writer import tensor_hashes
 from armor_recipes.errors import PlanError
 from armor_recipes.version import __version__
 
-Target = Literal["dense", "dense-2of4", "sparse-24-bitmask"]
+Target = Literal["armor", "dense", "dense-2of4", "sparse-24-bitmask"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 _WRITTEN_ANEW = (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, "report.json")
@@ -70,6 +77,8 @@ class Source:
     specs: Mapping[str, LayerSpec]
     """Layers to convert, by full module name."""
     kind: Literal["armor", "legacy", "dense"]
+    legacy: LegacyFolder | None = None
+    """What reads the layers of a legacy folder."""
 
     @classmethod
     def open(cls, folder: Path, linears: Collection[str] = ()) -> Source:
@@ -82,8 +91,9 @@ class Source:
         config, tensors = read_config(folder), read_header(folder)
         quantization = config.get("quantization_config")
         if is_legacy(quantization):
-            names = legacy_layers(folder, quantization, tensors)
-            return cls(folder, config, tensors, dict.fromkeys(names, LayerSpec((1, 1))), "legacy")
+            legacy = open_legacy(folder, quantization, tensors)
+            specs = {name: layer.spec for name, layer in legacy.layers.items()}
+            return cls(folder, config, tensors, specs, "legacy", legacy)
         if quantization is not None:
             return cls(folder, config, tensors, checked_layers(folder, quantization, tensors), "armor")
         dense = [name for name in sorted(linears) if f"{name}.{VALUES}" in tensors]
@@ -92,8 +102,8 @@ class Source:
 
     def layer(self, name: str) -> PackedLinear:
         """Read and check one layer."""
-        if self.kind == "legacy":
-            return read_legacy_layer(name, self.tensors)
+        if self.legacy is not None:
+            return self.legacy.read(name)
         if self.kind == "dense":
             weight = read_tensor(self.tensors, f"{name}.{VALUES}")
             return PackedLinear.plain(*pack_2of4(weight, _mask_2of4(weight)))
@@ -103,12 +113,14 @@ class Source:
     @property
     def main(self) -> str:
         """The part of a layer's tensor names in whose file the layer is written."""
-        return COMPRESSED if self.kind == "legacy" else VALUES
+        return VALUES if self.legacy is None else self.legacy.parts[0]
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of a layer's tensors, bias aside."""
-        return {"legacy": LEGACY_NAMES, "armor": (*TENSOR_NAMES, SCALE), "dense": (VALUES,)}[self.kind]
+        if self.legacy is not None:
+            return self.legacy.parts
+        return (VALUES,) if self.kind == "dense" else (*TENSOR_NAMES, SCALE)
 
 
 def export(source: Source, destination: Path, *, to: Target, ignore: Iterable[str] = ()) -> Exported:
@@ -134,12 +146,19 @@ def export(source: Source, destination: Path, *, to: Target, ignore: Iterable[st
     return Exported(to, len(source.specs), nbytes, left_out)
 
 
-def _converter(source: Source, to: Target) -> Callable[[str], dict[str, Tensor]]:
-    """A function from a layer's name to its tensors in the new format, by their names after the module's."""
-    if source.kind == "dense" and to != "sparse-24-bitmask":
+def _check_source(source: Source, to: Target) -> None:
+    """Raises PlanError where there is nothing to convert."""
+    if source.kind == "dense" and to in ("dense", "dense-2of4"):
         raise PlanError(f"{source.folder} is dense already: every stock loader reads it")
+    if source.kind == "armor" and to == "armor":
+        raise PlanError(f"{source.folder} is an ARMOR checkpoint already")
     if not source.specs:
         raise PlanError(f"{source.folder} has no linear layer with 2:4 weights: there is nothing to convert to {to}")
+
+
+def _converter(source: Source, to: Target) -> Callable[[str], dict[str, Tensor]]:
+    """A function from a layer's name to its tensors in the new format, by their names after the module's."""
+    _check_source(source, to)
 
     def dense(name: str) -> dict[str, Tensor]:
         packed = source.layer(name)
@@ -155,6 +174,8 @@ def _converter(source: Source, to: Target) -> Callable[[str], dict[str, Tensor]]
         return packed
 
     match to:
+        case "armor":
+            return lambda name: named_tensors(source.layer(name))
         case "dense":
             return dense
         case "dense-2of4":
@@ -188,6 +209,8 @@ def _write_config(source: Source, destination: Path, to: Target, ignore: Iterabl
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     if to == "sparse-24-bitmask":
         config |= {"quantization_config": legacy_config(list(ignore)), **_old_rope(source)}
+    elif to == "armor":
+        config |= {"quantization_config": quantization_config(source.specs, list(ignore))}
     _write_json(destination / CONFIG_FILE, config)
 
 

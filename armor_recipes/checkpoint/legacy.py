@@ -1,4 +1,6 @@
-"""Plain 2:4 as compressed-tensors ≤ 0.14 wrote it, `sparsity_config` with `format: sparse-24-bitmask`, and no quantisation.
+"""Folders that compressed-tensors ≤ 0.14 wrote: plain 2:4, and 2:4 with integers (`armor_recipes.checkpoint.marlin`).
+
+Plain 2:4 has a `sparsity_config` with `format: sparse-24-bitmask`, and no quantisation.
 
 For a linear layer P with weight `(O, I)`:
 
@@ -13,16 +15,18 @@ Such a layer is read as an ARMOR layer of block size 1 whose factors are the ide
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from armor_recipes.checkpoint.config import FORMAT, QUANT_METHOD
+from armor_recipes.checkpoint.config import FORMAT, QUANT_METHOD, LayerSpec
 from armor_recipes.checkpoint.files import CONFIG_FILE, read_tensor
 from armor_recipes.checkpoint.header import TensorInfo, shown
+from armor_recipes.checkpoint.marlin import MARLIN, MARLIN_NAMES, is_marlin, marlin_layers, read_marlin_layer
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import CheckpointError
 
@@ -32,9 +36,55 @@ WRITTEN_BY = "0.14.0.1"
 _FLOATS = ("BF16", "F16", "F32")
 
 
+@dataclass(frozen=True, slots=True)
+class LegacyLayer:
+    """What is read of one layer."""
+
+    shape: tuple[int, int]
+    """`(O, I)`."""
+    spec: LayerSpec
+    dtype: str
+    """Of its floats, as a header names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LegacyFolder:
+    """A folder of one of the two kinds, its config and headers checked."""
+
+    format: str
+    """`sparse-24-bitmask` or `marlin-24`."""
+    parts: tuple[str, ...]
+    """The names of a layer's tensors after the module's; the first are its values."""
+    layers: Mapping[str, LegacyLayer]
+    """By full module name, sorted."""
+    tensors: Mapping[str, TensorInfo]
+    _read: Callable[[str, Mapping[str, TensorInfo]], PackedLinear]
+
+    def read(self, name: str) -> PackedLinear:
+        """Read and check one layer. Raises `CheckpointError` naming file and tensor."""
+        return self._read(name, self.tensors)
+
+
 def is_legacy(quantization: object) -> TypeGuard[Mapping[str, Any]]:
-    """Whether a `quantization_config` is of this kind, or of a relative of it that `legacy_layers` refuses."""
-    return isinstance(quantization, Mapping) and bool(quantization.get("sparsity_config"))
+    """Whether a `quantization_config` is of these kinds, or of a relative of them that `open_legacy` refuses."""
+    return isinstance(quantization, Mapping) and (bool(quantization.get("sparsity_config")) or is_marlin(quantization))
+
+
+def open_legacy(folder: Path, quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> LegacyFolder:
+    """Check config and headers of a folder of which `is_legacy` says that it is one; reads no tensor.
+
+    Raises:
+        CheckpointError: naming file and tensor, for other formats, and where the tensors of a layer do not fit each other.
+    """
+    if is_marlin(quantization):
+        found = marlin_layers(quantization, tensors, where=str(folder / CONFIG_FILE))
+        integers = {name: LegacyLayer(shape, spec, "F16") for name, (shape, spec) in found.items()}
+        return LegacyFolder(MARLIN, MARLIN_NAMES, integers, tensors, read_marlin_layer)
+    layers = {}
+    for name in _plain_layers(folder, quantization, tensors):
+        values = tensors[f"{name}.{COMPRESSED}"]
+        layers[name] = LegacyLayer((values.shape[0], 2 * values.shape[1]), LayerSpec((1, 1)), values.dtype)
+    return LegacyFolder(FORMAT, LEGACY_NAMES, layers, tensors, _read_plain_layer)
 
 
 def legacy_config(ignore: Sequence[str]) -> dict[str, Any]:
@@ -59,12 +109,7 @@ def legacy_tensors(packed: PackedLinear) -> dict[str, Tensor]:
     return {COMPRESSED: packed.values, BITMASK: packed.bitmask, SHAPE: torch.tensor(packed.shape).reshape(2, 1)}
 
 
-def legacy_layers(folder: Path, quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Full names of the layers, sorted; checks config and headers.
-
-    Raises:
-        CheckpointError: naming file and tensor, for other formats, and where the tensors of a layer do not fit each other.
-    """
+def _plain_layers(folder: Path, quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[str]:
     where = str(folder / CONFIG_FILE)
     _check_config(quantization, where=where)
     names = sorted(name.removesuffix(f".{COMPRESSED}") for name in tensors if name.endswith(f".{COMPRESSED}"))
@@ -80,8 +125,7 @@ def legacy_layers(folder: Path, quantization: Mapping[str, Any], tensors: Mappin
     return names
 
 
-def read_legacy_layer(name: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
-    """Read and check one layer that `legacy_layers` named. Raises `CheckpointError` naming file and tensor."""
+def _read_plain_layer(name: str, tensors: Mapping[str, TensorInfo]) -> PackedLinear:
     where = tensors[f"{name}.{COMPRESSED}"].file
     packed = PackedLinear.plain(
         *(read_tensor(tensors, f"{name}.{part}").contiguous() for part in (COMPRESSED, BITMASK))
@@ -100,10 +144,10 @@ def _check_config(quantization: Mapping[str, Any], *, where: str) -> None:
     sparsity = quantization["sparsity_config"]
     if quantization.get("quant_method") != QUANT_METHOD or not isinstance(sparsity, Mapping):
         raise CheckpointError(f"{where}: sparsity_config is {shown(sparsity)}: not written by {QUANT_METHOD}")
-    if quantization.get("config_groups") or "marlin-24" in (quantization.get("format"), sparsity.get("format")):
+    if quantization.get("config_groups"):
         raise CheckpointError(
-            f"{where}: 2:4 together with quantisation (format {shown(quantization.get('format'))}) is not read: its "
-            "permutations could not be checked. Decompress it with compressed-tensors <= 0.14 first"
+            f"{where}: 2:4 together with quantisation in the format {shown(quantization.get('format'))} is not read, only "
+            f"{MARLIN} is. Decompress it with compressed-tensors <= 0.14 first"
         )
     if sparsity.get("format") != FORMAT or sparsity.get("sparsity_structure") != "2:4":
         raise CheckpointError(

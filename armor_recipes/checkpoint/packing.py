@@ -8,7 +8,7 @@ For a core S `(O, I)` with exactly 2 kept entries in every 4 consecutive ones of
 
 A quantised core has integers for its kept values, and a scale for each group of so many kept values of a row:
 
-- int8: values `(O, I/2)` int8, from -127 to 127;
+- int8: values `(O, I/2)` int8, from -128 to 127 (what we make ends at -127);
 - int4: values `(O, I/16)` int32, eight to a number as compressed-tensors' `pack_to_int32` packs them: kept value 8k + j of a
   row, plus 8, is in bits 4j to 4j + 3 of number k;
 - scale `(O, groups)` in the dtype of the factors, positive.
@@ -193,10 +193,6 @@ class PackedLinear:
         _check_scale(scale, self.values.shape[0], self.shape[1] // 2, name=f"{name}: weight_scale")
         if self.values.dtype == torch.int32:
             return QuantizedValues(unpack_int4(self.values), scale, 4)
-        if bool((self.values == -128).any()):
-            raise CheckpointError(
-                f"{name}: weight holds -128; int8 values are symmetric, from -127 to 127: it is damaged"
-            )
         return QuantizedValues(self.values, scale, 8)
 
     def fold(self, dtype: torch.dtype, *, name: str = "this layer") -> Tensor:

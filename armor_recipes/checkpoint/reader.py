@@ -9,7 +9,6 @@ from typing import Any
 
 from armor_recipes.checkpoint.config import (
     BITMASK,
-    FORMAT,
     FORMAT_VERSION,
     INPUT_FACTOR,
     OUTPUT_FACTOR,
@@ -25,7 +24,7 @@ from armor_recipes.checkpoint.files import CONFIG_FILE, MANIFEST_FILE, check_siz
 from armor_recipes.checkpoint.files import read_config as read_config
 from armor_recipes.checkpoint.files import read_header as read_header
 from armor_recipes.checkpoint.header import TensorInfo, read_json, shown
-from armor_recipes.checkpoint.legacy import COMPRESSED, LEGACY_NAMES, is_legacy, legacy_layers, read_legacy_layer
+from armor_recipes.checkpoint.legacy import is_legacy, open_legacy
 from armor_recipes.checkpoint.packing import KEPT_PER_VALUE, PackedLinear
 from armor_recipes.errors import CheckpointError
 
@@ -70,7 +69,7 @@ class CheckpointSize:
     other_nbytes: int
     """Of all tensors that are not part of an ARMOR layer, biases included."""
     format: str = "armor"
-    """`armor`, or `sparse-24-bitmask` for a legacy folder of plain 2:4."""
+    """`armor`, or `sparse-24-bitmask` or `marlin-24` for a legacy folder."""
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +98,8 @@ def read_layers(folder: Path) -> dict[str, PackedLinear]:
     tensors = read_header(folder)
     quantization = read_config(folder).get("quantization_config")
     if is_legacy(quantization):
-        return {name: read_legacy_layer(name, tensors) for name in legacy_layers(folder, quantization, tensors)}
+        legacy = open_legacy(folder, quantization, tensors)
+        return {name: legacy.read(name) for name in legacy.layers}
     specs = checked_layers(folder, quantization, tensors)
     own = {name: read_layer(name, tensors) for name, spec in specs.items() if spec.input_factor is None}
     shared = {
@@ -125,13 +125,19 @@ def inspect(folder: Path) -> CheckpointSize:
     tensors = read_header(folder)
     quantization = read_config(folder).get("quantization_config")
     if is_legacy(quantization):
-        names = legacy_layers(folder, quantization, tensors)
-        layers = tuple(_layer_size(name, tensors, LayerSpec((1, 1)), LEGACY_NAMES) for name in names)
+        legacy = open_legacy(folder, quantization, tensors)
+        kind = legacy.format
+        layers = tuple(
+            _layer_size(name, tensors, layer.spec, legacy.parts, layer.shape, layer.dtype)
+            for name, layer in legacy.layers.items()
+        )
     else:
-        specs = checked_layers(folder, quantization, tensors)
-        layers = tuple(_layer_size(name, tensors, spec, stored_names(spec)) for name, spec in specs.items())
+        kind, found = "armor", []
+        for name, spec in checked_layers(folder, quantization, tensors).items():
+            shape, floats = _weight_shape(tensors[f"{name}.{VALUES}"], spec), _float_dtype(name, spec, tensors)
+            found.append(_layer_size(name, tensors, spec, stored_names(spec), shape, floats))
+        layers = tuple(found)
     total = sum(info.nbytes for info in tensors.values())
-    kind = FORMAT if is_legacy(quantization) else "armor"
     return CheckpointSize(layers, total - sum(layer.nbytes for layer in layers), kind)
 
 
@@ -147,7 +153,7 @@ def check_folder(folder: Path) -> None:
     check_sizes(folder, config, tensors)
     quantization = config.get("quantization_config")
     if is_legacy(quantization):
-        legacy_layers(folder, quantization, tensors)
+        open_legacy(folder, quantization, tensors)
     elif "quantization_config" in config:
         checked_layers(folder, quantization, tensors)
 
@@ -258,11 +264,15 @@ def _check_same_width(name: str, owner: str, tensors: Mapping[str, TensorInfo]) 
         )
 
 
-def _layer_size(name: str, tensors: Mapping[str, TensorInfo], spec: LayerSpec, parts: tuple[str, ...]) -> LayerSize:
-    values = tensors[f"{name}.{COMPRESSED if COMPRESSED in parts else VALUES}"]
+def _layer_size(
+    name: str,
+    tensors: Mapping[str, TensorInfo],
+    spec: LayerSpec,
+    parts: tuple[str, ...],
+    shape: tuple[int, int],
+    floats: str,
+) -> LayerSize:
     nbytes = sum(tensors[f"{name}.{part}"].nbytes for part in parts)
-    shape = _weight_shape(values, spec)
-    floats = values.dtype if COMPRESSED in parts else _float_dtype(name, spec, tensors)
     dense = shape[0] * shape[1] * _ITEMSIZES[floats]
     core = spec.core if spec.core in _INTEGERS else _FLOATS[floats]
     return LayerSize(name, shape, spec.block_size, core, nbytes, dense, spec.input_factor, spec.group_size)

@@ -13,6 +13,7 @@ import typer
 class ExportFormat(StrEnum):
     """What `--to` takes: `armor_recipes.checkpoint.export.Target`, spelled out since importing that takes torch's seconds."""
 
+    ARMOR = "armor"
     DENSE = "dense"
     DENSE_2OF4 = "dense-2of4"
     SPARSE_24_BITMASK = "sparse-24-bitmask"

@@ -15,7 +15,11 @@ if TYPE_CHECKING:  # importing it takes torch's seconds, which `armor --help` ne
 
     from armor_recipes.checkpoint.reader import CheckpointSize, LayerSize
 
-_KINDS = {"armor": "ARMOR layers", "sparse-24-bitmask": "plain 2:4 layers (legacy format)"}
+_KINDS = {
+    "armor": "ARMOR layers",
+    "sparse-24-bitmask": "plain 2:4 layers (legacy format)",
+    "marlin-24": "quantised 2:4 layers (legacy format)",
+}
 
 
 def inspect_command(

@@ -42,5 +42,5 @@ def _linears(folder: Path) -> frozenset[str]:
 
 def _ignored(quantization: dict[str, object]) -> list[str]:
     sparsity = quantization.get("sparsity_config")
-    ignore = sparsity.get("ignore") if isinstance(sparsity, dict) else quantization.get("ignore")
+    ignore = sparsity.get("ignore") if isinstance(sparsity, dict) and sparsity else quantization.get("ignore")
     return [name for name in ignore if isinstance(name, str)] if isinstance(ignore, list) else []

@@ -7,7 +7,7 @@ checkpoint. `ArmorCompressor` is that compressor. One method of compressed-tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +31,9 @@ from armor_recipes.checkpoint.config import (
     tensor_names,
 )
 from armor_recipes.checkpoint.files import read_config, read_header, read_tensor
-from armor_recipes.checkpoint.legacy import LEGACY_NAMES, is_legacy
+from armor_recipes.checkpoint.legacy import is_legacy, open_legacy
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.checkpoint.reader import check_folder, read_layers
+from armor_recipes.checkpoint.reader import check_folder
 from armor_recipes.errors import ArmorError, CheckpointError
 from armor_recipes.runtime.backends import choose_backend
 from armor_recipes.runtime.linear import ArmorLinear
@@ -126,7 +126,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint that a recipe or `armor export` wrote, or a legacy folder of plain 2:4, checked, in evaluation mode.
+    """Load a checkpoint that a recipe or `armor export` wrote, or a legacy 2:4 folder, checked, in evaluation mode.
 
     Unlike `from_pretrained` this checks names, shapes and dtypes of every ARMOR tensor against config.json first, then
     their contents, and accepts no format outside a fixed list; nothing that the checkpoint contains is executed.
@@ -164,9 +164,10 @@ def _loaded(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     load_class: Any = AutoModelForCausalLM
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "use_safetensors": True, **options}
-    if is_legacy(read_config(folder).get("quantization_config")):
+    quantization = read_config(folder).get("quantization_config")
+    if is_legacy(quantization):
         config = AutoConfig.from_pretrained(str(folder), **options)
-        state, config.quantization_config = _legacy_state(folder)
+        state, config.quantization_config = _legacy_state(folder, quantization)
         load_class = AutoModelForCausalLM._model_mapping[type(config)]
         source = {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
     model, info = load_class.from_pretrained(**source, dtype=dtype, output_loading_info=True)
@@ -179,10 +180,12 @@ def _loaded(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     return loaded
 
 
-def _legacy_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _legacy_state(folder: Path, quantization: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a legacy folder under the names of ARMOR layers, and the `quantization_config` that goes with them."""
-    tensors, layers = read_header(folder), read_layers(folder)
-    of_layers = {f"{name}.{part}" for name in layers for part in LEGACY_NAMES}
+    tensors = read_header(folder)
+    legacy = open_legacy(folder, quantization, tensors)
+    layers = {name: legacy.read(name) for name in legacy.layers}
+    of_layers = {f"{name}.{part}" for name in layers for part in legacy.parts}
     state = {name: read_tensor(tensors, name) for name in tensors if name not in of_layers}
     for name, layer in layers.items():
         state.update({f"{name}.{part}": tensor for part, tensor in named_tensors(layer).items()})

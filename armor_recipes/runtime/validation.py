@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from armor_recipes.checkpoint.packing import GROUP_STEP, INTEGER_DTYPES, PackedLinear
@@ -39,15 +38,13 @@ def _shapes_fit(packed: PackedLinear) -> bool:
 
 
 def _integers_fit(packed: PackedLinear) -> bool:
-    """Whether a quantised core is as `armor_recipes.checkpoint.packing` says; every int4 is in range. True of a float core."""
+    """Whether a quantised core is as `armor_recipes.checkpoint.packing` says; every integer is in range. True of a float core."""
     if packed.scale is None:
         return True
     kept, (rows, groups) = packed.shape[1] // 2, packed.scale.shape
     dtypes = packed.values.dtype in INTEGER_DTYPES and packed.scale.dtype == packed.a.dtype == packed.b.dtype
     whole = groups == 1 or (groups > 0 and kept % (groups * GROUP_STEP) == 0)
-    if not dtypes or not whole or rows != packed.shape[0] or not bool((packed.scale > 0).all()):
-        return False
-    return packed.values.dtype != torch.int8 or all(bool((part != -128).all()) for part in _parts(packed.values))
+    return dtypes and whole and rows == packed.shape[0] and bool((packed.scale > 0).all())
 
 
 def _two_of_four(bitmask: Tensor) -> bool:

@@ -68,7 +68,7 @@ class QuantizedValues:
     A group is so many kept values of one row, from left to right; every row has equally many groups.
 
     Attributes:
-        integers: int8 `(O, I/2)`, -127 to 127 with 8 bits, -8 to 7 with 4.
+        integers: int8 `(O, I/2)`, -128 to 127 with 8 bits, -8 to 7 with 4.
         scale: `(O, groups)`, positive, in the dtype in which it is stored.
         num_bits: 8 or 4.
     """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from marlin_samples import marlin_config, pack_marlin, sample
 from packed_samples import made_up, quantized
 from safetensors.torch import save_file
 from torch import Tensor
@@ -57,7 +58,7 @@ def stored(made: dict[str, PackedLinear]) -> dict[str, Tensor]:
 
 
 def healthy(folder: Path) -> dict[str, Files]:
-    """The files of three folders: an ARMOR one, the same in two shards, and a legacy one."""
+    """The files of four folders: an ARMOR one, the same in two shards, and two legacy ones, of plain 2:4 and for Marlin."""
     plain = layers()
     made = {**plain, **integer_layers()}
     config = {"num_hidden_layers": 1, "hidden_size": 16, "quantization_config": quantization_config(made, [], {K: Q})}
@@ -68,6 +69,8 @@ def healthy(folder: Path) -> dict[str, Files]:
         save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
     old = {f"{n}.{part}": t.clone() for n, layer in plain.items() for part, t in legacy_tensors(layer).items()}
     save_file(old, folder / "legacy.safetensors")
+    marlin = pack_marlin(*sample(4, (64, 32), grouped=False), 4)
+    save_file({f"{Q}.{part}": t for part, t in marlin.items()}, folder / "marlin.safetensors")
     index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
     read = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     as_json = json.dumps(config).encode()
@@ -81,6 +84,10 @@ def healthy(folder: Path) -> dict[str, Files]:
         "legacy": {
             "config.json": json.dumps({"quantization_config": legacy_config(["lm_head"])}).encode(),
             "model.safetensors": read["legacy.safetensors"],
+        },
+        "marlin": {
+            "config.json": json.dumps({"quantization_config": marlin_config(4, grouped=False)}).encode(),
+            "model.safetensors": read["marlin.safetensors"],
         },
     }
 

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_cases import Files, damaged, healthy, integer_layers, layers, tensors_of
+from fuzz_cases import Files, Said, damaged, healthy, integer_layers, layers, tensors_of
+from marlin_samples import pack_marlin
 
 from armor_recipes.checkpoint.legacy import LEGACY_NAMES
+from armor_recipes.checkpoint.marlin import is_marlin
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.reader import check_folder, inspect, read_layers
 from armor_recipes.errors import ArmorError, CheckpointError
+from armor_recipes.solver.quantize import spread
 
 _DTYPES = {
     torch.bfloat16: "BF16",
@@ -77,6 +80,9 @@ def put(files: Files, folder: Path) -> None:
 def is_what_the_bytes_say(read: dict[str, PackedLinear], files: Files) -> None:
     said = tensors_of(files)
     config = json.loads(files["config.json"])["quantization_config"]
+    if is_marlin(config):
+        marlin_layers_are_what_the_bytes_say(read, said)
+        return
     legacy = bool(config.get("sparsity_config"))
     kwargs = [group["weights"].get("observer_kwargs") or {} for group in config.get("config_groups", {}).values()]
     owners = {sharer: owner for group in kwargs for sharer, owner in (group.get("armor_input_factor") or {}).items()}
@@ -94,6 +100,17 @@ def is_what_the_bytes_say(read: dict[str, PackedLinear], files: Files) -> None:
         if legacy:
             assert layer.is_plain
         layer.validate()
+
+
+def marlin_layers_are_what_the_bytes_say(read: dict[str, PackedLinear], said: dict[str, Said]) -> None:
+    assert read
+    for name, layer in read.items():
+        factors = layer.factors(name=name)
+        assert factors.quantized is not None
+        integers = spread(factors.quantized.integers, factors.mask)
+        packed = pack_marlin(integers, factors.mask, factors.quantized.scale, factors.quantized.num_bits)
+        for part, tensor in packed.items():
+            assert tensor.numpy().tobytes() == said[f"{name}.{part}"].data
 
 
 def run(cases: range, samples: dict[str, Files], folder: Path) -> dict[str, int]:

@@ -241,6 +241,15 @@ def test_compressed_tensors_0_14_reads_what_we_write_and_writes_what_we_read(pla
     assert torch.equal(logits(armor_recipes.load(theirs)), logits(AutoModelForCausalLM.from_pretrained(plain)))
 
 
+def test_dense_2of4_weights_are_packed(plain: Path, tmp_path: Path) -> None:
+    done = export_folder(plain, tmp_path / "armor", to="armor")
+    assert done.layers == 14
+    assert json.loads((tmp_path / "armor" / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
+    assert done.nbytes < sum(tensor.nbytes for tensor in load_file(plain / "model.safetensors").values())
+    expected = logits(AutoModelForCausalLM.from_pretrained(plain))
+    assert torch.equal(logits(armor_recipes.load(tmp_path / "armor", backend="folded")), expected)
+
+
 def edit(folder: Path, change: dict) -> None:
     config = json.loads((folder / "config.json").read_text())
     quantization = config["quantization_config"]
@@ -254,7 +263,10 @@ def edit(folder: Path, change: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": "marlin-24", "config_groups": {"group_0": {}}}, "2:4 together with quantisation .*marlin-24"),
+        (
+            {"format": "pack-quantized", "config_groups": {"group_0": {}}},
+            "together with quantisation in the format 'pack-q",
+        ),
         ({"sparsity_structure": "unstructured"}, "only sparse-24-bitmask with 2:4 is read"),
         ({"transform_config": {"x": 1}}, "transforms are not read"),
         ({"ignore": [UP]}, f"ignore names '{UP}', which is stored compressed"),

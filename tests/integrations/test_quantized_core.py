@@ -152,7 +152,6 @@ def _scale(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str
         (_scale(lambda scale: -scale), "128 of 128 scales are not positive"),
         (_scale(lambda scale: scale[:, :1].clone()), r"weight_scale is \(64, 1\) BF16; .* must be \(64, 2\) BF16"),
         (_scale(lambda scale: scale.float()), r"weight_scale is \(64, 2\) F32"),
-        (lambda tensors: tensors[f"{UP}.weight"].view(-1)[5:6].fill_(-128), "holds -128"),
         (lambda tensors: tensors.update({f"{UP}.weight": tensors[f"{UP}.weight"].float()}), r"weight is .* F32"),
         (lambda tensors: tensors.update({f"{UP}.armor_a": tensors[f"{UP}.armor_a"].double()}), "armor_a is F64"),
         (lambda tensors: tensors.update({"lm_head.weight_scale": torch.ones(96, 1)}), "belongs to no layer"),

@@ -17,7 +17,7 @@ from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_fact
 pytestmark = pytest.mark.skipif(not kernel_available(), reason="the kernel was not built")
 
 CORES = ("int8", "int4")
-LEAST, MOST = {"int8": -127, "int4": -8}, {"int8": 127, "int4": 7}
+LEAST, MOST = {"int8": -128, "int4": -8}, {"int8": 127, "int4": 7}
 
 
 def quantized(

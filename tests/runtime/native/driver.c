@@ -105,7 +105,7 @@ static int shape(const int64_t sizes[4], format_t format, int64_t groups, format
                  const int *paths, int *cases) {
     const int64_t rows = sizes[0], columns = sizes[1], b_o = sizes[2], b_i = sizes[3];
     uint8_t *held[6], *mask = masks(rows * columns / 8);
-    const int least = format == INT8 ? -127 : format == INT4 ? -8 : -3, most = format == INT8 ? 127 : format == INT4 ? 7 : 3;
+    const int least = format == INT8 ? -128 : format == INT4 ? -8 : -3, most = format == INT8 ? 127 : format == INT4 ? 7 : 3;
     job_t job = {.tokens = tokens, .rows = rows, .columns = columns, .groups = groups, .b_o = b_o, .b_i = b_i,
                  .format = format, .floats = floats, .activation = activation, .bitmask = mask};
     job.x = integers(tokens * columns, activation, -2, 2, &held[0]);
