@@ -47,7 +47,8 @@ def sources(tree: Path) -> Path:
     """The source distribution, unpacked."""
     archive = build("sdist", tree, tree.parent)
     with tarfile.open(archive) as opened:
-        opened.extractall(tree.parent, filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4
+        opened.extractall(tree.parent, **safely)
     return tree.parent / archive.name.removesuffix(".tar.gz")
 
 
