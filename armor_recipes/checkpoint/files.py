@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,15 @@ def read_tensor(tensors: Mapping[str, TensorInfo], name: str) -> Tensor:
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: tensor {shown(name)} cannot be read ({error}): copy the file again") from error
     return tensor
+
+
+def check_whole(name: str, parts: Sequence[str], tensors: Mapping[str, TensorInfo]) -> None:
+    """Check that all parts of a packed layer are there beside the first, and no dense weight is. Raises `CheckpointError`."""
+    for part in parts[1:]:
+        if f"{name}.{part}" not in tensors:
+            raise CheckpointError(f"{tensors[f'{name}.{parts[0]}'].file}: no file holds the tensor {name}.{part}")
+    if f"{name}.weight" in tensors:
+        raise CheckpointError(f"{tensors[f'{name}.weight'].file}: {name} is stored both compressed and dense")
 
 
 def check_sizes(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:

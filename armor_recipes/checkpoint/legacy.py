@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from armor_recipes.checkpoint.config import FORMAT, QUANT_METHOD, LayerSpec
-from armor_recipes.checkpoint.files import CONFIG_FILE, read_tensor
+from armor_recipes.checkpoint.files import CONFIG_FILE, check_whole, read_tensor
 from armor_recipes.checkpoint.header import TensorInfo, shown
 from armor_recipes.checkpoint.marlin import MARLIN, MARLIN_NAMES, is_marlin, marlin_layers, read_marlin_layer
 from armor_recipes.checkpoint.packing import PackedLinear
@@ -169,11 +169,7 @@ def _check_ignored(sparsity: Mapping[str, Any], names: frozenset[str], *, where:
 
 
 def _check_layer(name: str, tensors: Mapping[str, TensorInfo]) -> None:
-    for part in (BITMASK, SHAPE):
-        if f"{name}.{part}" not in tensors:
-            raise CheckpointError(f"{tensors[f'{name}.{COMPRESSED}'].file}: no file holds the tensor {name}.{part}")
-    if f"{name}.weight" in tensors:
-        raise CheckpointError(f"{tensors[f'{name}.weight'].file}: {name} is stored both compressed and dense")
+    check_whole(name, LEGACY_NAMES, tensors)
     values, bitmask, shape = (tensors[f"{name}.{part}"] for part in LEGACY_NAMES)
     two_of_four = len(values.shape) == 2 and min(values.shape) > 0 and values.shape[1] % 4 == 0
     if values.dtype not in _FLOATS or not two_of_four:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from armor_recipes.checkpoint.config import QUANT_METHOD, LayerSpec
-from armor_recipes.checkpoint.files import read_tensor
+from armor_recipes.checkpoint.files import check_whole, read_tensor
 from armor_recipes.checkpoint.header import TensorInfo, shown
 from armor_recipes.checkpoint.packing import PackedLinear, pack_int4
 from armor_recipes.errors import CheckpointError
@@ -137,11 +137,7 @@ def _scale(scales: Tensor, *, columns: int) -> Tensor:
 
 def _layer(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[tuple[int, int], LayerSpec]:
     """`(O, I)` and core of a layer, from its shapes alone."""
-    for part in (SCALES, META):
-        if f"{name}.{part}" not in tensors:
-            raise CheckpointError(f"{tensors[f'{name}.{INTEGERS}'].file}: no file holds the tensor {name}.{part}")
-    if f"{name}.weight" in tensors:
-        raise CheckpointError(f"{tensors[f'{name}.weight'].file}: {name} is stored both compressed and dense")
+    check_whole(name, MARLIN_NAMES, tensors)
     integers, scales, meta = (tensors[f"{name}.{part}"] for part in MARLIN_NAMES)
     if len(meta.shape) != 2 or not min(meta.shape) or meta.shape[1] % (2 * _ROW_STEP) or meta.dtype != "I16":
         raise CheckpointError(
