@@ -58,6 +58,10 @@ def test_a_plain_result_becomes_a_legacy_folder(shell: Shell, llama: Path, tmp_p
     done = shell("armor", "export", "out", "legacy", "--to", "sparse-24-bitmask")
     assert (done.code, "6 layers to sparse-24-bitmask" in done.out, "transformers 5" in done.out) == (0, True, True)
     assert "6 plain 2:4 layers (legacy format)" in shell("armor", "inspect", "legacy").out
+    for folder in ("out", "legacy"):
+        assert shell("armor", "export", folder, f"{folder}-armor", "--to", "armor").code == 0
+        assert shell("armor", "verify", f"{folder}-armor").code == 0
+        assert "6 ARMOR layers" in shell("armor", "inspect", f"{folder}-armor").out
     ignored = json.loads((tmp_path / "legacy" / "config.json").read_text())["quantization_config"]["sparsity_config"][
         "ignore"
     ]
