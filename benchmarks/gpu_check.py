@@ -4,11 +4,12 @@
 
 Layers have the shapes of Llama-7B and block 128. `check` compares every dtype, core and number of tokens with the backend
 `reference` in float32, and ends the program where the error is too large. `layer` times dense bf16, the bare 2:4 product of
-torch (where cuSPARSELt can take it) and ARMOR by core type; each call is timed with CUDA events after the cache was
-overwritten, and a figure is the median. `model` makes the generated models of `runtime.py` in `--work` where they are missing
-(on the CPU, some GB) and runs them: 64 new tokens after a context of 128, one prompt of 512, and the most memory
-that torch allocated. `solver` is five cycles of `exact` and fifty steps of `adam` on 4096x4096. A row is one JSON file in a
-folder named after the card; rows that exist are not measured again. Without a GPU the exit code is 0, too.
+torch (where it has cuSPARSELt) and ARMOR by core type: what the GPU needs for a call, captured in a CUDA graph and timed with
+events after the cache was overwritten, the median of `--repeats`; and how long a call keeps the CPU busy. `model` makes the
+generated models of `runtime.py` in `--work` where they are missing (on the CPU, some GB) and runs them: 64 new tokens after a
+context of 128, one prompt of 512, and the most memory that torch allocated. `solver` is five cycles of `exact` and fifty steps
+of `adam` on 4096x4096. A row is one JSON file in a folder named after the card; rows that exist are not measured again. Without
+a GPU the exit code is 0, too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -75,49 +77,89 @@ def check(shape: tuple[int, int]) -> dict[str, Any]:
         dense = reference.prepare(wide, "layer")
         for dtype, most in MOST_ERROR.items():
             layer = stored.to(dtype)
-            prepared = prepare_cuda(layer, "layer")
+            prepare_cuda(layer, "layer")
             for tokens in CHECKED_TOKENS:
                 x = inputs(tokens, shape[1])
                 truth = reference.run(x.float(), dense, wide, None)
-                error = float((run_cuda(x.to(dtype), prepared, layer, None).float() - truth).norm() / truth.norm())
+                error = float((run_cuda(x.to(dtype), None, layer, None).float() - truth).norm() / truth.norm())
                 if not error < most:
                     raise SystemExit(f"{shape}, {core}, {dtype}, {tokens} tokens: error {error:.2e}, must be < {most}")
                 errors[f"{core} {dtype} {tokens}"] = error
     return {"shape": shape, "errors": errors}
 
 
-def milliseconds(run: Callable[[], Tensor], repeats: int) -> float:
-    """Median on the GPU's own clock, after three calls that do not count and compile what has to be compiled."""
+def gpu_microseconds(run: Callable[[], Tensor], repeats: int) -> float:
+    """What the GPU needs for a call: the median over replays of a graph of it, each after the cache was overwritten."""
     cache = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=DEVICE)
+    graph = captured(run)
     times = []
-    for index in range(repeats + 3):
+    for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         cache.zero_()
         start.record()
-        run()
+        graph.replay()
         end.record()
         end.synchronize()
-        if index >= 3:
-            times.append(start.elapsed_time(end))
-    return float(statistics.median(times))
+        times.append(start.elapsed_time(end))
+    return float(1e3 * statistics.median(times))
+
+
+def captured(run: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
+    """A graph of one call, after calls on another stream that compile what has to be compiled."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    return graph
+
+
+def cpu_microseconds(run: Callable[[], Tensor], repeats: int) -> float:
+    """How long a call keeps the CPU busy, which goes ahead of the GPU: the mean of calls in a row."""
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    taken = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return 1e6 * taken / repeats
 
 
 @torch.inference_mode()
 def time_layers(shape: tuple[int, int], repeats: int) -> dict[str, Any]:
-    """Milliseconds by contender and number of tokens; `2:4` is missing where torch has no such product here."""
+    """Microseconds of GPU and CPU by contender and number of tokens; `2:4` is missing where torch has no such product."""
     layers = {core: made_up(shape, core) for core in CORES}
-    prepared = {core: prepare_cuda(layer, core) for core, layer in layers.items()}
+    for core, layer in layers.items():
+        prepare_cuda(layer, core)
     weight = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
-    times: dict[str, dict[str, float]] = {}
+    pruned = semi_structured(layers["bf16"]) if torch.backends.cusparselt.is_available() else None
+    times: dict[str, dict[str, tuple[float, float]]] = {}
     for tokens in TOKENS:
         x = inputs(tokens, shape[1])
         contenders: dict[str, Callable[[], Tensor]] = {"dense": partial(torch.nn.functional.linear, x, weight)}
-        if type(prepared["bf16"]) is not Tensor:  # a semi-structured one
-            contenders["2:4"] = partial(torch.nn.functional.linear, x, prepared["bf16"])
+        if pruned is not None:
+            contenders["2:4"] = partial(torch.nn.functional.linear, x, pruned)
         for core in CORES:
-            contenders[f"ARMOR {core}"] = partial(run_cuda, x, prepared[core], layers[core], None)
-        times[str(tokens)] = {name: milliseconds(run, repeats) for name, run in contenders.items()}
-    return {"shape": shape, "block": BLOCK, "milliseconds": times}
+            contenders[f"ARMOR {core}"] = partial(run_cuda, x, None, layers[core], None)
+        times[str(tokens)] = {
+            name: (gpu_microseconds(run, repeats), cpu_microseconds(run, repeats)) for name, run in contenders.items()
+        }
+    return {"shape": shape, "block": BLOCK, "microseconds": times}
+
+
+def semi_structured(layer: PackedLinear) -> Tensor:
+    """The core as torch's own 2:4 tensor."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor", UserWarning)
+        return torch.sparse.to_sparse_semi_structured(layer.unpack()[0].to(layer.dtype))
 
 
 @torch.inference_mode()
@@ -199,10 +241,10 @@ def row(folder: Path, name: str, measure: Callable[[], dict[str, Any]]) -> dict[
 
 def layer_table(rows: Sequence[dict[str, Any]]) -> str:
     names = ("dense", "2:4", *(f"ARMOR {core}" for core in CORES))
-    lines = ["| ms | tokens | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    lines = ["| GPU (CPU) µs | tokens | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for found in rows:
-        for tokens, times in found["milliseconds"].items():
-            cells = (f"{times[name]:.3f}" if name in times else "-" for name in names)
+        for tokens, times in found["microseconds"].items():
+            cells = ("{:.0f} ({:.0f})".format(*times[name]) if name in times else "-" for name in names)
             lines.append(f"| {found['shape'][0]}x{found['shape'][1]} | {tokens} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from armor_recipes.evaluation.perplexity import Perplexity
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.session import FactorChange, ModuleResult, Plan, RearrangeResult, RefineResult
-from armor_recipes.solver.sweep import native_available
+from armor_recipes.solver.sweep import sweep_form
 from armor_recipes.version import __version__
 
 _PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "datasets", "numpy")
@@ -129,11 +129,6 @@ def _refinement(result: RefineResult) -> dict[str, Any]:
         "clipped": result.clipped,
         "stop_reason": result.stop_reason,
     }
-
-
-def sweep_form(device: str) -> str:
-    """Which form of the solver's sweep runs on a device type: `native` (compiled) or `torch`."""
-    return "native" if native_available() and device == "cpu" else "torch"
 
 
 def calibration_rows(facts: Facts) -> list[dict[str, Any]]:

@@ -33,12 +33,13 @@ from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.report.card import model_card
 from armor_recipes.report.licence import base_licence
-from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, state_hash, sweep_form
+from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, state_hash
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.result import Result
 from armor_recipes.run.verify import verify_reloaded
 from armor_recipes.session import Observer, Plan, Session, make_plan
 from armor_recipes.session.events import EvaluationProgressed, ignore_events
+from armor_recipes.solver.sweep import sweep_form
 
 #: What torch says when a CPU allocation fails; it raises a plain RuntimeError.
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"

@@ -5,7 +5,7 @@
 | `folded` | Ŵ = A·S·B, rounded to the layer's dtype | `F.linear(x, Ŵ, bias)`, bit for bit a plain linear layer |
 | `reference` | S, unpacked, in the layer's dtype | `A (S (B x)) + bias`, in plain torch |
 | `cpu` | nothing: the packed tensors are checked | the compiled kernel, straight from the packed tensors |
-| `cuda` | S for many tokens, 2:4 where cuSPARSELt can | few tokens: a Triton kernel on the packed core; many: 2:4 or dense S |
+| `cuda` | nothing: the packed tensors are checked | few tokens: a Triton kernel on the packed core; many: S unpacked by another |
 | `auto` | as `cpu` where that can run, else as `folded` | what was fastest for this shape and number of tokens |
 """
 

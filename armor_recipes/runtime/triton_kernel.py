@@ -1,4 +1,4 @@
-"""The Triton kernel of the backend `cuda`: `y = S x` for a few tokens, straight from the packed core, float or quantised.
+"""The Triton kernels of the backend `cuda`, from the packed core, float or quantised: `y = S x` for a few tokens, and S itself.
 
 Importing this module imports Triton, so `armor_recipes.runtime.cuda` does it when the kernel is first needed. With
 TRITON_INTERPRET=1 set before, Triton's interpreter runs it on CPU tensors, which is how it is tested without a GPU.
@@ -53,7 +53,98 @@ def run_core(x: Tensor, packed: PackedLinear) -> Tensor:
     return y
 
 
+def unpack_core(packed: PackedLinear) -> Tensor:
+    """Make S `(O, I)` in the dtype of the packed floats; an integer times its scale is rounded to it, as in `PackedLinear.unpack`.
+
+    Args:
+        packed: a valid layer (`PackedLinear.validate`) on a CUDA device.
+    """
+    rows, columns = packed.shape
+    core = packed.a.new_empty(rows, columns)
+    scale = packed.a if packed.scale is None else packed.scale.contiguous()
+    with torch.cuda.device_of(core):
+        unpack_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(columns // 4, _FOURS))](
+            packed.values.contiguous(),
+            packed.bitmask.contiguous(),
+            scale,
+            core,
+            rows,
+            columns,
+            1 if packed.scale is None else scale.shape[1],
+            CORE=packed.core,
+            ROWS=_ROWS,
+            FOURS=_FOURS,
+        )
+    return core
+
+
 # Triton reads annotations as code, and knows none but constexpr.
+@triton.jit  # type: ignore[untyped-decorator]
+def _groups_of_four(  # type: ignore[no-untyped-def]
+    values,
+    bitmask,
+    scale,
+    row_start,
+    start,
+    columns,
+    groups,
+    CORE: tl.constexpr,
+    ROWS: tl.constexpr,
+    FOURS: tl.constexpr,
+):
+    """First and second kept values of groups of four from `start` on, `(ROWS, FOURS)` in float32, and their bits."""
+    kept, fours = columns // 2, columns // 4
+    four = start + tl.arange(0, FOURS)
+    inside = (four < fours)[None, :]
+    if CORE == "int4":
+        word = tl.load(values + row_start * (kept // 8) + (four // 4)[None, :], mask=inside, other=0)
+        shift = (four % 4 * 8)[None, :]
+        first = (((word >> shift) & 15) - 8).to(tl.float32)
+        second = (((word >> (shift + 4)) & 15) - 8).to(tl.float32)
+    else:
+        index = 2 * start + tl.arange(0, 2 * FOURS)
+        pairs = tl.load(values + row_start * kept + index[None, :], mask=(index < kept)[None, :], other=0)
+        first, second = tl.split(tl.reshape(pairs.to(tl.float32), (ROWS, FOURS, 2)))
+    if CORE != "float":
+        place = (2 * four // (kept // groups))[None, :]
+        factor = tl.load(scale + row_start * groups + place, mask=inside, other=0).to(tl.float32)
+        first, second = first * factor, second * factor
+    byte = tl.load(bitmask + row_start * (columns // 8) + (four // 2)[None, :], mask=inside, other=0).to(tl.int32)
+    return first, second, (byte >> (four % 2 * 4)[None, :]) & 15
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def unpack_kernel(  # type: ignore[no-untyped-def]
+    values,
+    bitmask,
+    scale,
+    core,
+    rows,
+    columns,
+    groups,
+    CORE: tl.constexpr,
+    ROWS: tl.constexpr,
+    FOURS: tl.constexpr,
+) -> None:
+    """One program writes ROWS rows and FOURS groups of four columns of the core."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1) * FOURS
+    row_start = tl.minimum(row, rows - 1).to(tl.int64)[:, None]
+    first, second, nibble = _groups_of_four(
+        values, bitmask, scale, row_start, start, columns, groups, CORE, ROWS, FOURS
+    )
+    low = nibble & -nibble  # where the first kept value stands; the second stands in the other bit
+    high = nibble ^ low
+    w0 = tl.where(low == 1, first, 0.0)
+    w1 = tl.where(low == 2, first, tl.where(high == 2, second, 0.0))
+    w2 = tl.where(low == 4, first, tl.where(high == 4, second, 0.0))
+    w3 = tl.where(high == 8, second, 0.0)
+    tile = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, 4 * FOURS))
+    column = 4 * start + tl.arange(0, 4 * FOURS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(core + row.to(tl.int64)[:, None] * columns + column[None, :], tile.to(core.dtype.element_ty), mask=mask)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def core_kernel(  # type: ignore[no-untyped-def]
     x,
@@ -77,27 +168,14 @@ def core_kernel(  # type: ignore[no-untyped-def]
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
-    kept, fours = columns // 2, columns // 4
+    fours = columns // 4
     row_start = tl.minimum(row, rows - 1).to(tl.int64)[:, None]  # rows past the end repeat the last and are not stored
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
     for start in range(0, fours, FOURS):
+        first, second, nibble = _groups_of_four(
+            values, bitmask, scale, row_start, start, columns, groups, CORE, ROWS, FOURS
+        )
         four = start + tl.arange(0, FOURS)
-        inside = (four < fours)[None, :]
-        if CORE == "int4":
-            word = tl.load(values + row_start * (kept // 8) + (four // 4)[None, :], mask=inside, other=0)
-            shift = (four % 4 * 8)[None, :]
-            first = (((word >> shift) & 15) - 8).to(tl.float32)
-            second = (((word >> (shift + 4)) & 15) - 8).to(tl.float32)
-        else:
-            index = 2 * start + tl.arange(0, 2 * FOURS)
-            pairs = tl.load(values + row_start * kept + index[None, :], mask=(index < kept)[None, :], other=0)
-            first, second = tl.split(tl.reshape(pairs.to(tl.float32), (ROWS, FOURS, 2)))
-        if CORE != "float":
-            place = (2 * four // (kept // groups))[None, :]
-            factor = tl.load(scale + row_start * groups + place, mask=inside, other=0).to(tl.float32)
-            first, second = first * factor, second * factor
-        byte = tl.load(bitmask + row_start * (columns // 8) + (four // 2)[None, :], mask=inside, other=0).to(tl.int32)
-        nibble = byte >> (four % 2 * 4)[None, :]
         before = tl.zeros_like(nibble)  # kept values of the group to the left of column j
         for j in tl.static_range(4):
             bit = (nibble >> j) & 1

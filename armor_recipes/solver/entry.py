@@ -69,7 +69,7 @@ def factorize(
         mask: bool `(O, I)` in the pattern; given, it stays fixed.
         seed: seeds the groups that `adam` draws; `exact` draws nothing.
         on_progress: called after each iteration with (done, at most, best relative loss).
-        native: None takes the compiled sweep where it was built (M <= 8); False the torch reference.
+        native: None takes the fastest form of the sweep there is (`sweep.sweep_form`); False the torch reference.
 
     Raises:
         ValueError: shapes, sizes or names that do not fit.

@@ -10,9 +10,12 @@ Blocks are independent, so they are batched here and split over threads in the c
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +26,7 @@ from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern, mask_lanes
 
 #: Entries of S below which starting another thread costs more than it saves.
 _WORTH_A_THREAD = 1 << 16
+SweepForm = Literal["native", "triton", "torch"]
 
 
 @dataclass(slots=True)
@@ -47,17 +51,34 @@ def native_available() -> bool:
     return _native_sweep() is not None
 
 
+@functools.cache
+def triton_available() -> bool:
+    """Whether Triton is installed; without it a GPU runs the torch sweep, with the same result up to rounding."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def sweep_form(device: str, pattern: Pattern = TWO_OF_FOUR) -> SweepForm:
+    """The form that `sweep` takes for float32 tensors on a device type: compiled on a CPU, Triton's on a GPU, else torch's."""
+    if device == "cpu" and pattern.has_table and native_available():
+        return "native"
+    if device == "cuda" and pattern == TWO_OF_FOUR and triton_available():
+        return "triton"
+    return "torch"
+
+
 def sweep(problem: SweepProblem, *, native: bool | None = None) -> None:
     """Run one sweep in place.
 
-    `native=None` takes the compiled kernel, when it was built, for contiguous float32 CPU tensors and groups of at most 8.
+    `native=None` takes the form that `sweep_form` names, for float32; otherwise the compiled one or torch's, as asked.
     """
-    eligible = problem.core.dtype == torch.float32 and problem.core.device.type == "cpu" and problem.pattern.has_table
-    if native is None:
-        native = eligible and native_available()
+    form: SweepForm = "native" if native else "torch"
+    if native is None and problem.core.dtype == torch.float32:
+        form = sweep_form(problem.core.device.type, problem.pattern)
     inverses = _group_inverses(problem) if problem.pattern.has_table else None
-    if native:
+    if form == "native":
         _sweep_native(problem, inverses)
+    elif form == "triton":
+        _sweep_triton(problem, inverses)
     else:
         _sweep_torch(problem, inverses)
 
@@ -112,6 +133,14 @@ def _step(problem: SweepProblem, inverses: Tensor | None, row: int, group: int, 
     )
     delta = problem.core[:, :, row, columns] - old
     shift += (delta[..., None] * gram).sum(-2)
+
+
+def _sweep_triton(problem: SweepProblem, inverses: Tensor | None) -> None:
+    from armor_recipes.solver.triton_sweep import sweep_blocks  # imports Triton
+
+    if inverses is None:
+        raise RuntimeError("the Triton sweep needs groups of four")
+    sweep_blocks(problem, inverses)
 
 
 def _native_sweep() -> Callable[..., None] | None:

@@ -77,41 +77,6 @@ def test_damaged_tensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         cuda.prepare_cuda(tensors, "layer")
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "available", "capability", "fits"),
-    [
-        ((32, 48), torch.bfloat16, True, (9, 0), True),
-        ((32, 48), torch.float16, True, (8, 0), True),
-        ((32, 48), torch.float32, True, (9, 0), False),
-        ((40, 48), torch.float16, True, (9, 0), False),
-        ((32, 40), torch.float16, True, (9, 0), False),
-        ((32, 48), torch.float16, False, (9, 0), False),
-        ((32, 48), torch.float16, True, (7, 5), False),
-    ],
-)
-def test_what_cusparselt_takes(
-    monkeypatch: pytest.MonkeyPatch,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    available: bool,
-    capability: tuple[int, int],
-    fits: bool,
-) -> None:
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: available)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert cuda._fits_cusparselt(torch.empty(shape, dtype=dtype)) is fits
-
-
-@pytest.mark.parametrize("core", CORES)
-def test_many_tokens_take_the_prepared_core(core: str) -> None:
-    for dtype in DTYPES:
-        tensors, x, bias = sample(core, dtype), inputs(17, dtype), torch.arange(48).to(dtype)
-        dense = tensors.unpack()[0].to(dtype)
-        y = cuda.run_cuda(x, dense, tensors, bias)
-        assert error(y, expected(x, tensors, bias)) < 3 * TOLERANCE[dtype]
-        assert not torch.equal(cuda.run_cuda(x, 2 * dense, tensors, bias), y)
-
-
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("tokens", [3, 17])
 def test_gradients_are_those_of_the_reference(core: str, tokens: int) -> None:
@@ -122,7 +87,7 @@ def test_gradients_are_those_of_the_reference(core: str, tokens: int) -> None:
         kept = tensors.values if tensors.scale is None else tensors.scale
         trained = [x, bias, *(part.requires_grad_() for part in (kept, tensors.a, tensors.b))]
         backend = choose_backend(name)
-        prepared = None if name == "cuda" else backend.prepare(tensors, "layer")  # not taken with gradients
+        prepared = None if name == "cuda" else backend.prepare(tensors, "layer")
         y = backend.run(x, prepared, tensors, bias)
         found.append((y, *torch.autograd.grad(y.square().sum(), trained)))
     for ours, theirs in zip(*found, strict=True):

@@ -110,13 +110,29 @@ def test_integers_are_exact() -> None:
 
 @pytest.mark.parametrize(("core", "group"), CORES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (16, 256), (37, 304)])
+def test_the_unpacked_core(shape: tuple[int, int], dtype: torch.dtype, core: str, group: int | None) -> None:
+    from armor_recipes.runtime.triton_kernel import unpack_core
+
+    tensors = layer(*shape, dtype, core, group)
+    found, wanted = unpack_core(moved(tensors, DEVICE)).cpu(), tensors.unpack()[0].to(dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found != 0, wanted != 0)
+    # Float cores are copied bit for bit; the interpreter cuts an integer times its scale off to bfloat16 where a GPU rounds.
+    cut_off = INTERPRETED and dtype == torch.bfloat16 and core != "float"
+    torch.testing.assert_close(found, wanted, rtol=2**-7 if cut_off else 0, atol=0)
+
+
+@pytest.mark.parametrize(("core", "group"), CORES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_layer_around_the_kernel(dtype: torch.dtype, core: str, group: int | None) -> None:
     base = packed(12, 32, (4, 8), dtype) if core == "float" else quantized(12, 32, (4, 8), dtype, core, group)
     x, bias = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1)).to(dtype), torch.arange(12).to(dtype)
-    unused = torch.empty(0)  # six tokens do not take the prepared core
-    y = cuda.run_cuda(x.to(DEVICE), unused, moved(base, DEVICE), bias.to(DEVICE)).cpu()
-    assert error(y, definition(x, base) + bias.double()) < 3 * TOLERANCE[dtype]
-    assert cuda.run_cuda(x[:0].to(DEVICE), unused, moved(base, DEVICE), None).shape == (0, 3, 12)
+    for repeats in (1, 3):  # 6 tokens, and 18, which are more than the first kernel takes
+        many = x.repeat(repeats, 1, 1)
+        y = cuda.run_cuda(many.to(DEVICE), None, moved(base, DEVICE), bias.to(DEVICE)).cpu()
+        assert error(y, definition(many, base) + bias.double()) < 3 * TOLERANCE[dtype]
+    assert cuda.run_cuda(x[:0].to(DEVICE), None, moved(base, DEVICE), None).shape == (0, 3, 12)
 
 
 def definition(x: Tensor, tensors: PackedLinear) -> Tensor:
