@@ -76,6 +76,33 @@ def _offer(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _solve_group(  # type: ignore[no-untyped-def]
+    c0, c1, c2, c3, s0, s1, s2, s3, old, pivot, gram, width, inverse, FIXED: tl.constexpr
+):
+    """Best values and mask of one group: c is its correlation, s its values, `gram` and `inverse` where its matrices stand."""
+    g00, g01, g02, g03 = tl.load(gram), tl.load(gram + 1), tl.load(gram + 2), tl.load(gram + 3)
+    g11, g12, g13 = tl.load(gram + width + 1), tl.load(gram + width + 2), tl.load(gram + width + 3)
+    g22, g23, g33 = tl.load(gram + 2 * width + 2), tl.load(gram + 2 * width + 3), tl.load(gram + 3 * width + 3)
+    share0 = pivot * (s0 * g00 + s1 * g01 + s2 * g02 + s3 * g03)
+    share1 = pivot * (s0 * g01 + s1 * g11 + s2 * g12 + s3 * g13)
+    share2 = pivot * (s0 * g02 + s1 * g12 + s2 * g22 + s3 * g23)
+    share3 = pivot * (s0 * g03 + s1 * g13 + s2 * g23 + s3 * g33)
+    c0, c1, c2, c3 = c0 + share0, c1 + share1, c2 + share2, c3 + share3
+    now = s0 * (2 * c0 - share0) + s1 * (2 * c1 - share1) + s2 * (2 * c2 - share2) + s3 * (2 * c3 - share3)
+    best, number, w0, w1, w2, w3 = now * 0.0 - 1.0, old, s0, s1, s2, s3
+    best, number, w0, w1, w2, w3 = _offer(inverse, c0, c1, old, best, number, w0, w1, w2, w3, 0, 0, 1, FIXED)
+    best, number, w0, w1, w2, w3 = _offer(inverse, c0, c2, old, best, number, w0, w1, w2, w3, 1, 0, 2, FIXED)
+    best, number, w0, w1, w2, w3 = _offer(inverse, c0, c3, old, best, number, w0, w1, w2, w3, 2, 0, 3, FIXED)
+    best, number, w0, w1, w2, w3 = _offer(inverse, c1, c2, old, best, number, w0, w1, w2, w3, 3, 1, 2, FIXED)
+    best, number, w0, w1, w2, w3 = _offer(inverse, c1, c3, old, best, number, w0, w1, w2, w3, 4, 1, 3, FIXED)
+    best, number, w0, w1, w2, w3 = _offer(inverse, c2, c3, old, best, number, w0, w1, w2, w3, 5, 2, 3, FIXED)
+    better = best / pivot > now
+    n0, n1 = tl.where(better, w0 / pivot, s0), tl.where(better, w1 / pivot, s1)
+    n2, n3 = tl.where(better, w2 / pivot, s2), tl.where(better, w3 / pivot, s3)
+    return n0, n1, n2, n3, tl.where(better, number, old)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def sweep_kernel(  # type: ignore[no-untyped-def]
     correlation,
     core,
@@ -115,44 +142,24 @@ def sweep_kernel(  # type: ignore[no-untyped-def]
             for g in range(groups):
                 at = 4 * g
                 here = have - pivot * shift
+                c0 = tl.sum(tl.where(column == at, here, 0.0), axis=0)
+                c1 = tl.sum(tl.where(column == at + 1, here, 0.0), axis=0)
+                c2 = tl.sum(tl.where(column == at + 2, here, 0.0), axis=0)
+                c3 = tl.sum(tl.where(column == at + 3, here, 0.0), axis=0)
                 s0 = tl.load(s + r * width + at)
                 s1 = tl.load(s + r * width + at + 1)
                 s2 = tl.load(s + r * width + at + 2)
                 s3 = tl.load(s + r * width + at + 3)
                 old = tl.load(numbers + r * groups + g).to(tl.int32)
-                row0 = b + at * width + at
-                g00, g01, g02, g03 = tl.load(row0), tl.load(row0 + 1), tl.load(row0 + 2), tl.load(row0 + 3)
-                row1 = row0 + width
-                g11, g12, g13 = tl.load(row1 + 1), tl.load(row1 + 2), tl.load(row1 + 3)
-                row2 = row1 + width
-                g22, g23, g33 = tl.load(row2 + 2), tl.load(row2 + 3), tl.load(row2 + width + 3)
-                share0 = pivot * (s0 * g00 + s1 * g01 + s2 * g02 + s3 * g03)
-                share1 = pivot * (s0 * g01 + s1 * g11 + s2 * g12 + s3 * g13)
-                share2 = pivot * (s0 * g02 + s1 * g12 + s2 * g22 + s3 * g23)
-                share3 = pivot * (s0 * g03 + s1 * g13 + s2 * g23 + s3 * g33)
-                c0 = tl.sum(tl.where(column == at, here, 0.0), axis=0) + share0
-                c1 = tl.sum(tl.where(column == at + 1, here, 0.0), axis=0) + share1
-                c2 = tl.sum(tl.where(column == at + 2, here, 0.0), axis=0) + share2
-                c3 = tl.sum(tl.where(column == at + 3, here, 0.0), axis=0) + share3
-                now = s0 * (2 * c0 - share0) + s1 * (2 * c1 - share1) + s2 * (2 * c2 - share2) + s3 * (2 * c3 - share3)
-                best, number, w0, w1, w2, w3 = now * 0.0 - 1.0, old, s0, s1, s2, s3
-                minors = inverse + g * 24
-                best, number, w0, w1, w2, w3 = _offer(minors, c0, c1, old, best, number, w0, w1, w2, w3, 0, 0, 1, FIXED)
-                best, number, w0, w1, w2, w3 = _offer(minors, c0, c2, old, best, number, w0, w1, w2, w3, 1, 0, 2, FIXED)
-                best, number, w0, w1, w2, w3 = _offer(minors, c0, c3, old, best, number, w0, w1, w2, w3, 2, 0, 3, FIXED)
-                best, number, w0, w1, w2, w3 = _offer(minors, c1, c2, old, best, number, w0, w1, w2, w3, 3, 1, 2, FIXED)
-                best, number, w0, w1, w2, w3 = _offer(minors, c1, c3, old, best, number, w0, w1, w2, w3, 4, 1, 3, FIXED)
-                best, number, w0, w1, w2, w3 = _offer(minors, c2, c3, old, best, number, w0, w1, w2, w3, 5, 2, 3, FIXED)
-                better = best / pivot > now
-                n0 = tl.where(better, w0 / pivot, s0)
-                n1 = tl.where(better, w1 / pivot, s1)
-                n2 = tl.where(better, w2 / pivot, s2)
-                n3 = tl.where(better, w3 / pivot, s3)
+                minor, minors = b + at * width + at, inverse + g * 24
+                n0, n1, n2, n3, number = _solve_group(
+                    c0, c1, c2, c3, s0, s1, s2, s3, old, pivot, minor, width, minors, FIXED
+                )
                 tl.store(s + r * width + at, n0)
                 tl.store(s + r * width + at + 1, n1)
                 tl.store(s + r * width + at + 2, n2)
                 tl.store(s + r * width + at + 3, n3)
-                tl.store(numbers + r * groups + g, tl.where(better, number, old).to(tl.uint8))
+                tl.store(numbers + r * groups + g, number.to(tl.uint8))
                 gram = b + at * width + column
                 shift += (n0 - s0) * tl.load(gram, mask=inside, other=0.0)
                 shift += (n1 - s1) * tl.load(gram + width, mask=inside, other=0.0)
