@@ -34,7 +34,7 @@ class SweepProblem:
     """What a sweep reads and writes, cut in blocks: `correlation`, `core` `(J, K, b_o, b_i)`, `index` `(J, K, b_o, b_i/M)`.
 
     `gram_a` `(J, b_o, b_o)`, `gram_b` `(K, b_i, b_i)`; b_i is a multiple of M (`join_blocks` makes it one), `index` as
-    `mask_to_index` numbers masks. `correlation`, `core` and `index` are changed in place.
+    `mask_to_index` numbers masks. `core` and `index` are changed in place, `correlation` is used up.
     """
 
     correlation: Tensor
