@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,3 +25,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def in_interpreter() -> Callable[..., None]:
+    """Run a test module in Triton's interpreter, in a process of its own: TRITON_INTERPRET counts when Triton is imported."""
+
+    def run(module: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(module), *options]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "skipped" not in done.stdout
+
+    return run

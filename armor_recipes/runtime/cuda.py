@@ -11,8 +11,6 @@ needs for 8192 tokens and a 4096x4096 weight, and they would be a second copy of
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +18,7 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import RecipeError
 from armor_recipes.runtime.validation import check_packed
 from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor
+from armor_recipes.solver.sweep import triton_available
 
 MOST_TOKENS = 16
 """Of one call of the Triton kernel: the narrowest tile that a tensor core multiplies."""
@@ -37,7 +36,7 @@ def prepare_cuda(packed: PackedLinear, name: str) -> None:
         CheckpointError: if the tensors break the format.
     """
     _check_device(packed.values.device, name)
-    if importlib.util.find_spec("triton") is None:
+    if not triton_available():
         raise RecipeError(
             f"{name}: the backend cuda needs Triton, which is not installed: `pip install triton`, or choose `folded`"
         )

@@ -33,18 +33,16 @@ def run_core(x: Tensor, packed: PackedLinear) -> Tensor:
     """
     tokens, (rows, columns) = x.shape[0], packed.shape
     y = x.new_empty(tokens, rows)
-    scale = packed.a if packed.scale is None else packed.scale.contiguous()  # without scales any pointer will do
+    core, groups = _stored(packed)
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the layer's
         core_kernel[(triton.cdiv(rows, _ROWS),)](
             x.contiguous(),
-            packed.values.contiguous(),
-            packed.bitmask.contiguous(),
-            scale,
+            *core,
             y,
             tokens,
             rows,
             columns,
-            1 if packed.scale is None else scale.shape[1],
+            groups,
             CORE=packed.core,
             ROWS=_ROWS,
             FOURS=_FOURS,
@@ -60,22 +58,27 @@ def unpack_core(packed: PackedLinear) -> Tensor:
         packed: a valid layer (`PackedLinear.validate`) on a CUDA device.
     """
     rows, columns = packed.shape
-    core = packed.a.new_empty(rows, columns)
-    scale = packed.a if packed.scale is None else packed.scale.contiguous()
-    with torch.cuda.device_of(core):
+    dense = packed.a.new_empty(rows, columns)
+    core, groups = _stored(packed)
+    with torch.cuda.device_of(dense):
         unpack_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(columns // 4, _FOURS))](
-            packed.values.contiguous(),
-            packed.bitmask.contiguous(),
-            scale,
-            core,
+            *core,
+            dense,
             rows,
             columns,
-            1 if packed.scale is None else scale.shape[1],
+            groups,
             CORE=packed.core,
             ROWS=_ROWS,
             FOURS=_FOURS,
         )
-    return core
+    return dense
+
+
+def _stored(packed: PackedLinear) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """Values, bitmask and scales as the kernels read them, and the number of scales a row."""
+    scale = packed.a if packed.scale is None else packed.scale  # without scales any pointer will do
+    groups = 1 if packed.scale is None else scale.shape[1]
+    return (packed.values.contiguous(), packed.bitmask.contiguous(), scale.contiguous()), groups
 
 
 # Triton reads annotations as code, and knows none but constexpr.

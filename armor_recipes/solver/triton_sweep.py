@@ -75,6 +75,12 @@ def _offer(  # type: ignore[no-untyped-def]
     return best, number, w0, w1, w2, w3
 
 
+@triton.jit
+def _entry(vector, column, at):  # type: ignore[no-untyped-def]
+    """One number of a vector that the program's threads hold."""
+    return tl.sum(tl.where(column == at, vector, 0.0), axis=0)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _solve_group(  # type: ignore[no-untyped-def]
     c0, c1, c2, c3, s0, s1, s2, s3, old, pivot, gram, width, inverse, FIXED: tl.constexpr
@@ -142,23 +148,19 @@ def sweep_kernel(  # type: ignore[no-untyped-def]
             for g in range(groups):
                 at = 4 * g
                 here = have - pivot * shift
-                c0 = tl.sum(tl.where(column == at, here, 0.0), axis=0)
-                c1 = tl.sum(tl.where(column == at + 1, here, 0.0), axis=0)
-                c2 = tl.sum(tl.where(column == at + 2, here, 0.0), axis=0)
-                c3 = tl.sum(tl.where(column == at + 3, here, 0.0), axis=0)
-                s0 = tl.load(s + r * width + at)
-                s1 = tl.load(s + r * width + at + 1)
-                s2 = tl.load(s + r * width + at + 2)
-                s3 = tl.load(s + r * width + at + 3)
+                c0, c1 = _entry(here, column, at), _entry(here, column, at + 1)
+                c2, c3 = _entry(here, column, at + 2), _entry(here, column, at + 3)
+                own = s + r * width + at
+                s0, s1, s2, s3 = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
                 old = tl.load(numbers + r * groups + g).to(tl.int32)
                 minor, minors = b + at * width + at, inverse + g * 24
                 n0, n1, n2, n3, number = _solve_group(
                     c0, c1, c2, c3, s0, s1, s2, s3, old, pivot, minor, width, minors, FIXED
                 )
-                tl.store(s + r * width + at, n0)
-                tl.store(s + r * width + at + 1, n1)
-                tl.store(s + r * width + at + 2, n2)
-                tl.store(s + r * width + at + 3, n3)
+                tl.store(own, n0)
+                tl.store(own + 1, n1)
+                tl.store(own + 2, n2)
+                tl.store(own + 3, n3)
                 tl.store(numbers + r * groups + g, number.to(tl.uint8))
                 gram = b + at * width + column
                 shift += (n0 - s0) * tl.load(gram, mask=inside, other=0.0)

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -63,14 +64,14 @@ def test_a_layer_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_triton_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_check_device", lambda device, name: None)
-    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cuda, "triton_available", lambda: False)
     with pytest.raises(RecipeError, match="needs Triton, which is not installed: `pip install triton`"):
         cuda.prepare_cuda(sample("float"), "layer")
 
 
 def test_damaged_tensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_check_device", lambda device, name: None)
-    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(cuda, "triton_available", lambda: True)
     tensors = sample("float")
     tensors.bitmask[3, 2] ^= 1
     with pytest.raises(CheckpointError, match="layer: bitmask: row 3"):
@@ -96,14 +97,8 @@ def test_gradients_are_those_of_the_reference(core: str, tokens: int) -> None:
 
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the process in which the kernel runs")
-def test_the_kernel_in_the_interpreter() -> None:
-    module = Path(__file__).with_name("test_triton_kernel.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(module)]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+def test_the_kernels_in_the_interpreter(in_interpreter: Callable[..., None]) -> None:
+    in_interpreter(Path(__file__).with_name("test_triton_kernel.py"))
 
 
 @needs_gpu

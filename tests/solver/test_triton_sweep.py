@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,13 +26,8 @@ runs = pytest.mark.skipif(
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the process in which the kernel runs")
-def test_the_sweep_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "torch_form"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+def test_the_sweep_in_the_interpreter(in_interpreter: Callable[..., None]) -> None:
+    in_interpreter(Path(__file__), "-k", "torch_form")
 
 
 @needs_triton
