@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
+import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
@@ -266,6 +267,10 @@ class Refiner(AnyModifier[C]):
     def hidden_layers(self, total: int) -> tuple[int, ...]:  # noqa: ARG002 - for those that override it
         """Of a model with so many decoder layers, those whose hidden states the loss compares (scope `model`)."""
         return ()
+
+    def compute_dtype(self, parameter: Tensor) -> torch.dtype:
+        """Of the passes (scope `model`), given a parameter of the model."""
+        return parameter.dtype
 
     @abstractmethod
     def plan(self, unit: RefineUnit) -> Estimate:

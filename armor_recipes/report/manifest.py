@@ -128,6 +128,7 @@ def _refinement(result: RefineResult) -> dict[str, Any]:
         "steps": result.steps,
         "clipped": result.clipped,
         "stop_reason": result.stop_reason,
+        "compute_dtype": result.compute_dtype,
     }
 
 

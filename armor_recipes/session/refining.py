@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,8 @@ from armor_recipes.solver import TrainableFactors, TrainableLinear
 class RefineResult:
     """One unit that was trained: held-out losses, the first before training, steps taken and gradients clipped.
 
-    `unit` is a decoder layer's name, or `model`. `vectors` counts the numbers in norms that changed.
+    `unit` is a decoder layer's name, or `model`. `compute_dtype` is that of its forward and backward passes. `vectors` counts the
+    numbers in norms that changed.
     """
 
     modifier: str
@@ -34,6 +35,7 @@ class RefineResult:
     steps: int
     clipped: int
     stop_reason: str
+    compute_dtype: str
     modules: int
     vectors: int
     tokens: int
@@ -85,16 +87,21 @@ def refine_layer(
         return UnitOutput(inputs.call(index, batch).run(_student(layer, prefix, factors, vectors)))
 
     task = RefineTask(factors, vectors, len(targets), forward, lambda batch: UnitOutput(targets[batch]))
-    return _refine(job, task, layers.names[index], layer, tokens=sum(t.shape[0] * t.shape[1] for t in targets))
+    tokens = sum(t.shape[0] * t.shape[1] for t in targets)
+    return _refine(job, task, layers.names[index], layer, tokens=tokens, compute=next(layer.parameters()).dtype)
 
 
 def refine_model(job: RefineJob, model: nn.Module, layers: DecoderLayers, teaching: Teaching) -> Refined:
     """Train the whole model against the logits of the dense one and, where the refiner asks for them, hidden states on the way.
 
-    The dense model runs along: a view of the model with the dense parameters in the place of its own.
+    The dense model runs along: a view of the model with the dense parameters in the place of its own. Both run in the refiner's
+    compute dtype; factors, norms' weights, their gradients and Adam's moments are float32.
     """
-    factors, vectors = _trainables(job, model, "")
+    compute = job.refiner.compute_dtype(next(model.parameters()))
+    products = torch.bfloat16 if compute == torch.bfloat16 else torch.float32
+    factors, vectors = _trainables(job, model, "", products)
     tapped = [layers.names[index] for index in job.refiner.hidden_layers(len(layers.names))]
+    base = _converted(model, compute, but={f"{name}.weight" for name in factors})
 
     def run(network: nn.Module, batch: int) -> UnitOutput:
         hidden = [_tap(network.get_submodule(name)) for name in tapped]
@@ -102,16 +109,30 @@ def refine_model(job: RefineJob, model: nn.Module, layers: DecoderLayers, teachi
         return UnitOutput(logits, tuple(taken[0] for taken in hidden))
 
     def forward(batch: int) -> UnitOutput:
-        return run(_student(model, "", factors, vectors, copied=tapped), batch)
+        return run(_student(base, "", factors, vectors, copied=tapped), batch)
 
     def target(batch: int) -> UnitOutput:
-        return run(dense_view(model, teaching.dense, copied=tapped), batch)
+        return run(dense_view(base, teaching.dense, copied=tapped), batch)
 
     task = RefineTask(factors, vectors, len(teaching.batches), forward, target)
-    return _refine(job, task, "model", model, tokens=sum(ids.numel() for ids in teaching.batches))
+    tokens = sum(ids.numel() for ids in teaching.batches)
+    return _refine(job, task, "model", model, tokens=tokens, compute=compute)
 
 
-def _refine(job: RefineJob, task: RefineTask, unit: str, module: nn.Module, *, tokens: int) -> Refined:
+def _converted(model: nn.Module, dtype: torch.dtype, *, but: Collection[str]) -> nn.Module:
+    """A view of the model with its floating-point parameters in another dtype; those that it shares stay shared.
+
+    Parameters named in `but` stay as they are: whoever uses the view puts others in their place.
+    """
+    own = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in but}
+    changed = {id(p): p for p in own.values() if p.is_floating_point() and p.dtype != dtype}
+    new = {key: nn.Parameter(p.detach().to(dtype), requires_grad=False) for key, p in changed.items()}
+    return view(model, {name: new[id(p)] for name, p in own.items() if id(p) in new}) if new else model
+
+
+def _refine(
+    job: RefineJob, task: RefineTask, unit: str, module: nn.Module, *, tokens: int, compute: torch.dtype
+) -> Refined:
     started = time.perf_counter()
     own = [module.get_parameter(_within(f"{name}.weight", unit)) for name in task.factors]
     try:
@@ -132,6 +153,7 @@ def _refine(job: RefineJob, task: RefineTask, unit: str, module: nn.Module, *, t
         steps=outcome.steps,
         clipped=outcome.clipped,
         stop_reason=outcome.stop_reason,
+        compute_dtype=str(compute).removeprefix("torch."),
         modules=len(task.factors),
         vectors=sum(value.numel() for value in changed.values()),
         tokens=tokens,
@@ -153,7 +175,7 @@ def _packed(name: str, factors: TrainableFactors, dtype: torch.dtype) -> PackedL
 
 
 def _trainables(
-    job: RefineJob, module: nn.Module, prefix: str
+    job: RefineJob, module: nn.Module, prefix: str, products: torch.dtype = torch.float32
 ) -> tuple[dict[str, TrainableFactors], dict[str, nn.Parameter]]:
     """Factors of the modules, and copies of the weights of the unit's norms. A B that modules share stays one.
 
@@ -163,7 +185,7 @@ def _trainables(
     shared: dict[str, nn.Parameter] = {}
     for name, packed in job.packed.items():
         core, mask = packed.unpack(name=name)
-        factors[name] = TrainableFactors(packed.a, core, mask, packed.b)
+        factors[name] = TrainableFactors(packed.a, core, mask, packed.b, products)
         factors[name].b = shared.setdefault(job.sharing[name], factors[name].b)
     vectors = {
         f"{prefix}{owner}.{name}": nn.Parameter(parameter.detach().float().clone())

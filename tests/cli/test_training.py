@@ -102,8 +102,9 @@ def test_what_is_written_says_what_was_trained(shell: Shell, file: Path, name: s
     assert [row["unit"] for row in manifest["refinements"]] == units
     for row, shown in zip(manifest["refinements"], result["refinements"], strict=True):
         assert set(row) == {
-            "modifier", "unit", "modules", "norm_values", "tokens", "losses", "steps", "clipped", "stop_reason",
+            "modifier", "unit", "modules", "norm_values", "tokens", "losses", "steps", "clipped", "stop_reason", "compute_dtype",
         }  # fmt: skip
+        assert row["compute_dtype"] == shown["compute_dtype"]
         assert (row["modifier"], row["losses"]) == (shown["modifier"], shown["losses"]) == (key, row["losses"])
         assert min(row["losses"]) < row["losses"][0]
         assert row["tokens"] == 6 * 64

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_samples import ARMOR, make_job, make_session, recipe, rng_states, save_model
+from engine_samples import ARMOR, make_job, make_model, make_session, recipe, rng_states, save_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from armor_recipes.errors import CheckpointError, NumericalError, PlanError
 from armor_recipes.modifiers import ModuleShape, Refiner, modifiers, training
 from armor_recipes.modifiers.base import RefineTask, RefineUnit, UnitOutput
+from armor_recipes.modifiers.distillation import DistillationModifier
 from armor_recipes.modifiers.distillation.modifier import relative_error
 from armor_recipes.modifiers.training import RefineConfig, root_mean_square, schedule, split_batches
 from armor_recipes.session import Session
+from armor_recipes.session.refining import _converted
 from armor_recipes.solver import TrainableFactors, factorize
 
 REFINERS = {name: kind for name, kind in modifiers().items() if issubclass(kind, Refiner)}
@@ -566,3 +568,59 @@ def test_half_precision_compute(llama: Path, name: str, compute: str) -> None:
         assert result.packed is not None
         assert session.model.get_parameter(f"{module}.weight").dtype == getattr(torch, compute)
     assert all(min(r.losses) < r.losses[0] for r in session.refinements)
+
+
+@pytest.mark.parametrize(
+    ("asked", "fast", "model", "taken"),
+    [
+        ("auto", True, "float32", "bfloat16"),
+        ("auto", False, "float32", "float32"),
+        ("auto", False, "bfloat16", "bfloat16"),
+        ("bfloat16", False, "float32", "bfloat16"),
+        ("float32", True, "bfloat16", "float32"),
+    ],
+)
+def test_both_models_of_a_distillation_run_in_its_compute_dtype(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, asked: str, fast: bool, model: str, taken: str
+) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr("armor_recipes.modifiers.distillation.modifier.multiplies_bfloat16", lambda device: fast)
+    loss = DistillationModifier.loss
+
+    def look(self: Any, found: UnitOutput, wanted: UnitOutput) -> Tensor:
+        seen.extend([found.output, wanted.output, *found.hidden, *wanted.hidden])
+        return loss(self, found, wanted)
+
+    monkeypatch.setattr(DistillationModifier, "loss", look)
+    recipe = mapping(llama, "DistillationModifier", compute_dtype=asked)
+    recipe["model"] = {"id": str(llama), "compute_dtype": model}
+    session = run(recipe)
+    assert {part.dtype for part in seen} == {getattr(torch, taken)}
+    (refinement,) = session.refinements
+    assert refinement.compute_dtype == taken
+    assert min(refinement.losses) < refinement.losses[0]
+    assert {parameter.dtype for parameter in session.model.parameters()} == {getattr(torch, model)}
+
+
+@pytest.mark.usefixtures("threads")
+def test_training_in_bfloat16_does_not_depend_on_threads_and_is_near_that_in_float32(llama: Path) -> None:
+    def losses(compute: str, threads: int) -> tuple[float, ...]:
+        torch.set_num_threads(threads)
+        return run(mapping(llama, "DistillationModifier", compute_dtype=compute)).refinements[0].losses
+
+    narrow = losses("bfloat16", 1)
+    assert losses("bfloat16", 2) == narrow
+    assert narrow == pytest.approx(losses("float32", 2), rel=0.02)
+
+
+def test_a_view_in_another_dtype_keeps_what_is_shared_and_leaves_the_model() -> None:
+    model = make_model("llama-gqa-tied")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    left = "model.layers.0.mlp.up_proj.weight"
+    view = _converted(model, torch.bfloat16, but={left})
+    assert view.lm_head.weight is view.model.embed_tokens.weight
+    dtypes = {name: parameter.dtype for name, parameter in view.named_parameters()}
+    assert dtypes.pop(left) == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert _converted(model, torch.float32, but=()) is model

@@ -261,7 +261,9 @@ def seen_targets(monkeypatch: pytest.MonkeyPatch, kind: Any) -> list[list[Tensor
 def test_distillation_aims_at_the_dense_logits_each_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = seen_targets(monkeypatch, DistillationModifier)
     mapping = with_refiner(llama, "BlockRefineModifier", "DistillationModifier")
-    mapping["prune_stage"]["armor_modifiers"]["DistillationModifier@again"] = {}
+    modifiers = mapping["prune_stage"]["armor_modifiers"]
+    modifiers["DistillationModifier"]["compute_dtype"] = "float32"
+    modifiers["DistillationModifier@again"] = {"compute_dtype": "float32"}
     session = make_session(make_job(mapping))
     ids = next(iter(session.tokens.values())).ids
     with torch.no_grad():

@@ -7,6 +7,7 @@ the layers are matched (as in FitNets, arXiv 1412.6550): they say more about eac
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -37,6 +38,13 @@ class DistillationConfig(RefineConfig):
         description="Of the mean of ln(1 + their relative squared error), in the sum with the divergence of the logits in nats.",
     )
 
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        title="Compute dtype",
+        description="Dtype of the passes of both models; what is trained is float32. `auto` is bfloat16 where the device has "
+        "instructions for its products, else `model.compute_dtype`. The manifest says what it was.",
+    )
+
 
 @register
 class DistillationModifier(TrainingRefiner[DistillationConfig]):
@@ -51,6 +59,12 @@ class DistillationModifier(TrainingRefiner[DistillationConfig]):
         count = total if asked == "all" else min(asked, total)
         return tuple((i + 1) * total // count - 1 for i in range(count))
 
+    def compute_dtype(self, parameter: Tensor) -> torch.dtype:
+        """As the config asks; `auto` is bfloat16 where the parameter's device multiplies it in hardware, else its dtype."""
+        if self.config.compute_dtype != "auto":
+            return torch.bfloat16 if self.config.compute_dtype == "bfloat16" else torch.float32
+        return torch.bfloat16 if multiplies_bfloat16(parameter.device) else parameter.dtype
+
     def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
         """Mean KL(dense ‖ compressed) a token, in nats, of logits `(B, L, V)`, plus the hidden states' error times its weight."""
         divergence: Tensor = _Divergence.apply(found.output.flatten(0, -2), wanted.output.flatten(0, -2))  # type: ignore[no-untyped-call]
@@ -58,6 +72,14 @@ class DistillationModifier(TrainingRefiner[DistillationConfig]):
             return divergence
         errors = [relative_error(*pair) for pair in zip(found.hidden, wanted.hidden, strict=True)]
         return divergence + self.config.hidden_weight * torch.stack(errors).mean()
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bfloat16 numbers; a CPU without them is slower than in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
