@@ -95,6 +95,22 @@ def armor(*after: str, before: Sequence[str] = (), **fields: Any) -> Callable[[S
     return stage
 
 
+def allocated(*after: str) -> Callable[[Setting], Stage]:
+    """ARMOR with the block sizes of recipes/smollm2-135m.yaml, which stand for block 64, or in proportion; and what goes after."""
+
+    def stage(s: Setting) -> Stage:
+        recipe = yaml.safe_load((Path(armor_recipes.__file__).parent / "recipes/smollm2-135m.yaml").read_text("utf-8"))
+        found: Stage = {}
+        for name, fields in recipe["prune_stage"]["armor_modifiers"].items():
+            if name.startswith("ARMORModifier"):
+                sides = fields["block_size"]
+                scaled = [side * s.block // 64 for side in (sides if isinstance(sides, list) else [sides])]
+                found[name] = {**fields, "block_size": scaled if len(scaled) == 2 else scaled[0]}
+        return {**found, **{kind: REST[kind] for kind in after}}
+
+    return stage
+
+
 PERMUTE, REFINE, DISTIL = "ChannelPermutationModifier", "BlockRefineModifier", "DistillationModifier"
 REST: dict[str, dict[str, Any]] = {
     PERMUTE: {"targets": [r"re:.*mlp\.down_proj$"]},
@@ -131,6 +147,8 @@ ROWS: dict[str, Callable[[Setting], Stage] | None] = {
     "exact diagonal + permutation": armor(before=[PERMUTE]),
     "exact diagonal + block refinement": armor(REFINE),
     "exact diagonal + distillation": armor(DISTIL),
+    "blocks by cost": allocated(),
+    "blocks by cost + distillation": allocated(DISTIL),
     "all": armor(REFINE, DISTIL, before=[PERMUTE], **EVERYTHING),
     "all but hessian": armor(REFINE, DISTIL, before=[PERMUTE], **{**EVERYTHING, "objective": "diagonal"}),
     "all but matched": armor(REFINE, DISTIL, before=[PERMUTE], **{**EVERYTHING, "propagate": "compressed"}),

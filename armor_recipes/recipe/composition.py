@@ -22,8 +22,8 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def builtin_recipes(folder: Path | None) -> dict[str, Path]:
-    """Return the built-in recipes, by name, of a folder of NAME.yaml files; none without a folder."""
-    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    """Return the built-in recipes, by name and in its order, of a folder of NAME.yaml files; none without a folder."""
+    return {} if folder is None else dict(sorted((path.stem, path) for path in folder.glob("*.yaml")))
 
 
 @dataclass(slots=True)

@@ -168,7 +168,7 @@ class Session:
                 readers = [e for e in entries if self._streams_of(e) == ("dense",) and self._key(e, "dense") == key]
                 wanted = layer < last or any(self._scope(e) == "layer" for e in entries)
                 collected |= self._observe(layer, stream, readers, advance=wanted)
-        for entry in entries:
+        for entry, *others in self._at_once(layer, entries):
             if self._scope(entry) == "layer":
                 self._refine_layer(entry, layer, streams)
                 continue
@@ -180,10 +180,25 @@ class Session:
             if isinstance(self.modifiers[entry.key], FactorModifier):
                 self._change_factors(entry, planned, collected.get(entry.key, {}))
             else:
-                self._solve(entry, planned, collected.get(entry.key, {}))
+                self._solve(layer, [entry, *others], collected)
         for key, stream in streams.items():
             if key[1] == "compressed" and layer < last:
                 stream.advance(layer)
+
+    def _at_once(self, layer: int, entries: Sequence[ModifierEntry]) -> list[list[ModifierEntry]]:
+        """The entries in order, those together that follow one another and need not see what the others do to the layer."""
+        groups: list[list[ModifierEntry]] = []
+        taken: set[str] | None = None  # the last group's modules; None where it takes no other entry
+        for entry in entries:
+            names = {module.name for module in self.plan.for_layer(entry.stage, layer, entry.key)}
+            alone = not isinstance(self.modifiers[entry.key], Modifier) or "compressed" in self._streams_of(entry)
+            if alone or taken is None or not taken.isdisjoint(names):
+                groups.append([entry])
+                taken = None if alone else names
+            else:
+                groups[-1].append(entry)
+                taken |= names
+        return groups
 
     def _rearrange(
         self, layer: int, entries: list[ModifierEntry], streams: dict[_StreamKey, Stream]
@@ -255,8 +270,22 @@ class Session:
                 compressed.call(layer, batch).run(self.layers.modules[layer])
         return {entry.key: statistics}
 
-    def _solve(self, entry: ModifierEntry, planned: Sequence[ModulePlan], statistics: Mapping[str, Statistic]) -> None:
-        """Solve the modules, each rounded to the stored dtype, and put them in place once all are solved."""
+    def _solve(self, layer: int, entries: Sequence[ModifierEntry], collected: _Collected) -> None:
+        """Solve the entries' modules, each rounded to the stored dtype, and put them in place once all are solved."""
+        tasks: list[SolveTask] = []
+        flops: dict[str, float] = {}
+        for entry in entries:
+            planned = self.plan.for_layer(entry.stage, layer, entry.key)
+            flops |= {module.name: module.flops for module in planned}
+            tasks += self._tasks(entry, planned, collected.get(entry.key, {}))
+        solved = [one for found in self._solver.solve(tasks) for one in self._announced(found, flops)]
+        for one in solved:
+            self._apply(one)
+
+    def _tasks(
+        self, entry: ModifierEntry, planned: Sequence[ModulePlan], statistics: Mapping[str, Statistic]
+    ) -> list[SolveTask]:
+        """One for each module, or for all that share their B."""
         modifier = self.modifiers[entry.key]
         assert isinstance(modifier, Modifier)
         shares = getattr(entry.config, "share_input_factor", False)
@@ -264,15 +293,11 @@ class Session:
         for module in planned:
             reader = self._readers.get(module.name, module.name)
             groups.setdefault((reader, module.block_size) if shares else module.name, []).append(module)
-        tasks = [
+        self._sharing |= {module.name: group[0].name for group in groups.values() for module in group}
+        return [
             SolveTask(entry, modifier, tuple(map(self._shape, group)), statistics.get(group[0].name))
             for group in groups.values()
         ]
-        self._sharing |= {module.name: group[0].name for group in groups.values() for module in group}
-        flops = {module.name: module.flops for module in planned}
-        solved = [one for found in self._solver.solve(tasks) for one in self._announced(found, flops)]
-        for one in solved:
-            self._apply(one)
 
     def _change_factors(
         self, entry: ModifierEntry, planned: Sequence[ModulePlan], statistics: Mapping[str, Statistic]

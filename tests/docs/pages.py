@@ -7,6 +7,8 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import LlamaConfig
+
 ROOT = Path(__file__).parents[2]
 PAGES = (
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
@@ -72,3 +74,13 @@ def inline_commands() -> list[tuple[str, str]]:
             if not re.search(r"\b[A-Z]{2,}\b|[\[…]", span):
                 found.append((str(page.relative_to(ROOT)), span))
     return found
+
+
+def planned_model(model: str, folder: Path) -> str:
+    """A recipe's model where it is built in; else a folder with the shapes of SmolLM2-135M, which may not have been fetched."""
+    if model.startswith("builtin:"):
+        return model
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    LlamaConfig(**sizes, **heads, tie_word_embeddings=True, dtype="bfloat16").save_pretrained(folder)
+    return str(folder)

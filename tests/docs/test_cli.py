@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import typer
-from pages import ROOT, blocks, commands, inline_commands, section
+from pages import ROOT, blocks, commands, inline_commands, planned_model, section
 
 from armor_recipes import errors
 from armor_recipes.cli import apply, guard, main
@@ -92,12 +92,12 @@ APPLY = [(place, words) for place, words in ARMOR if words[0] == "armor-apply"]
     "words", [words for _, words in APPLY], ids=[f"{place} {' '.join(w[1:3])}" for place, w in APPLY]
 )
 @pytest.mark.usefixtures("working_directory")
-def test_recipes_of_commands_plan(words: list[str]) -> None:
+def test_recipes_of_commands_plan(words: list[str], tmp_path: Path) -> None:
     command, given = arguments(words)
     params = command.make_context(words[0], given).params
     recipe = read_recipe(params["recipes"], overrides=params["overrides"] or (), output=params["output"])
-    if not recipe.model.id.startswith("builtin:"):  # a model that has to be fetched first: its shapes stand in
-        recipe = read_recipe(params["recipes"], overrides=params["overrides"] or (), model="builtin:stdlib-llama")
+    model = planned_model(recipe.model.id, tmp_path / "model")
+    recipe = read_recipe(params["recipes"], overrides=params["overrides"] or (), model=model)
     assert prepare(recipe).plan.modules
 
 

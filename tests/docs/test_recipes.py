@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pages import PAGES, RECIPES, ROOT, Block, blocks, without_blocks
+from pages import PAGES, RECIPES, ROOT, Block, blocks, planned_model, without_blocks
 
 from armor_recipes.modifiers import config_types
 from armor_recipes.recipe import load_recipe
@@ -61,7 +61,18 @@ def test_readme_names_every_recipe_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_plans(recipe: Path) -> None:
-    job = prepare(read_recipe(recipe, model="builtin:stdlib-llama"))
-    assert job.plan.modules
-    assert job.plan.totals.bytes_after <= job.plan.totals.bytes_before
+def test_every_recipe_plans(recipe: Path, tmp_path: Path) -> None:
+    model = planned_model(read_recipe(recipe).model.id, tmp_path)
+    plan = prepare(read_recipe(recipe, model=model)).plan
+    assert plan.modules
+    assert plan.totals.bytes_after <= plan.totals.bytes_before
+
+
+@pytest.mark.parametrize(("name", "block"), [("smollm2-135m", 64), ("smollm2-135m-block32", 32)])
+def test_the_factors_of_the_smollm2_recipes_are_no_more_than_those_of_equal_blocks(
+    name: str, block: int, tmp_path: Path
+) -> None:
+    plan = prepare(read_recipe(name, model=planned_model("fetched", tmp_path))).plan
+    equal = sum(2 * block * (module.d_out + module.d_in) for module in plan.modules)
+    assert len(plan.modules) == 210
+    assert 0.99 * equal < plan.totals.factor_bytes <= equal

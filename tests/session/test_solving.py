@@ -86,6 +86,57 @@ def test_several_are_under_way_together_each_on_one_thread(llama: Path, monkeypa
     assert seen == [1] * 6
 
 
+def by_part(*parts: str, **propagate: str) -> dict[str, Any]:
+    """A modifier for each part of the MLP."""
+    return {
+        f"ARMORModifier@{part}": {
+            **ARMOR,
+            "targets": [rf"re:.*mlp\.{part}_proj"],
+            "propagate": propagate.get(part, "dense"),
+        }
+        for part in parts
+    }
+
+
+def test_modifiers_that_need_not_see_each_others_work_are_under_way_together(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve: Any = ARMORModifier.solve
+    meeting = threading.Barrier(3, timeout=20)
+
+    def together(self: Any, module: Any, *args: Any) -> Any:
+        meeting.wait()  # breaks unless all three parts get here
+        return solve(self, module, *args)
+
+    torch.set_num_threads(1)
+    alone = run(recipe(llama, **by_part("gate", "up", "down")))
+    torch.set_num_threads(3)
+    monkeypatch.setattr(ARMORModifier, "solve", together)
+    session = run(recipe(llama, **by_part("gate", "up", "down")))
+    assert list(session.results) == list(alone.results)
+    for name, result in alone.results.items():
+        assert comparable(result) == comparable(session.results[name])
+    key = "prune_stage.armor_modifiers.ARMORModifier@down"
+    assert session.results["model.layers.0.mlp.down_proj"].modifier == key
+
+
+def test_a_modifier_on_compressed_inputs_waits_and_is_waited_for(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve: Any = ARMORModifier.solve
+    seen: list[tuple[str, str]] = []
+
+    def look(self: Any, module: Any, *args: Any) -> Any:
+        part = module.name.rpartition(".")[2]
+        seen.append(("start", part))
+        found = solve(self, module, *args)
+        seen.append(("end", part))
+        return found
+
+    monkeypatch.setattr(ARMORModifier, "solve", look)
+    run(recipe(llama, **by_part("gate", "up", "down", up="compressed")))
+    layer = [(when, f"{part}_proj") for part in ("gate", "up", "down") for when in ("start", "end")]
+    assert seen == 2 * layer
+
+
 def test_the_plan_counts_the_memory_of_solves_that_run_together() -> None:
     assert bytes_at_once([1, 5, 3, 4]) == 12
     assert bytes_at_once([]) == 0
