@@ -37,7 +37,6 @@ class DistillationConfig(RefineConfig):
         title="Weight of hidden states",
         description="Of the mean of ln(1 + their relative squared error), in the sum with the divergence of the logits in nats.",
     )
-
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
         title="Compute dtype",
