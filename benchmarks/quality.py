@@ -95,8 +95,8 @@ def armor(*after: str, before: Sequence[str] = (), **fields: Any) -> Callable[[S
     return stage
 
 
-def allocated(*after: str) -> Callable[[Setting], Stage]:
-    """ARMOR with the block sizes of recipes/smollm2-135m.yaml, which stand for block 64, or in proportion; and what goes after."""
+def smollm2(*after: str) -> Callable[[Setting], Stage]:
+    """ARMOR as in recipes/smollm2-135m.yaml, whose block sizes stand for block 64, or in proportion; and what goes after."""
 
     def stage(s: Setting) -> Stage:
         recipe = yaml.safe_load((Path(armor_recipes.__file__).parent / "recipes/smollm2-135m.yaml").read_text("utf-8"))
@@ -138,6 +138,7 @@ ROWS: dict[str, Callable[[Setting], Stage] | None] = {
     "exact diagonal": armor(),
     "exact diagonal, compressed inputs": armor(propagate="compressed"),
     "exact diagonal, not normalised": armor(normalize=False),
+    "exact diagonal, gradients": armor(gradient_power=0.5),
     "exact hessian": armor(objective="hessian"),
     "exact hessian, shrinkage 0.5": armor(objective="hessian", shrinkage=0.5),
     "exact diagonal + matched": armor(propagate="matched"),
@@ -147,8 +148,8 @@ ROWS: dict[str, Callable[[Setting], Stage] | None] = {
     "exact diagonal + permutation": armor(before=[PERMUTE]),
     "exact diagonal + block refinement": armor(REFINE),
     "exact diagonal + distillation": armor(DISTIL),
-    "blocks by cost": allocated(),
-    "blocks by cost + distillation": allocated(DISTIL),
+    "recipe, not distilled": smollm2(),
+    "recipe": smollm2(DISTIL),
     "all": armor(REFINE, DISTIL, before=[PERMUTE], **EVERYTHING),
     "all but hessian": armor(REFINE, DISTIL, before=[PERMUTE], **{**EVERYTHING, "objective": "diagonal"}),
     "all but matched": armor(REFINE, DISTIL, before=[PERMUTE], **{**EVERYTHING, "propagate": "compressed"}),

@@ -153,6 +153,36 @@ class Statistic(Protocol):
         """Take inputs `(..., I)`; with `propagate: matched` a second tensor, what the dense module reads on the same tokens."""
 
 
+@dataclass(frozen=True, slots=True)
+class WithGradients:
+    """A module's input statistic, and g `(O,)`: the mean square of the gradient of the model's loss at each output, float32.
+
+    The loss is the cross-entropy, summed over a window's tokens, of labels drawn from the model's own probabilities at the start
+    of the stage; the mean is over the tokens that the module sees. For modules solved stacked g is theirs one after the other.
+    """
+
+    inputs: Any
+    gradients: Tensor
+
+    @property
+    def name(self) -> str:
+        """That of the input statistic."""
+        return str(self.inputs.name)
+
+    @property
+    def tokens(self) -> int:
+        """Those of the input statistic."""
+        return int(self.inputs.tokens)
+
+    def update(self, x: Tensor) -> None:
+        """Take inputs."""
+        self.inputs.update(x)
+
+    def split(self, rows: Sequence[int]) -> list[WithGradients]:
+        """The statistics of modules that were solved stacked, by their numbers of rows."""
+        return [replace(self, gradients=part) for part in self.gradients.split(list(rows))]
+
+
 C = TypeVar("C", bound=ModifierConfig)
 
 
@@ -175,6 +205,11 @@ class AnyModifier(ABC, Generic[C]):
 
 class Modifier(AnyModifier[C]):
     """One method of changing linear modules, each by itself."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether `solve` and `loss` get their statistic in a `WithGradients`; costs a backward pass through the model."""
+        return False
 
     @abstractmethod
     def plan(self, module: ModuleShape) -> Estimate:

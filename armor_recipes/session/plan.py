@@ -185,7 +185,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModif
         modules=tuple(rows),
         refinements=tuple(refinements),
         ignored=tuple(name for name in ignored if name not in touched),
-        totals=_totals(recipe, rows, (*refinements, *chains), model, itemsize),
+        totals=_totals(recipe, rows, (*refinements, *chains), model, modifiers, itemsize),
         rearrangements=tuple(chains),
     )
 
@@ -439,6 +439,7 @@ def _totals(
     rows: list[ModulePlan],
     others: Sequence[RefinePlan | RearrangePlan],
     model: nn.Module,
+    modifiers: Mapping[str, AnyModifier[Any]],
     itemsize: int,
 ) -> Totals:
     touched = {m.name for m in rows}
@@ -451,6 +452,8 @@ def _totals(
         (e.config.calibration, getattr(e.config, "propagate", "")) for e in recipe.modifiers if e.key not in of_model
     }
     tokens = sum(calibration_tokens(spec) for spec, _ in specs if spec is not None)
+    forth_and_back = {e.config.calibration for e in recipe.modifiers if _needs_gradients(modifiers[e.key])}
+    passed = tokens + sum(calibration_tokens(spec) for spec in forth_and_back if spec is not None)
     places = {(m.stage, m.layer, m.modifier) for m in rows}
     together = [[m.peak_bytes for m in rows if (m.stage, m.layer, m.modifier) == place] for place in places]
     return Totals(
@@ -462,5 +465,9 @@ def _totals(
         peak_bytes=estimate_peak_bytes(
             model, tokens, solve_bytes=max([0, *map(bytes_at_once, together), *(r.peak_bytes for r in others)])
         ),
-        seconds=estimate_seconds(sum(m.flops for m in (*rows, *others)), parameters, tokens),
+        seconds=estimate_seconds(sum(m.flops for m in (*rows, *others)), parameters, passed),
     )
+
+
+def _needs_gradients(modifier: AnyModifier[Any]) -> bool:
+    return isinstance(modifier, Modifier) and modifier.needs_gradients

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,16 @@ class RearrangeResult:
 
 @dataclass(frozen=True, slots=True)
 class RearrangeJob:
-    """A rearranger's entry with the chains it reorders in a layer, and the stream on which it observes their inputs."""
+    """A rearranger's entry with the chains it reorders in a layer, and the stream on which it observes their inputs.
+
+    `along` has numbers `(O,)` for each row of modules, by name: those of producers are put into the new order.
+    """
 
     entry: ModifierEntry
     rearranger: Rearranger[Any]
     chains: Sequence[Chain]
     stream: Stream
+    along: MutableMapping[str, Tensor]
 
 
 def plan_chains(
@@ -179,6 +183,9 @@ def _rearrange(
     except ArmorError:
         _reorder(model, chain, found.columns.argsort(), found.rows.argsort())
         raise
+    for producer in chain.producers:
+        if producer.name in job.along:
+            job.along[producer.name] = job.along[producer.name][found.rows]
     return _result(job, chain, found, statistic, time.perf_counter() - started)
 
 

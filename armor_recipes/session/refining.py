@@ -17,7 +17,7 @@ from armor_recipes.modifiers.base import Refiner, RefineTask, UnitOutput
 from armor_recipes.recipe import ModifierEntry
 from armor_recipes.session.capture import Stream, hidden_states
 from armor_recipes.session.layers import DecoderLayers
-from armor_recipes.session.views import view
+from armor_recipes.session.views import frozen, view
 from armor_recipes.solver import TrainableFactors, TrainableLinear
 
 
@@ -136,7 +136,7 @@ def _refine(
     started = time.perf_counter()
     own = [module.get_parameter(_within(f"{name}.weight", unit)) for name in task.factors]
     try:
-        with _frozen(module), _let_go(own):
+        with frozen(module), _let_go(own):
             outcome = job.refiner.refine(task, job.progress)
         packed = {name: _packed(name, factors, job.dtype) for name, factors in task.factors.items()}
     except ArmorError as error:
@@ -239,19 +239,6 @@ def _let_go(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for weight, shape in zip(weights, shapes, strict=True):
             weight.data = weight.data.new_zeros(shape)
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No gradients for the module's own parameters: those of an embedding alone would cost a fifth of a small model's step."""
-    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
 
 
 def dense_view(model: nn.Module, dense: Mapping[str, Tensor], copied: Sequence[str] = ()) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from armor_recipes.calibration.tokens import TokenSet
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.modifiers import FactorModifier, Modifier, ModuleShape, Rearranger, Refiner, Statistic
-from armor_recipes.modifiers.base import AnyModifier
+from armor_recipes.modifiers.base import AnyModifier, WithGradients
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.session.capture import Stream, capture_stream, input_groups
@@ -29,6 +29,7 @@ from armor_recipes.session.events import (
     ignore_events,
     one_at_a_time,
 )
+from armor_recipes.session.gradients import output_gradients
 from armor_recipes.session.hooks import Hooks, feeding
 from armor_recipes.session.layers import find_decoder_layers
 from armor_recipes.session.plan import ModulePlan, Plan
@@ -82,6 +83,7 @@ class Session:
         self._sharing: dict[str, str] = {}
         self._dense: dict[str, Tensor] | None = None
         self._readers: dict[str, str] = {}
+        self._gradients: dict[str, Tensor] = {}
         self._work_done = 0.0
         self._work = plan.flops or 1.0
 
@@ -109,6 +111,7 @@ class Session:
     def _run_stage(self, stage: str) -> None:
         entries = [e for e in self.recipe.modifiers if e.stage == stage and self.plan.takes(e.key)]
         self.observer(PhaseStarted(f"stage {stage}"))
+        self._gradients = self._output_gradients(entries)
         streams = self._capture(entries)
         of_model = [e for e in entries if self._scope(e) == "model"]
         self._dense = {} if of_model else None
@@ -121,6 +124,25 @@ class Session:
             self.observer(PhaseStarted(f"{entry.name} ({stage})"))
             self._refine_model(entry)
         self._dense = None
+
+    def _output_gradients(self, entries: Sequence[ModifierEntry]) -> dict[str, Tensor]:
+        """Each module's g, of those whose modifiers ask for it: on their calibration, from the model as the stage finds it."""
+        wanted: dict[tuple[CalibrationSpec, int], list[str]] = {}
+        for entry in entries:
+            modifier, spec = self.modifiers[entry.key], entry.config.calibration
+            if isinstance(modifier, Modifier) and modifier.needs_gradients and spec is not None:
+                names = [m.name for m in self.plan.modules if m.modifier == entry.key]
+                wanted.setdefault((spec, entry.config.seed), []).extend(names)
+        found: dict[str, Tensor] = {}
+        for (spec, seed), names in wanted.items():
+            self.observer(PhaseStarted("gradients of the outputs"))
+            found |= output_gradients(self.model, self.layers, names, self._batches(spec), seed=seed)
+        return found
+
+    def _batches(self, spec: CalibrationSpec) -> list[Tensor]:
+        """Token ids `(B, L)` on the model's device."""
+        device = next(self.model.parameters()).device
+        return [ids.to(device) for ids in self.tokens[spec].ids.split(spec.batch_size)]
 
     def _scope(self, entry: ModifierEntry) -> str:
         modifier = self.modifiers[entry.key]
@@ -213,7 +235,7 @@ class Session:
             planned = self.plan.chains(entry.key, layer)
             if planned:
                 stream = streams[self._key(entry, *self._streams_of(entry))]
-                job = RearrangeJob(entry, modifier, [row.chain for row in planned], stream)
+                job = RearrangeJob(entry, modifier, [row.chain for row in planned], stream, self._gradients)
                 found = rearrange_layer(job, self.model, self.layers, layer, self.hooks)
                 for result, row in zip(found, planned, strict=True):
                     self._take_order(result, row.flops)
@@ -295,9 +317,20 @@ class Session:
             groups.setdefault((reader, module.block_size) if shares else module.name, []).append(module)
         self._sharing |= {module.name: group[0].name for group in groups.values() for module in group}
         return [
-            SolveTask(entry, modifier, tuple(map(self._shape, group)), statistics.get(group[0].name))
+            SolveTask(
+                entry, modifier, tuple(map(self._shape, group)), self._with_gradients(modifier, group, statistics)
+            )
             for group in groups.values()
         ]
+
+    def _with_gradients(
+        self, modifier: Modifier[Any], group: Sequence[ModulePlan], statistics: Mapping[str, Statistic]
+    ) -> Statistic | None:
+        """The group's input statistic, with the gradients at its outputs where the modifier asks for them."""
+        found = statistics.get(group[0].name)
+        if not modifier.needs_gradients:
+            return found
+        return WithGradients(found, torch.cat([self._gradients[module.name] for module in group]))
 
     def _change_factors(
         self, entry: ModifierEntry, planned: Sequence[ModulePlan], statistics: Mapping[str, Statistic]
@@ -384,8 +417,7 @@ class Session:
         spec = entry.config.calibration
         assert spec is not None
         assert self._dense is not None
-        device = next(self.model.parameters()).device
-        batches = [ids.to(device) for ids in self.tokens[spec].ids.split(spec.batch_size)]
+        batches = self._batches(spec)
         for unit in self.plan.refinements_of(entry.key, None):
             job = self._job(entry, unit.unit, unit.modules)
             self._take(refine_model(job, self.model, self.layers, Teaching(batches, self._dense)), unit.flops)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import ArmorError, NumericalError
 from armor_recipes.modifiers import FactorModifier, Modifier, ModuleShape, Outcome, Statistic
-from armor_recipes.modifiers.base import join_shapes
+from armor_recipes.modifiers.base import WithGradients, join_shapes
 from armor_recipes.modifiers.threads import one_thread_each
 from armor_recipes.recipe import ModifierEntry
 from armor_recipes.session.events import Observer, SolveProgressed
@@ -178,9 +178,11 @@ class Solver:
                 _refuse_zero(weight)
             stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
             outcome = task.modifier.solve(shape, stacked, task.statistic, self._progress(shape.name))
-            outcomes = outcome.split([s.d_out for s in task.shapes])
+            rows = [s.d_out for s in task.shapes]
             seconds = (time.perf_counter() - started) / len(weights)
-            parts = zip(task.shapes, weights, outcomes, strict=True)
+            given = task.statistic
+            statistics = given.split(rows) if isinstance(given, WithGradients) else [given] * len(rows)
+            parts = zip(task.shapes, weights, statistics, outcome.split(rows), strict=True)
             return [self._stored(task, *part, seconds) for part in parts]
         except ArmorError as error:
             if shape.name in str(error):
@@ -221,7 +223,15 @@ class Solver:
         assert isinstance(weight, Tensor)
         return weight.detach()
 
-    def _stored(self, task: SolveTask, shape: ModuleShape, weight: Tensor, outcome: Outcome, seconds: float) -> Solved:
+    def _stored(
+        self,
+        task: SolveTask,
+        shape: ModuleShape,
+        weight: Tensor,
+        statistic: Statistic | None,
+        outcome: Outcome,
+        seconds: float,
+    ) -> Solved:
         """What the checkpoint will hold, and the weight in compute dtype that a loader makes of it."""
         found = outcome.factorization
         factors = None if found is None else PackedLinear.from_factorization(found, self.factor_dtype)
@@ -233,9 +243,9 @@ class Solver:
             name=shape.name,
             modifier=task.entry.key,
             losses=outcome.losses,
-            stored_loss=task.modifier.loss(weight, task.statistic, stored),
+            stored_loss=task.modifier.loss(weight, statistic, stored),
             error=relative_error(weight, stored),
-            tokens=0 if task.statistic is None else task.statistic.tokens,
+            tokens=0 if statistic is None else statistic.tokens,
             iterations=outcome.iterations,
             stop_reason=outcome.stop_reason,
             counts=outcome.counts,

@@ -41,6 +41,7 @@ def factorize(
     pattern: str = "2:4",
     gram: Tensor | None = None,
     normalize: bool = True,
+    row_weights: Tensor | None = None,
     solver: str = "exact",
     iterations: int,
     tolerance: float = 0.0,
@@ -62,6 +63,7 @@ def factorize(
             For M <= 8 each group is solved over all its masks, for larger ones over two (`groups.eliminate`).
         gram: G `(I, I)`, what `regularize` makes of the inputs' Gram matrix; None for the paper's objective. `exact` only.
         normalize: False leaves W as it is, so that the `hessian` loss is the error of the module's output itself.
+        row_weights: ω `(O,)`, above 0: how many times the squared error of each row of W̄ counts (`gradient_row_weights`).
         solver: `"exact"` (block coordinate descent with momentum) or `"adam"` (our implementation of the paper's method).
         iterations: cycles of `exact`, Adam steps of `adam`; 0 gives NoWag-P.
         tolerance: `exact` ends when ten cycles together gain less than this, relative; 0 never stops it early.
@@ -76,8 +78,9 @@ def factorize(
         NumericalError: values that are not finite, or a loss above NoWag-P's.
     """
     sizes = check_arguments(weight, second_moment, block_size, pattern=pattern, gram=gram, solver=solver)
+    _check_row_weights(weight, row_weights)
     form = parse_pattern(pattern)
-    normal, h, dead = _prepare(weight, second_moment, normalize=normalize)
+    normal, h, dead = _prepare(weight, second_moment, normalize=normalize, row_weights=row_weights)
     scores = normal.weight.square() * h
     start = nowag_start(normal.weight, magnitude_mask(scores, form) if mask is None else mask, sizes, form)
     counts = Counter(_dead_count(dead))
@@ -121,6 +124,15 @@ def check_arguments(
     return b_o, b_i
 
 
+def _check_row_weights(weight: Tensor, row_weights: Tensor | None) -> None:
+    if row_weights is None:
+        return
+    if row_weights.shape != weight.shape[:1]:
+        raise ValueError(f"row_weights must be ({weight.shape[0]},), got {tuple(row_weights.shape)}")
+    if not bool(((row_weights > 0) & row_weights.isfinite()).all()):
+        raise ValueError("row_weights must be finite and above 0")
+
+
 def nowag_mask(weight: Tensor, second_moment: Tensor, *, pattern: str = "2:4") -> tuple[Tensor, dict[str, int]]:
     """NoWag-P's N:M mask, bool `(O, I)`: the top N of each group by W̄²_ij · h_j, ties to the lower index; and counts.
 
@@ -130,11 +142,13 @@ def nowag_mask(weight: Tensor, second_moment: Tensor, *, pattern: str = "2:4") -
     return magnitude_mask(normal.weight.square() * h, parse_pattern(pattern)), _dead_count(dead)
 
 
-def _prepare(weight: Tensor, second_moment: Tensor, *, normalize: bool = True) -> tuple[Normalized, Tensor, int]:
+def _prepare(
+    weight: Tensor, second_moment: Tensor, *, normalize: bool = True, row_weights: Tensor | None = None
+) -> tuple[Normalized, Tensor, int]:
     """W̄ with its norms (W and ones without normalisation), h scaled to mean 1, and how many dead channels were filled."""
     h, dead = fill_dead_channels(second_moment.float())
     raw = checked_finite(weight.float())
-    normal = normalized(raw, normalize=normalize)
+    normal = normalized(raw, normalize=normalize, row_weights=row_weights)
     return normal, h / h.mean(), dead
 
 

@@ -130,12 +130,20 @@ def matched_loss(weight: Tensor, dense: Tensor, cross: Tensor, gram: Tensor, app
     return max(error, 0.0) / total
 
 
-def hessian_loss(weight: Tensor, gram: Tensor, approximation: Tensor, *, normalize: bool = True) -> float:
+def hessian_loss(
+    weight: Tensor,
+    gram: Tensor,
+    approximation: Tensor,
+    *,
+    normalize: bool = True,
+    row_weights: Tensor | None = None,
+) -> float:
     """`tr(Δ G Δᵀ) / tr(W̄ G W̄ᵀ)` with `Δ = W̄ − D_r⁻¹ Ŵ D_c⁻¹`, for raw W and Ŵ `(O, I)` and G `(I, I)`, in float64.
 
+    With `row_weights` `(O,)` each row's share counts so many times in both sums.
     0 is a perfect reconstruction, 1 is Ŵ = 0. G is taken as it is: pass it through `regularize` before.
     """
-    normal = normalized(weight.double(), normalize=normalize)
+    normal = normalized(weight.double(), normalize=normalize, row_weights=row_weights)
     error = normal.weight - approximation.double() / normal.columns / normal.rows[:, None]
     gram = gram.double()
     return quadratic_form(error, gram) / quadratic_form(normal.weight, gram)

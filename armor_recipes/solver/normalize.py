@@ -11,6 +11,8 @@ from armor_recipes.errors import NumericalError
 from armor_recipes.solver.blockdiag import stable_sum
 
 NORM_EPSILON = 1e-5
+#: Of a module's largest mean square gradient: what is below counts as that, or such a row would be free to become anything.
+LEAST_GRADIENT = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,46 @@ def nowag_normalize(weight: Tensor) -> Normalized:
     return Normalized(weight=scaled / rows[:, None], rows=rows, columns=columns)
 
 
-def normalized(weight: Tensor, *, normalize: bool) -> Normalized:
-    """`nowag_normalize`, or W as it is with norms of one."""
+def normalized(weight: Tensor, *, normalize: bool, row_weights: Tensor | None = None) -> Normalized:
+    """`nowag_normalize`, or W as it is with norms of one.
+
+    With `row_weights` ω `(O,)`, all above 0, row i is multiplied by √ω_i besides, so that its squared error counts ω_i times.
+    """
     if normalize:
-        return nowag_normalize(weight)
-    return Normalized(weight, rows=torch.ones_like(weight[:, 0]), columns=torch.ones_like(weight[0]))
+        found = nowag_normalize(weight)
+    else:
+        found = Normalized(weight, rows=torch.ones_like(weight[:, 0]), columns=torch.ones_like(weight[0]))
+    if row_weights is None:
+        return found
+    root = row_weights.to(weight).sqrt()
+    return Normalized(found.weight * root[:, None], rows=found.rows / root, columns=found.columns)
+
+
+def gradient_row_weights(
+    weight: Tensor, gradients: Tensor, power: float, *, normalize: bool = True
+) -> tuple[Tensor, int]:
+    """ω_i = (r_i² g_i)^power, scaled to mean 1, float32 `(O,)`; and how many rows have no gradient.
+
+    g `(O,)` is the mean square of the gradient of the model's loss at each of the module's outputs, r_i the norm by which row i of
+    W `(O, I)` is divided (1 without normalisation). So power 0 weighs rows as NoWag does, and power 1 counts squared errors of W
+    itself by g: the diagonal of the Fisher information. A g below 1e-6 of the largest counts as that. All ω are 1 where no row
+    has a gradient.
+
+    Raises NumericalError where a g is not finite or negative.
+    """
+    bad = int((~torch.isfinite(gradients) | (gradients < 0)).sum())
+    if bad:
+        raise NumericalError(
+            f"{bad} of {gradients.numel()} mean squares of output gradients are not finite or are negative"
+        )
+    g, rows = gradients.double(), normalized(weight.double(), normalize=normalize).rows
+    without = int((g == 0).sum())
+    largest = g.max()
+    if not largest > 0:
+        return torch.ones_like(gradients, dtype=torch.float32), without
+    logarithms = power * (rows.square().log() + g.clamp(min=LEAST_GRADIENT * float(largest)).log())
+    found = (logarithms - logarithms.max()).exp()
+    return (found / found.mean()).float(), without
 
 
 def fill_dead_channels(second_moment: Tensor) -> tuple[Tensor, int]:
@@ -63,13 +100,20 @@ def fill_dead_channels(second_moment: Tensor) -> tuple[Tensor, int]:
     return torch.where(dead, second_moment[~dead].mean(), second_moment), count
 
 
-def relative_loss(weight: Tensor, second_moment: Tensor, approximation: Tensor, *, normalize: bool = True) -> float:
-    """`Σ_ij (W̄ − D_r⁻¹ Ŵ D_c⁻¹)²_ij h_j / Σ_ij W̄²_ij h_j` for raw W and Ŵ `(O, I)`, summed in float64.
+def relative_loss(
+    weight: Tensor,
+    second_moment: Tensor,
+    approximation: Tensor,
+    *,
+    normalize: bool = True,
+    row_weights: Tensor | None = None,
+) -> float:
+    """`Σ_ij ω_i (W̄ − D_r⁻¹ Ŵ D_c⁻¹)²_ij h_j / Σ_ij ω_i W̄²_ij h_j` for raw W and Ŵ `(O, I)`, summed in float64; ω is 1 unless given.
 
     0 is a perfect reconstruction, 1 is Ŵ = 0. Dead channels of h `(I,)` are filled as in `fill_dead_channels`.
     """
     h = fill_dead_channels(second_moment.double())[0]
-    normal = normalized(weight.double(), normalize=normalize)
+    normal = normalized(weight.double(), normalize=normalize, row_weights=row_weights)
     error = normal.weight - approximation.double() / normal.columns / normal.rows[:, None]
     return stable_sum(error.square() * h) / stable_sum(normal.weight.square() * h)
 

@@ -70,6 +70,13 @@ class ARMORConfig(CalibratedConfig):
         title="NoWag normalisation",
         description="Minimise the loss on rows and columns scaled to norm 1, as the paper does; false: on the weight as it is.",
     )
+    gradient_power: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        title="Power of output gradients",
+        description="Errors of row i count (r_i² g_i) to this power times: r_i is the row's norm, g_i the mean square of the "
+        "gradient of the model's loss at output i. 0: as NoWag weighs them, 1: by their Fisher information. Above 0 the "
+        "calibration windows go through the whole model and back once.",
+    )
     share_input_factor: Annotated[bool, Field(strict=True)] = Field(
         default=False,
         title="Shared input factor",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from armor_recipes.calibration.statistics import InputSecondMoment, SplitGram
 from armor_recipes.errors import NumericalError, PlanError
 from armor_recipes.modifiers.armor.config import ARMORConfig
-from armor_recipes.modifiers.base import Estimate, Modifier, ModuleShape, Outcome, SolveProgress
+from armor_recipes.modifiers.base import Estimate, Modifier, ModuleShape, Outcome, SolveProgress, WithGradients
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.seeding import module_seed
 from armor_recipes.solver import factorize, relative_loss
@@ -23,6 +23,7 @@ from armor_recipes.solver.hessian import (
     regular_scale,
     regularize,
 )
+from armor_recipes.solver.normalize import gradient_row_weights
 from armor_recipes.solver.patterns import parse_pattern
 
 AUTO_SIZES = (128, 64, 32, 16)
@@ -59,6 +60,11 @@ class ARMORModifier(Modifier[ARMORConfig]):
             stored_as="packed" if packed else "dense",
         )
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether rows are weighed by their outputs' gradients."""
+        return self.config.gradient_power > 0
+
     def statistic(self, module: ModuleShape) -> InputSecondMoment | SplitGram:
         """h: the mean of x² over the calibration tokens, `(I,)`; or the means of all products of two channels."""
         kind = SplitGram if self.config.needs_gram else InputSecondMoment
@@ -68,7 +74,7 @@ class ARMORModifier(Modifier[ARMORConfig]):
         self,
         module: ModuleShape,
         weight: Tensor,
-        statistic: InputSecondMoment | SplitGram,
+        statistic: InputSecondMoment | SplitGram | WithGradients,
         on_progress: SolveProgress | None,
     ) -> Outcome:
         """Factorise the weight `(O, I)`."""
@@ -79,6 +85,7 @@ class ARMORModifier(Modifier[ARMORConfig]):
             moments.h,
             gram=moments.regular if config.objective == "hessian" else None,
             normalize=config.normalize,
+            row_weights=moments.row_weights,
             block_size=self.block_size(module),
             pattern=config.pattern,
             solver=config.solver,
@@ -97,14 +104,24 @@ class ARMORModifier(Modifier[ARMORConfig]):
             measures=moments.measures,
         )
 
-    def loss(self, weight: Tensor, statistic: InputSecondMoment | SplitGram, approximation: Tensor) -> float:
+    def loss(
+        self, weight: Tensor, statistic: InputSecondMoment | SplitGram | WithGradients, approximation: Tensor
+    ) -> float:
         """The objective relative to Ŵ = 0; with `propagate: matched` the true one, `‖W X − Ŵ X̂‖² / ‖W X‖²`."""
         moments = _Moments.of(self.config, statistic, weight)
         if moments.cross is not None and moments.gram is not None and moments.dense is not None:
             return matched_loss(weight, moments.dense, moments.cross, moments.gram, approximation)
         if self.config.objective == "hessian" and moments.regular is not None:
-            return hessian_loss(weight, moments.regular, approximation, normalize=self.config.normalize)
-        return relative_loss(weight, moments.h, approximation, normalize=self.config.normalize)
+            return hessian_loss(
+                weight,
+                moments.regular,
+                approximation,
+                normalize=self.config.normalize,
+                row_weights=moments.row_weights,
+            )
+        return relative_loss(
+            weight, moments.h, approximation, normalize=self.config.normalize, row_weights=moments.row_weights
+        )
 
     def block_size(self, module: ModuleShape) -> tuple[int, int]:
         """(b_o, b_i) for this module. Raises PlanError where pattern or size do not fit the weight."""
@@ -133,7 +150,7 @@ class ARMORModifier(Modifier[ARMORConfig]):
 @dataclass(frozen=True, slots=True)
 class _Moments:
     """What a statistic gives for one solve, on the weight's device: h `(I,)`, and where they are needed H, its regularised
-    form G, and for `propagate: matched` C and the dense model's XXᵀ/n."""
+    form G, for `propagate: matched` C and the dense model's XXᵀ/n, and ω `(O,)` where rows are weighed by gradients."""
 
     h: Tensor
     damping: float
@@ -143,10 +160,21 @@ class _Moments:
     regular: Tensor | None = None
     cross: Tensor | None = None
     dense: Tensor | None = None
+    row_weights: Tensor | None = None
 
     @classmethod
-    def of(cls, config: ARMORConfig, statistic: InputSecondMoment | SplitGram, weight: Tensor) -> _Moments:
+    def of(
+        cls, config: ARMORConfig, statistic: InputSecondMoment | SplitGram | WithGradients, weight: Tensor
+    ) -> _Moments:
         device = weight.device
+        if isinstance(statistic, WithGradients):
+            found = cls.of(config, statistic.inputs, weight)
+            g = statistic.gradients.to(device)
+            weights, without = gradient_row_weights(
+                found.target(weight), g, config.gradient_power, normalize=config.normalize
+            )
+            counts = {**found.counts, "outputs_without_gradient": without} if without else found.counts
+            return replace(found, counts=counts, row_weights=weights)
         if isinstance(statistic, InputSecondMoment):
             return cls(statistic.value.to(device), config.damping, {}, {})
         gram, shrinkage = statistic.value.to(device), config.shrinkage

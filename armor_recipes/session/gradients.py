@@ -1,0 +1,109 @@
+"""What the model's loss feels of each module's outputs: one forward and backward pass over the calibration windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from armor_recipes.errors import NumericalError
+from armor_recipes.modifiers.seeding import module_seed
+from armor_recipes.modifiers.threads import one_thread_each
+from armor_recipes.session.capture import LayerCall
+from armor_recipes.session.layers import DecoderLayers
+from armor_recipes.session.views import frozen, view
+
+#: Tokens whose probabilities are taken at once: the vocabulary is large.
+_ROWS = 64
+
+
+def output_gradients(
+    model: nn.Module, layers: DecoderLayers, names: Sequence[str], batches: Sequence[Tensor], *, seed: int
+) -> dict[str, Tensor]:
+    """Each module's g, float32 `(O,)` by name: the mean over its output rows of the squared gradient at each output.
+
+    The loss is the cross-entropy of each token's prediction, summed over a batch `(B, L)`, of labels that are drawn from the
+    prediction itself: the diagonal of the Fisher information at the outputs. Draws depend on the seed and the batch's index
+    alone. A CPU runs several batches at once, each on one thread, and sums them in order; sums are float64.
+
+    Raises NumericalError where a gradient is not finite, or no token reaches a module.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    sums: dict[str, Tensor] = {}
+    rows = dict.fromkeys(names, 0)
+
+    def run(index: int) -> _Pass:
+        generator = torch.Generator().manual_seed(module_seed(seed, f"labels of batch {index}"))
+        return _Pass(model, layers.names[0], names, batches[index], generator)
+
+    with frozen(model), one_thread_each(min(torch.get_num_threads(), len(batches)) if on_cpu else 1) as workers:
+        for found in workers.map(run, range(len(batches))):
+            for name in names:
+                rows[name] += found.rows[name]
+                if name in found.sums:
+                    sums[name] = sums[name] + found.sums[name] if name in sums else found.sums[name]
+    return {name: _mean(name, sums.get(name), rows[name], model) for name in names}
+
+
+def _mean(name: str, total: Tensor | None, rows: int, model: nn.Module) -> Tensor:
+    if not rows:
+        raise NumericalError(f"no calibration token reached {name}; add it to `ignore`, or calibrate on other text")
+    if total is None:  # nothing of the module reaches the logits
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        return torch.zeros_like(weight[:, 0], dtype=torch.float32)
+    mean = (total / rows).float()
+    if not bool(mean.isfinite().all()):
+        raise NumericalError(
+            f"the gradients at the outputs of {name} are not finite; check the model's weights, or set a wider `compute_dtype`"
+        )
+    return mean
+
+
+class _Pass:
+    """One batch forward and back through a view of the model with hooks of its own: squared gradients summed over rows."""
+
+    def __init__(
+        self, model: nn.Module, first_layer: str, names: Sequence[str], ids: Tensor, generator: torch.Generator
+    ) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.rows = dict.fromkeys(names, 0)
+        self._starts: list[Tensor] = []
+        network = view(model, {}, copied=[first_layer, *names])
+        network.get_submodule(first_layer).register_forward_pre_hook(self._enter, with_kwargs=True)
+        for name in names:
+            network.get_submodule(name).register_forward_hook(self._watch(name))
+        with torch.enable_grad():
+            logits: Tensor = network(input_ids=ids, use_cache=False).logits
+            (start,) = self._starts
+            torch.autograd.grad(logits, start, _drawn(logits.detach(), generator))
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Gradients go back to here: nothing below needs one."""
+        self._starts.append(LayerCall.of(args, kwargs).hidden.requires_grad_())
+
+    def _watch(self, name: str) -> Any:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+            self.rows[name] += output.numel() // output.shape[-1]
+            output.register_hook(lambda gradient: self._add(name, gradient))
+
+        return hook
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        share = gradient.detach().flatten(0, -2).float().square().sum(0, dtype=torch.float64)
+        self.sums[name] = self.sums[name] + share if name in self.sums else share
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of the cross-entropy of drawn labels at the logits `(B, L, V)`: the probabilities, less one at the label."""
+    flat = logits.flatten(0, -2)
+    numbers = torch.rand(len(flat), 1, generator=generator, dtype=torch.float64).to(flat.device)
+    found = torch.empty_like(flat)
+    for rows, drawn, out in zip(flat.split(_ROWS), numbers.split(_ROWS), found.split(_ROWS), strict=True):
+        probabilities = rows.float().softmax(-1)
+        reached = probabilities.double().cumsum(-1)
+        label = (reached < drawn * reached[:, -1:]).sum(-1, keepdim=True).clamp(max=rows.shape[-1] - 1)
+        out.copy_(probabilities.scatter_add(-1, label, torch.full_like(probabilities[:, :1], -1.0)))
+    return found.view_as(logits)
