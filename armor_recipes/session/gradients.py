@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,16 +20,39 @@ from armor_recipes.session.views import frozen, view
 _ROWS = 64
 
 
+@dataclass(frozen=True, slots=True)
+class OutputGradients:
+    """By module: squared gradients summed over output rows, float64 `(O,)`, where any reached it; and how many rows there were."""
+
+    sums: Mapping[str, Tensor]
+    rows: Mapping[str, int]
+
+    def mean_square(self, name: str, outputs: int) -> Tensor:
+        """The module's g, float32 `(outputs,)`: zeros where nothing of it reaches the logits.
+
+        Raises NumericalError where one is not finite, or no token reaches the module.
+        """
+        if not self.rows[name]:
+            raise NumericalError(f"no calibration token reached {name}; add it to `ignore`, or calibrate on other text")
+        total = self.sums.get(name)
+        if total is None:
+            return torch.zeros(outputs)
+        mean = (total / self.rows[name]).float()
+        if not bool(mean.isfinite().all()):
+            raise NumericalError(
+                f"the gradients at the outputs of {name} are not finite; check the model's weights, or set a wider `compute_dtype`"
+            )
+        return mean
+
+
 def output_gradients(
     model: nn.Module, layers: DecoderLayers, names: Sequence[str], batches: Sequence[Tensor], *, seed: int
-) -> dict[str, Tensor]:
-    """Each module's g, float32 `(O,)` by name: the mean over its output rows of the squared gradient at each output.
+) -> OutputGradients:
+    """What the loss's gradient is at each of the named modules' outputs, by one pass over token ids `(B, L)` and back.
 
-    The loss is the cross-entropy of each token's prediction, summed over a batch `(B, L)`, of labels that are drawn from the
+    The loss is the cross-entropy of each token's prediction, summed over a batch, of labels that are drawn from the
     prediction itself: the diagonal of the Fisher information at the outputs. Draws depend on the seed and the batch's index
-    alone. A CPU runs several batches at once, each on one thread, and sums them in order; sums are float64.
-
-    Raises NumericalError where a gradient is not finite, or no token reaches a module.
+    alone. A CPU runs several batches at once, each on one thread, and sums them in order.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     sums: dict[str, Tensor] = {}
@@ -44,22 +68,7 @@ def output_gradients(
                 rows[name] += found.rows[name]
                 if name in found.sums:
                     sums[name] = sums[name] + found.sums[name] if name in sums else found.sums[name]
-    return {name: _mean(name, sums.get(name), rows[name], model) for name in names}
-
-
-def _mean(name: str, total: Tensor | None, rows: int, model: nn.Module) -> Tensor:
-    if not rows:
-        raise NumericalError(f"no calibration token reached {name}; add it to `ignore`, or calibrate on other text")
-    if total is None:  # nothing of the module reaches the logits
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        return torch.zeros_like(weight[:, 0], dtype=torch.float32)
-    mean = (total / rows).float()
-    if not bool(mean.isfinite().all()):
-        raise NumericalError(
-            f"the gradients at the outputs of {name} are not finite; check the model's weights, or set a wider `compute_dtype`"
-        )
-    return mean
+    return OutputGradients(sums, rows)
 
 
 class _Pass:
@@ -77,7 +86,7 @@ class _Pass:
             network.get_submodule(name).register_forward_hook(self._watch(name))
         with torch.enable_grad():
             logits: Tensor = network(input_ids=ids, use_cache=False).logits
-            (start,) = self._starts
+            start = self._starts.pop()
             torch.autograd.grad(logits, start, _drawn(logits.detach(), generator))
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,7 +96,8 @@ class _Pass:
     def _watch(self, name: str) -> Any:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
             self.rows[name] += output.numel() // output.shape[-1]
-            output.register_hook(lambda gradient: self._add(name, gradient))
+            if output.requires_grad:  # else nothing that the layers make of their inputs reaches it
+                output.register_hook(lambda gradient: self._add(name, gradient))
 
         return hook
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from armor_recipes.calibration.tokens import TokenSet
 from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.errors import ArmorError
 from armor_recipes.modifiers import FactorModifier, Modifier, ModuleShape, Rearranger, Refiner, Statistic
 from armor_recipes.modifiers.base import AnyModifier, WithGradients
 from armor_recipes.recipe import ModifierEntry, Recipe
@@ -127,16 +128,22 @@ class Session:
 
     def _output_gradients(self, entries: Sequence[ModifierEntry]) -> dict[str, Tensor]:
         """Each module's g, of those whose modifiers ask for it: on their calibration, from the model as the stage finds it."""
-        wanted: dict[tuple[CalibrationSpec, int], list[str]] = {}
+        wanted: dict[tuple[CalibrationSpec, int], dict[str, ModifierEntry]] = {}
         for entry in entries:
             modifier, spec = self.modifiers[entry.key], entry.config.calibration
             if isinstance(modifier, Modifier) and modifier.needs_gradients and spec is not None:
                 names = [m.name for m in self.plan.modules if m.modifier == entry.key]
-                wanted.setdefault((spec, entry.config.seed), []).extend(names)
+                wanted.setdefault((spec, entry.config.seed), {}).update(dict.fromkeys(names, entry))
         found: dict[str, Tensor] = {}
-        for (spec, seed), names in wanted.items():
+        for (spec, seed), takers in wanted.items():
             self.observer(PhaseStarted("gradients of the outputs"))
-            found |= output_gradients(self.model, self.layers, names, self._batches(spec), seed=seed)
+            gradients = output_gradients(self.model, self.layers, list(takers), self._batches(spec), seed=seed)
+            for name, entry in takers.items():
+                weight = self.model.get_parameter(f"{name}.weight")
+                try:
+                    found[name] = gradients.mean_square(name, len(weight)).to(weight.device)
+                except ArmorError as error:
+                    raise type(error)(f"{entry.where}: {entry.name}: {error}") from error
         return found
 
     def _batches(self, spec: CalibrationSpec) -> list[Tensor]:

@@ -41,7 +41,8 @@ def batches(count: int = 3) -> list[Tensor]:
 
 
 def gradients(model: nn.Module, names: list[str], ids: list[Tensor], seed: int = 0) -> dict[str, Tensor]:
-    return output_gradients(model, find_decoder_layers(model), names, ids, seed=seed)
+    found = output_gradients(model, find_decoder_layers(model), names, ids, seed=seed)
+    return {name: found.mean_square(name, len(model.get_parameter(f"{name}.weight"))) for name in names}
 
 
 def by_hand(model: nn.Module, names: list[str], ids: list[Tensor], seed: int) -> dict[str, Tensor]:
@@ -103,25 +104,27 @@ def test_bits_depend_on_the_seed_and_not_on_threads() -> None:
 
 
 class _Skipping(nn.Module):
-    """A layer's MLP that does not use what its module makes, or calls it never."""
+    """A layer's MLP that does not use what its module makes, makes it of a constant, or calls it never."""
 
-    def __init__(self, inner: nn.Module, *, called: bool) -> None:
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.called = inner, called
+        self.inner, self.reads = inner, "input"
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.called:
-            self.inner(x)
+        if self.reads:
+            self.inner(x if self.reads == "input" else torch.ones_like(x))
         return x
 
 
 def test_outputs_that_reach_nothing_have_none_and_modules_not_called_are_an_error() -> None:
     model = make_model()
     layer = model.get_submodule("model.layers.0")
-    layer.mlp = _Skipping(nn.Linear(32, 16, bias=False), called=True)
+    layer.mlp = _Skipping(nn.Linear(32, 16, bias=False))
     name = "model.layers.0.mlp.inner"
-    assert torch.equal(gradients(model, [name], batches(1))[name], torch.zeros(16))
-    layer.mlp.called = False
+    for reads in ("input", "a constant"):
+        layer.mlp.reads = reads
+        assert torch.equal(gradients(model, [name], batches(1))[name], torch.zeros(16))
+    layer.mlp.reads = ""
     with pytest.raises(NumericalError, match=r"no calibration token reached model\.layers\.0\.mlp\.inner"):
         gradients(model, [name], batches(1))
 
@@ -131,6 +134,16 @@ def test_gradients_that_are_not_finite_are_an_error() -> None:
     model.get_parameter("lm_head.weight").data[0, 0] = float("inf")
     with pytest.raises(NumericalError, match=r"gradients at the outputs of model\.layers\.0\.self_attn\.q_proj"):
         gradients(model, LINEAR, batches(1))
+
+
+def test_the_engine_says_where(tmp_path: Path) -> None:
+    session = make_session(make_job(recipe(save_model(tmp_path / "m"), ARMORModifier=WEIGHED)))
+    session.model.get_parameter("lm_head.weight").data[0, 0] = float("inf")
+    with (
+        session,
+        pytest.raises(NumericalError, match=r"ARMORModifier: the gradients at the outputs of model\.layers\.0"),
+    ):
+        session.run()
 
 
 def solved_with(monkeypatch: pytest.MonkeyPatch, mapping: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
