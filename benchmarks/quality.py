@@ -54,6 +54,7 @@ class Setting:
     samples: int
     length: int
     calibration: str
+    cycles: int
 
     @property
     def tokens(self) -> dict[str, Any]:
@@ -89,7 +90,13 @@ def armor(*after: str, before: Sequence[str] = (), **fields: Any) -> Callable[[S
     """ARMOR by `exact` with our defaults, and what goes before and after it."""
 
     def stage(s: Setting) -> Stage:
-        own = {"targets": [ATTENTION, MLP], "block_size": s.block, "iterations": 50, "propagate": "dense", **fields}
+        own = {
+            "targets": [ATTENTION, MLP],
+            "block_size": s.block,
+            "iterations": s.cycles,
+            "propagate": "dense",
+            **fields,
+        }
         return {**{kind: REST[kind] for kind in before}, "ARMORModifier": own, **{kind: REST[kind] for kind in after}}
 
     return stage
@@ -269,6 +276,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--cycles", type=int, default=50, help="of `exact`, where the row does not say how many")
     parser.add_argument("--calibration", default=",".join(TEXTS), help="texts in equal parts")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=PATH")
     parser.add_argument("--windows", type=int, default=64)
@@ -276,7 +284,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="measure this folder as the one row given, without a run")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quality"))
     options = parser.parse_args()
-    setting = Setting(options.model, options.block, options.samples, options.length, options.calibration)
+    setting = Setting(
+        options.model, options.block, options.samples, options.length, options.calibration, options.cycles
+    )
     folder = options.results / f"{Path(options.model.replace(':', '-')).name}-block{options.block}"
     folder.mkdir(parents=True, exist_ok=True)
     texts = read_texts(options.text, model_folder(options.model), windows=options.windows, length=options.length)

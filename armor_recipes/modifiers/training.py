@@ -1,4 +1,4 @@
-"""What refiners share: Adam over the factors with a learning rate relative to each tensor, and a stop on held-out batches."""
+"""What refiners share: steps over the factors with a learning rate relative to each tensor, and a stop on held-out batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -24,13 +24,11 @@ from armor_recipes.modifiers.base import (
     SolveProgress,
     UnitOutput,
 )
+from armor_recipes.modifiers.optimizers import Optimizer
 from armor_recipes.modifiers.seeding import module_seed
 from armor_recipes.modifiers.threads import one_thread_each
 from armor_recipes.recipe.schema import ModifierConfig
 
-_BETAS = (0.9, 0.95)
-#: Losses and so gradients are tiny where activations are; Adam's usual 1e-8 would damp its steps there.
-_EPSILON = 1e-15
 _WARM_UP, _LAST_RATE = 0.05, 0.02
 #: A batch's gradient longer than so many times the median of those before it is shortened to that (AutoClip, arXiv 2007.14469).
 #: One window among hundreds can have a gradient hundreds of times as long, which Adam's moments would not forget for many steps.
@@ -38,8 +36,6 @@ _LONGEST = 2.0
 #: What a step costs in forward passes: two without gradients of the core, three with, and one of the dense model where that runs
 #: along. Copies of what is trained: itself, the gradients of a step and of one batch, and Adam's two moments.
 _PASSES, _PASSES_WITH_CORE, _COPIES = 2, 3, 5
-#: Values in one sum: few enough that torch does not split it over threads, on whose number its bits would then depend.
-_SUMMED_AT_ONCE = 1 << 14
 
 
 def learning_rate_field(default: float) -> Any:
@@ -49,7 +45,7 @@ def learning_rate_field(default: float) -> Any:
         gt=0,
         le=1,
         title="Learning rate",
-        description="Adam's step as a share of each tensor's root mean square; warmed up over 5 %, then a cosine.",
+        description="The step as a share of each tensor's root mean square; warmed up over 5 %, then a cosine.",
     )
 
 
@@ -71,6 +67,11 @@ class RefineConfig(ModifierConfig):
         description="Passes over the calibration batches at most; a pass that does not lower the held-out loss is the last.",
     )
     learning_rate: float = learning_rate_field(5e-4)
+    optimizer: Literal["adam", "muon"] = Field(
+        default="adam",
+        title="Optimizer",
+        description="`muon` takes steps whose singular values are all 1 for the blocks of A and B; the rest is Adam's in any case.",
+    )
     held_out: Annotated[float, Field(gt=0, le=0.5)] = Field(
         default=0.05,
         title="Held-out share",
@@ -181,7 +182,7 @@ def train(training: _Training, on_progress: SolveProgress | None) -> RefineOutco
     held, trained = split_batches(training.task.batches, config.held_out)
     steps = -(-len(trained) // config.accumulate)
     total = config.epochs * steps
-    optimizer = _optimizer(training.parameters)
+    optimizer = Optimizer(training.parameters, config.optimizer)
     generator = torch.Generator().manual_seed(training.seed)
     losses = [training.held_out_loss(held)]
     kept = [p.detach().clone() for p in training.parameters]
@@ -229,23 +230,10 @@ def schedule(step: int, total: int) -> float:
     return warm * (_LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * step / total)))
 
 
-def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Adam:
-    groups = [{"params": [p], "scale": root_mean_square(p.detach())} for p in parameters]
-    return torch.optim.Adam(groups, lr=0.0, betas=_BETAS, eps=_EPSILON, fused=True)
-
-
-def root_mean_square(x: Tensor) -> float:
-    """Of all numbers of a tensor; its bits do not depend on the number of threads either."""
-    parts = [part.square().sum(dtype=torch.float64) for part in x.flatten().split(_SUMMED_AT_ONCE)]
-    return math.sqrt(float(torch.stack(parts).sum()) / x.numel())
-
-
 def _step(
-    training: _Training, optimizer: torch.optim.Adam, batches: Sequence[int], lengths: list[float], *, rate: float
+    training: _Training, optimizer: Optimizer, batches: Sequence[int], lengths: list[float], *, rate: float
 ) -> int:
-    """One step of Adam; adds to the `lengths` of gradients so far, and returns how many were shortened."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
+    """One step of the optimizer; adds to the `lengths` of gradients so far, and returns how many were shortened."""
     clipped = 0
     for length, gradients in training.workers.map(training.gradients, batches):  # summed in the order of the batches
         longest = _LONGEST * statistics.median(lengths) if lengths else length
@@ -255,8 +243,7 @@ def _step(
         for parameter, gradient in zip(training.parameters, gradients, strict=True):
             share = gradient * weight
             parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.step(rate, training.workers)
     training.refresh()
     return clipped
 

@@ -21,7 +21,8 @@ from armor_recipes.modifiers import ModuleShape, Refiner, modifiers, training
 from armor_recipes.modifiers.base import RefineTask, RefineUnit, UnitOutput
 from armor_recipes.modifiers.distillation import DistillationModifier
 from armor_recipes.modifiers.distillation.modifier import relative_error
-from armor_recipes.modifiers.training import RefineConfig, root_mean_square, schedule, split_batches
+from armor_recipes.modifiers.optimizers import root_mean_square
+from armor_recipes.modifiers.training import RefineConfig, schedule, split_batches
 from armor_recipes.session import Session
 from armor_recipes.session.refining import _converted
 from armor_recipes.solver import TrainableFactors, factorize
@@ -37,9 +38,10 @@ def name(request: pytest.FixtureRequest) -> str:
     return found
 
 
-@pytest.fixture
-def make(name: str) -> Callable[..., Refiner[Any]]:
-    return lambda **fields: REFINERS[name](REFINERS[name].config_type(**{**FAST, **fields}))
+@pytest.fixture(params=["adam", "muon"])
+def make(name: str, request: pytest.FixtureRequest) -> Callable[..., Refiner[Any]]:
+    common = {**FAST, "optimizer": request.param}
+    return lambda **fields: REFINERS[name](REFINERS[name].config_type(**{**common, **fields}))
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def test_the_class_declares_itself(name: str) -> None:
 
 
 def test_training_lowers_the_held_out_loss_and_keeps_the_best(make: Callable[..., Any]) -> None:
-    refiner, p = make(epochs=4), problem()
+    refiner, p = make(epochs=8), problem()
     held, _ = split_batches(8, 0.25)
     start = p.loss(refiner, held)
     outcome = refiner.refine(p.task, None)
@@ -398,7 +400,14 @@ def test_the_learning_rate_rises_and_then_falls(total: int) -> None:
 def test_the_config_refuses_what_makes_no_sense(name: str) -> None:
     kind = REFINERS[name].config_type
     assert issubclass(kind, RefineConfig)
-    for fields in ({"epochs": 0}, {"learning_rate": 0.0}, {"learning_rate": 1.5}, {"held_out": 0.6}, {"held_out": 0.0}):
+    for fields in (
+        {"epochs": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": 1.5},
+        {"held_out": 0.6},
+        {"held_out": 0.0},
+        {"optimizer": "sgd"},
+    ):
         with pytest.raises(ValueError, match=next(iter(fields))):
             kind(**fields)
 
