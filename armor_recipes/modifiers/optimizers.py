@@ -60,7 +60,9 @@ def orthogonalized(blocks: Tensor) -> Tensor:
     Newton and Schulz's iteration with Muon's coefficients: singular values above a 500th of the block's norm get there in five
     rounds, smaller ones grow 480 times, and none converges to 1 exactly. The root mean square of a block is then about 1/√b.
     """
-    x: Tensor = blocks / torch.linalg.matrix_norm(blocks, keepdim=True).clamp(min=torch.finfo(blocks.dtype).tiny)
+    _, exponents = torch.frexp(blocks.abs().amax((-2, -1), keepdim=True))
+    x = torch.ldexp(blocks, -exponents)  # exact, and then no square underflows that counts
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     first, third, fifth = _QUINTIC
     for _ in range(_ITERATIONS):
         square = x @ x.mT
