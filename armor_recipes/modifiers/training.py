@@ -70,7 +70,7 @@ class RefineConfig(ModifierConfig):
     optimizer: Literal["adam", "muon"] = Field(
         default="adam",
         title="Optimizer",
-        description="`muon` takes steps whose singular values are all 1 for the blocks of A and B; the rest is Adam's in any case.",
+        description="`muon`: for the blocks of A and B, steps whose singular values are about 1; the rest is Adam's in any case.",
     )
     held_out: Annotated[float, Field(gt=0, le=0.5)] = Field(
         default=0.05,
