@@ -55,6 +55,7 @@ class Setting:
     length: int
     calibration: str
     cycles: int
+    device: str
 
     @property
     def tokens(self) -> dict[str, Any]:
@@ -183,28 +184,28 @@ def recipe_of(row: str, setting: Setting, output: Path) -> dict[str, Any]:
 def run_row(row: str, setting: Setting, texts: Mapping[str, Tensor]) -> dict[str, Any]:
     """Apply the row's recipe in a process of its own, measure what it wrote, and throw the checkpoint away."""
     if ROWS[row] is None:
-        return {"row": row, "losses": losses_of(dense_model(model_folder(setting.model)), texts)}
+        return {"row": row, "losses": losses_of(dense_model(model_folder(setting.model), setting.device), texts)}
     with tempfile.TemporaryDirectory() as scratch:
         folder, file = Path(scratch) / "checkpoint", Path(scratch) / "recipe.yaml"
         file.write_text(yaml.safe_dump(recipe_of(row, setting, folder), sort_keys=False), encoding="utf-8")
-        command = [str(Path(sys.executable).with_name("armor-apply")), str(file), "--quiet"]
+        command = [str(Path(sys.executable).with_name("armor-apply")), str(file), "--quiet", "--device", setting.device]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"row {row!r} failed ({done.returncode}): {done.stderr.strip()}")
-        return measure_row(row, folder, texts)
+        return measure_row(row, folder, texts, setting.device)
 
 
-def measure_row(row: str, folder: Path, texts: Mapping[str, Tensor]) -> dict[str, Any]:
+def measure_row(row: str, folder: Path, texts: Mapping[str, Tensor], device: str) -> dict[str, Any]:
     """Losses of a checkpoint that a run wrote, with what its manifest and report say."""
     manifest, figures = (json.loads((folder / f).read_text()) for f in ("armor_manifest.json", "report.json"))
     model = (
-        armor_recipes.load(folder, backend="folded", dtype=torch.float32)
+        armor_recipes.load(folder, backend="folded", dtype=torch.float32, device=device)
         if packed(manifest)
-        else dense_model(str(folder))
+        else dense_model(str(folder), device)
     )
     return {
         "row": row,
-        "command": "armor-apply recipe.yaml",
+        "command": f"armor-apply recipe.yaml --device {device}",
         "recipe": yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
         "losses": losses_of(model, texts),
         "totals": manifest["totals"],
@@ -214,6 +215,7 @@ def measure_row(row: str, folder: Path, texts: Mapping[str, Tensor]) -> dict[str
         "seconds_by_phase": figures["seconds_by_phase"],
         "peak_memory_bytes": figures["peak_memory_bytes"],
         "threads": figures["threads"],
+        "processor": processor(device),
     }
 
 
@@ -222,9 +224,15 @@ def packed(manifest: Mapping[str, Any]) -> bool:
     return bool(manifest["totals"]["factor_bytes"])
 
 
-def dense_model(folder: str) -> Any:
+def dense_model(folder: str, device: str) -> Any:
     """A checkpoint of plain weights, through stock transformers."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.to(device)
+
+
+def processor(device: str) -> str:
+    """What the row ran on: a GPU by its name."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 def model_folder(model: str) -> str:
@@ -280,12 +288,19 @@ def main() -> None:
     parser.add_argument("--calibration", default=",".join(TEXTS), help="texts in equal parts")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=PATH")
     parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--device", default="cpu", help="for runs and evaluation, as of `armor-apply`")
     parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas; `none` only prints")
     parser.add_argument("--checkpoint", type=Path, help="measure this folder as the one row given, without a run")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quality"))
     options = parser.parse_args()
     setting = Setting(
-        options.model, options.block, options.samples, options.length, options.calibration, options.cycles
+        options.model,
+        options.block,
+        options.samples,
+        options.length,
+        options.calibration,
+        options.cycles,
+        options.device,
     )
     folder = options.results / f"{Path(options.model.replace(':', '-')).name}-block{options.block}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +310,7 @@ def main() -> None:
         if not file.exists():
             print(f"{row} …", flush=True)
             at = options.checkpoint
-            found = run_row(row, setting, texts) if at is None else measure_row(row, at, texts)
+            found = run_row(row, setting, texts) if at is None else measure_row(row, at, texts, setting.device)
             file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     rows = {r["row"]: r for r in (json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("*.json"))}
     print(report({name: rows[name] for name in ROWS if name in rows}))
