@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.errors import NumericalError, PlanError
-from armor_recipes.session.hooks import Hooks
+from armor_recipes.session.hooks import Hooks, input_of
 from armor_recipes.session.layers import DecoderLayers
 
 #: A replayed layer must reproduce the model's own activations up to this share of their norm.
@@ -20,7 +21,7 @@ _NOTHING = torch.empty(0)
 
 
 class _StopForwardError(Exception):
-    """Raised by the hook on the first layer once its inputs are in hand; never leaves this module."""
+    """Raised by a hook once the inputs that are asked for are in hand; never leaves this module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +115,44 @@ def input_groups(
 ) -> dict[str, str]:
     """For each module the first of `names` that reads the very same tensor in one pass of `ids` `(B, L)`, often itself.
 
-    Modules that no pass reaches stand for themselves, as do those called more than once.
+    Modules that no pass reaches stand for themselves, as do those called more than once. They come in the order in which they
+    are first called, those that are never called last.
     """
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    called: dict[str, None] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        return lambda _, args, kwargs: seen[name].append(args[0] if args else kwargs["input"])
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            called[name] = None
+            seen[name].append(input_of(args, kwargs))
+
+        return hook
 
     with hooks:
         for name in names:
             hooks.before(model.get_submodule(name), keep(name))
         _run_model(model, layers, ids, hooks, through=True)
     first: dict[int, str] = {}
-    return {name: first.setdefault(id(inputs[0]), name) if len(inputs) == 1 else name for name, inputs in seen.items()}
+    found = {name: first.setdefault(id(inputs[0]), name) if len(inputs) == 1 else name for name, inputs in seen.items()}
+    return {name: found[name] for name in dict.fromkeys((*called, *names))}
+
+
+def inputs_of(module: nn.Module, call: LayerCall, layer: nn.Module, hooks: Hooks, *, once: bool) -> list[Tensor]:
+    """What a module inside a layer reads while the layer runs `call`, a tensor for each time that it is called.
+
+    With `once` the layer is stopped there.
+    """
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(input_of(args, kwargs))
+        if once:
+            raise _StopForwardError
+
+    with hooks, suppress(_StopForwardError):
+        hooks.before(module, keep)
+        call.run(layer)
+    return seen
 
 
 def hidden_states(output: Any) -> Any:

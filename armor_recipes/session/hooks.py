@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -53,10 +53,15 @@ class Hooks:
         self._scopes[-1].append(add())
 
 
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The input of a linear layer among the arguments that it is called with."""
+    return args[0] if args else kwargs["input"]
+
+
 def feeding(statistic: Any) -> Any:
     """A forward pre-hook that gives a module's input to the statistic's `update`."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        statistic.update(args[0] if args else kwargs["input"])
+        statistic.update(input_of(args, kwargs))
 
     return hook

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from armor_recipes.calibration.tokens import TokenSet
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.errors import ArmorError
+from armor_recipes.errors import ArmorError, PlanError
 from armor_recipes.modifiers import FactorModifier, Modifier, ModuleShape, Rearranger, Refiner, Statistic
 from armor_recipes.modifiers.base import AnyModifier, WithGradients
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
-from armor_recipes.session.capture import Stream, capture_stream, input_groups
+from armor_recipes.session.capture import Stream, capture_stream, input_groups, inputs_of
 from armor_recipes.session.events import (
     ChannelsReordered,
     LayerStarted,
@@ -201,29 +201,35 @@ class Session:
             if self._scope(entry) == "layer":
                 self._refine_layer(entry, layer, streams)
                 continue
+            if self._is_matched(entry):
+                self._solve_matched(layer, [entry, *others], streams, before)
+                continue
             planned = self.plan.for_layer(entry.stage, layer, entry.key)
-            if planned and self._is_matched(entry):
-                collected |= self._observe_pairs(layer, streams, entry, before)
-            elif planned and self._streams_of(entry) == ("compressed",):
+            if planned and self._streams_of(entry) == ("compressed",):
                 collected |= self._observe(layer, streams[self._key(entry, "compressed")], [entry], advance=False)
             if isinstance(self.modifiers[entry.key], FactorModifier):
                 self._change_factors(entry, planned, collected.get(entry.key, {}))
             else:
-                self._solve(layer, [entry, *others], collected)
+                jobs = [(e, self.plan.for_layer(e.stage, layer, e.key)) for e in (entry, *others)]
+                self._solve(jobs, collected)
         for key, stream in streams.items():
             if key[1] == "compressed" and layer < last:
                 stream.advance(layer)
 
     def _at_once(self, layer: int, entries: Sequence[ModifierEntry]) -> list[list[ModifierEntry]]:
-        """The entries in order, those together that follow one another and need not see what the others do to the layer."""
+        """The entries in order, those together that follow one another on other modules and in whose order nothing lies.
+
+        Nothing does where inputs come from the dense model, nor where the modules are matched, which has an order of its own.
+        """
         groups: list[list[ModifierEntry]] = []
-        taken: set[str] | None = None  # the last group's modules; None where it takes no other entry
+        taken: set[str] = set()  # the last group's modules
+        last: tuple[str, ...] | None = None  # what its entries read; None where it takes no other entry
         for entry in entries:
             names = {module.name for module in self.plan.for_layer(entry.stage, layer, entry.key)}
-            alone = not isinstance(self.modifiers[entry.key], Modifier) or "compressed" in self._streams_of(entry)
-            if alone or taken is None or not taken.isdisjoint(names):
+            reads = self._streams_of(entry) if isinstance(self.modifiers[entry.key], Modifier) else None
+            if reads != last or reads in (None, ("compressed",)) or not taken.isdisjoint(names):
                 groups.append([entry])
-                taken = None if alone else names
+                taken, last = names, reads
             else:
                 groups[-1].append(entry)
                 taken |= names
@@ -259,16 +265,14 @@ class Session:
     def _observe(self, layer: int, stream: Stream, entries: list[ModifierEntry], *, advance: bool) -> _Collected:
         """Run the layer once with a hook on every module that one of the modifiers takes; statistics by modifier and module."""
         with self.hooks:
-            collected = {entry.key: self._statistics(layer, entry, feeding) for entry in entries}
+            collected = {entry.key: self._statistics(layer, entry) for entry in entries}
             if advance:
                 stream.advance(layer)
             elif entries:
                 stream.observe(layer)
         return collected
 
-    def _statistics(
-        self, layer: int, entry: ModifierEntry, feeding: Callable[[Statistic], Any]
-    ) -> dict[str, Statistic]:
+    def _statistics(self, layer: int, entry: ModifierEntry) -> dict[str, Statistic]:
         """A statistic for each module, one for all that read the same input, with the hook that feeds it."""
         modifier = self.modifiers[entry.key]
         assert isinstance(modifier, (Modifier, FactorModifier))
@@ -282,29 +286,62 @@ class Session:
             statistics[module.name] = found[reader]
         return statistics
 
-    def _observe_pairs(
-        self, layer: int, streams: dict[_StreamKey, Stream], entry: ModifierEntry, before: _Before
-    ) -> _Collected:
-        """As `_observe` on the compressed stream, with what the dense layer's module reads on the same tokens beside it."""
-        dense, compressed = (streams[self._key(entry, kind)] for kind in ("dense", "compressed"))
-        prefix = self.layers.names[layer] + "."
-        inputs: dict[str, Tensor] = {}
-        with self.hooks:
-            statistics = self._statistics(layer, entry, lambda statistic: _feeding_pair(statistic, inputs))
-            for name in dict.fromkeys(statistic.name for statistic in statistics.values()):
-                twin = before.layer.get_submodule(name.removeprefix(prefix))
-                self.hooks.before(twin, _keeping(inputs, name))
-            for batch, hidden in enumerate(before.hidden[self._key(entry, "dense")]):
-                replace(dense.call(layer, batch), hidden=hidden).run(before.layer)
-                compressed.call(layer, batch).run(self.layers.modules[layer])
-        return {entry.key: statistics}
+    def _solve_matched(
+        self, layer: int, entries: Sequence[ModifierEntry], streams: dict[_StreamKey, Stream], before: _Before
+    ) -> None:
+        """Solve modules that read the same tensor together, in the order in which the layer calls them.
 
-    def _solve(self, layer: int, entries: Sequence[ModifierEntry], collected: _Collected) -> None:
+        Each sees what those before it have become. Matched on what they were, it would make up for errors a second time.
+        """
+        order = {name: place for place, name in enumerate(self._readers)}
+        planned = [(e, module) for e in entries for module in self.plan.for_layer(e.stage, layer, e.key)]
+        groups: dict[str, dict[str, tuple[ModifierEntry, list[ModulePlan]]]] = {}
+        for entry, module in sorted(planned, key=lambda pair: order[pair[1].name]):
+            group = groups.setdefault(self._readers[module.name], {})
+            group.setdefault(entry.key, (entry, []))[1].append(module)
+        for group in groups.values():
+            collected: _Collected = {}
+            for entry, modules in group.values():
+                statistic = self._observe_pairs(layer, streams, entry, modules[0], before)
+                collected[entry.key] = {module.name: statistic for module in modules}
+            self._solve(list(group.values()), collected)
+
+    def _observe_pairs(
+        self,
+        layer: int,
+        streams: dict[_StreamKey, Stream],
+        entry: ModifierEntry,
+        planned: ModulePlan,
+        before: _Before,
+    ) -> Statistic:
+        """What a module reads on the compressed stream, with what the dense layer's reads on the same tokens beside it."""
+        modifier, name = self.modifiers[entry.key], planned.name
+        assert isinstance(modifier, Modifier)
+        statistic = modifier.statistic(self._shape(planned))
+        take_pair: Any = statistic.update
+        dense, compressed = (streams[self._key(entry, kind)] for kind in ("dense", "compressed"))
+        module = self.model.get_submodule(name)
+        twin = before.layer.get_submodule(name.removeprefix(self.layers.names[layer] + "."))
+        once = False
+        for batch, hidden in enumerate(before.hidden[self._key(entry, "dense")]):
+            call = replace(dense.call(layer, batch), hidden=hidden)
+            wanted = inputs_of(twin, call, before.layer, self.hooks, once=once)
+            found = inputs_of(module, compressed.call(layer, batch), self.layers.modules[layer], self.hooks, once=once)
+            if [x.shape for x in found] != [x.shape for x in wanted]:
+                raise PlanError(
+                    f"{entry.where}: {entry.name}: {name}: other tokens reach it than reach the dense model's module, so there "
+                    f"is nothing to match; choose another `propagate` for it, or add {name!r} to `ignore`"
+                )
+            for x, target in zip(found, wanted, strict=True):
+                take_pair(x, target)
+            once = len(found) == 1
+        return statistic
+
+    def _solve(self, jobs: Sequence[tuple[ModifierEntry, Sequence[ModulePlan]]], collected: _Collected) -> None:
         """Solve the entries' modules, each rounded to the stored dtype, and put them in place once all are solved."""
         tasks: list[SolveTask] = []
         flops: dict[str, float] = {}
-        for entry in entries:
-            planned = self.plan.for_layer(entry.stage, layer, entry.key)
+        for entry, planned in jobs:
             flops |= {module.name: module.flops for module in planned}
             tasks += self._tasks(entry, planned, collected.get(entry.key, {}))
         solved = [one for found in self._solver.solve(tasks) for one in self._announced(found, flops)]
@@ -463,21 +500,3 @@ class _Before:
     def of(cls, layer: nn.Module, streams: Mapping[_StreamKey, Stream], *, keep: bool) -> _Before:
         dense = {key: list(stream.hidden) for key, stream in streams.items() if key[1] == "dense"}
         return cls(copy.deepcopy(layer), dense) if keep else cls(layer, {})
-
-
-def _keeping(inputs: dict[str, Tensor], name: str) -> Any:
-    """A forward pre-hook that keeps a module's input under its name."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[name] = args[0] if args else kwargs["input"]
-
-    return hook
-
-
-def _feeding_pair(statistic: Any, inputs: dict[str, Tensor]) -> Any:
-    """A forward pre-hook that gives the statistic a module's input, and beside it the dense module's."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        statistic.update(args[0] if args else kwargs["input"], inputs.pop(statistic.name))
-
-    return hook

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 import torch
 from engine_samples import ALL, make_job, make_session, recipe
-from torch import Tensor
+from torch import Tensor, nn
 
 from armor_recipes.calibration import InputGram, SplitGram
 from armor_recipes.errors import NumericalError, PlanError
@@ -123,6 +123,69 @@ def test_matched_lowers_the_true_loss_of_later_layers(llama: Path, objective: st
         assert torch.equal(matched[name].packed.bitmask, plain[name].packed.bitmask)
     last = [name for name in matched if ".layers.1." in name]
     assert any(not torch.equal(matched[name].packed.values, plain[name].packed.values) for name in last)
+
+
+GROUPS = {
+    "qkv": r"re:.*self_attn\.[qkv]_proj$",
+    "o": r"re:.*o_proj$",
+    "gate_up": r"re:.*(gate|up)_proj$",
+    "down": r"re:.*down_proj$",
+}
+
+
+def test_matched_modules_see_what_those_before_them_in_the_layer_have_become(llama: Path) -> None:
+    """By one modifier, by one for each group, in whatever order those stand."""
+    fields = {"block_size": 8, "iterations": 8, "propagate": "matched", "shrinkage": 0.1}
+    entries = {f"ARMORModifier@{name}": {"targets": [target], **fields} for name, target in GROUPS.items()}
+    expected = results(llama, propagate="matched", shrinkage=0.1)
+    for several in (entries, dict(reversed(entries.items()))):
+        with make_session(make_job(recipe(llama, **several))) as session:
+            found = session.run()
+        assert list(found) == list(expected)
+        for name, result in found.items():
+            assert torch.equal(result.packed.values, expected[name].packed.values)
+            assert result.stored_loss == expected[name].stored_loss
+
+
+def test_matched_leaves_less_error_than_inputs_alone(llama: Path) -> None:
+    """Of the last layer's output, on the tokens of the calibration."""
+    errors = {}
+    for propagate in ("matched", "compressed"):
+        modifier = {"targets": [ALL], "block_size": 8, "iterations": 8, "propagate": propagate, "shrinkage": 0.1}
+        with make_session(make_job(recipe(llama, ARMORModifier=modifier))) as session:
+            (tokens,) = session.tokens.values()
+            with torch.no_grad():
+                dense = session.model(input_ids=tokens.ids).logits
+                session.run()
+                errors[propagate] = float((session.model(input_ids=tokens.ids).logits - dense).square().mean())
+    assert errors["matched"] < 0.9 * errors["compressed"]
+
+
+class Routed(nn.Module):
+    """An MLP that sees some tokens only, chosen by their hidden states."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = inner.gate_proj, inner.up_proj, inner.down_proj
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        chosen = (1000 * hidden[..., 0]).floor() % 2 == 0  # the least error sends tokens elsewhere
+        x = hidden[chosen]
+        out = torch.zeros_like(hidden)
+        out[chosen] = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+def test_matched_needs_the_same_tokens_in_both_models(llama: Path) -> None:
+    modifier = {"targets": [ALL], "block_size": 8, "iterations": 1, "propagate": "matched", "shrinkage": 0.1}
+    session = make_session(make_job(recipe(llama, ARMORModifier=modifier)))
+    layer = session.model.model.layers[1]
+    layer.mlp = Routed(layer.mlp)
+    with (
+        session,
+        pytest.raises(PlanError, match=r"recipe.*ARMORModifier: model\.layers\.1\.mlp\..*other tokens reach it"),
+    ):
+        session.run()
 
 
 def test_modules_that_read_the_same_input_share_b(llama: Path) -> None:
