@@ -255,7 +255,8 @@ def report(rows: Mapping[str, Mapping[str, Any]]) -> str:
         share = "-" if not totals else f"{100 * totals['factor_bytes'] / totals['bytes_before']:.1f} %"
         size = "-" if not totals else f"{totals['bytes_after'] / totals['bytes_before']:.3f}"
         seconds, peak = row.get("seconds"), row.get("peak_memory_bytes")
-        tail = [size, share, "-" if not seconds else f"{seconds:.0f}", "-" if not peak else f"{peak / 1e6:.0f}"]
+        on = "" if row.get("processor", "cpu") == "cpu" else f" ({row['processor']})"
+        tail = [size, share, "-" if not seconds else f"{seconds:.0f}{on}", "-" if not peak else f"{peak / 1e6:.0f}"]
         lines.append(f"| {name} | " + " | ".join(cells + tail) + " |")
     return "\n".join(lines)
 

@@ -445,13 +445,8 @@ def _totals(
     touched = {m.name for m in rows}
     before = sum({m.name: m.bytes_before for m in rows}.values())
     parameters = sum(p.numel() for p in model.parameters())
-    of_model = {
-        r.modifier for r in others if isinstance(r, RefinePlan) and r.layer is None
-    }  # these hold no activations
-    specs = {
-        (e.config.calibration, getattr(e.config, "propagate", "")) for e in recipe.modifiers if e.key not in of_model
-    }
-    tokens = sum(calibration_tokens(spec) for spec, _ in specs if spec is not None)
+    held = {(e.config.calibration, kind) for e in recipe.modifiers for kind in _activations_of(e, modifiers[e.key])}
+    tokens = sum(calibration_tokens(spec) for spec, _ in held if spec is not None)
     forth_and_back = {e.config.calibration for e in recipe.modifiers if _needs_gradients(modifiers[e.key])}
     passed = tokens + sum(calibration_tokens(spec) for spec in forth_and_back if spec is not None)
     places = {(m.stage, m.layer, m.modifier) for m in rows}
@@ -467,6 +462,23 @@ def _totals(
         ),
         seconds=estimate_seconds(sum(m.flops for m in (*rows, *others)), parameters, passed),
     )
+
+
+def streams_of(entry: ModifierEntry, modifier: AnyModifier[Any]) -> tuple[str, ...]:
+    """Of which models an entry reads activations: of the one as `compressed` so far, of the `dense` one, or of both."""
+    if entry.config.calibration is None:
+        return ()
+    scope = modifier.scope if isinstance(modifier, Refiner) else "module"
+    propagate = getattr(entry.config, "propagate", "compressed")
+    if scope == "layer" or propagate == "matched":
+        return "compressed", "dense"
+    return () if scope == "model" else (propagate,)
+
+
+def _activations_of(entry: ModifierEntry, modifier: AnyModifier[Any]) -> tuple[str, ...]:
+    """Sets of activations that are held for an entry: its streams, and where it is matched the dense layer's inputs as well."""
+    matched = getattr(entry.config, "propagate", "") == "matched"
+    return (*streams_of(entry, modifier), "dense inputs") if matched else streams_of(entry, modifier)
 
 
 def _needs_gradients(modifier: AnyModifier[Any]) -> bool:

@@ -33,7 +33,7 @@ from armor_recipes.session.events import (
 from armor_recipes.session.gradients import output_gradients
 from armor_recipes.session.hooks import Hooks, feeding
 from armor_recipes.session.layers import find_decoder_layers
-from armor_recipes.session.plan import ModulePlan, Plan
+from armor_recipes.session.plan import ModulePlan, Plan, streams_of
 from armor_recipes.session.rearranging import RearrangeJob, RearrangeResult, rearrange_layer
 from armor_recipes.session.refining import Refined, RefineJob, RefineResult, Teaching, refine_layer, refine_model
 from armor_recipes.session.solving import FactorTask, ModuleResult, Solved, Solver, SolveTask, loaded_weight
@@ -160,14 +160,7 @@ class Session:
         return entry.config.calibration, kind
 
     def _streams_of(self, entry: ModifierEntry) -> tuple[str, ...]:
-        """Kinds of streams that an entry reads."""
-        if entry.config.calibration is None:
-            return ()
-        scope = self._scope(entry)
-        propagate = getattr(entry.config, "propagate", "compressed")
-        if scope == "layer" or propagate == "matched":
-            return "compressed", "dense"
-        return () if scope == "model" else (propagate,)
+        return streams_of(entry, self.modifiers[entry.key])
 
     def _capture(self, entries: list[ModifierEntry]) -> dict[_StreamKey, Stream]:
         keys = dict.fromkeys(self._key(entry, kind) for entry in entries for kind in self._streams_of(entry))

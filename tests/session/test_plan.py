@@ -302,3 +302,19 @@ def test_a_config_without_a_dtype_is_stored_as_its_weights_are(dtype: torch.dtyp
 def test_a_compressed_model_is_refused(llama: Path, tmp_path: Path) -> None:
     apply(recipe(llama, tmp_path / "once", ARMORModifier=armor(iterations=0)))
     assert "already quantised or compressed" in refusal(recipe(tmp_path / "once"))
+
+
+def test_memory_counts_every_set_of_activations(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both models' where modules are matched, and what the dense layer read; both models' for a refiner of layers, too."""
+    monkeypatch.setattr("armor_recipes.session.estimate.resident_bytes", lambda: 0)
+
+    def peak(propagate: str, **others: Any) -> int:
+        modifier = armor(propagate=propagate, objective="hessian", shrinkage=0.1)
+        mapping = recipe(llama, ARMORModifier=modifier, **others)
+        mapping["calibration"] |= {"samples": 64, "sequence_length": 30}
+        return make_job(mapping).plan.totals.peak_bytes
+
+    activations = 4 * 32 * 64 * 30
+    for others, more in (({}, 2), ({"DistillationModifier": {}}, 2), ({"BlockRefineModifier": {}}, 1)):
+        assert peak("dense", **others) == peak("compressed", **others)
+        assert peak("matched", **others) - peak("compressed", **others) == more * activations
