@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,8 +15,10 @@ from armor_recipes.errors import NumericalError
 _CHUNK = 1 << 22
 #: Rows summed in float32 by one product of `InputGram`: its rounding error, about 1e-6, does not grow with the number of tokens.
 _GRAM_ROWS = 2048
-#: `SplitGram` keeps one window of so many apart.
+#: `SplitGram` keeps one window of so many apart, or so many groups of datasets.
 _HELD_OUT_EVERY = 4
+#: Its parts where windows are told apart by their number; those of datasets are numbered from 0.
+_THE_OTHERS, _EVERY_FOURTH = -2, -1
 
 
 class _InputMean(ABC):
@@ -45,6 +49,12 @@ class _InputMean(ABC):
             share = self._share(chunk)
             self._sum = share if self._sum is None else self._sum.add_(share.to(self._sum.device))
         self._tokens += rows.shape[0]
+
+    def add(self, other: Self) -> None:
+        """Take all that another one has seen of the same module."""
+        if other._sum is not None:
+            self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum.to(self._sum.device))
+        self._tokens += other._tokens
 
     @abstractmethod
     def _rows_at_once(self) -> int:
@@ -93,42 +103,68 @@ class InputSecondMoment(_InputMean):
 
 
 class SplitGram:
-    """H of a module's inputs, with every fourth calibration window kept apart, to choose a regularisation on.
+    """H of a module's inputs in parts, to choose a regularisation on tokens that took no part in it.
 
-    Fed with pairs (`propagate: matched`) it also keeps what the dense model's module reads on the same tokens: C = XX̂ᵀ/n,
-    and XXᵀ/n.
+    Windows of several datasets are parted by those (in four groups at most), since text of another kind is what a model meets; else
+    every fourth window is kept apart. Fed with pairs (`propagate: matched`) it also keeps what the dense model's module reads on
+    the same tokens: C = XX̂ᵀ/n, and XXᵀ/n.
     """
 
     def __init__(self, name: str, d_in: int) -> None:
         self.name = name
         self.d_in = d_in
-        self.fit, self.held_out = InputGram(name, d_in), InputGram(name, d_in)
+        self._origins: Sequence[int] = ()
+        self._parts: dict[int, InputGram] = {}
         self._pairs, self._dense = _CrossGram(name, d_in), InputGram(name, d_in)
         self._windows = 0
+
+    def expect(self, origins: Sequence[int]) -> None:
+        """The number of its dataset for each window to come, in order; they come again from the first after the last."""
+        self._origins = origins
 
     @property
     def tokens(self) -> int:
         """Input rows seen so far."""
-        return self.fit.tokens + self.held_out.tokens
+        return sum(part.tokens for part in self._parts.values())
 
     def update(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Take inputs `(B, L, I)`, a window an entry of B, or rows `(..., I)` as one window; and the dense model's beside them."""
-        windows = x if x.ndim == 3 else x[None]
-        for window in windows:
-            held = self._windows % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-            (self.held_out if held else self.fit).update(window)
+        for window in x if x.ndim == 3 else x[None]:
+            part = self._part_of_next(whole_window=x.ndim == 3)
+            self._parts.setdefault(part, InputGram(self.name, self.d_in)).update(window)
             self._windows += 1
         if dense is not None:
             self._pairs.update_pair(x, dense)
             self._dense.update(dense)
 
+    def _part_of_next(self, *, whole_window: bool) -> int:
+        if whole_window and len(set(self._origins)) > 1:
+            return self._origins[self._windows % len(self._origins)] % _HELD_OUT_EVERY
+        return _EVERY_FOURTH if self._windows % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 else _THE_OTHERS
+
+    def splits(self) -> list[tuple[Tensor, Tensor]]:
+        """H of some windows and H of those held out for them, `(I, I)` each: every dataset in turn, or every fourth window once.
+
+        Empty where there is nothing to hold out.
+        """
+        if len(self._parts) < 2:
+            return []
+        held = sorted(self._parts.keys() - {_THE_OTHERS})
+        return [
+            (self._together(p for key, p in sorted(self._parts.items()) if key != one).value, self._parts[one].value)
+            for one in held
+        ]
+
+    def _together(self, parts: Iterable[InputGram]) -> InputGram:
+        total = InputGram(self.name, self.d_in)
+        for part in parts:
+            total.add(part)
+        return total
+
     @property
     def value(self) -> Tensor:
         """H `(I, I)` of all tokens, float32, exactly symmetric. Raises NumericalError as `InputGram.value` does."""
-        if not self.held_out.tokens:
-            return self.fit.value
-        share = self.held_out.tokens / self.tokens
-        return self.fit.value.lerp(self.held_out.value, share)
+        return self._together(part for _, part in sorted(self._parts.items())).value
 
     @property
     def diagonal(self) -> Tensor:

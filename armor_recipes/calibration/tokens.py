@@ -44,13 +44,15 @@ class Source:
 class TokenSet:
     """Windows of token ids `(N, L)`, int64, on the CPU; `sha256` is the hash of shape and ids (`hash_tokens`).
 
-    `asked` is the number of windows asked for; N is smaller only where the recipe says `at_most`.
+    `asked` is the number of windows asked for; N is smaller only where the recipe says `at_most`. `origins` has for each window
+    the place of its source in `sources`.
     """
 
     ids: Tensor
     sha256: str
     asked: int
     sources: tuple[Source, ...]
+    origins: tuple[int, ...]
 
     @property
     def dataset(self) -> str:
@@ -103,10 +105,12 @@ def build_tokens(spec: CalibrationSpec, *, tokenizer: PreTrainedTokenizerBase | 
     size = (vocab_size, spec.sequence_length)
     drawn = [_draw(pool, count, generator, size) for pool, count in zip(pools, counts, strict=True)]
     ids = torch.cat(drawn)
+    origins = torch.arange(len(drawn)).repeat_interleave(torch.tensor(counts))
     if len(drawn) > 1:
-        ids = ids[torch.randperm(total, generator=generator)]
+        order = torch.randperm(total, generator=generator)
+        ids, origins = ids[order], origins[order]
     sources = tuple(_source(pool, taken) for pool, taken in zip(pools, drawn, strict=True))
-    return TokenSet(ids, hash_tokens(ids), asked, sources)
+    return TokenSet(ids, hash_tokens(ids), asked, sources, tuple(origins.tolist()))
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, *, end: bool) -> Tensor:

@@ -75,7 +75,7 @@ def evaluation_windows(
         )
     ids = packed[:asked].clone()
     source = Source(spec.dataset, len(found.documents), found.empty, len(stream), len(packed), len(ids))
-    return TokenSet(ids, hash_tokens(ids), asked, (source,))
+    return TokenSet(ids, hash_tokens(ids), asked, (source,), (0,) * asked)
 
 
 def measure(

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pydantic import AfterValidator, Field
@@ -151,6 +151,14 @@ class Statistic(Protocol):
 
     def update(self, x: Tensor) -> None:
         """Take inputs `(..., I)`; with `propagate: matched` a second tensor, what the dense module reads on the same tokens."""
+
+
+@runtime_checkable
+class KnowsOrigins(Protocol):
+    """A statistic that tells windows apart by the dataset that they come from."""
+
+    def expect(self, origins: Sequence[int]) -> None:
+        """Before the first `update`: the number of its dataset for each window to come, in order."""
 
 
 @dataclass(frozen=True, slots=True)

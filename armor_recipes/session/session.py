@@ -15,7 +15,7 @@ from armor_recipes.calibration.tokens import TokenSet
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import ArmorError, PlanError
 from armor_recipes.modifiers import FactorModifier, Modifier, ModuleShape, Rearranger, Refiner, Statistic
-from armor_recipes.modifiers.base import AnyModifier, WithGradients
+from armor_recipes.modifiers.base import AnyModifier, KnowsOrigins, WithGradients
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.session.capture import Stream, capture_stream, input_groups, inputs_of
@@ -267,17 +267,24 @@ class Session:
 
     def _statistics(self, layer: int, entry: ModifierEntry) -> dict[str, Statistic]:
         """A statistic for each module, one for all that read the same input, with the hook that feeds it."""
-        modifier = self.modifiers[entry.key]
-        assert isinstance(modifier, (Modifier, FactorModifier))
         found: dict[str, Statistic] = {}
         statistics: dict[str, Statistic] = {}
         for module in self.plan.for_layer(entry.stage, layer, entry.key):
             reader = self._readers.get(module.name, module.name)
             if reader not in found:
-                found[reader] = modifier.statistic(self._shape(module))
+                found[reader] = self._new_statistic(entry, module)
                 self.hooks.before(self.model.get_submodule(module.name), feeding(found[reader]))
             statistics[module.name] = found[reader]
         return statistics
+
+    def _new_statistic(self, entry: ModifierEntry, module: ModulePlan) -> Statistic:
+        modifier, spec = self.modifiers[entry.key], entry.config.calibration
+        assert isinstance(modifier, (Modifier, FactorModifier))
+        assert spec is not None
+        statistic: Statistic = modifier.statistic(self._shape(module))
+        if isinstance(statistic, KnowsOrigins):
+            statistic.expect(self.tokens[spec].origins)
+        return statistic
 
     def _solve_matched(
         self, layer: int, entries: Sequence[ModifierEntry], streams: dict[_StreamKey, Stream], before: _Before
@@ -308,9 +315,7 @@ class Session:
         before: _Before,
     ) -> Statistic:
         """What a module reads on the compressed stream, with what the dense layer's reads on the same tokens beside it."""
-        modifier, name = self.modifiers[entry.key], planned.name
-        assert isinstance(modifier, Modifier)
-        statistic = modifier.statistic(self._shape(planned))
+        name, statistic = planned.name, self._new_statistic(entry, planned)
         take_pair: Any = statistic.update
         dense, compressed = (streams[self._key(entry, kind)] for kind in ("dense", "compressed"))
         module = self.model.get_submodule(name)

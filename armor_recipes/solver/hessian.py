@@ -79,28 +79,32 @@ def regular_scale(gram: Tensor, *, damping: float) -> float:
     return float(fill_dead_channels(gram.diagonal().double())[0].mean()) * (1 + damping)
 
 
-def choose_shrinkage(fit: Tensor, held_out: Tensor) -> float:
-    """The λ in [0, 1] whose shrunk correlations are closest to those of tokens held out.
+def choose_shrinkage(*splits: tuple[Tensor, Tensor]) -> float:
+    """The λ in [0, 1] whose shrunk correlations are closest to those of tokens held out, over all splits.
 
-    Minimises `Σ_{i≠j} ((1−λ) R_ij − R'_ij)²` with `R_ij = H_ij / √(h_i h_j)` of the calibration tokens and R' the same of
-    the held-out ones, by h of the calibration tokens: `1−λ = Σ R_ij R'_ij / Σ R_ij²`, cut to [0, 1]. Dead channels take no
-    part. Held-out tokens must be in neither the calibration set nor any test text.
+    Minimises `Σ_{i≠j} ((1−λ) R_ij − R'_ij)²` with `R_ij = H_ij / √(h_i h_j)` of the tokens of a split and R' the same of
+    those held out for it, by h of the former: `1−λ = Σ R_ij R'_ij / Σ R_ij²`, cut to [0, 1]. Dead channels take no
+    part. Held-out tokens must be in neither what they are held out for nor any test text.
 
     Args:
-        fit: H `(I, I)` of the calibration tokens.
-        held_out: H `(I, I)` of the held-out tokens.
+        splits: H `(I, I)` of some tokens and H `(I, I)` of the held-out ones, once or more.
 
     Raises:
         ValueError: shapes that do not fit, or an H that is not symmetric.
         NumericalError: values that are not finite, or dead channels only.
     """
-    if fit.shape != held_out.shape:
-        raise ValueError(f"the Gram matrices must have one shape, got {tuple(fit.shape)} and {tuple(held_out.shape)}")
-    for gram in (fit, held_out):
-        _check_gram(gram)
-    fill_dead_channels(held_out.diagonal())
-    own = _correlation_product(fit, fit)
-    return 1.0 if own == 0 else 1 - min(1.0, max(0.0, _correlation_product(fit, held_out) / own))
+    own = other = 0.0
+    for fit, held_out in splits:
+        if fit.shape != held_out.shape:
+            raise ValueError(
+                f"the Gram matrices must have one shape, got {tuple(fit.shape)} and {tuple(held_out.shape)}"
+            )
+        for gram in (fit, held_out):
+            _check_gram(gram)
+        fill_dead_channels(held_out.diagonal())
+        own += _correlation_product(fit, fit)
+        other += _correlation_product(fit, held_out)
+    return 1.0 if own == 0 else 1 - min(1.0, max(0.0, other / own))
 
 
 def matched_weight(weight: Tensor, gram: Tensor, cross: Tensor, regular: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def test_documents_are_joined_by_the_end_token_and_packed(letters, tokenizer):
     assert rows_of(found.ids) == expected
     assert found.ids.dtype == torch.int64
     (source,) = found.sources
+    assert found.origins == (0,) * len(found.ids)
     assert (source.documents, source.empty, source.tokens, source.available, source.taken) == (2, 1, 15, 3, 3)
     assert found.dataset == str(letters)
 
@@ -174,6 +175,8 @@ def test_a_mix_is_shared_out_by_weight_and_interleaved(mix, tokenizer):
     firsts = found.ids[:, 0].tolist()
     assert [source.taken for source in found.sources] == [8, 4, 4]
     assert [(found.ids[:, :3] == i).all(1).sum().item() for i in (a, b)] == [8, 4]
+    for origin, letter in enumerate((a, b)):
+        assert [o == origin for o in found.origins] == (found.ids[:, :3] == letter).all(1).tolist()
     assert firsts[:8] != [a] * 8
     assert found.sha256 == build(mix, tokenizer, samples=16, sequence_length=4).sha256
     assert found.sha256 != build(mix, tokenizer, samples=16, sequence_length=4, seed=1).sha256

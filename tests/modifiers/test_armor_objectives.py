@@ -15,7 +15,7 @@ from armor_recipes.calibration import InputGram, SplitGram
 from armor_recipes.errors import NumericalError, PlanError
 from armor_recipes.modifiers import ModuleShape
 from armor_recipes.modifiers.armor import ARMORConfig, ARMORModifier
-from armor_recipes.solver.hessian import matched_loss, matched_weight, regular_scale, regularize
+from armor_recipes.solver.hessian import choose_shrinkage, matched_loss, matched_weight, regular_scale, regularize
 
 
 def pairs(seed: int, tokens: int, d_in: int) -> tuple[Tensor, Tensor]:
@@ -68,11 +68,48 @@ def test_every_fourth_window_is_held_out() -> None:
     for batch in windows.split(2):
         split.update(batch)
         plain.update(batch)
-    assert (split.fit.tokens, split.held_out.tokens, split.tokens) == (30, 5, 35)
-    assert torch.allclose(split.held_out.value, windows[3].T @ windows[3] / 5)
+    ((fit, held_out),) = split.splits()
+    others = windows[[0, 1, 2, 4, 5, 6]].flatten(0, 1)
+    assert split.tokens == 35
+    assert torch.allclose(fit, others.T @ others / 30, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(held_out, windows[3].T @ windows[3] / 5)
     assert torch.allclose(split.value, plain.value, rtol=1e-5, atol=1e-6)
     assert torch.equal(split.value, split.value.T)
     assert torch.equal(split.diagonal, split.value.diagonal())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("origins", [(2, 0, 0, 1, 2, 0), (0, 5, 1, 1, 5, 1), (1, 2, 3, 4, 0, 0)])
+def test_every_dataset_is_held_out_in_turn(origins: tuple[int, ...], batch: int) -> None:
+    """Of more than four datasets the first and the fifth are one group, and so on."""
+    windows = torch.randn(6, 5, 6, generator=torch.Generator().manual_seed(4))
+    split = SplitGram("m", 6)
+    split.expect(origins)
+    for part in windows.split(batch):
+        split.update(part)
+    groups = sorted({origin % 4 for origin in origins})
+    assert len(split.splits()) == len(groups)
+    for group, (fit, held_out) in zip(groups, split.splits(), strict=True):
+        for found, inside in ((held_out, True), (fit, False)):
+            rows = windows[[(origin % 4 == group) == inside for origin in origins]].flatten(0, 1)
+            assert torch.allclose(found, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    rows = windows.flatten(0, 1)
+    assert torch.allclose(split.value, rows.T @ rows / 30, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_are_no_windows_and_windows_of_one_dataset_are_parted_by_their_number() -> None:
+    rows = torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(4))
+    plain, mixed, one = (SplitGram("m", 6) for _ in range(3))
+    mixed.expect([0, 1] * 4)
+    one.expect([0] * 8)
+    for part in rows:
+        plain.update(part[None])
+        mixed.update(part)
+        one.update(part[None])
+    for found in (mixed.splits(), one.splits()):
+        for ours, theirs in zip(found[0], plain.splits()[0], strict=True):
+            assert torch.equal(ours, theirs)
+    assert len(one.splits()) == 1
 
 
 def test_pairs_give_the_cross_moment() -> None:
@@ -91,6 +128,29 @@ def test_shrinkage_cannot_be_chosen_on_too_few_windows() -> None:
     statistic.update(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(6)))
     with pytest.raises(NumericalError, match=r"m: .*fewer than 4 calibration windows.*`shrinkage`"):
         modifier.solve(shape, torch.ones(8, 8), statistic, None)
+
+
+def test_the_plan_counts_products_with_the_gram_matrix_and_its_memory() -> None:
+    shape = ModuleShape("m", 512, 1024, 2)
+    costs = {}
+    for fields in (
+        {},
+        {"objective": "hessian"},
+        {"propagate": "matched"},
+        {"objective": "hessian", "propagate": "matched"},
+    ):
+        config = ARMORConfig(targets=("Linear",), block_size=64, iterations=10, **fields)
+        costs[tuple(fields.values())] = ARMORModifier(config).plan(shape)
+    plain = costs[()]
+    gram = 8 * 1024**2
+    assert (
+        costs["hessian",].flops - plain.flops
+        == 10 * 4 * 2 * 512 * 1024**2
+        == costs["hessian", "matched"].flops - plain.flops
+    )
+    assert costs["matched",].flops == plain.flops
+    assert costs["hessian",].peak_bytes - plain.peak_bytes == 7 * gram
+    assert costs["matched",].peak_bytes == costs["hessian", "matched"].peak_bytes == plain.peak_bytes + 9 * gram
 
 
 def test_the_papers_method_has_no_hessian() -> None:
@@ -123,6 +183,33 @@ def test_matched_lowers_the_true_loss_of_later_layers(llama: Path, objective: st
         assert torch.equal(matched[name].packed.bitmask, plain[name].packed.bitmask)
     last = [name for name in matched if ".layers.1." in name]
     assert any(not torch.equal(matched[name].packed.values, plain[name].packed.values) for name in last)
+
+
+@pytest.mark.parametrize("propagate", ["compressed", "matched"])
+def test_shrinkage_is_chosen_on_one_kind_of_text_for_the_others(llama: Path, propagate: str) -> None:
+    modifier = {"targets": [r"re:.*layers\.0.*q_proj$"], "block_size": 8, "iterations": 1, "objective": "hessian"}
+    mapping = recipe(llama, ARMORModifier={**modifier, "propagate": propagate})
+    mapping["calibration"]["dataset"] = [
+        {"dataset": "builtin:random-tokens", "weight": 1},
+        {"dataset": "builtin:random-tokens", "weight": 2},
+    ]
+    session = make_session(make_job(mapping))
+    (tokens,) = session.tokens.values()
+    seen: list[Tensor] = []
+    module = session.model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        session.model(input_ids=tokens.ids)
+        module._forward_pre_hooks.clear()
+        parts = [seen[0][[o == part for o in tokens.origins]].flatten(0, 1) for part in (0, 1)]
+        first, second = (part.T @ part / len(part) for part in parts)
+        with session:
+            (result,) = session.run().values()
+    expected = choose_shrinkage((second, first), (first, second))
+    assert result.measures["shrinkage"] == pytest.approx(expected, rel=1e-3)
+    every_fourth = SplitGram("m", module.in_features)
+    every_fourth.update(seen[0])
+    assert abs(choose_shrinkage(*every_fourth.splits()) - expected) > 0.01
 
 
 GROUPS = {

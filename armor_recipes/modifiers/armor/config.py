@@ -58,7 +58,8 @@ class ARMORConfig(CalibratedConfig):
         default="auto",
         title="Shrinkage",
         description="`hessian`: share by which correlations are shrunk to zero. `auto` chooses it for each input so that the "
-        "shrunk correlations come closest to those of every fourth calibration window, which is held out for that.",
+        "shrunk correlations come closest to those of text held out for that: each dataset of the calibration in turn, or "
+        "every fourth window of one dataset.",
     )
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=0.01,

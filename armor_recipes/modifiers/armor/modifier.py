@@ -31,6 +31,10 @@ AUTO_SIZES = (128, 64, 32, 16)
 _PRODUCTS = {"exact": 15, "adam": 7}
 #: Working copies of an (O, I) float32 matrix that a solve holds at its peak.
 _WORKING_COPIES = 14
+#: Products of an (O, I) matrix with G in one cycle of `hessian`: for the sweep, A, B and the loss.
+_GRAM_PRODUCTS = 4
+#: Gram matrices in float64 that there are at most: four parts, all together, two copies in a solve; for `matched` C and XXᵀ/n.
+_GRAMS, _MATCHED_GRAMS = 7, 2
 
 
 @register
@@ -51,12 +55,17 @@ class ARMORModifier(Modifier[ARMORConfig]):
         core_bytes = module.dense_bytes // 2 + module.d_out * module.d_in // 8 if packed else module.dense_bytes
         flops = 1.0 * self.config.iterations * _PRODUCTS[self.config.solver]
         flops *= module.d_out * module.d_in * (b_o + b_i)
+        if self.config.objective == "hessian":
+            flops += 2.0 * self.config.iterations * _GRAM_PRODUCTS * module.d_out * module.d_in**2
+        working = _WORKING_COPIES * module.d_out * module.d_in * 4
+        if self.config.needs_gram:
+            working += 8 * module.d_in**2 * (_GRAMS + _MATCHED_GRAMS * (self.config.propagate == "matched"))
         return Estimate(
             stored_bytes=core_bytes + factor_bytes,
             factor_bytes=factor_bytes,
             block_size=(b_o, b_i),
             flops=flops,
-            peak_bytes=_WORKING_COPIES * module.d_out * module.d_in * 4,
+            peak_bytes=working,
             stored_as="packed" if packed else "dense",
         )
 
@@ -179,12 +188,13 @@ class _Moments:
             return cls(statistic.value.to(device), config.damping, {}, {})
         gram, shrinkage = statistic.value.to(device), config.shrinkage
         if shrinkage == "auto":
-            if not statistic.held_out.tokens:
+            splits = statistic.splits()
+            if not splits:
                 raise NumericalError(
                     f"{statistic.name}: `shrinkage: auto` cannot be chosen on fewer than 4 calibration windows: raise "
                     "`calibration.samples`, or set `shrinkage` to a number from 0 to 1"
                 )
-            shrinkage = choose_shrinkage(statistic.fit.value, statistic.held_out.value)
+            shrinkage = choose_shrinkage(*splits)
         regular, dead = regularize(gram, shrinkage=shrinkage, damping=config.damping)
         pairs = (
             (statistic.cross.to(device), statistic.dense.to(device)) if config.propagate == "matched" else (None, None)
