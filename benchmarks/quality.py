@@ -103,8 +103,11 @@ def armor(*after: str, before: Sequence[str] = (), **fields: Any) -> Callable[[S
     return stage
 
 
-def smollm2(*after: str) -> Callable[[Setting], Stage]:
-    """ARMOR as in recipes/smollm2-135m.yaml, whose block sizes stand for block 64, or in proportion; and what goes after."""
+def smollm2(*after: str, **changed: Any) -> Callable[[Setting], Stage]:
+    """ARMOR as in recipes/smollm2-135m.yaml, whose block sizes stand for block 64, or in proportion; and what goes after.
+
+    `changed` fields are the same for all modules.
+    """
 
     def stage(s: Setting) -> Stage:
         recipe = yaml.safe_load((Path(armor_recipes.__file__).parent / "recipes/smollm2-135m.yaml").read_text("utf-8"))
@@ -113,7 +116,7 @@ def smollm2(*after: str) -> Callable[[Setting], Stage]:
             if name.startswith("ARMORModifier"):
                 sides = fields["block_size"]
                 scaled = [side * s.block // 64 for side in (sides if isinstance(sides, list) else [sides])]
-                found[name] = {**fields, "block_size": scaled if len(scaled) == 2 else scaled[0]}
+                found[name] = {**fields, "block_size": scaled if len(scaled) == 2 else scaled[0], **changed}
         return {**found, **{kind: REST[kind] for kind in after}}
 
     return stage
@@ -158,6 +161,7 @@ ROWS: dict[str, Callable[[Setting], Stage] | None] = {
     "exact diagonal + distillation": armor(DISTIL),
     "recipe, not distilled": smollm2(),
     "recipe": smollm2(DISTIL),
+    "recipe, hessian": smollm2(DISTIL, objective="hessian"),
     "all": armor(REFINE, DISTIL, before=[PERMUTE], **EVERYTHING),
     "all but hessian": armor(REFINE, DISTIL, before=[PERMUTE], **{**EVERYTHING, "objective": "diagonal"}),
     "all but matched": armor(REFINE, DISTIL, before=[PERMUTE], **{**EVERYTHING, "propagate": "compressed"}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -55,6 +55,14 @@ class _InputMean(ABC):
         if other._sum is not None:
             self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum.to(self._sum.device))
         self._tokens += other._tokens
+
+    def without(self, part: Self) -> Self:
+        """What is left of this one without what `part`, which was added to it, has seen."""
+        left = type(self)(self.name, self.d_in)
+        if self._sum is not None and part._sum is not None:
+            left._sum = self._sum - part._sum.to(self._sum.device)
+        left._tokens = self._tokens - part._tokens
+        return left
 
     @abstractmethod
     def _rows_at_once(self) -> int:
@@ -108,11 +116,15 @@ class SplitGram:
     Windows of several datasets are parted by those (in four groups at most), since text of another kind is what a model meets; else
     every fourth window is kept apart. Fed with pairs (`propagate: matched`) it also keeps what the dense model's module reads on
     the same tokens: C = XX̂ᵀ/n, and XXᵀ/n.
+
+    Attributes:
+        shrinkage: room for what was chosen on the splits, so that it is chosen once; None again with the next `update`.
     """
 
     def __init__(self, name: str, d_in: int) -> None:
         self.name = name
         self.d_in = d_in
+        self.shrinkage: float | None = None
         self._origins: Sequence[int] = ()
         self._parts: dict[int, InputGram] = {}
         self._pairs, self._dense = _CrossGram(name, d_in), InputGram(name, d_in)
@@ -120,7 +132,7 @@ class SplitGram:
 
     def expect(self, origins: Sequence[int]) -> None:
         """The number of its dataset for each window to come, in order; they come again from the first after the last."""
-        self._origins = origins
+        self._origins = origins if len(set(origins)) > 1 else ()
 
     @property
     def tokens(self) -> int:
@@ -129,6 +141,7 @@ class SplitGram:
 
     def update(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Take inputs `(B, L, I)`, a window an entry of B, or rows `(..., I)` as one window; and the dense model's beside them."""
+        self.shrinkage = None
         for window in x if x.ndim == 3 else x[None]:
             part = self._part_of_next(whole_window=x.ndim == 3)
             self._parts.setdefault(part, InputGram(self.name, self.d_in)).update(window)
@@ -138,7 +151,7 @@ class SplitGram:
             self._dense.update(dense)
 
     def _part_of_next(self, *, whole_window: bool) -> int:
-        if whole_window and len(set(self._origins)) > 1:
+        if whole_window and self._origins:
             return self._origins[self._windows % len(self._origins)] % _HELD_OUT_EVERY
         return _EVERY_FOURTH if self._windows % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 else _THE_OTHERS
 
@@ -149,22 +162,20 @@ class SplitGram:
         """
         if len(self._parts) < 2:
             return []
-        held = sorted(self._parts.keys() - {_THE_OTHERS})
-        return [
-            (self._together(p for key, p in sorted(self._parts.items()) if key != one).value, self._parts[one].value)
-            for one in held
-        ]
+        total = self._all()
+        held = [part for key, part in sorted(self._parts.items()) if key != _THE_OTHERS]
+        return [(total.without(part).value, part.value) for part in held]
 
-    def _together(self, parts: Iterable[InputGram]) -> InputGram:
+    def _all(self) -> InputGram:
         total = InputGram(self.name, self.d_in)
-        for part in parts:
+        for _, part in sorted(self._parts.items()):
             total.add(part)
         return total
 
     @property
     def value(self) -> Tensor:
         """H `(I, I)` of all tokens, float32, exactly symmetric. Raises NumericalError as `InputGram.value` does."""
-        return self._together(part for _, part in sorted(self._parts.items())).value
+        return self._all().value
 
     @property
     def diagonal(self) -> Tensor:

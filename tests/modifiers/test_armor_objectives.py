@@ -97,6 +97,20 @@ def test_every_dataset_is_held_out_in_turn(origins: tuple[int, ...], batch: int)
     assert torch.allclose(split.value, rows.T @ rows / 30, rtol=1e-5, atol=1e-6)
 
 
+def test_shrinkage_is_chosen_again_after_more_windows() -> None:
+    modifier = ARMORModifier(ARMORConfig(targets=("Linear",), block_size=4, iterations=1, objective="hessian"))
+    shape, weight = ModuleShape("m", 8, 8, 2), torch.eye(8) + 0.1
+    windows = torch.randn(8, 5, 8, generator=torch.Generator().manual_seed(6)) + 1
+    statistics = [modifier.statistic(shape) for _ in range(2)]
+    for statistic in statistics:
+        statistic.update(windows[:4])
+    modifier.solve(shape, weight, statistics[0], None)
+    for statistic in statistics:
+        statistic.update(windows[4:])
+    found, expected = (modifier.solve(shape, weight, s, None).measures["shrinkage"] for s in statistics)
+    assert found == expected == choose_shrinkage(*statistics[0].splits())
+
+
 def test_rows_that_are_no_windows_and_windows_of_one_dataset_are_parted_by_their_number() -> None:
     rows = torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(4))
     plain, mixed, one = (SplitGram("m", 6) for _ in range(3))

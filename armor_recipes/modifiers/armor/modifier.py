@@ -186,15 +186,8 @@ class _Moments:
             return replace(found, counts=counts, row_weights=weights)
         if isinstance(statistic, InputSecondMoment):
             return cls(statistic.value.to(device), config.damping, {}, {})
-        gram, shrinkage = statistic.value.to(device), config.shrinkage
-        if shrinkage == "auto":
-            splits = statistic.splits()
-            if not splits:
-                raise NumericalError(
-                    f"{statistic.name}: `shrinkage: auto` cannot be chosen on fewer than 4 calibration windows: raise "
-                    "`calibration.samples`, or set `shrinkage` to a number from 0 to 1"
-                )
-            shrinkage = choose_shrinkage(*splits)
+        gram = statistic.value.to(device)
+        shrinkage = _chosen_shrinkage(statistic) if config.shrinkage == "auto" else config.shrinkage
         regular, dead = regularize(gram, shrinkage=shrinkage, damping=config.damping)
         pairs = (
             (statistic.cross.to(device), statistic.dense.to(device)) if config.propagate == "matched" else (None, None)
@@ -210,6 +203,18 @@ class _Moments:
             return weight
         unscaled = self.regular * regular_scale(self.gram, damping=self.damping)
         return matched_weight(weight.float(), self.gram, self.cross, unscaled)
+
+
+def _chosen_shrinkage(statistic: SplitGram) -> float:
+    if statistic.shrinkage is None:
+        splits = statistic.splits()
+        if not splits:
+            raise NumericalError(
+                f"{statistic.name}: `shrinkage: auto` cannot be chosen on fewer than 4 calibration windows: raise "
+                "`calibration.samples`, or set `shrinkage` to a number from 0 to 1"
+            )
+        statistic.shrinkage = choose_shrinkage(*splits)
+    return statistic.shrinkage
 
 
 def _no_fit(module: ModuleShape, asked: object, group: int) -> str:
