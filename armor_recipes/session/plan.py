@@ -468,17 +468,25 @@ def streams_of(entry: ModifierEntry, modifier: AnyModifier[Any]) -> tuple[str, .
     """Of which models an entry reads activations: of the one as `compressed` so far, of the `dense` one, or of both."""
     if entry.config.calibration is None:
         return ()
-    scope = modifier.scope if isinstance(modifier, Refiner) else "module"
-    propagate = getattr(entry.config, "propagate", "compressed")
-    if scope == "layer" or propagate == "matched":
+    if scope_of(modifier) == "layer" or is_matched(entry):
         return "compressed", "dense"
-    return () if scope == "model" else (propagate,)
+    return () if scope_of(modifier) == "model" else (getattr(entry.config, "propagate", "compressed"),)
+
+
+def scope_of(modifier: AnyModifier[Any]) -> str:
+    """What a modifier changes at once: a `module`, a `layer` or the `model`."""
+    return modifier.scope if isinstance(modifier, Refiner) else "module"
+
+
+def is_matched(entry: ModifierEntry) -> bool:
+    """Whether an entry's modules aim at what the dense model's give on the same tokens."""
+    return getattr(entry.config, "propagate", "") == "matched"
 
 
 def _activations_of(entry: ModifierEntry, modifier: AnyModifier[Any]) -> tuple[str, ...]:
     """Sets of activations that are held for an entry: its streams, and where it is matched the dense layer's inputs as well."""
-    matched = getattr(entry.config, "propagate", "") == "matched"
-    return (*streams_of(entry, modifier), "dense inputs") if matched else streams_of(entry, modifier)
+    streams = streams_of(entry, modifier)
+    return (*streams, "dense inputs") if is_matched(entry) else streams
 
 
 def _needs_gradients(modifier: AnyModifier[Any]) -> bool:

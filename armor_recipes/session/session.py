@@ -33,7 +33,7 @@ from armor_recipes.session.events import (
 from armor_recipes.session.gradients import output_gradients
 from armor_recipes.session.hooks import Hooks, feeding
 from armor_recipes.session.layers import find_decoder_layers
-from armor_recipes.session.plan import ModulePlan, Plan, streams_of
+from armor_recipes.session.plan import ModulePlan, Plan, is_matched, scope_of, streams_of
 from armor_recipes.session.rearranging import RearrangeJob, RearrangeResult, rearrange_layer
 from armor_recipes.session.refining import Refined, RefineJob, RefineResult, Teaching, refine_layer, refine_model
 from armor_recipes.session.solving import FactorTask, ModuleResult, Solved, Solver, SolveTask, loaded_weight
@@ -114,7 +114,7 @@ class Session:
         self.observer(PhaseStarted(f"stage {stage}"))
         self._gradients = self._output_gradients(entries)
         streams = self._capture(entries)
-        of_model = [e for e in entries if self._scope(e) == "model"]
+        of_model = [e for e in entries if scope_of(self.modifiers[e.key]) == "model"]
         self._dense = {} if of_model else None
         last = self.plan.last_layer(stage)
         for layer in range(last + 1):
@@ -151,10 +151,6 @@ class Session:
         device = next(self.model.parameters()).device
         return [ids.to(device) for ids in self.tokens[spec].ids.split(spec.batch_size)]
 
-    def _scope(self, entry: ModifierEntry) -> str:
-        modifier = self.modifiers[entry.key]
-        return modifier.scope if isinstance(modifier, Refiner) else "module"
-
     def _key(self, entry: ModifierEntry, kind: str) -> _StreamKey:
         assert entry.config.calibration is not None
         return entry.config.calibration, kind
@@ -184,17 +180,17 @@ class Session:
         """
         entries = self._rearrange(layer, entries, streams)
         collected: _Collected = {}
-        before = _Before.of(self.layers.modules[layer], streams, keep=any(map(self._is_matched, entries)))
+        before = _Before.of(self.layers.modules[layer], streams, keep=any(map(is_matched, entries)))
         for key, stream in streams.items():
             if key[1] == "dense":
                 readers = [e for e in entries if self._streams_of(e) == ("dense",) and self._key(e, "dense") == key]
-                wanted = layer < last or any(self._scope(e) == "layer" for e in entries)
+                wanted = layer < last or any(scope_of(self.modifiers[e.key]) == "layer" for e in entries)
                 collected |= self._observe(layer, stream, readers, advance=wanted)
         for entry, *others in self._at_once(layer, entries):
-            if self._scope(entry) == "layer":
+            if scope_of(self.modifiers[entry.key]) == "layer":
                 self._refine_layer(entry, layer, streams)
                 continue
-            if self._is_matched(entry):
+            if is_matched(entry):
                 self._solve_matched(layer, [entry, *others], streams, before)
                 continue
             planned = self.plan.for_layer(entry.stage, layer, entry.key)
@@ -251,9 +247,6 @@ class Session:
         self.rearrangements.append(result)
         kept = result.kept_before, result.kept_after
         self.observer(ChannelsReordered(result.consumer, *kept, result.seconds, self._progress(flops)))
-
-    def _is_matched(self, entry: ModifierEntry) -> bool:
-        return getattr(entry.config, "propagate", "") == "matched"
 
     def _observe(self, layer: int, stream: Stream, entries: list[ModifierEntry], *, advance: bool) -> _Collected:
         """Run the layer once with a hook on every module that one of the modifiers takes; statistics by modifier and module."""
