@@ -137,7 +137,7 @@ def _ways(packed: PackedLinear, bias: Tensor | None, cores: DenseCores) -> dict[
 
 
 def _measure(situation: Situation, packed: PackedLinear, bias: Tensor | None, cores: DenseCores) -> str:
-    x = torch.full((situation.tokens, situation.columns), 0.5, dtype=situation.activation)
+    x = torch.full((situation.tokens, situation.columns), 0.5, dtype=situation.activation, device="cpu")
     best_name, best = "", float("inf")
     for name, way in _ways(packed, bias, cores).items():
         if name == "dense-float32" and situation.dtype == torch.float32:

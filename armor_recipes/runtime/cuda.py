@@ -47,8 +47,13 @@ def prepare_cuda(packed: PackedLinear, name: str) -> None:
 def run_cuda(x: Tensor, prepared: None, packed: PackedLinear, bias: Tensor | None) -> Tensor:  # noqa: ARG001
     """Compute `A (S (B x)) + bias` `(..., O)` from x `(..., I)` in the layer's dtype.
 
-    Differentiable in x and all floats: where a gradient passes through S, the core is unpacked in each forward pass.
+    Differentiable in x and all floats: where a gradient passes through S, the core is unpacked in each forward pass. Inside
+    `torch.autocast` the layer keeps its dtype, and the output comes in autocast's.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = run_cuda(x.to(packed.dtype), None, packed, bias)
+        return y.to(torch.get_autocast_dtype(x.device.type))
     y = apply_output_factor(_core_product(apply_input_factor(x, packed.b), packed), packed.a)
     return y if bias is None else y + bias
 

@@ -162,6 +162,12 @@ def unpack_into(packed: PackedLinear, out: Tensor) -> None:
     one stays within `out`. Raises `TypeError` for another dtype or shape.
     """
     _check_core(packed)
+    if not (
+        out.is_cpu and packed.values.is_cpu and packed.bitmask.is_cpu and (packed.scale is None or packed.scale.is_cpu)
+    ):
+        raise TypeError(
+            f"the cpu kernel unpacks CPU tensors, got values on {packed.values.device} and out on {out.device}"
+        )
     if out.shape != packed.shape or not out.is_contiguous() or out.dtype not in (packed.dtype, torch.float32):
         raise TypeError(f"cannot unpack {packed.shape} {packed.dtype} into {tuple(out.shape)} {out.dtype}")
     rows, columns = packed.shape
@@ -192,11 +198,21 @@ def _check_arguments(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> No
             "the cpu kernel takes factors and a contiguous bias in one dtype, got "
             f"{packed.a.dtype}, {packed.b.dtype} and {None if bias is None else bias.dtype}"
         )
+    (rows, columns), (b_o, b_i) = packed.shape, packed.block_size
+    factors = (rows // b_o, b_o, b_o), (columns // b_i, b_i, b_i)
+    found = packed.a.shape, packed.b.shape, (rows,) if bias is None else bias.shape
+    if found != (*factors, (rows,)) or rows % b_o or columns % b_i:
+        raise TypeError(f"the cpu kernel takes factors {factors} and a bias ({rows},), got {[tuple(s) for s in found]}")
 
 
 def _check_core(packed: PackedLinear) -> None:
     """Refuse dtypes that the kernel has not, and scales that it would read past; contents are checked once, by `check_packed`."""
     (rows, columns), stored, scale = packed.shape, packed.values.dtype, packed.scale
+    if packed.bitmask.shape != (rows, columns // 8) or packed.bitmask.dtype != torch.uint8 or columns % 8:
+        raise TypeError(
+            f"the cpu kernel takes a bitmask ({rows}, {columns}/8) torch.uint8, got {tuple(packed.bitmask.shape)} "
+            f"{packed.bitmask.dtype}"
+        )
     scales = packed.values if scale is None else scale
     known = stored in (FORMATS if scale is None else INTEGER_DTYPES)
     if not known or packed.dtype not in FORMATS or scales.dtype != packed.dtype:
@@ -217,7 +233,7 @@ def _check_core(packed: PackedLinear) -> None:
 def _run_job(x: Tensor, packed: PackedLinear, bias: Tensor | None, y: Tensor, path: int) -> None:
     """One job of at most MOST_TOKENS tokens; the factors before the rows."""
     (tokens, columns), rows, (b_o, b_i) = x.shape, y.shape[1], packed.block_size
-    inner = torch.empty(tokens * -(-columns // _STRIP) * _STRIP, dtype=torch.float32)
+    inner = torch.empty(tokens * -(-columns // _STRIP) * _STRIP, dtype=torch.float32, device="cpu")
     job = _Job.of(packed)
     job.tokens, job.activation, job.path = tokens, FORMATS[x.dtype], path
     job.x, job.y, job.inner = x.data_ptr(), y.data_ptr(), inner.data_ptr()
@@ -228,7 +244,7 @@ def _run_job(x: Tensor, packed: PackedLinear, bias: Tensor | None, y: Tensor, pa
         (_OUTPUT, rows // b_o, rows * (columns // 2 + b_o)),
     ):
         threads = _threads(blocks, entries)
-        work = torch.empty(_parts(blocks, threads), work_size, dtype=torch.float32)
+        work = torch.empty(_parts(blocks, threads), work_size, dtype=torch.float32, device="cpu")
         _run(_Task(pointer, None, work.data_ptr(), step, blocks, work_size=work_size), threads)
 
 
@@ -351,13 +367,13 @@ def path_agrees(path: str) -> bool:
 def _integers(shape: tuple[int, ...], most: int) -> Tensor:
     """Integers from -most to most, in an order that no kernel's layout repeats; the same ones in every process."""
     count = functools.reduce(lambda x, y: x * y, shape)
-    return ((torch.arange(count) * 7919 + 104729) % 10007 % (2 * most + 1) - most).view(shape)
+    return ((torch.arange(count, device="cpu") * 7919 + 104729) % 10007 % (2 * most + 1) - most).view(shape)
 
 
 def _integer_problem(dtype: torch.dtype, core: str, groups: int) -> tuple[PackedLinear, Tensor]:
     """A core of 27 rows in blocks of 9, with every one of the six masks; columns end within a strip, where groups let them."""
     columns = {"float": 104, "int8": 104, "int4": 112}[core] if groups < 2 else 128
-    nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8)
+    nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device="cpu")
     choice = nibbles[_integers((27, columns // 4), 40) % 6]
     values = _integers((27, columns // 2), _LARGEST[core])
     values = pack_int4(values.clamp(max=7)) if core == "int4" else values.to(torch.int8 if core == "int8" else dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from armor_recipes.checkpoint.config import INPUT_FACTOR, SCALE, LayerSpec, PackedShapes, named_tensors, tensor_names
 from armor_recipes.checkpoint.packing import INTEGER_DTYPES, FactorizationLike, PackedLinear
+from armor_recipes.compute import plain_torch
 from armor_recipes.errors import CheckpointError
 from armor_recipes.runtime.backends import choose_backend, wants_gradients
 
@@ -194,8 +195,8 @@ class ArmorLinear(nn.Linear):
         key = backend.name, tuple(_Version(tensor) for tensor in self._stored().values())
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = None  # the old one is freed before the new one is made
-            # What inference mode makes could not be used in a later backward pass; leaving it turns gradients on.
-            with torch.inference_mode(False), torch.no_grad():
+            # What inference mode makes could not be used in a later backward pass, nor what autocast rounds.
+            with plain_torch(), torch.no_grad():
                 self._prepared = key, backend.prepare(self.packed(), self._name())
         return self._prepared[1]
 

@@ -26,9 +26,15 @@ def linear(
     """Compute `A (S (B x)) + bias` `(..., O)`; past the dispatcher, which costs tens of microseconds, where nothing needs it.
 
     `backend` is `cpu`, the kernel whatever the number of tokens, or `auto`, the fastest way, with the layer's `cores` if it
-    keeps them. Differentiable in x, float values, A, B and bias. Raises what `run_kernel` raises, and in a backward pass
-    `RecipeError` where the scales of a quantised core are trained.
+    keeps them. Differentiable in x, float values, A, B and bias. Inside `torch.autocast` x is taken, and the output given, in
+    autocast's dtype, as by a linear layer; the layer keeps its own dtype and sums in float32.
+
+    Raises what `run_kernel` raises, and in a backward pass `RecipeError` where the scales of a quantised core are trained.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x, packed, bias, backend=backend, cores=cores)
     tensors = (x, packed.values, packed.bitmask, packed.a, packed.b, packed.scale, bias)
     grads = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if grads or torch.compiler.is_compiling():
@@ -79,16 +85,17 @@ def _linear_backward(
 ) -> list[Tensor]:
     """Gradients of x, values, a and b: those `wanted`, empty tensors for the others (no autograd inside an operator)."""
     core, mask = PackedLinear(values, bitmask, a, b, scale).unpack()
-    core = core.to(a.dtype)  # a quantised one comes as float32
-    flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    inner = apply_input_factor(flat, b)
-    inner_grad = apply_output_factor(grad, a.mT)
+    wide = torch.promote_types(x.dtype, a.dtype)  # under autocast the layer's dtype need not be x's
+    core, a_wide, b_wide = (tensor.to(wide) for tensor in (core, a, b))
+    flat, upstream = (tensor.reshape(-1, tensor.shape[-1]).to(wide) for tensor in (x, grad))
+    inner = apply_input_factor(flat, b_wide)
+    inner_grad = apply_output_factor(upstream, a_wide.mT)
     input_grad = inner_grad @ core
     found = (
-        lambda: apply_input_factor(input_grad, b.mT).view_as(x),
-        lambda: (inner_grad.mT @ inner)[mask].view_as(values),
-        lambda: _block_outer(grad, inner @ core.mT, a),
-        lambda: _block_outer(input_grad, flat, b),
+        lambda: apply_input_factor(input_grad, b_wide.mT).view_as(x).to(x.dtype),
+        lambda: (inner_grad.mT @ inner)[mask].view_as(values).to(values.dtype),
+        lambda: _block_outer(upstream, inner @ core.mT, a).to(a.dtype),
+        lambda: _block_outer(input_grad, flat, b).to(b.dtype),
     )
     return [made() if need else grad.new_empty(0) for made, need in zip(found, wanted, strict=True)]  # type: ignore[no-untyped-call]
 
@@ -132,7 +139,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         else [grad.new_empty(0)] * 4
     )
     x, values, a, b = (gradient if need else None for gradient, need in zip(found, wanted, strict=True))
-    bias = grad.flatten(0, -2).sum(0) if need_bias else None
+    bias = grad.flatten(0, -2).sum(0) if need_bias else None  # autograd casts it to the bias's dtype
     return x, values, None, a, b, None, bias, None
 
 

@@ -36,7 +36,7 @@ def run_dense(
 
 def unpacked(packed: PackedLinear, dtype: torch.dtype) -> Tensor:
     """Return S `(O, I)` in a tensor of its own, for layers that keep it."""
-    core = torch.empty(packed.shape, dtype=dtype)
+    core = torch.empty(packed.shape, dtype=dtype, device="cpu")
     unpack_into(packed, core)
     return core
 
@@ -49,5 +49,5 @@ def _buffer(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         _buffers.bytes = None  # freed before the larger one is made
         # Made under inference mode it could not be written to outside.
         with torch.inference_mode(False):
-            _buffers.bytes = held = torch.empty(size, dtype=torch.uint8)
+            _buffers.bytes = held = torch.empty(size, dtype=torch.uint8, device="cpu")
     return held[:size].view(dtype).view(shape)

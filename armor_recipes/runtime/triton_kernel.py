@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.compute import check_tensors
 from armor_recipes.runtime.cuda import MOST_TOKENS
 
 #: A program's tile of S: rows, and groups of four columns. Sixteen rows are the least that `tl.dot` takes, and give the most
@@ -32,11 +33,15 @@ def run_core(x: Tensor, packed: PackedLinear) -> Tensor:
         `(T, O)` in x's dtype.
     """
     tokens, (rows, columns) = x.shape[0], packed.shape
+    x = x.contiguous()
+    if tokens > MOST_TOKENS:
+        raise TypeError(f"the Triton kernel takes at most {MOST_TOKENS} tokens, got {tokens}")
+    core, groups = _stored(packed, x.device)
+    check_tensors("the Triton kernel", {"x": (x, packed.dtype, (tokens, columns))}, device=x.device)
     y = x.new_empty(tokens, rows)
-    core, groups = _stored(packed)
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the layer's
         core_kernel[(triton.cdiv(rows, _ROWS),)](
-            x.contiguous(),
+            x,
             *core,
             y,
             tokens,
@@ -59,7 +64,7 @@ def unpack_core(packed: PackedLinear) -> Tensor:
     """
     rows, columns = packed.shape
     dense = packed.a.new_empty(rows, columns)
-    core, groups = _stored(packed)
+    core, groups = _stored(packed, dense.device)
     with torch.cuda.device_of(dense):
         unpack_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(columns // 4, _FOURS))](
             *core,
@@ -74,11 +79,24 @@ def unpack_core(packed: PackedLinear) -> Tensor:
     return dense
 
 
-def _stored(packed: PackedLinear) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-    """Values, bitmask and scales as the kernels read them, and the number of scales a row."""
+def _stored(packed: PackedLinear, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """Values, bitmask and scales as the kernels read them, and the number of scales a row.
+
+    Raises TypeError where one is on another device, or has a dtype or shape that the kernels would take for another.
+    """
+    (rows, columns), dtype = packed.shape, packed.dtype
     scale = packed.a if packed.scale is None else packed.scale  # without scales any pointer will do
     groups = 1 if packed.scale is None else scale.shape[1]
-    return (packed.values.contiguous(), packed.bitmask.contiguous(), scale.contiguous()), groups
+    values, bitmask, scale = packed.values.contiguous(), packed.bitmask.contiguous(), scale.contiguous()
+    stored = {"float": dtype, "int8": torch.int8, "int4": torch.int32}[packed.core]
+    wanted = {
+        "values": (values, stored, tuple(values.shape)),  # from which the layer's shape follows
+        "bitmask": (bitmask, torch.uint8, (rows, columns // 8)),
+    }
+    if packed.scale is not None:
+        wanted["scale"] = (scale, dtype, (rows, groups))
+    check_tensors("the Triton kernel", wanted, device=device)
+    return (values, bitmask, scale), groups
 
 
 # Triton reads annotations as code, and knows none but constexpr.

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,8 +32,9 @@ def bytes_at_once(solves: Sequence[int]) -> int:
 
 def estimate_peak_bytes(model: nn.Module, tokens: int, *, solve_bytes: int) -> int:
     """The process as it is, the model, and the larger of: activations with solves, or a second copy of the model to verify."""
-    config = getattr(model, "config", None)
-    hidden = getattr(config, "hidden_size", 0) or 0
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # of a composite one
+    hidden = getattr(text, "hidden_size", 0) or 0
     weights = _VALUE * sum(p.numel() for p in model.parameters())
     activations = _VALUE * hidden * tokens
     return resident_bytes() + weights + max(activations + solve_bytes, 2 * weights)
@@ -50,7 +52,7 @@ def resident_bytes() -> int:
 
 
 def _flops_per_second() -> float:
-    left, right = torch.ones(16, 512, 64), torch.ones(16, 64, 64)
+    left, right = (torch.ones(16, rows, 64, dtype=torch.float32, device="cpu") for rows in (512, 64))
     torch.bmm(left, right)
     started = time.perf_counter()
     for _ in range(10):

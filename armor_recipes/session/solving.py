@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.errors import ArmorError, NumericalError
+from armor_recipes.errors import ArmorError
 from armor_recipes.modifiers import FactorModifier, Modifier, ModuleShape, Outcome, Statistic
 from armor_recipes.modifiers.base import WithGradients, join_shapes
 from armor_recipes.modifiers.threads import one_thread_each
@@ -148,16 +148,31 @@ class Solver:
         yield from self._run_at_once(jobs, workers)
 
     def _run_at_once(self, jobs: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
+        """Results in order up to the first job that fails, in whatever order they do; then the error of the first in order."""
+        futures: list[Future[T]] = []
         with one_thread_each(workers) as pool:
-            futures: list[Future[T]] = [pool.submit(job) for job in jobs]
             try:
+                futures.extend(pool.submit(self._or_stop, job) for job in jobs)
                 for future in futures:
+                    wait([future])
+                    if self._stopped.is_set():
+                        break
                     yield future.result()
-            except BaseException:
+            finally:
                 self._stopped.set()
                 for future in futures:
                     future.cancel()
-                raise
+        _raise_first(futures)
+
+    def _or_stop(self, job: Callable[[], T]) -> T:
+        """Do a job, and let the others end if it fails: those under way at their next report, those to come before they begin."""
+        if self._stopped.is_set():
+            raise _StoppedError
+        try:
+            return job()
+        except BaseException:
+            self._stopped.set()
+            raise
 
     def _progress(self, name: str) -> Callable[[int, int, float], None]:
         def progress(done: int, at_most: int, loss: float) -> None:
@@ -174,8 +189,6 @@ class Solver:
         shape = join_shapes(task.shapes)
         started = time.perf_counter()
         try:
-            for weight in weights:
-                _refuse_zero(weight)
             stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
             outcome = task.modifier.solve(shape, stacked, task.statistic, self._progress(shape.name))
             rows = [s.d_out for s in task.shapes]
@@ -248,7 +261,7 @@ class Solver:
             tokens=0 if statistic is None else statistic.tokens,
             iterations=outcome.iterations,
             stop_reason=outcome.stop_reason,
-            counts=outcome.counts,
+            counts=outcome.counts if bool(weight.any()) else {**outcome.counts, "zero_weight": 1},
             seconds=seconds,
             measures=outcome.measures,
             packed=factors if self.keep_packed else None,
@@ -260,12 +273,14 @@ class _StoppedError(Exception):
     """Ends the other solves of a layer once one of them failed or the run was interrupted."""
 
 
+def _raise_first(futures: Sequence[Future[Any]]) -> None:
+    """Raise the error of the first job in order that has one of its own. All are over; those that never began are cancelled."""
+    for future in futures:
+        error = None if future.cancelled() else future.exception()
+        if error is not None and not isinstance(error, _StoppedError):
+            raise error
+
+
 def loaded_weight(packed: PackedLinear, dtype: torch.dtype) -> Tensor:
     """The weight that a loader computing in `dtype` makes of the stored tensors, bit for bit."""
     return packed.to(dtype).fold(dtype)
-
-
-def _refuse_zero(weight: Tensor) -> None:
-    """All measures are relative to the weight, so there must be one."""
-    if not bool(weight.any()):
-        raise NumericalError("every number of its weight is zero: there is nothing to prune; add it to `ignore`")

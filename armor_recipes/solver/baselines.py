@@ -23,7 +23,7 @@ def magnitude_scores(weight: Tensor) -> Tensor:
 def wanda_scores(weight: Tensor, second_moment: Tensor) -> Tensor:
     """|W_ij| · √h_j, float32 `(O, I)`, for h `(I,)` the mean of x² (Wanda, arXiv 2306.11695, Eq. 1, up to a factor).
 
-    Raises NumericalError where h is not finite, is negative, or is zero everywhere. A dead channel scores 0.
+    Raises NumericalError where h is not finite or negative. A dead channel scores 0.
     """
     fill_dead_channels(second_moment)
     return weight.float().abs() * second_moment.float().sqrt()
@@ -84,8 +84,8 @@ def sparsegpt(
 def dampen(gram: Tensor, damping: float) -> Tensor:
     """H + damping · mean(diag H) · I, float64 `(I, I)`; dead channels (H_jj = 0) get the mean on the diagonal instead.
 
-    The mean is over channels that are not dead, so a scaled H gives a scaled result. Raises NumericalError where a value is
-    not finite, a diagonal entry is negative, or all channels are dead.
+    The mean is over channels that are not dead, so a scaled H gives a scaled result; it is 1 where all are. Raises NumericalError
+    where a value is not finite, or a diagonal entry is negative.
     """
     if not bool(gram.isfinite().all()):
         raise NumericalError(
@@ -93,7 +93,7 @@ def dampen(gram: Tensor, damping: float) -> Tensor:
         )
     diagonal = gram.diagonal().double()
     filled, dead = fill_dead_channels(diagonal)
-    mean = diagonal.sum() / (len(diagonal) - dead)
+    mean = filled.mean() if dead == len(diagonal) else diagonal.sum() / (len(diagonal) - dead)
     damped = gram.double()
     damped = damped.clone() if damped is gram else damped
     damped.diagonal().copy_(torch.where(diagonal > 0, filled + damping * mean, mean))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from armor_recipes.compute import plain_torch
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver.adam import AdamProblem, solve_adam
 from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
@@ -33,6 +34,8 @@ _ROUNDING = 1e-5
 Progress = Callable[[int, int, float], None]
 
 
+@plain_torch()
+@torch.no_grad()
 def factorize(
     weight: Tensor,
     second_moment: Tensor,
@@ -133,6 +136,8 @@ def _check_row_weights(weight: Tensor, row_weights: Tensor | None) -> None:
         raise ValueError("row_weights must be finite and above 0")
 
 
+@plain_torch()
+@torch.no_grad()
 def nowag_mask(weight: Tensor, second_moment: Tensor, *, pattern: str = "2:4") -> tuple[Tensor, dict[str, int]]:
     """NoWag-P's N:M mask, bool `(O, I)`: the top N of each group by W̄²_ij · h_j, ties to the lower index; and counts.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
 from armor_recipes.solver.exact import factor_normal, finite_loss, from_blocks, residual, solve_normal, to_blocks
-from armor_recipes.solver.normalize import fill_dead_channels, normalized
+from armor_recipes.solver.normalize import fill_dead_channels, normalized, share_of
 from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern
 from armor_recipes.solver.result import Factors
 from armor_recipes.solver.sweep import SweepProblem, sweep
@@ -61,7 +61,7 @@ def regularize(gram: Tensor, *, shrinkage: float, damping: float) -> tuple[Tenso
 
     Raises:
         ValueError: numbers or shapes that do not fit, or an H that is not symmetric.
-        NumericalError: values that are not finite, a negative diagonal entry, or dead channels only.
+        NumericalError: values that are not finite, or a negative diagonal entry.
     """
     if not 0 <= shrinkage <= 1 or not 0 <= damping < math.inf:
         raise ValueError(f"{shrinkage=} must lie in [0, 1], and {damping=} must be finite and not negative")
@@ -91,7 +91,7 @@ def choose_shrinkage(*splits: tuple[Tensor, Tensor]) -> float:
 
     Raises:
         ValueError: shapes that do not fit, or an H that is not symmetric.
-        NumericalError: values that are not finite, or dead channels only.
+        NumericalError: values that are not finite.
     """
     own = other = 0.0
     for fit, held_out in splits:
@@ -131,7 +131,7 @@ def matched_loss(weight: Tensor, dense: Tensor, cross: Tensor, gram: Tensor, app
     w, v = weight.double(), approximation.double()
     total = stable_sum(w * (w @ dense.double()))
     error = total - 2 * stable_sum(v * (w @ cross.double())) + stable_sum(v * (v @ gram.double()))
-    return max(error, 0.0) / total
+    return share_of(max(error, 0.0), total)
 
 
 def hessian_loss(
@@ -150,7 +150,7 @@ def hessian_loss(
     normal = normalized(weight.double(), normalize=normalize, row_weights=row_weights)
     error = normal.weight - approximation.double() / normal.columns / normal.rows[:, None]
     gram = gram.double()
-    return quadratic_form(error, gram) / quadratic_form(normal.weight, gram)
+    return share_of(quadratic_form(error, gram), quadratic_form(normal.weight, gram))
 
 
 def quadratic_form(error: Tensor, gram: Tensor) -> float:

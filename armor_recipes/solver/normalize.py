@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +85,8 @@ def gradient_row_weights(
 def fill_dead_channels(second_moment: Tensor) -> tuple[Tensor, int]:
     """Replace entries of h `(I,)` that are zero by the mean of the others; returns the filled h and how many there were.
 
-    Raises NumericalError where a value is not finite or negative, or where every channel is dead.
+    Where every channel is dead (a module behind one of zeros) all become 1: nothing that is done there changes an output.
+    Raises NumericalError where a value is not finite or negative.
     """
     if not bool(torch.isfinite(second_moment).all()) or bool((second_moment < 0).any()):
         bad = int((~torch.isfinite(second_moment) | (second_moment < 0)).sum())
@@ -92,9 +94,7 @@ def fill_dead_channels(second_moment: Tensor) -> tuple[Tensor, int]:
     dead = second_moment == 0
     count = int(dead.sum())
     if count == second_moment.numel():
-        raise NumericalError(
-            f"all {count} input channels have second moment 0: no calibration signal reaches this layer"
-        )
+        return torch.ones_like(second_moment), count
     if count == 0:
         return second_moment, 0
     return torch.where(dead, second_moment[~dead].mean(), second_moment), count
@@ -115,7 +115,14 @@ def relative_loss(
     h = fill_dead_channels(second_moment.double())[0]
     normal = normalized(weight.double(), normalize=normalize, row_weights=row_weights)
     error = normal.weight - approximation.double() / normal.columns / normal.rows[:, None]
-    return stable_sum(error.square() * h) / stable_sum(normal.weight.square() * h)
+    return share_of(stable_sum(error.square() * h), stable_sum(normal.weight.square() * h))
+
+
+def share_of(squared_error: float, total: float) -> float:
+    """A squared error relative to that of Ŵ = 0; for a weight of zeros 0 where it is met, and else infinite."""
+    if total > 0:
+        return squared_error / total
+    return 0.0 if squared_error == 0 else math.inf
 
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:

@@ -86,7 +86,7 @@ def mask_to_index(mask: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
     bits: Tensor = (groups * _bit_values(pattern, mask.device)).sum(-1)
     if not pattern.has_table:
         return bits
-    number_of = torch.zeros(1 << pattern.group, dtype=torch.uint8)
+    number_of = torch.zeros(1 << pattern.group, dtype=torch.uint8, device="cpu")
     for number, lanes in enumerate(mask_lanes(pattern)):
         number_of[sum(1 << lane for lane in lanes)] = number
     return number_of.to(mask.device)[bits]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from armor_recipes.compute import check_tensors
 from armor_recipes.solver.compiled import compiled
 
 _TILE, _PANEL = 64, 64  # of native/product.c
@@ -41,18 +42,20 @@ class SparseMatrix:
             functional.pad(part, padding).view(rows, panels, _PANEL).transpose(0, 1) for part in (dense, mask)
         )
         ends = kept.sum(-1).flatten().cumsum(0).view(panels, rows)
-        starts = torch.zeros(panels, rows + 1, dtype=torch.int64)
+        starts = torch.zeros(panels, rows + 1, dtype=torch.int64, device="cpu")
         starts[:, 1:] = ends
         starts[1:, 0] = ends[:-1, -1]
-        column = torch.arange(_PANEL, dtype=torch.int32).expand_as(kept)[kept]
+        column = torch.arange(_PANEL, dtype=torch.int32, device="cpu").expand_as(kept)[kept]
         entries = (numbers[kept].view(torch.int16).to(torch.int32) << 16) | column
         return cls((rows, columns), entries, starts)
 
     def dense(self) -> Tensor:
         """The matrix float32 `(rows, columns)`, zero where there is no entry."""
         (rows, columns), panels = self.shape, len(self.starts)
-        row = torch.arange(panels * rows).repeat_interleave((self.starts[:, 1:] - self.starts[:, :-1]).flatten())
-        full = torch.zeros(panels * rows, _PANEL)
+        row = torch.arange(panels * rows, device="cpu").repeat_interleave(
+            (self.starts[:, 1:] - self.starts[:, :-1]).flatten()
+        )
+        full = torch.zeros(panels * rows, _PANEL, dtype=torch.float32, device="cpu")
         full[row, self.entries & 0xFFFF] = (self.entries & -0x10000).view(torch.float32)
         return full.view(panels, rows, _PANEL).transpose(0, 1).reshape(rows, -1)[:, :columns].contiguous()
 
@@ -64,6 +67,7 @@ class SparseMatrix:
         function = _native_product()
         assert function is not None
         x = x.contiguous()
+        self._check(x)
         (tokens, columns), rows = x.shape, self.shape[0]
         y = x.new_empty(tokens, rows)
         tiles = -(-tokens // _TILE)
@@ -82,6 +86,21 @@ class SparseMatrix:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(run, range(threads)))
         return y
+
+    def _check(self, x: Tensor) -> None:
+        """Raise TypeError where the kernel would read or write beyond a tensor."""
+        (rows, columns), count = self.shape, len(self.entries)
+        panels = -(-columns // _PANEL)
+        check_tensors(
+            "the sparse product",
+            {
+                "x": (x, torch.float32, (len(x), columns)),
+                "entries": (self.entries, torch.int32, (count,)),
+                "starts": (self.starts, torch.int64, (panels, rows + 1)),
+            },
+        )
+        if int(self.starts[-1, -1]) != count:
+            raise TypeError(f"the sparse product has {count} entries, and its rows end at {int(self.starts[-1, -1])}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from armor_recipes.compute import check_tensors
 from armor_recipes.solver.compiled import compiled
 from armor_recipes.solver.groups import minor_inverses, solve_group
 from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern, mask_lanes
@@ -143,6 +144,31 @@ def _sweep_triton(problem: SweepProblem, inverses: Tensor | None) -> None:
     sweep_blocks(problem, inverses)
 
 
+def check_problem(
+    what: str, problem: SweepProblem, inverses: Tensor, *, device: torch.device | Literal["cpu"] = "cpu"
+) -> None:
+    """Raise TypeError where compiled code would read or write beyond the tensors of `problem`, or take them for others."""
+    row_blocks, column_blocks, rows, width = problem.core.shape
+    keep, group = problem.pattern.keep, problem.pattern.group
+    masks = len(mask_lanes(problem.pattern))
+    blocks = (row_blocks, column_blocks, rows)
+    single = torch.float32
+    check_tensors(
+        what,
+        {
+            "correlation": (problem.correlation, single, (*blocks, width)),
+            "core": (problem.core, single, (*blocks, width)),
+            "index": (problem.index, torch.uint8, (*blocks, width // group)),
+            "gram_a": (problem.gram_a, single, (row_blocks, rows, rows)),
+            "gram_b": (problem.gram_b, single, (column_blocks, width, width)),
+            "inverses": (inverses, single, (column_blocks, width // group, masks, keep, keep)),
+        },
+        device=device,
+    )
+    if device == "cpu" and problem.index.numel() and int(problem.index.max()) >= masks:
+        raise TypeError(f"{what} takes numbers of masks below {masks}, got {int(problem.index.max())}")
+
+
 def _native_sweep() -> Callable[..., None] | None:
     return compiled("armor_sweep", pointers=8, integers=9)
 
@@ -152,17 +178,16 @@ def _sweep_native(problem: SweepProblem, inverses: Tensor | None) -> None:
     function = _native_sweep()
     if function is None or inverses is None:
         raise RuntimeError("the compiled sweep needs its extension, and groups of at most 8 entries")
-    lanes = torch.tensor(mask_lanes(problem.pattern), dtype=torch.uint8)
+    check_problem("the compiled sweep", problem, inverses)
+    lanes = torch.tensor(mask_lanes(problem.pattern), dtype=torch.uint8, device="cpu")
     tensors = (problem.correlation, problem.core, problem.index, problem.gram_a, problem.gram_b, inverses, lanes)
-    if not all(t.is_contiguous() for t in tensors):
-        raise RuntimeError("the compiled sweep needs contiguous tensors")
     row_blocks, column_blocks, rows, width = problem.core.shape
     total = row_blocks * column_blocks
     pointers = [t.data_ptr() for t in tensors]
     threads = max(1, min(torch.get_num_threads(), total, problem.core.numel() // _WORTH_A_THREAD))
     bounds = [total * i // threads for i in range(threads + 1)]
 
-    scratch = torch.empty(threads, width)
+    scratch = torch.empty(threads, width, dtype=torch.float32, device="cpu")
 
     def run(part: int) -> None:
         sizes = (column_blocks, rows, width, lanes.shape[1], problem.pattern.group, lanes.shape[0])

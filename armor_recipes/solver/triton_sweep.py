@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from armor_recipes.solver.sweep import SweepProblem
+from armor_recipes.solver.sweep import SweepProblem, check_problem
 
 #: Rows above that are taken off the correlation at once.
 _ABOVE = 16
@@ -23,9 +23,8 @@ def sweep_blocks(problem: SweepProblem, inverses: Tensor) -> None:
     The operations are those of the torch form, summed in another order: row r reads what the rows above changed when its turn
     comes (Δ_row · G_B is kept in the place of their correlations), and no row is written but its own.
     """
+    check_problem("the Triton sweep", problem, inverses, device=problem.core.device)
     tensors = (problem.correlation, problem.core, problem.index, problem.gram_a, problem.gram_b, inverses)
-    if not all(t.is_contiguous() for t in tensors):
-        raise RuntimeError("the Triton sweep needs contiguous tensors")
     row_blocks, column_blocks, rows, width = problem.core.shape
     with torch.cuda.device_of(problem.core):  # Triton launches on the current device, which need not be the tensors'
         sweep_kernel[(row_blocks * column_blocks,)](

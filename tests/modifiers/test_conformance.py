@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pydantic
@@ -67,6 +68,17 @@ def fed(modifier: Modifier[Any], *, batches: int = 3) -> Any:
     for _ in range(batches):
         statistic.update(torch.randn(2, 5, SHAPE.d_in, generator=generator) * torch.arange(1, SHAPE.d_in + 1))
     return statistic
+
+
+def test_a_weight_of_zeros_and_inputs_of_zeros(modifier: Modifier[Any]) -> None:
+    statistic = modifier.statistic(SHAPE)
+    for _ in range(4):
+        statistic.update(torch.zeros(2, 5, SHAPE.d_in))
+    for values, inputs in ((torch.zeros(SHAPE.d_out, SHAPE.d_in), fed(modifier, batches=4)), (weight(), statistic)):
+        outcome = modifier.solve(SHAPE, values, inputs, None)
+        stored = modifier.loss(values, inputs, outcome.weight)
+        assert all(map(math.isfinite, (*outcome.losses, stored)))
+        assert values.any() or not (outcome.weight.any() or any(outcome.losses))
 
 
 def test_every_modifier_has_an_example() -> None:

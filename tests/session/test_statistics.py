@@ -205,14 +205,19 @@ def test_training_mode_is_given_back(llama: Path) -> None:
     assert session.model.training
 
 
-def test_an_all_zero_weight_is_named(llama: Path) -> None:
+def test_a_weight_of_zeros_is_stored_as_one_and_counted(llama: Path) -> None:
     session = make_session(make_job(recipe(llama)))
-    session.model.get_parameter("model.layers.1.self_attn.v_proj.weight").data.zero_()
-    with (
-        pytest.raises(NumericalError, match=r"layers\.1\.self_attn\.v_proj: every number of its weight is zero"),
-        session,
-    ):
-        session.run()
+    name = "model.layers.1.self_attn.v_proj"
+    session.model.get_parameter(f"{name}.weight").data.zero_()
+    with session:
+        results = session.run()
+    zero, behind = results[name], results["model.layers.1.self_attn.o_proj"]
+    assert zero.counts == {"zero_weight": 1}
+    assert (zero.losses[0], zero.losses[-1], zero.stored_loss, zero.error) == (0, 0, 0, 0)
+    assert zero.packed is not None
+    assert not zero.packed.fold(torch.float32).any()
+    assert behind.counts == {"dead_channels": 32}  # it reads nothing but zeros
+    assert 0 < behind.stored_loss < 1
 
 
 def test_a_module_that_no_token_reaches_is_named() -> None:

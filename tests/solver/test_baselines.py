@@ -203,8 +203,13 @@ def test_what_is_not_finite_is_an_error(bad: float) -> None:
     weight[1, 1] = bad
     with pytest.raises(NumericalError, match="1 of 40 weights are not finite"):
         sparsegpt(weight, gram)
-    with pytest.raises(NumericalError, match="all 8 input channels"):
-        sparsegpt(torch.ones(5, 8), torch.zeros(8, 8))
+
+
+def test_inputs_that_are_always_zero_lose_nothing() -> None:
+    pruned, mask, counts = sparsegpt(torch.ones(5, 8), torch.zeros(8, 8))
+    assert not pruned.any()
+    assert counts == {"dead_channels": 8}
+    assert mask.view(5, 2, 4).sum(-1).eq(2).all()
 
 
 @pytest.mark.parametrize(
