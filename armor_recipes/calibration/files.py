@@ -31,6 +31,15 @@ class Column:
         listed = ", ".join(known) or "none"
         return InputError(f"{where} has no column {self.name!r}; set `{self.key}` to one of its columns: {listed}")
 
+    def check_among(self, names: tuple[str, ...], where: str) -> None:
+        """Raise InputError unless exactly one of a table's columns has the name."""
+        if self.name not in names:
+            raise self.missing(names, where)
+        if names.count(self.name) > 1:
+            raise InputError(
+                f"{where} has {names.count(self.name)} columns {self.name!r}; rename or remove all but one"
+            )
+
     def check_plain(self, where: str) -> None:
         """Raise InputError if chat messages are wanted: plain text has no columns."""
         if self.key == "messages_column":
@@ -48,30 +57,62 @@ class Cell:
     where: str
 
 
+def shown(value: object) -> str:
+    """Return a value as messages show it, in at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 def read_path(path: Path, column: Column) -> Iterator[Cell]:
     """Rows of a file, or of all files of a folder and its sub-folders, sorted by path. Hidden files are passed over.
 
     Raises InputError for a missing path, a kind of file that is not read, and everything wrong inside.
     """
-    for file in _files(path):
-        try:
-            yield from _read_file(file, column)
-        except OSError as error:
-            raise InputError(
-                f"cannot read {file}: {error.strerror or error}; check the path and its permissions"
-            ) from error
+    place = path
+    try:
+        for place in _files(path):
+            yield from _read_file(place, column)
+    except OSError as error:
+        named = error.filename or place
+        raise InputError(
+            f"cannot read {named}: {error.strerror or error}; check the path and its permissions"
+        ) from error
 
 
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
-        if not path.exists():
-            raise InputError(f"no such file or folder: {path}; a relative path starts at the recipe that names it")
+        _check_file(path)
         return [path]
-    inside = [(file.relative_to(path), file) for file in path.rglob("*") if file.is_file()]
-    files = [file for name, file in sorted(inside) if not any(part.startswith(".") for part in name.parts)]
+    files = list(_inside(path, frozenset()))
     if not files:
         raise InputError(f"the folder {path} holds no files; put {_listed()} files into it")
     return files
+
+
+def _inside(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """Visible files of a folder and its sub-folders in the order of their paths; `above` are the folders that it lies in."""
+    above |= {folder.resolve()}
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            _check_file(entry)
+            yield entry
+        elif entry.resolve() in above:
+            raise InputError(f"the folder {entry} is a link to a folder that it lies in; remove it")
+        else:
+            yield from _inside(entry, above)
+
+
+def _check_file(path: Path) -> None:
+    """Raise InputError for what is not there, and for pipes and devices, which may never end."""
+    if path.is_file():
+        return
+    if path.exists():
+        raise InputError(f"{path} is a pipe or a device, not a file; write its text to a file and name that")
+    if path.is_symlink():
+        raise InputError(f"{path} is a link that leads nowhere; mend or remove it")
+    raise InputError(f"no such file or folder: {path}; a relative path starts at the recipe that names it")
 
 
 def _read_file(path: Path, column: Column) -> Iterator[Cell]:
@@ -137,15 +178,25 @@ def _cell(row: object, column: Column, where: str) -> Cell:
 
 def _parse(text: str, where: str) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         hint = (
             "; a file with one object a line is named .jsonl" if error.msg == "Extra data" and error.lineno > 1 else ""
         )
         raise InputError(f"{where} is not JSON: {error.msg} at {place}; correct or remove it{hint}") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deep
+    except (ValueError, RecursionError) as error:  # a number of too many digits, a key twice, or nested too deep
         raise InputError(f"{where} cannot be read as JSON: {error}; correct or remove it") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object of JSON. Raises ValueError for a key that stands in it twice: which value is meant is not known."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in {shown(pairs)}")
+    return found
 
 
 def _kind(value: object) -> str:
@@ -160,10 +211,13 @@ def _parquet(path: Path, column: Column) -> Iterator[Cell]:
     try:
         with parquet.ParquetFile(path) as file:
             names = tuple(file.schema_arrow.names)
-            if column.name not in names:
-                raise column.missing(names, str(path))
+            column.check_among(names, str(path))
             values = file.read(columns=[column.name]).column(column.name).to_pylist()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (
+        pa.ArrowException,
+        ValueError,
+        OverflowError,
+    ) as error:  # Python's own are of values that it has no form for
         raise InputError(f"cannot read {path} as parquet: {error}; write the file again") from error
     for number, value in enumerate(values, start=1):
         yield Cell(value, f"{path}, row {number}")

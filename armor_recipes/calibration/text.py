@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from armor_recipes import builtin
-from armor_recipes.calibration.files import SUFFIXES, Cell, Column, read_path
+from armor_recipes.calibration.chat import is_left_out, messages_of
+from armor_recipes.calibration.files import SUFFIXES, Cell, Column, read_path, shown
 from armor_recipes.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin:"
 RANDOM_TOKENS = "builtin:random-tokens"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +30,16 @@ class Documents:
     @property
     def documents(self) -> tuple[str, ...]:
         """The rows that are not empty."""
-        return tuple(row for row in self.rows if row.strip())
+        return tuple(row for row in self.rows if not _is_empty(row))
 
     @property
     def empty(self) -> int:
         """How many rows are empty."""
-        return sum(not row.strip() for row in self.rows)
+        return sum(map(_is_empty, self.rows))
+
+
+def _is_empty(row: str) -> bool:
+    return not row or row.isspace()
 
 
 def load_documents(
@@ -133,30 +140,28 @@ def _plain(cell: Cell) -> str:
     if not isinstance(cell.value, str):
         kind = type(cell.value).__name__
         raise InputError(
-            f"{cell.where}: the text column holds {_shown(cell.value)} ({kind}), not text; name another `text_column`"
+            f"{cell.where}: the text column holds {shown(cell.value)} ({kind}), not text; name another `text_column`"
         )
     return cell.value
 
 
 def _chat(cell: Cell, tokenizer: PreTrainedTokenizerBase) -> str:
     """Write a conversation out by the chat template; a missing conversation is an empty row."""
-    if cell.value is None or cell.value == []:
+    messages = messages_of(cell)
+    if not messages:
         return ""
-    if not isinstance(cell.value, list) or not all(_is_message(message) for message in cell.value):
-        raise InputError(
-            f"{cell.where}: the messages column holds {_shown(cell.value)}; it must be a list of {{role, content}}; "
-            "name another `messages_column`, or use `text_column`"
-        )
     try:
-        return str(tokenizer.apply_chat_template(cell.value, tokenize=False))
+        written = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template is a program that comes with the tokenizer, and raises what it likes
         raise InputError(
             f"{cell.where}: the chat template refuses the messages: {error}; correct or remove the row"
         ) from error
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
+    if is_left_out(messages, written):
+        raise InputError(
+            f"{cell.where}: the chat template writes {shown(written)}, without a word of the messages, as one for images and text "
+            "does with plain text; give the tokenizer a template for text, or use `text_column`"
+        )
+    return written
 
 
 def _with_template(tokenizer: PreTrainedTokenizerBase | None, column: Column) -> PreTrainedTokenizerBase:
@@ -169,15 +174,8 @@ def _with_template(tokenizer: PreTrainedTokenizerBase | None, column: Column) ->
 
 
 def _encodable(text: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+    if not text.isascii() and (found := _SURROGATE.search(text)):  # JSON can spell half of a surrogate pair
         raise InputError(
-            f"{where}: character {error.start} is a lone surrogate, which is not text; correct or remove it"
-        ) from error
+            f"{where}: character {found.start()} is a lone surrogate, which is not text; correct or remove it"
+        )
     return text
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"

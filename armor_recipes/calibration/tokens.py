@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -13,23 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from armor_recipes.calibration.encoding import encode, special_prefix
 from armor_recipes.calibration.text import RANDOM_TOKENS, load_documents
 from armor_recipes.errors import InputError
-from armor_recipes.recipe.schema import CalibrationSpec
+from armor_recipes.recipe.schema import Bos, CalibrationSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-#: Documents handed to the tokenizer at once: its own bookkeeping is many times larger than the ids.
-_BATCH = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """What a token set took of one dataset.
 
-    `documents` and `empty` count rows with and without text, `tokens` all tokens of the dataset, `available` the
-    windows they make, `taken` those in the set. For random tokens, `documents` is 0 and the set takes all.
+    `documents` and `empty` count rows with and without text, `tokens` all tokens of the dataset (not those that every window
+    begins with), `available` the windows they make, `taken` those in the set. For random tokens, `documents` is 0 and the set
+    takes all.
     """
 
     dataset: str
@@ -45,7 +44,8 @@ class TokenSet:
     """Windows of token ids `(N, L)`, int64, on the CPU; `sha256` is the hash of shape and ids (`hash_tokens`).
 
     `asked` is the number of windows asked for; N is smaller only where the recipe says `at_most`. `origins` has for each window
-    the place of its source in `sources`.
+    the place of its source in `sources`. `prefix` is what every window begins with, `end_of_text` the id put after each
+    document, if any.
     """
 
     ids: Tensor
@@ -53,6 +53,8 @@ class TokenSet:
     asked: int
     sources: tuple[Source, ...]
     origins: tuple[int, ...]
+    prefix: tuple[int, ...] = ()
+    end_of_text: int | None = None
 
     @property
     def dataset(self) -> str:
@@ -73,7 +75,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pool:
-    """All windows `(N, L)` of one dataset; `windows` is None for random tokens, of which there is no end."""
+    """All windows of one dataset, without their prefix; `windows` is None for random tokens, of which there is no end."""
 
     dataset: str
     windows: Tensor | None
@@ -94,47 +96,53 @@ def build_tokens(spec: CalibrationSpec, *, tokenizer: PreTrainedTokenizerBase | 
         InputError: a dataset cannot be read or is too short, or the tokenizer does not fit the model.
 
     """
+    length = spec.sequence_length
+    prefix = window_prefix(spec.bos, tokenizer, length=length, vocab_size=vocab_size)
     parts = _parts(spec)
-    pools = [_open(part, tokenizer, length=spec.sequence_length, vocab_size=vocab_size) for part in parts]
+    pools = [_open(part, tokenizer, prefix, length=length, vocab_size=vocab_size) for part in parts]
     asked = spec.samples if isinstance(spec.samples, int) else spec.samples.at_most
     weights = [part.weight for part in parts]
     total = asked if isinstance(spec.samples, int) else _fitting(weights, asked, pools)
     counts = shares(weights, total)
-    _check_counts(pools, counts, total, length=spec.sequence_length)
+    _check_counts(pools, counts, total, length=length)
     generator = torch.Generator().manual_seed(spec.seed)
-    size = (vocab_size, spec.sequence_length)
-    drawn = [_draw(pool, count, generator, size) for pool, count in zip(pools, counts, strict=True)]
+    drawn = [_draw(pool, count, generator, (vocab_size, length)) for pool, count in zip(pools, counts, strict=True)]
+    drawn = [with_prefix(windows, prefix, length) for windows in drawn]
     ids = torch.cat(drawn)
     origins = torch.arange(len(drawn)).repeat_interleave(torch.tensor(counts))
     if len(drawn) > 1:
         order = torch.randperm(total, generator=generator)
         ids, origins = ids[order], origins[order]
     sources = tuple(_source(pool, taken) for pool, taken in zip(pools, drawn, strict=True))
-    return TokenSet(ids, hash_tokens(ids), asked, sources, tuple(origins.tolist()))
+    has_text = any(pool.windows is not None for pool in pools)
+    end = tokenizer.eos_token_id if tokenizer is not None and has_text else None
+    return TokenSet(ids, hash_tokens(ids), asked, sources, tuple(origins.tolist()), prefix, end)
 
 
-def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, *, end: bool) -> Tensor:
-    """Join all texts into one stream of ids `(T,)` int64, with `end` each text followed by the end-of-text id.
+def window_prefix(
+    bos: Bos, tokenizer: PreTrainedTokenizerBase | None, *, length: int, vocab_size: int | None
+) -> tuple[int, ...]:
+    """Ids that every window of `length` tokens begins with: what the tokenizer puts before a text, or none with `never`.
 
-    No other special token is added, and none by a tokenizer that has no end-of-text token. Raises InputError without a
-    tokenizer.
+    Raises InputError if they leave no room for text, or one is not below `vocab_size`.
     """
-    if tokenizer is None:
-        raise InputError(f"the model has no tokenizer, so that text cannot be used; add one, or name {RANDOM_TOKENS}")
-    eos = tokenizer.eos_token_id if end else None
-    tail = [] if eos is None else [int(eos)]
-    pieces = [np.asarray(ids + tail, dtype=np.int64) for ids in _encoded(texts, tokenizer)]
-    return torch.from_numpy(np.concatenate(pieces)) if pieces else torch.empty(0, dtype=torch.int64)
-
-
-def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    for start in range(0, len(texts), _BATCH):
-        batch = list(texts[start : start + _BATCH])
-        # verbose=False: a document may well be longer than the model's context; it is cut into windows afterwards
-        encoding = tokenizer(
-            batch, add_special_tokens=False, truncation=False, padding=False, return_attention_mask=False, verbose=False
+    prefix = special_prefix(tokenizer) if bos == "auto" and tokenizer is not None else ()
+    if length <= len(prefix):
+        raise InputError(
+            f"`sequence_length` {length} leaves no room for text after the ids {list(prefix)} that the tokenizer puts before it; "
+            "raise it, or write `bos: never`"
         )
-        yield from encoding["input_ids"]
+    if vocab_size is not None:
+        check_vocabulary(torch.tensor(prefix), vocab_size, "the start of a text")
+    return prefix
+
+
+def with_prefix(windows: Tensor, prefix: tuple[int, ...], length: int) -> Tensor:
+    """Windows `(N, length)` that begin with `prefix` and go on with the last ids of each row of `windows`."""
+    if not prefix:
+        return windows
+    head = torch.tensor(prefix, dtype=torch.int64).expand(len(windows), -1)
+    return torch.cat([head, windows[:, len(prefix) - length :]], dim=1)
 
 
 def pack(stream: Tensor, length: int) -> Tensor:
@@ -186,7 +194,14 @@ def _parts(spec: CalibrationSpec) -> tuple[_Part, ...]:
     )
 
 
-def _open(part: _Part, tokenizer: PreTrainedTokenizerBase | None, *, length: int, vocab_size: int) -> _Pool:
+def _open(
+    part: _Part,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prefix: tuple[int, ...],
+    *,
+    length: int,
+    vocab_size: int,
+) -> _Pool:
     if part.dataset == RANDOM_TOKENS:
         return _Pool(part.dataset, None)
     found = load_documents(
@@ -196,9 +211,9 @@ def _open(part: _Part, tokenizer: PreTrainedTokenizerBase | None, *, length: int
         messages_column=part.messages_column,
         tokenizer=tokenizer,
     )
-    stream = encode(found.documents, tokenizer, end=True)
+    stream = encode(found.documents, tokenizer, end=True, prefix=prefix)
     check_vocabulary(stream, vocab_size, part.dataset)
-    windows = pack(stream, length)
+    windows = pack(stream, length - len(prefix))
     if not len(windows):
         raise InputError(
             f"{part.dataset} has only {len(stream)} tokens, less than one window; "
@@ -238,7 +253,7 @@ def _check_counts(pools: Sequence[_Pool], counts: Sequence[int], total: int, *, 
 
 
 def _draw(pool: _Pool, count: int, generator: torch.Generator, size: tuple[int, int]) -> Tensor:
-    """Draw `count` windows `(count, L)` without replacement, in the order of the draw; `size` is (vocabulary, L)."""
+    """Draw `count` windows without replacement, in the order of the draw; `size` is (vocabulary, L)."""
     vocab_size, length = size
     if pool.windows is None:
         return torch.randint(vocab_size, (count, length), generator=generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -12,6 +13,13 @@ def _not_empty(value: str) -> str:
     if not value:
         raise typer.BadParameter("must not be empty")
     return value
+
+
+class Bos(StrEnum):
+    """How windows begin."""
+
+    AUTO = "auto"
+    NEVER = "never"
 
 
 def eval_command(
@@ -24,6 +32,9 @@ def eval_command(
     split: Annotated[str, typer.Option(callback=_not_empty, help="Split of a hub dataset.")] = "test",
     text_column: Annotated[str, typer.Option(callback=_not_empty, help="Column that holds the text.")] = "text",
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    bos: Annotated[
+        Bos, typer.Option(help="Whether windows begin with what the tokenizer puts before a text, or never do.")
+    ] = Bos.AUTO,
     windows: Annotated[int | None, typer.Option(min=1, help="Number of windows from the start; left out, all.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
@@ -37,7 +48,12 @@ def eval_command(
 
     quiet_libraries()
     spec = PerplexitySpec(
-        dataset=dataset, split=split, text_column=text_column, sequence_length=sequence_length, windows=windows
+        dataset=dataset,
+        split=split,
+        text_column=text_column,
+        sequence_length=sequence_length,
+        bos="never" if bos is Bos.NEVER else "auto",
+        windows=windows,
     )
     measured = evaluate_model(model, spec, device=device)
     if as_json:

@@ -1,7 +1,7 @@
 """Token-level perplexity: exp of the mean negative log-likelihood of the next token.
 
-Windows are contiguous, L tokens each, without overlap; each predicts its L−1 tokens after the first. No special tokens
-are added and the tail of the text is dropped.
+Windows are contiguous, L tokens each, without overlap; each predicts its L−1 tokens after the first, and begins with the
+special tokens that the tokenizer puts before a text. The tail of the text is dropped.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from armor_recipes.calibration.encoding import encode
 from armor_recipes.calibration.text import load_documents
-from armor_recipes.calibration.tokens import Source, TokenSet, check_vocabulary, encode, hash_tokens, pack
+from armor_recipes.calibration.tokens import (
+    Source,
+    TokenSet,
+    check_vocabulary,
+    hash_tokens,
+    pack,
+    window_prefix,
+    with_prefix,
+)
+from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, NumericalError
 from armor_recipes.recipe.schema import PerplexitySpec
 
@@ -32,7 +42,10 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """exp(`nll`), with `nll` the mean over `tokens` predicted tokens in nats; `sha256` is the hash of the windows."""
+    """exp(`nll`), with `nll` the mean over `tokens` predicted tokens in nats; `sha256` is the hash of the windows.
+
+    `bos` is what every window begins with.
+    """
 
     value: float
     nll: float
@@ -40,8 +53,10 @@ class Perplexity:
     windows: int
     dataset: str
     sha256: str
+    bos: tuple[int, ...] = ()
 
 
+@plain_torch()
 def evaluate(
     model: nn.Module,
     spec: PerplexitySpec,
@@ -60,22 +75,31 @@ def evaluation_windows(
 ) -> TokenSet:
     """Cut the first `spec.windows` windows (None: all) from the text: its rows, empty ones too, joined by blank lines.
 
-    Raises InputError if the dataset cannot be read or is too short, or has an id that is not below `vocab_size`.
+    Each begins with what `spec.bos` says. Raises InputError if the dataset cannot be read or is too short, or has an id that
+    is not below `vocab_size`.
     """
-    found = load_documents(spec.dataset, split=spec.split, text_column=spec.text_column)
-    stream = encode(["\n\n".join(found.rows)], tokenizer, end=False)
+    text, documents, empty = _joined(spec)
+    length = spec.sequence_length
+    prefix = window_prefix(spec.bos, tokenizer, length=length, vocab_size=vocab_size)
+    stream = encode([text], tokenizer, end=False, prefix=prefix)
     if vocab_size is not None:
         check_vocabulary(stream, vocab_size, spec.dataset)
-    packed = pack(stream, spec.sequence_length)
+    packed = pack(stream, length - len(prefix))
     asked = max(1, len(packed)) if spec.windows is None else spec.windows
     if len(packed) < asked:
         raise InputError(
-            f"{spec.dataset} has {len(packed)} windows of {spec.sequence_length} tokens ({len(stream)} tokens), but "
+            f"{spec.dataset} has {len(packed)} windows of {length} tokens ({len(stream)} tokens), but "
             f"{asked} are needed to measure perplexity; name more text, a smaller `sequence_length` or fewer `windows`"
         )
-    ids = packed[:asked].clone()
-    source = Source(spec.dataset, len(found.documents), found.empty, len(stream), len(packed), len(ids))
-    return TokenSet(ids, hash_tokens(ids), asked, (source,), (0,) * asked)
+    ids = with_prefix(packed[:asked].clone(), prefix, length)
+    source = Source(spec.dataset, documents, empty, len(stream), len(packed), len(ids))
+    return TokenSet(ids, hash_tokens(ids), asked, (source,), (0,) * asked, prefix)
+
+
+def _joined(spec: PerplexitySpec) -> tuple[str, int, int]:
+    """The text, and how many of its rows have some and are empty; the rows themselves are not kept."""
+    found = load_documents(spec.dataset, split=spec.split, text_column=spec.text_column)
+    return "\n\n".join(found.rows), len(found.documents), found.empty
 
 
 def measure(
@@ -89,7 +113,7 @@ def measure(
         raise NumericalError(
             f"perplexity on {windows.dataset} overflows: the mean loss is {nll:.6g} nats a token"
         ) from error
-    return Perplexity(value, nll, tokens, len(windows.ids), windows.dataset, windows.sha256)
+    return Perplexity(value, nll, tokens, len(windows.ids), windows.dataset, windows.sha256, windows.prefix)
 
 
 def perplexity(
@@ -104,6 +128,7 @@ def perplexity(
     return float(sums.sum()) / targets, targets
 
 
+@plain_torch()
 def window_losses(
     model: nn.Module, windows: Tensor, *, batch_size: int = 8, on_progress: OnProgress | None = None
 ) -> Tensor:
@@ -140,7 +165,7 @@ def fitting_batch(batch_size: int, length: int, vocab_size: int | None) -> int:
 
 def _batch_losses(model: nn.Module, ids: Tensor) -> Tensor:
     """Sum of the targets' losses of each window `(B,)`, float64; one window at a time, since logits are large."""
-    logits = model(input_ids=ids, use_cache=False).logits
+    logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
     sums = []
     for row, window in zip(logits, ids, strict=True):
         losses = functional.cross_entropy(row[:-1].float(), window[1:].to(row.device), reduction="none")

@@ -8,7 +8,7 @@ appearance. `model: NAME` is read as `model: {id: NAME}` before anything merges.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from armor_recipes.recipe import yaml_source
@@ -30,13 +30,13 @@ def builtin_recipes(folder: Path | None) -> dict[str, Path]:
 class Files:
     """Reads recipe files and what they extend.
 
-    `opened` counts them, so that a fan of `extends` cannot run away; `failed` tells whether any of them could not be
+    `opened` lists them, so that a fan of `extends` cannot run away; `failed` tells whether any of them could not be
     read, so that what it would have held is not reported as missing.
     """
 
     builtin_dir: Path | None
     problems: Problems
-    opened: int = 0
+    opened: list[Path] = field(default_factory=list)
     failed: bool = False
 
     def compose(self, paths: Sequence[str | Path]) -> Table | None:
@@ -70,7 +70,7 @@ class Files:
         path = self._find(name, folder, named_at)
         table = None
         if path is not None and not self._runs_away(path, named_at, chain):
-            self.opened += 1
+            self.opened.append(_real(path))
             table = yaml_source.read_file(path, self.problems)
         if path is None or table is None:
             self.failed = True
@@ -89,7 +89,7 @@ class Files:
             self.problems.add(
                 mark, ("extends",), f"more than {MAX_EXTENDS} recipes extend one another; flatten some of them"
             )
-        elif self.opened >= MAX_FILES:
+        elif len(self.opened) >= MAX_FILES:
             self.problems.add(
                 mark, (), f"more than {MAX_FILES} recipe files are read for one recipe; merge some of them"
             )
@@ -99,7 +99,7 @@ class Files:
 
     def _find(self, name: str, folder: Path, named_at: Mark | None) -> Path | None:
         """Return the file that `name` means: a path wins over a built-in recipe's name."""
-        path = folder / name
+        path = folder / _expanded(name)
         builtin = builtin_recipes(self.builtin_dir)
         if _is_file(path):
             return path
@@ -120,6 +120,14 @@ class Files:
         elif "/" not in name:
             text += f", and no built-in recipe has this name; {nearest(stem, builtin, noun='built-in recipe')}"
         self.problems.add(mark, keys, f"{text}; check the path" if "/" in name else text)
+
+
+def _expanded(name: str) -> str:
+    """The name with its home folder written out, where it begins with `~` and that is known."""
+    try:
+        return str(Path(name).expanduser()) if name.startswith("~") else name
+    except RuntimeError:
+        return name
 
 
 def normalise(table: Table) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def load_recipe(
     if table is None or files.failed:
         problems.raise_if_any()
     assert table is not None, "without a table a problem was noted"
-    return _finish(table, overrides, {"model": model, "output": output}, registry, problems)
+    recipe = _finish(table, overrides, {"model": model, "output": output}, registry, problems)
+    return replace(recipe, files=tuple(files.opened))
 
 
 def load_recipe_mapping(
@@ -79,7 +81,8 @@ def load_recipe_mapping(
     table = files.extend(read_mapping(mapping, problems))
     if files.failed:
         problems.raise_if_any()
-    return _finish(table, overrides, {"model": model, "output": output}, registry, problems)
+    recipe = _finish(table, overrides, {"model": model, "output": output}, registry, problems)
+    return replace(recipe, files=tuple(files.opened))
 
 
 def _finish(

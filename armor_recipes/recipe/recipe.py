@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -47,7 +48,8 @@ class Recipe:
     """A checked recipe. `modifiers` and `stages` are in the order in which they run.
 
     `resolved` is the merged input as plain data: without `extends`, with `model` as a mapping and groups as mappings,
-    paths as the user wrote them. The typed sections hold data files as absolute paths.
+    paths as the user wrote them. The typed sections hold data files as absolute paths. `files` are the recipe files that
+    were read, without links.
     """
 
     model: ModelSpec
@@ -58,6 +60,16 @@ class Recipe:
     evaluation: EvaluationSpec | None
     serve: ServeSpec | None
     resolved: dict[str, Any]
+    files: tuple[Path, ...] = ()
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """All datasets that calibration and evaluation name, each once."""
+        specs = [entry.config.calibration for entry in self.modifiers]
+        named = [self.evaluation.perplexity.dataset] if self.evaluation is not None else []
+        for dataset in (spec.dataset for spec in specs if spec is not None):
+            named += [dataset] if isinstance(dataset, str) else [part.dataset for part in dataset]
+        return tuple(dict.fromkeys(named))
 
     def resolved_yaml(self) -> str:
         """Return `resolved` as YAML; loading it gives a recipe with the same hash."""

@@ -18,6 +18,14 @@ Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Length = Annotated[int, Field(ge=2)]
+Bos = Annotated[
+    Literal["auto", "never"],
+    Field(
+        title="Beginning of text",
+        description="`auto`: every window begins with the special tokens that the tokenizer by itself puts before a text (one or "
+        "none, with most); `never`: windows are text alone.",
+    ),
+]
 
 
 def _check_target(target: str) -> str:
@@ -149,6 +157,7 @@ class CalibrationSpec(Strict):
         description="Number of windows; fewer in the data is an error unless written `{at_most: N}`.",
     )
     sequence_length: Length = Field(default=512, title="Sequence length", description="Tokens in a window.")
+    bos: Bos = "auto"
     batch_size: Count = Field(default=8, title="Batch size", description="Windows in one forward pass.")
     seed: Seed = Field(default=0, title="Seed", description="Seed of the choice of windows.")
 
@@ -165,6 +174,7 @@ class PerplexitySpec(Strict):
     sequence_length: Length = Field(
         default=512, title="Sequence length", description="Tokens L in a window; each window has L−1 targets."
     )
+    bos: Bos = "auto"
     windows: Count | None = Field(
         default=None, title="Windows", description="Number of windows, from the start of the text; left out, all."
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from armor_recipes.recipe.problems import Mark, Problems, nearest, shorten, show
@@ -29,6 +29,14 @@ DROPPED = {
     "enabled": "remove it, and the stage with it if it is not to run",
 }
 """Keys that llm-compressor takes and drops, and what to do instead."""
+
+
+class KnownModifiers(dict[str, type[ModifierConfig]]):
+    """The config class of each registered modifier by name. `broken` tells of plug-ins whose modifiers are missing, and why."""
+
+    def __init__(self, known: Mapping[str, type[ModifierConfig]], *, broken: Sequence[str] = ()) -> None:
+        super().__init__(known)
+        self.broken = tuple(broken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +129,9 @@ class Stages:
             text = f"the name after @ is {show(instance)}; it takes letters, digits, - and _"
             self.problems.add(mark, path, text)
         if kind not in self.registry:
-            text = f"unknown modifier {show(kind)}; {nearest(kind, self.registry, noun='registered modifier')}"
-            self.problems.add(mark, path, text)
+            broken = self.registry.broken if isinstance(self.registry, KnownModifiers) else ()
+            known = nearest(kind, self.registry, noun="registered modifier")
+            self.problems.add(mark, path, "; ".join([f"unknown modifier {show(kind)}", known, *broken]))
         return kind in self.registry
 
     def _expect(self, entry: Entry, path: tuple[str, ...], text: str) -> None:

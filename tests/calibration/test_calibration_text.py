@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,6 +151,94 @@ def test_messages_that_cannot_be_used(tmp_path, tokenizer, value, template, mess
         tokenizer.chat_template = None
 
 
+def chat(tmp_path: Path, tokenizer, *messages: object, template: str = TEMPLATE) -> str:
+    """The one row that these messages make."""
+    path = write(tmp_path / "a.jsonl", lines({"chat": list(messages)}))
+    tokenizer.chat_template = template
+    try:
+        return load(path, messages_column="chat", tokenizer=tokenizer).rows[0]
+    finally:
+        tokenizer.chat_template = None
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "the "}, {"type": "text", "text": "cat", "cache": 1}], "the cat"),
+        (["the ", {"type": "text", "text": "cat"}, ""], "the cat"),
+        ([{"type": "text", "text": "{'type'}"}], "{'type'}"),
+        ([], ""),
+        (None, ""),
+        ("", ""),
+    ],
+)
+def test_content_in_parts_and_no_content(tmp_path, tokenizer, content, text):
+    assert chat(tmp_path, tokenizer, {"role": "user", "content": content}) == f"<user>{text}"
+
+
+def test_a_tool_call_needs_no_content_and_keeps_its_keys(tmp_path, tokenizer):
+    call = {"role": "assistant", "tool_calls": [{"name": "rain"}], "name": None}
+    template = "{% for m in messages %}<{{ m.keys() | sort | join(' ') }}>{{ m['content'] }}{% endfor %}"
+    found = chat(tmp_path, tokenizer, call, {"role": "tool", "content": "wet", "tool_calls": None}, template=template)
+    assert found == "<content role tool_calls><content role>wet"
+
+
+def test_parts_of_a_table(tmp_path, tokenizer):
+    """A table gives every part and message the keys that any of them has."""
+    rows = [[{"role": "user", "content": [{"type": "text", "text": "the cat", "image": None}]}]]
+    tokenizer.chat_template = TEMPLATE
+    try:
+        found = load(table(tmp_path / "a.parquet", chat=rows), messages_column="chat", tokenizer=tokenizer)
+    finally:
+        tokenizer.chat_template = None
+    assert found.rows == ("<user>the cat",)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            {"role": "user", "content": [{"type": "image", "url": "x"}, {"type": "text", "text": "the cat"}]},
+            r"a\.jsonl:1, message 1: a part of `content` is of type 'image', and only text.*take the part or the row out",
+        ),
+        ({"role": "user", "content": [{"type": None, "text": "a"}]}, r"message 1: a part .* is of type None"),
+        ({"role": "user", "content": [{"type": "text"}]}, r"message 1: .* is a text part without text"),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, r"is a text part without text"),
+        ({"role": "user", "content": [{"text": "a"}]}, r"message 1: \{'text': 'a'\} is no part of `content`"),
+        ({"role": "user", "content": [3]}, r"message 1: 3 is no part of `content`"),
+        ({"role": "user", "content": 3}, r"message 1: `content` is 3, not text"),
+        ({"role": "user", "content": {"text": "a"}}, r"message 1: `content` is \{'text': 'a'\}, not text"),
+        ({"role": 3, "content": "a"}, r"a\.jsonl:1.*list of \{role, content\}"),
+        ({"role": None, "content": "a"}, r"a\.jsonl:1.*list of \{role, content\}"),
+        ({"role": "user"}, r"a\.jsonl:1.*list of \{role, content\}"),
+        ({"role": "assistant", "tool_calls": None}, r"a\.jsonl:1.*list of \{role, content\}"),
+        ({"from": "human", "value": "a"}, r"a\.jsonl:1.*'from'.*list of \{role, content\}"),
+        ([{"role": "user", "content": "a"}], r"a\.jsonl:1.*list of \{role, content\}"),
+    ],
+)
+def test_messages_that_would_be_misread_are_refused(tmp_path, tokenizer, message, expected):
+    with pytest.raises(InputError, match=expected):
+        chat(tmp_path, tokenizer, message)
+
+
+def test_messages_as_a_string_of_json(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", lines({"chat": json.dumps(CHAT)}))
+    tokenizer.chat_template = TEMPLATE
+    try:
+        with pytest.raises(InputError, match=r"a\.jsonl:1.*where a string is JSON, write the list itself"):
+            load(path, messages_column="chat", tokenizer=tokenizer)
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_a_template_for_parts_that_leaves_all_text_out(tmp_path, tokenizer):
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(InputError, match=r"a\.jsonl:1.*'<user>', without a word of the messages.*template for text"):
+        chat(tmp_path, tokenizer, {"role": "user", "content": "the cat"}, template=template)
+
+
 def test_messages_need_a_tokenizer(tmp_path):
     path = write(tmp_path / "a.jsonl", lines({"chat": CHAT}))
     with pytest.raises(InputError, match="no tokenizer"):
@@ -188,6 +277,16 @@ def test_plain_text_has_no_messages(tmp_path, monkeypatch, dataset):
         ("a.json", b'{"text": "a"}', r"holds an object, not a list.*\.jsonl"),
         ("a.json", b'[{"text": "a"}, null]', r"a\.json, row 2 is null, not an object"),
         ("a.parquet", b"PAR1 not really", r"cannot read .*a\.parquet as parquet"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "b", "text": "c"}\n',
+            r"a\.jsonl:2 .*the key 'text' stands twice.*correct",
+        ),
+        ("a.jsonl", b'{"text": "a", "n": [{"x": 1, "x": 2}]}\n', r"a\.jsonl:1 .*the key 'x' stands twice"),
+        ("a.json", b'[{"text": "a", "text": "b"}]', r"a\.json cannot .*the key 'text' stands twice in .*'b'"),
+        ("a.jsonl", b'{"text": ["a"]}\n', r"a\.jsonl:1.*\['a'\] \(list\), not text"),
+        ("a.jsonl", b'{"text": "a\0"}\n', r"a\.jsonl:1 is not JSON"),
+        ("a.parquet", b"", r"cannot read .*a\.parquet as parquet"),
         ("a.csv", b"text\n", r"\.csv is none of \.txt, \.md, \.jsonl, \.json, \.parquet"),
         ("README", b"text\n", r"no suffix is none of"),
     ],
@@ -212,6 +311,100 @@ def test_parquet_of_invalid_utf8(tmp_path):
     parquet.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"cannot read .*a\.parquet as parquet"):
         load(tmp_path / "a.parquet")
+
+
+def struct_of_two(name: str) -> pa.Array:
+    return pa.StructArray.from_arrays([pa.array(["a"]), pa.array(["b"])], names=[name, name])
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([{"a": "x"}]), r"row 1: the text column holds \{'a': 'x'\} \(dict\), not text"),
+        (pa.array([["x"]]), r"row 1: .*\(list\), not text"),
+        (pa.array([b"x"]), r"row 1: .*b'x' \(bytes\), not text"),
+        (pa.array([2**30], pa.date32()), r"cannot read .*a\.parquet as parquet: days"),
+        (struct_of_two("x"), r"cannot read .*a\.parquet as parquet: .*duplicate field names"),
+        (pa.array([], pa.string()), r"holds no text: 0 rows"),
+        (pa.nulls(3), r"holds no text: 3 rows"),
+    ],
+)
+def test_parquet_of_other_columns(tmp_path, column, message):
+    parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_of_every_kind_of_text(tmp_path, kind):
+    parquet.write_table(pa.table({"text": pa.array(["one", None, "one"]).cast(kind)}), tmp_path / "a.parquet")
+    assert load(tmp_path / "a.parquet").rows == ("one", "", "one")
+
+
+def test_parquet_with_a_column_twice(tmp_path):
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    parquet.write_table(pa.Table.from_arrays(columns, names=["text", "text", "body"]), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet has 2 columns 'text'; rename or remove all but one"):
+        load(tmp_path / "a.parquet")
+    assert load(tmp_path / "a.parquet", text_column="body").rows == ("c",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n', ("a", "b")),
+        ("a.json", b'\xef\xbb\xbf[{"text": "a"}]\r\n', ("a",)),
+        ("a.txt", b"a\0b", ("a\0b",)),
+        ("a.jsonl", b'{"text": "a\\u0000b"}', ("a\0b",)),
+    ],
+)
+def test_marks_line_ends_and_nulls(tmp_path, name, content, rows):
+    assert load(write(tmp_path / name, content)).rows == rows
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("within", [False, True])
+def test_pipes_and_devices_are_not_waited_for(tmp_path, within):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(folder / "a.txt")
+    with pytest.raises(InputError, match=r"a\.txt is a pipe or a device, not a file; write its text to a file"):
+        load(folder if within else folder / "a.txt")
+    (folder / "a.txt").unlink()
+    (folder / "a.txt").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"a\.txt is a pipe or a device"):
+        load(folder if within else folder / "a.txt")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "b.txt"])
+def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path, target):
+    write(tmp_path / "a.txt", "text")
+    (tmp_path / "b.txt").symlink_to(target)
+    for dataset in (tmp_path, tmp_path / "b.txt"):
+        with pytest.raises(InputError, match=r"b\.txt is a link that leads nowhere; mend or remove it"):
+            load(dataset)
+
+
+def test_linked_folders_are_read_unless_they_lead_back(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "a.txt", name)
+    (tmp_path / "one" / "b").symlink_to(tmp_path / "two")
+    assert load(tmp_path / "one").rows == ("one", "two")
+    (tmp_path / "two" / "b").symlink_to(tmp_path / "one")
+    with pytest.raises(InputError, match=r"one/b/b is a link to a folder that it lies in; remove it"):
+        load(tmp_path / "one")
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", "text")
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match=r"cannot read .*: Permission denied; check"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from armor_recipes import builtin
@@ -257,3 +258,72 @@ def test_messages_of_the_calibration_reach_the_parts_of_a_mix(tmp_path, tokenize
     finally:
         tokenizer.chat_template = None
     assert [tokenizer.decode(ids) for ids in found.ids] == ["abcdefgh"] * 2
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(letters, tokenizer, with_bos):
+    bos, size = with_bos.bos_token_id, {"sequence_length": 4, "vocab_size": VOCAB + 1}
+    found = build(letters, with_bos, samples=AtMost(at_most=9), **size)
+    stream = encode(["abcde", "fghijklm"], tokenizer, end=True)
+    assert rows_of(found.ids) == {(bos, *row) for row in pack(stream, 3).tolist()}
+    assert (found.prefix, found.end_of_text) == ((bos,), with_bos.eos_token_id)
+    assert found.sha256 == hash_tokens(found.ids)
+    (source,) = found.sources
+    assert (source.tokens, source.available, source.taken) == (15, 5, 5)
+
+
+def test_never_and_a_tokenizer_that_adds_nothing_give_text_alone(letters, tokenizer, with_bos):
+    plain = build(letters, tokenizer, samples=3, sequence_length=4)
+    never = build(letters, with_bos, samples=3, sequence_length=4, bos="never")
+    assert plain.sha256 == never.sha256
+    assert plain.prefix == never.prefix == ()
+
+
+def test_a_document_that_spells_the_beginning_does_not_bring_it_twice(tmp_path, with_bos):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "<bos>abc"}\n{"text": "de<bos>f"}\n')
+    found = build(path, with_bos, samples=1, sequence_length=10, vocab_size=VOCAB + 1)
+    assert with_bos.decode(found.ids[0]) == "<bos>abc<end>de<bos>f<end>"
+    kept = build(path, with_bos, samples=1, sequence_length=10, vocab_size=VOCAB + 1, bos="never")
+    assert with_bos.decode(kept.ids[0]) == "<bos>abc<end>de<bos>f<end>"
+
+
+def test_a_chat_template_that_writes_the_beginning(tmp_path, with_bos):
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"turns": [{"role": "user", "content": "abcdef"}]}) + "\n")
+    with_bos.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    found = build(chat, with_bos, samples=2, sequence_length=4, messages_column="turns", vocab_size=VOCAB + 1)
+    assert {with_bos.decode(ids) for ids in found.ids} == {"<bos>abc", "<bos>def"}
+
+
+def test_random_tokens_begin_with_it_too(tokenizer, with_bos):
+    keys = {"samples": 5, "sequence_length": 6, "vocab_size": VOCAB + 1}
+    plain, found = build(RANDOM, tokenizer, **keys), build(RANDOM, with_bos, **keys)
+    assert found.ids[:, 0].tolist() == [with_bos.bos_token_id] * 5
+    assert torch.equal(found.ids[:, 1:], plain.ids[:, 1:])
+    assert (found.prefix, found.end_of_text) == ((with_bos.bos_token_id,), None)
+    assert build(RANDOM, with_bos, bos="never", **keys).sha256 == plain.sha256 == build(RANDOM, None, **keys).sha256
+
+
+def test_windows_need_room_for_text_after_the_prefix(letters, with_bos):
+    bos, end = with_bos.bos_token_id, with_bos.eos_token_id
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<end> <bos> $A", special_tokens=[("<bos>", bos), ("<end>", end)]
+    )
+    with pytest.raises(InputError, match=rf"`sequence_length` 2 leaves no room.*\[{end}, {bos}\].*`bos: never`"):
+        build(letters, with_bos, samples=1, sequence_length=2, vocab_size=VOCAB + 1)
+    found = build(letters, with_bos, samples=15, sequence_length=3, vocab_size=VOCAB + 1)
+    assert found.prefix == (end, bos)
+    assert sorted(found.ids[:, 2].tolist()) == sorted(encode(["abcde", "fghijklm"], with_bos, end=True).tolist())
+
+
+def test_a_prefix_that_the_model_does_not_embed(with_bos):
+    with pytest.raises(InputError, match=rf"the id {VOCAB}, but the model embeds {VOCAB} tokens"):
+        build(RANDOM, with_bos, samples=1, sequence_length=4)
+
+
+def test_all_windows_of_a_mix_begin_alike(mix, with_bos):
+    found = build(mix, with_bos, samples=16, sequence_length=4, vocab_size=VOCAB + 1)
+    assert found.ids.shape == (16, 4)
+    assert found.ids[:, 0].unique().tolist() == [with_bos.bos_token_id]
+    assert [source.taken for source in found.sources] == [8, 4, 4]
+    assert found.end_of_text == with_bos.eos_token_id

@@ -27,9 +27,10 @@ class Bigram(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
-    def forward(self, *, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+    def forward(self, *, input_ids: torch.Tensor, use_cache: bool, return_dict: bool) -> SimpleNamespace:
         assert torch.is_inference_mode_enabled()
         assert not use_cache
+        assert return_dict
         self.batches.append(len(input_ids))
         return SimpleNamespace(logits=self.dropout(self.embed(input_ids)))
 
@@ -74,6 +75,18 @@ def test_a_hand_computed_value():
     # targets: 1 after 0 (3/4), 0 after 1 (1/2); 0 after 0 (1/4), 1 after 0 (3/4)
     assert tokens == 4
     assert nll == pytest.approx(-math.log(3 / 4 * 1 / 2 * 1 / 4 * 3 / 4) / 4, rel=1e-6)
+
+
+def test_outputs_by_name_are_asked_for():
+    """Where config.json says `return_dict: false`, a model gives a tuple unless it is asked."""
+
+    class Tuples(Bigram):
+        def forward(self, *, return_dict: bool = False, **inputs: object) -> object:
+            found = super().forward(return_dict=True, **inputs)
+            return found if return_dict else (found.logits,)
+
+    windows = torch.tensor([[0, 1, 0]])
+    assert perplexity(Tuples(TABLE), windows) == perplexity(Bigram(TABLE), windows)
 
 
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(tmp_path, words):
