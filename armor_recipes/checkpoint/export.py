@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from armor_recipes.checkpoint.companions import is_inside, is_stale, without_missing_code
 from armor_recipes.checkpoint.config import (
     FORMAT_VERSION,
     SCALE,
@@ -33,7 +34,15 @@ from armor_recipes.checkpoint.config import (
     named_tensors,
     quantization_config,
 )
-from armor_recipes.checkpoint.files import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, read_config, read_header, read_tensor
+from armor_recipes.checkpoint.files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    read_config,
+    read_header,
+    read_tensor,
+)
 from armor_recipes.checkpoint.header import TensorInfo
 from armor_recipes.checkpoint.legacy import (
     LegacyFolder,
@@ -44,13 +53,14 @@ from armor_recipes.checkpoint.legacy import (
 )
 from armor_recipes.checkpoint.packing import PACKABLE_DTYPES, PackedLinear, pack_2of4
 from armor_recipes.checkpoint.reader import check_folder, checked_layers, read_layer
+from armor_recipes.checkpoint.staging import files_below
+from armor_recipes.checkpoint.stored import BIN_FILE, BIN_INDEX
 from armor_recipes.checkpoint.writer import tensor_hashes
 from armor_recipes.errors import PlanError
 from armor_recipes.version import __version__
 
 Target = Literal["armor", "dense", "dense-2of4", "sparse-24-bitmask"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 _WRITTEN_ANEW = (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, "report.json")
 
 
@@ -87,6 +97,7 @@ class Source:
         Raises:
             CheckpointError: if the folder is damaged.
         """
+        _refuse_pickled(folder)
         check_folder(folder)
         config, tensors = read_config(folder), read_header(folder)
         quantization = config.get("quantization_config")
@@ -146,6 +157,17 @@ def export(source: Source, destination: Path, *, to: Target, ignore: Iterable[st
     return Exported(to, len(source.specs), nbytes, left_out)
 
 
+def _refuse_pickled(folder: Path) -> None:
+    """Raise PlanError for a model in PyTorch files: an export copies tensors as they are, and those it does not read."""
+    there = (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()
+    pickled = next((name for name in (BIN_FILE, BIN_INDEX) if (folder / name).exists()), None)
+    if pickled is not None and not there:
+        raise PlanError(
+            f"{folder} holds its weights in PyTorch files ({pickled}), and an export reads safetensors only: load it with "
+            "transformers and save it with save_pretrained first"
+        )
+
+
 def _check_source(source: Source, to: Target) -> None:
     """Raises PlanError where there is nothing to convert."""
     if source.kind == "dense" and to in ("dense", "dense-2of4"):
@@ -200,13 +222,14 @@ def _write_tensors(source: Source, destination: Path, convert: Callable[[str], d
             save_file(held, destination / file.name, metadata={"format": "pt"})
         places.update(dict.fromkeys(held, file.name))
         total += sum(tensor.nbytes for tensor in held.values())
-    if (source.folder / INDEX_FILE).exists():
+    if not (source.folder / WEIGHTS_FILE).exists():
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         _write_json(destination / INDEX_FILE, index)
 
 
 def _write_config(source: Source, destination: Path, to: Target, ignore: Iterable[str]) -> None:
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    config = without_missing_code(config, [path.name for path in source.folder.iterdir()])
     if to == "sparse-24-bitmask":
         config |= {"quantization_config": legacy_config(list(ignore)), **_old_rope(source)}
     elif to == "armor":
@@ -236,7 +259,7 @@ def _copy_rest(source: Source, destination: Path) -> tuple[str, ...]:
     for path in sorted(source.folder.iterdir()):
         if path.name in _WRITTEN_ANEW or path.name in used:
             continue
-        if path.is_file() and path.suffix not in _WEIGHTS:
+        if path.is_file() and not is_stale(path.name) and is_inside(source.folder, path.name):
             shutil.copyfile(path, destination / path.name)
         else:
             left_out.append(path.name)
@@ -250,6 +273,7 @@ def _write_manifest(source: Source, destination: Path, to: Target) -> None:
         "format_version": FORMAT_VERSION,
         "armor_recipes": __version__,
         "export": {"to": to, "source_manifest_sha256": digest},
+        "files": sorted({*files_below(destination), MANIFEST_FILE}),
         "tensors": tensor_hashes(destination),
     }
     _write_json(destination / MANIFEST_FILE, content, sort_keys=False)

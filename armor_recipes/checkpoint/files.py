@@ -37,9 +37,30 @@ def read_header(folder: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: if a file is missing, truncated or no safetensors (see `file_header`), or the index and the shards differ.
     """
+    single = folder / WEIGHTS_FILE
+    if single.exists() or not (folder / INDEX_FILE).exists():  # as transformers, which takes the single file first
+        return dict(sorted(file_header(single).items()))
+    return _indexed(folder)
+
+
+def check_index(folder: Path) -> None:
+    """Refuse an index beside the single file that names other files: one loader would take these, another those.
+
+    Raises:
+        CheckpointError: as `read_header` does, and where the two do not agree.
+    """
+    single = folder / WEIGHTS_FILE
+    if not ((folder / INDEX_FILE).exists() and single.exists()):
+        return
+    if any(info.file != single for info in _indexed(folder).values()):
+        raise CheckpointError(
+            f"{folder} holds {WEIGHTS_FILE} and an index of other files, and loaders differ in which they take: remove one"
+        )
+
+
+def _indexed(folder: Path) -> dict[str, TensorInfo]:
+    """`read_header` by the index."""
     index_file = folder / INDEX_FILE
-    if not index_file.exists():
-        return dict(sorted(file_header(folder / WEIGHTS_FILE).items()))
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index_file}: weight_map is no mapping of tensor names to files")

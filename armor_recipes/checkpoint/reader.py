@@ -20,13 +20,14 @@ from armor_recipes.checkpoint.config import (
     layer_specs,
     tensor_names,
 )
-from armor_recipes.checkpoint.files import CONFIG_FILE, MANIFEST_FILE, check_sizes, read_tensor
+from armor_recipes.checkpoint.files import CONFIG_FILE, MANIFEST_FILE, check_index, check_sizes, read_tensor
 from armor_recipes.checkpoint.files import read_config as read_config
 from armor_recipes.checkpoint.files import read_header as read_header
 from armor_recipes.checkpoint.header import TensorInfo, read_json, shown
 from armor_recipes.checkpoint.legacy import is_legacy, open_legacy
 from armor_recipes.checkpoint.packing import KEPT_PER_VALUE, PackedLinear
 from armor_recipes.errors import CheckpointError
+from armor_recipes.paths import user_path
 
 _FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _INTEGERS = {"int8": ("I8",), "int4": ("I32",)}
@@ -122,6 +123,7 @@ def read_layer(name: str, tensors: Mapping[str, TensorInfo], owner: PackedLinear
 
 def inspect(folder: Path) -> CheckpointSize:
     """Measure a checkpoint with packed layers, from its headers alone. Raises `CheckpointError` as `read_layers` does."""
+    folder = user_path(folder)
     tensors = read_header(folder)
     quantization = read_config(folder).get("quantization_config")
     if is_legacy(quantization):
@@ -148,13 +150,14 @@ def check_folder(folder: Path) -> None:
         CheckpointError: naming the file and the tensor.
     """
     format_version(folder)
+    check_index(folder)
     tensors = read_header(folder)
     config = read_config(folder)
     check_sizes(folder, config, tensors)
     quantization = config.get("quantization_config")
     if is_legacy(quantization):
         open_legacy(folder, quantization, tensors)
-    elif "quantization_config" in config:
+    elif quantization is not None:
         checked_layers(folder, quantization, tensors)
 
 

@@ -15,19 +15,52 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
+import json
 import os
 import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
-from armor_recipes.errors import RecipeError, ResourceError
+from armor_recipes.compute import is_out_of_memory
+from armor_recipes.errors import ArmorError, RecipeError, ResourceError
 
-OURS = ("config.json", "armor_manifest.json")
-"""A non-empty folder is replaced only if it holds one of these: anything else may be somebody's data."""
+_MANIFEST, _CONFIG = "armor_manifest.json", "config.json"
+#: What `save_pretrained` of models, tokenizers and processors writes.
+_OF_SAVE_PRETRAINED = (
+    _CONFIG,
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "pytorch_model.bin.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+#: What this tool writes besides, for folders whose manifest does not list its files yet.
+_OF_OLD_MANIFESTS = ("README.md", "recipe.yaml", "report.json", _MANIFEST, "LICEN[CS]E*", "NOTICE*", "USE_POLICY.md")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
@@ -35,17 +68,18 @@ _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def staged(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def staged(path: Path, *, overwrite: bool, precious: Mapping[str, Path] | None = None) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes `path` when the block ends well and vanishes when it does not.
 
-    A missing or empty folder at `path` is always filled. Links in `path` are followed: what they point to is replaced.
+    A missing or empty folder at `path` is always filled. Links in `path` are followed: what they point to is replaced. See
+    `check_destination` for what never is.
 
     Raises:
-        RecipeError: if something is at `path` already and `overwrite` is false, or it does not look like a model.
+        RecipeError: if something is at `path` already and `overwrite` is false, or it must not be replaced.
         ResourceError: if the disk is full.
     """
     target = path.resolve()
-    check_destination(target, overwrite=overwrite)
+    check_destination(target, overwrite=overwrite, precious=precious)
     with _disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
@@ -54,13 +88,53 @@ def staged(path: Path, *, overwrite: bool) -> Iterator[Path]:
         try:
             yield staging
             _flush(staging)
-            _replace(staging, target, overwrite=overwrite)
+            _replace(staging, target, overwrite=overwrite, precious=precious)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_destination(path: Path, *, overwrite: bool) -> None:
-    """Refuse early what `staged` would refuse at the end of a long run; nothing is changed. Raises `RecipeError`."""
+@contextmanager
+def kept_aside(folder: Path, output: Path) -> Iterator[None]:
+    """Keep a folder that is written in full beside `output`, as `NAME.unverified`, where what follows goes wrong.
+
+    The error says where it is. Out of memory is a ResourceError.
+    """
+    try:
+        yield
+    except BaseException as error:
+        aside = _free_sibling(output.resolve(), "unverified")
+        with contextlib.suppress(OSError):
+            _flush(folder)
+        folder.rename(aside)
+        kept = f"what was written is complete and kept in {aside}"
+        if isinstance(error, ArmorError):
+            raise type(error)(f"{error}; {kept}") from error
+        if is_out_of_memory(error) or _is_disk_full(error):
+            what = "out of memory" if is_out_of_memory(error) else "no space left on the disk"
+            raise ResourceError(f"{what} after the checkpoint was written: {error}; {kept}") from error
+        error.add_note(kept)
+        raise
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether an error means a full disk, told by errno or (safetensors, tokenizers) by the text alone."""
+    return getattr(error, "errno", None) in _OUT_OF_SPACE or "os error 28" in str(error)
+
+
+def _free_sibling(target: Path, suffix: str) -> Path:
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (target.with_name(f"{target.name}.{suffix}{number}") for number in numbers)
+    return next(path for path in paths if not path.exists())
+
+
+def check_destination(path: Path, *, overwrite: bool, precious: Mapping[str, Path] | None = None) -> None:
+    """Refuse early what `staged` would refuse at the end of a long run; nothing is changed.
+
+    Replaced is only a folder that this tool or `save_pretrained` wrote, and in which nothing else lies. Never the working
+    directory or the home folder, nor what holds them, nor what holds one of the `precious` paths (what it is → where).
+
+    Raises `RecipeError`.
+    """
     target = path.resolve()
     if not target.name:
         raise RecipeError(f"output.path {path} is the root of the file system: name a folder")
@@ -68,15 +142,54 @@ def check_destination(path: Path, *, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise RecipeError(f"output.path {path} exists and is not a folder: choose another path")
+    places = {"the working directory": Path.cwd(), "the home folder": Path.home(), **(precious or {})}
+    for what, place in places.items():
+        if place.resolve().is_relative_to(target):
+            raise RecipeError(f"output.path {path} is or holds {what}: it is never replaced; choose another path")
     if not any(target.iterdir()):
         return
     if not overwrite:
         raise RecipeError(f"output.path {path} exists: pass --overwrite to replace it, or choose another path")
-    if not any((target / name).is_file() for name in OURS):
+    _check_ours(path, target)
+
+
+def _check_ours(path: Path, target: Path) -> None:
+    """Raise RecipeError unless the folder is a model's, and holds what this tool or `save_pretrained` writes and no more."""
+    manifest, config = _json_object(target / _MANIFEST), _json_object(target / _CONFIG)
+    if "format_version" not in manifest and not isinstance(config.get("model_type"), str):
         raise RecipeError(
-            f"output.path {path} holds neither {' nor '.join(OURS)}: it is no model, so --overwrite does not delete "
-            "it. Choose another path, or remove it yourself"
+            f"output.path {path} is no model (no {_MANIFEST} of this tool, no model_type in a {_CONFIG}), so --overwrite does not "
+            "delete it. Choose another path, or remove it yourself"
         )
+    listed = manifest.get("files")
+    known = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
+    patterns = (*_OF_SAVE_PRETRAINED, *(_OF_OLD_MANIFESTS if manifest else ()))
+    for name in files_below(target):
+        if name not in known and not any(fnmatchcase(name, pattern) for pattern in patterns):
+            raise RecipeError(
+                f"output.path {path} holds {name}, which neither this tool nor save_pretrained wrote, so --overwrite does not "
+                "delete the folder. Choose another path, or move what is yours out of it"
+            )
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Names of all files and links below a folder, and of empty folders with a slash behind, in order, relative to it."""
+    for current, folders, files in os.walk(folder):
+        folders.sort()
+        here = Path(current)
+        linked = [name for name in folders if (here / name).is_symlink()]
+        if not files and not folders and here != folder:
+            yield f"{here.relative_to(folder).as_posix()}/"
+        yield from ((here / name).relative_to(folder).as_posix() for name in sorted([*files, *linked]))
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
+    try:
+        found = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def recover(path: Path) -> None:
@@ -91,10 +204,10 @@ def recover(path: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _replace(staging: Path, target: Path, *, overwrite: bool) -> None:
+def _replace(staging: Path, target: Path, *, overwrite: bool, precious: Mapping[str, Path] | None) -> None:
     """Put `staging` in the place of `target`; whatever was there ends up at `staging`, or is removed."""
     # A folder that appeared while this run worked is as precious as one that was there before.
-    check_destination(target, overwrite=overwrite)
+    check_destination(target, overwrite=overwrite, precious=precious)
     if not target.exists() or not any(target.iterdir()):
         staging.rename(target)
     elif not _exchange(staging, target):
@@ -173,12 +286,11 @@ def _host() -> str:
 
 @contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
-    """Turn a full disk, told by errno or (safetensors) by the text alone, into `ResourceError`."""
+    """Turn a full disk into `ResourceError`."""
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in _OUT_OF_SPACE or "os error 28" in str(error)
-        if not full:
+        if isinstance(error, ArmorError) or not _is_disk_full(error):
             raise
         free = "unknown"
         with contextlib.suppress(OSError):

@@ -11,6 +11,7 @@ from armor_recipes.checkpoint.header import read_json, shown
 from armor_recipes.checkpoint.reader import check_folder, format_version, read_layers
 from armor_recipes.checkpoint.writer import tensor_hashes
 from armor_recipes.errors import CheckpointError, VerificationError
+from armor_recipes.paths import user_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ def verify(folder: Path) -> Verified:
         CheckpointError: if the folder or its manifest is damaged or of a later format version.
         VerificationError: naming every tensor that differs, is missing or is not in the manifest.
     """
+    folder = user_path(folder)
     manifest = folder / MANIFEST_FILE
     content = read_json(manifest)
     version, promised = format_version(folder), content.get("tensors")
@@ -44,7 +46,7 @@ def verify(folder: Path) -> Verified:
     wrong = [problem for problem in problems if not problem.endswith(": ")]
     if wrong:
         raise VerificationError(f"{folder} is not what {MANIFEST_FILE} says:\n" + "\n".join(wrong))
-    layers = read_layers(folder) if "quantization_config" in read_config(folder) else {}
+    layers = read_layers(folder) if read_config(folder).get("quantization_config") is not None else {}
     nbytes = sum(info.nbytes for info in read_header(folder).values())
     return Verified(len(found), nbytes, len(layers), version or FORMAT_VERSION)
 

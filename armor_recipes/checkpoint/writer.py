@@ -12,18 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from armor_recipes.checkpoint.companions import without_missing_code
 from armor_recipes.checkpoint.config import INPUT_FACTOR, VALUES, named_tensors, quantization_config
-from armor_recipes.checkpoint.files import CONFIG_FILE, read_header, read_tensor
+from armor_recipes.checkpoint.files import CONFIG_FILE, INDEX_FILE, read_header, read_tensor
+from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.reader import check_folder
+from armor_recipes.checkpoint.stored import StoredTensors
 from armor_recipes.errors import CheckpointError, PlanError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+#: Keys of config.json that transformers reads and does not write, or that a run sets for itself.
+_NOT_SAVED = ("attn_implementation", "_attn_implementation", "return_dict")
 _DECODER_LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
 
 
@@ -33,8 +39,10 @@ def write_checkpoint(
     destination: Path,
     *,
     dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     files: Mapping[str, bytes] | None = None,
+    base_config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write `model` into the existing folder `destination`; the model itself is left as it was.
@@ -44,9 +52,11 @@ def write_checkpoint(
         layers: full module name → what is written in place of that module's weight. Empty: a plain dense model, without
             `quantization_config`, as every stock loader reads it.
         destination: an empty folder, see `armor_recipes.checkpoint.staging`.
-        dtype: of every float tensor on disk; the layers must be packed in it.
+        dtype: what config.json names, and what the layers must be packed in.
+        dtypes: of float tensors on disk, by their names in the model; those that it does not name are in `dtype`.
         tokenizer: saved beside the model.
-        files: further files, name → content.
+        files: further files, name → content; one that saving has written already is left alone.
+        base_config: the source's config.json, of which keys are kept that saving forgets.
         max_shard_bytes: larger models are split into several files.
 
     Raises:
@@ -56,15 +66,48 @@ def write_checkpoint(
     check_layers(model, layers)
     shared = shared_input_factors({name: layers[name] for name, _ in model.named_modules() if name in layers})
     config = quantization_config(layers, _dense_linears(model, layers), shared) if layers else None
-    state = _state_dict(model, layers, dtype, shared)
+    state = _state_dict(model, layers, dtypes or {}, dtype, shared)
     with _config_for_saving(model, config):
         model.save_pretrained(destination, state_dict=state, max_shard_size=max_shard_bytes)
-    _set_stored_dtype(destination / CONFIG_FILE, tuple(model.config.sub_configs), dtype)
+    _finish_config(destination / CONFIG_FILE, tuple(model.config.sub_configs), dtype, base_config or {})
     if tokenizer is not None:
         tokenizer.save_pretrained(str(destination))
     for name, content in sorted((files or {}).items()):
-        (destination / name).write_bytes(content)
+        if not (destination / name).exists():
+            (destination / name).parent.mkdir(exist_ok=True)
+            (destination / name).write_bytes(content)
+    _without_missing_code(destination)
     check_folder(destination)
+
+
+def carry_over(folder: Path, source: StoredTensors) -> tuple[str, ...]:
+    """Add to a written folder what the source's files hold and the folder does not, as it is; returns the names, sorted.
+
+    Tensors of no module: further layers, heads or towers that the architecture's class leaves alone, or a tied weight that is
+    stored twice.
+    """
+    written = StoredTensors(folder)
+    missing = sorted(source.tensors.keys() - written.tensors.keys())
+    if missing:
+        header = read_header(folder)
+        last = max(info.file for info in header.values())
+        held = {name: read_tensor(header, name) for name, info in header.items() if info.file == last}
+        added = {name: source.read(name).contiguous() for name in missing}
+        save_file({**held, **added}, last, metadata={"format": "pt"})
+        _list_in_index(folder / INDEX_FILE, added, last.name)
+        check_folder(folder)
+    return tuple(missing)
+
+
+def _list_in_index(file: Path, added: Mapping[str, Tensor], shard: str) -> None:
+    if not file.exists():
+        return
+    index = read_json(file)
+    index["weight_map"] = dict(sorted({**index["weight_map"], **dict.fromkeys(added, shard)}.items()))
+    size = index.get("metadata", {}).get("total_size")
+    if isinstance(size, int):
+        index["metadata"]["total_size"] = size + sum(tensor.nbytes for tensor in added.values())
+    file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_layers(model: PreTrainedModel, layers: Mapping[str, object]) -> None:
@@ -129,7 +172,11 @@ def _dense_linears(model: PreTrainedModel, layers: Mapping[str, PackedLinear]) -
 
 
 def _state_dict(
-    model: PreTrainedModel, layers: Mapping[str, PackedLinear], dtype: torch.dtype, shared: Mapping[str, str]
+    model: PreTrainedModel,
+    layers: Mapping[str, PackedLinear],
+    dtypes: Mapping[str, torch.dtype],
+    dtype: torch.dtype,
+    shared: Mapping[str, str],
 ) -> dict[str, Tensor]:
     """Collect every tensor to write, by name. What shares memory in the model shares it here, and is written once."""
     state: dict[str, Tensor] = {}
@@ -144,7 +191,7 @@ def _state_dict(
             continue
         key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
         if key not in cast or not tensor.numel():
-            cast[key] = _cast(tensor, dtype, name=name)
+            cast[key] = _cast(tensor, dtypes.get(name, dtype), name=name)
         state[name] = cast[key]
     return state
 
@@ -183,9 +230,25 @@ def _config_for_saving(model: PreTrainedModel, quantization: dict[str, Any] | No
         model.config.__dict__.update(before)
 
 
-def _set_stored_dtype(file: Path, sub_configs: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Correct the dtype: transformers writes the one that the model has in memory, and loaders want the one on disk."""
+def _without_missing_code(folder: Path) -> None:
+    """Take `auto_map` out of JSON files beside config.json whose Python files did not come along."""
+    names = {path.name for path in folder.iterdir()}
+    for file in sorted(folder.glob("*config.json")):
+        config = read_json(file)
+        kept = without_missing_code(config, names)
+        if kept != config and file.name != CONFIG_FILE:
+            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _finish_config(file: Path, sub_configs: tuple[str, ...], dtype: torch.dtype, base: Mapping[str, Any]) -> None:
+    """Correct what transformers writes: the dtype that the model has in memory, where loaders want the one on disk.
+
+    `auto_map` goes: the model was loaded as transformers' own class, and its Python files do not come along. An attention
+    implementation that the source's config.json asks for stays, so that a reload runs on it.
+    """
     config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("auto_map", None)
+    config |= {key: base[key] for key in _NOT_SAVED if key in base}
     for section in (config, *(config[key] for key in sub_configs if isinstance(config.get(key), dict))):
         section["dtype"] = str(dtype).removeprefix("torch.")
     # Exactly as transformers writes it, so that a model which is loaded and saved again has the same file.

@@ -20,7 +20,7 @@ Examples:  armor-apply quickstart  |  armor-apply my.yaml --plan  |  armor-apply
 |  armor-apply my.yaml --set prune_stage.armor_modifiers.ARMORModifier.block_size=32
 
 Exit codes: 0 done, 1 a bug here, 2 recipe or usage, 3 plan refused, 4 numerical failure, 5 input or checkpoint unreadable,
-6 verification mismatch, 7 disk or memory, 8 quality gate, 130 interrupted, 143 terminated.
+6 verification mismatch, 7 disk or memory, 8 quality gate, 129 terminal closed, 130 interrupted, 143 terminated.
 """
 
 
@@ -55,7 +55,8 @@ def apply_command(
     from armor_recipes.cli.tables import plan_table, resolved_recipe, result_json, summary
     from armor_recipes.cli.view import progress_view
     from armor_recipes.run import execute, prepare
-    from armor_recipes.run.job import check_writable, read_recipe
+    from armor_recipes.run.job import read_recipe
+    from armor_recipes.run.report_file import check_report_file, write_report
 
     quiet_libraries()
     out, err = Console(), Console(stderr=True)
@@ -67,12 +68,13 @@ def apply_command(
             out.print(plan_table(job.plan), *resolved_recipe(job.recipe))
         return
     if report is not None:
-        check_writable(report, "--report")
+        check_report_file(report)
+    for note in job.plan.notes if not quiet else ():
+        err.print(note, markup=False)
     with progress_view(err, quiet=quiet) as view:
         result = execute(job, overwrite=overwrite, observer=view)
     if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps(dict(result.report), indent=2) + "\n", encoding="utf-8")
+        write_report(report, result.report)
     if as_json:
         print(json.dumps(result_json(result), indent=2))
     elif not quiet:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from armor_recipes.recipe import Recipe
-from armor_recipes.report.manifest import dataset_name
+from armor_recipes.report.manifest import without_folders
 from armor_recipes.run import Result
 from armor_recipes.session import ModulePlan, Plan
 
@@ -47,6 +47,7 @@ def plan_table(plan: Plan) -> RenderableType:
         )
     if plan.ignored:
         lines.append(f"held back by ignore: {', '.join(plan.ignored)}")
+    lines += plan.notes
     return Group(table, Text("\n".join(lines)))
 
 
@@ -106,7 +107,7 @@ def summary(result: Result) -> RenderableType:
         table.add_column(heading, justify="right")
     before, after, report = result.perplexity_before, result.perplexity_after, result.report
     if before is not None and after is not None:
-        name = escape(f"perplexity ({before.tokens} tokens of {dataset_name(before.dataset)})")
+        name = escape(f"perplexity ({before.tokens} tokens of {without_folders(before.dataset)})")
         table.add_row(name, f"{before.value:.3f}", f"{after.value:.3f}", f"{after.value / before.value:.3f}")
     small, large = report["size_after_bytes"], report["size_before_bytes"]
     table.add_row(

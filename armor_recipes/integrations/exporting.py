@@ -10,11 +10,15 @@ from torch import nn
 from armor_recipes.checkpoint.export import Exported, Source, Target, export
 from armor_recipes.checkpoint.files import read_config
 from armor_recipes.checkpoint.staging import check_destination, staged
-from armor_recipes.errors import RecipeError
+from armor_recipes.compute import plain_torch
+from armor_recipes.errors import PlanError, RecipeError
 from armor_recipes.integrations.models import meta_model, open_model
+from armor_recipes.integrations.names import stored_names
+from armor_recipes.paths import user_path
 from armor_recipes.recipe.schema import ModelSpec
 
 
+@plain_torch()
 def export_folder(folder: Path, destination: Path, *, to: Target, overwrite: bool = False) -> Exported:
     """Write the checkpoint in `folder` to `destination` in another format.
 
@@ -23,13 +27,14 @@ def export_folder(folder: Path, destination: Path, *, to: Target, overwrite: boo
         PlanError: if there is nothing to convert, or the format cannot hold it.
         CheckpointError: if `folder` is damaged.
     """
-    check_destination(destination, overwrite=overwrite)
+    folder, destination = user_path(folder), user_path(destination)
+    check_destination(destination, overwrite=overwrite, precious={"the checkpoint that is exported": folder})
     if folder.resolve().is_relative_to(destination.resolve()) or destination.resolve().is_relative_to(folder.resolve()):
         raise RecipeError(f"{destination} and {folder} lie one in the other: choose another folder to write to")
-    config = read_config(folder)
-    linears = frozenset[str]() if "quantization_config" in config else _linears(folder)
+    quantization = read_config(folder).get("quantization_config")
+    linears = _linears(folder) if quantization is None else frozenset[str]()
     source = Source.open(folder, linears)
-    ignore = linears - source.specs.keys() if source.kind == "dense" else _ignored(config["quantization_config"])
+    ignore = linears - source.specs.keys() if quantization is None else _ignored(quantization)
     with staged(destination, overwrite=overwrite) as staging:
         return export(source, staging, to=to, ignore=ignore)
 
@@ -37,7 +42,16 @@ def export_folder(folder: Path, destination: Path, *, to: Target, overwrite: boo
 def _linears(folder: Path) -> frozenset[str]:
     """Full names of the linear layers, from config.json alone: embeddings have two-dimensional weights, too."""
     model = meta_model(open_model(ModelSpec(id=str(folder)), device=torch.device("cpu")))
-    return frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    linears = frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    names = stored_names(model)
+    renamed = sorted(name for name in linears if names[f"{name}.weight"] != (f"{name}.weight",))
+    if renamed:
+        there = ", ".join(names[f"{renamed[0]}.weight"]) or "parts of other tensors"
+        raise PlanError(
+            f"{folder} ({type(model).__name__}): {len(renamed)} linear layers lie in its files under other names than in the model "
+            f"({renamed[0]}.weight as {there}), which the packed layout cannot follow yet"
+        )
+    return linears
 
 
 def _ignored(quantization: dict[str, object]) -> list[str]:

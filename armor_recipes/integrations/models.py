@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
+import transformers
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from armor_recipes import builtin
+from armor_recipes.checkpoint.files import read_config
+from armor_recipes.checkpoint.stored import StoredTensors
 from armor_recipes.errors import InputError, PlanError
+from armor_recipes.integrations.names import stored_names
+from armor_recipes.paths import user_path
 from armor_recipes.recipe.schema import ModelSpec
 
 BUILTIN_PREFIX = "builtin:"
+ADAPTER_FILE = "adapter_config.json"
+_ALIGNMENT = 64
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -30,12 +38,19 @@ class ModelSource:
     config: PretrainedConfig
     stored_dtype: torch.dtype
     compute_dtype: torch.dtype
+    asked_dtype: torch.dtype | None = None
+    """What the recipe says that tensors are stored in; None where each keeps its own."""
 
     @property
     def folder(self) -> Path | None:
         """The local folder, or None for a hub id."""
         path = Path(self.location)
         return path if path.is_dir() else None
+
+    @property
+    def files(self) -> Path | None:
+        """The folder that the model's files lie in: the local one, or what the hub's cache has of it; None without either."""
+        return self.folder or _cached_snapshot(self.location, self.revision)
 
 
 def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = False) -> ModelSource:
@@ -46,6 +61,8 @@ def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = Fals
     location = spec.id
     if location.startswith(BUILTIN_PREFIX):
         location = str(builtin.model_folder(location.removeprefix(BUILTIN_PREFIX)))
+    else:
+        location = str(user_path(location))
     if spec.revision is not None and Path(location).is_dir():
         raise InputError(
             f"model {spec.id} is a local folder, which has no revision {spec.revision!r}; remove `revision`"
@@ -56,24 +73,106 @@ def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = Fals
         raise InputError(_unreadable(spec.id, error)) from error
     if getattr(config, "quantization_config", None) is not None and not compressed:
         raise PlanError(f"model {spec.id} is already quantised or compressed; give the dense model it was made from")
-    stored = _DTYPES.get(spec.dtype) or getattr(config, "dtype", None) or _written_dtype(Path(location))
+    asked = _DTYPES.get(spec.dtype)
+    source = ModelSource(location, spec.revision, config, asked or torch.float32, torch.float32, asked)
+    _refuse_adapter(source, spec.id)
+    stored = asked or _config_dtype(config) or _written_dtype(source, spec.id)
+    if stored not in _DTYPES.values():
+        raise PlanError(
+            f"model {spec.id} is stored in {stored}, and checkpoints are in {', '.join(_DTYPES)}: set model.dtype to one of them"
+        )
     if spec.compute_dtype != "auto":
         compute = _DTYPES[spec.compute_dtype]
     else:
         compute = torch.float32 if device.type == "cpu" else stored
-    return ModelSource(location, spec.revision, config, stored, compute)
+    return ModelSource(location, spec.revision, config, stored, compute, asked)
 
 
-def _written_dtype(folder: Path) -> torch.dtype:
-    """The floating dtype of most numbers in a folder's safetensors files, for a config.json that names none; else float32."""
-    counts: Counter[str] = Counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no mapping
-                part = tensors.get_slice(name)
-                counts[part.get_dtype()] += prod(part.get_shape())
+def _config_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """The dtype that config.json names, for the whole or for the text model of a composite one."""
+    for section in (config, config.get_text_config()):
+        dtype = getattr(section, "dtype", None)
+        if isinstance(dtype, torch.dtype):
+            return dtype
+    return None
+
+
+def _written_dtype(source: ModelSource, name: str) -> torch.dtype:
+    """The float dtype of most numbers in the model's files, for a config.json that names none; float32 where it has no files.
+
+    Raises InputError for a hub model whose files cannot be asked.
+    """
+    folder = source.folder
+    if folder is not None:
+        return StoredTensors(folder).dtype or torch.float32
+    from huggingface_hub import get_safetensors_metadata
+
+    cached = source.files
+    found = None if cached is None else StoredTensors(cached).dtype
+    if found is not None:
+        return found
+    try:
+        counts = get_safetensors_metadata(source.location, revision=source.revision).parameter_count
+    except Exception as error:  # the hub client raises errors of many libraries, without a common base
+        raise InputError(
+            f"model {name}: its config.json names no dtype, and its files cannot be asked ({type(error).__name__}); set model.dtype"
+        ) from error
     known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    return next((known[name] for name, _ in counts.most_common() if name in known), torch.float32)
+    most = max(counts, key=lambda key: counts[key] or 0, default=None)
+    return known.get(str(most), torch.float32)
+
+
+def _refuse_adapter(source: ModelSource, name: str) -> None:
+    """Transformers loads an adapter that lies beside a model onto it where peft is installed, and else leaves it alone."""
+    files = source.files
+    if files is not None and (files / ADAPTER_FILE).exists():
+        raise PlanError(
+            f"model {name} holds a PEFT adapter beside its weights ({ADAPTER_FILE}), which is part of the model only where peft "
+            "is installed: merge it first (merge_and_unload, then save_pretrained), or move the adapter's files away"
+        )
+
+
+def hub_id(source: ModelSource) -> str | None:
+    """The hub id of a model: the source itself, or what the config.json of a local folder says it was made from; else None."""
+    if source.folder is None:
+        return source.location
+    recorded = read_config(source.folder).get("_name_or_path")
+    if isinstance(recorded, str) and _HUB_ID.fullmatch(recorded) and not Path(recorded).exists():
+        return recorded
+    return None
+
+
+def fetch_files(source: ModelSource, patterns: Iterable[str]) -> None:
+    """Bring files of a hub model into the hub's cache, as far as the hub can be reached; `patterns` are in lower case."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if source.folder is not None:
+        return
+    spelled = [
+        spelling
+        for pattern in patterns
+        for spelling in (pattern, pattern.upper(), pattern.title(), _stem_upper(pattern))
+    ]
+    with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        snapshot_download(source.location, revision=source.revision, allow_patterns=spelled)
+
+
+def _stem_upper(pattern: str) -> str:
+    """`readme.md` as `README.md`."""
+    stem, dot, suffix = pattern.rpartition(".")
+    return f"{stem.upper()}{dot}{suffix}"
+
+
+def _cached_snapshot(location: str, revision: str | None) -> Path | None:
+    """The hub cache's folder of a model whose config.json was read."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(location, "config.json", revision=revision)
+    except ValueError:  # no possible hub id
+        return None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def meta_model(source: ModelSource) -> PreTrainedModel:
@@ -92,29 +191,78 @@ def meta_model(source: ModelSource) -> PreTrainedModel:
         )
     try:
         with torch.device("meta"):
-            return _from_config(source.config)
+            model = _from_config(source.config)
     except Exception as error:  # a wrong value in config.json raises whatever the architecture's code meets first
         raise InputError(_unreadable(source.location, error)) from error
+    _refuse_other_class(source, model)
+    return model
+
+
+def _refuse_other_class(source: ModelSource, model: PreTrainedModel) -> None:
+    """What config.json names must be what is loaded and written: a head or tower of another class would be lost."""
+    named = [name for name in source.config.architectures or () if isinstance(name, str)]
+    classes = {base.__name__ for base in type(model).__mro__}
+    others = [name for name in named if name not in classes and hasattr(transformers, name)]
+    if named and others and not classes & set(named):
+        raise PlanError(
+            f"model {source.location} is a {others[0]} by its config.json, and would be loaded and written as a "
+            f"{type(model).__name__}: what only the first has (a task head, a tower) would be lost. Only causal language models "
+            "are supported"
+        )
 
 
 def load_model(source: ModelSource, *, device: torch.device) -> PreTrainedModel:
     """The model in its compute dtype on `device`, in evaluation mode. Raises InputError where weights are missing or unreadable.
 
-    Its numbers are those of the stored dtype, see `rounded`.
+    Its numbers are those of the stored dtypes, see `rounded`.
     """
     model = load_dense(source.location, dtype=source.compute_dtype, device=device, revision=source.revision)
-    return rounded(model, source.stored_dtype)
+    return rounded(model, written_dtypes(model, source))
 
 
-def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same model with everything that is saved rounded in place to `dtype`, so that computing starts from what is stored.
+def written_dtypes(model: PreTrainedModel, source: ModelSource) -> dict[str, torch.dtype]:
+    """The dtype on disk of each float tensor of `model.state_dict()`: its own in the source's files.
+
+    Where a recipe names a dtype all are in that, but for those that the architecture keeps in float32, which keep their own.
+    Tensors that the files do not name are in `source.stored_dtype`.
+    """
+    asked = source.asked_dtype
+    kept = None if asked is None else kept_in_float32(model, asked)
+    floats = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
+    files = source.files
+    stored = {} if files is None else StoredTensors(files).tensors
+    names = stored_names(model)
+    found = {}
+    for name in floats:
+        dtypes = {stored[there].dtype for there in names[name] if there in stored}
+        dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
+        if asked is not None and kept is not None:
+            dtype = (dtype or torch.float32) if kept(name) else asked
+        found[name] = dtype or source.stored_dtype
+    return found
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether transformers keeps a tensor of that name in float32 where it is asked for `dtype`."""
+    patterns = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if dtype not in (torch.float16, torch.bfloat16) or not patterns:
+        return lambda _: False
+    kept = re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in sorted(patterns)))
+    return lambda name: kept.search(name) is not None
+
+
+def rounded(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> PreTrainedModel:
+    """The same model with everything that is saved rounded in place to its dtype on disk, so that computing starts from that.
 
     (Casting to the stored dtype and back would round the rotary frequencies too, which no later loader does.) Raises
     InputError for numbers that do not fit.
     """
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if not tensor.is_floating_point() or tensor.dtype == dtype:
+            dtype = dtypes.get(name, tensor.dtype)
+            if not tensor.is_floating_point() or tensor.dtype == dtype or tensor.dtype.itemsize < dtype.itemsize:
                 continue
             cast = tensor.to(dtype)
             lost = int((cast.isfinite() != tensor.isfinite()).sum())
@@ -125,14 +273,29 @@ def rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_dense(
-    location: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None
+    location: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
-    """A stock model from a folder or hub id, in evaluation mode. Raises InputError where weights are missing or unreadable."""
+    """A stock model from a folder or hub id, in evaluation mode. Raises InputError where weights are missing or unreadable.
+
+    `attention` is the implementation to run on, transformers' choice where it is None.
+    """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "dtype": dtype}
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
         # Weights of the wrong shape are told by `info`, with their names, which transformers' own error leaves out.
-        model, info = load(location, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        model, info = load(
+            location,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            return_dict=True,  # whatever config.json says: here outputs are read by name
+            **options,
+            **attention_option(attention),
+        )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -143,19 +306,59 @@ def load_dense(
     module: nn.Module = model
     module.to(device=device).eval()
     loaded: PreTrainedModel = model
-    return loaded
+    return own_memory(loaded)
+
+
+def attention_option(attention: str | None) -> dict[str, str]:
+    """The keyword of `from_pretrained` for an attention implementation; none where nothing is asked for."""
+    return {} if attention is None else {"attn_implementation": attention}
+
+
+def attention_of(model: PreTrainedModel) -> str | None:
+    """The attention implementation that a model runs on, by transformers' name."""
+    name = getattr(model.config, "_attn_implementation", None)
+    return name if isinstance(name, str) else None
+
+
+def own_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with every tensor in aligned memory that autograd may use, tied ones together.
+
+    A tensor mapped from a file can start at any byte, where products may round otherwise; one made in inference mode can be
+    neither trained nor changed.
+    """
+    made: dict[int, Any] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and tensor.is_inference():
+                        if id(tensor) not in made:
+                            made[id(tensor)] = _normal(tensor)
+                        tensors[name] = made[id(tensor)]
+                    elif tensor is not None and tensor.is_cpu and tensor.data_ptr() % _ALIGNMENT:
+                        tensor.data = tensor.data.clone()
+    return model
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """A copy of what was made in inference mode."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.clone(), requires_grad=tensor.requires_grad)
+    return tensor.clone()
 
 
 def moved(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The same model, moved in place, in evaluation mode.
 
-    Only what is saved is cast: `model.to(dtype)` would round the rotary frequencies too, which no later loader does.
+    Only what is saved is cast: `model.to(dtype)` would round the rotary frequencies too, which no later loader does. What the
+    architecture keeps in float32 stays in it.
     """
-    module: nn.Module = model
+    module: nn.Module = own_memory(model)
     module.to(device=device).eval()
-    for tensor in module.state_dict(keep_vars=True).values():
+    kept = kept_in_float32(model, dtype)
+    for name, tensor in module.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to(torch.float32 if kept(name) else dtype)
     return model
 
 

@@ -6,17 +6,20 @@ import yaml
 
 from armor_recipes.evaluation.perplexity import Perplexity
 from armor_recipes.report.licence import Licence
-from armor_recipes.report.manifest import Facts, dataset_name
+from armor_recipes.report.manifest import Facts, without_folders
 
 
-def model_card(facts: Facts, licence: Licence) -> str:
-    """Markdown with the front matter that the hub reads. Depends on the run's inputs alone."""
+def model_card(facts: Facts, licence: Licence, *, base_model: str | None) -> str:
+    """Markdown with the front matter that the hub reads. Depends on the run's inputs alone, and names no path of this machine.
+
+    `base_model` is the hub id of the dense model; None leaves it out, since the hub refuses anything else.
+    """
+    name = base_model or facts.model_name
     patterns = sorted({p for entry in facts.recipe.modifiers if (p := getattr(entry.config, "pattern", None))})
     named = ", ".join(patterns) or "N:M"
     header = {
         **licence.fields,
-        "base_model": facts.recipe.model.id,
-        "base_model_relation": "quantized",
+        **({} if base_model is None else {"base_model": base_model, "base_model_relation": "quantized"}),
         "library_name": "transformers",
         "tags": ["armor", *patterns, "sparse", "compressed-tensors"],
     }
@@ -24,9 +27,9 @@ def model_card(facts: Facts, licence: Licence) -> str:
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
-# {facts.recipe.model.id}, pruned to {named}
+# {name}, pruned to {named}
 
-Made with [armor-recipes](https://pypi.org/project/armor-recipes/) from `{facts.recipe.model.id}`: {totals.modules} linear
+Made with [armor-recipes](https://pypi.org/project/armor-recipes/) from `{name}`: {totals.modules} linear
 weights in {named} sparsity, each written as `A · S · B` with a core S in that pattern and block-diagonal A and B (ARMOR, arXiv
 2510.05528), or plainly pruned
 where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `armor_manifest.json`.
@@ -43,7 +46,7 @@ where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `
 ## Recipe
 
 ```yaml
-{facts.recipe.resolved_yaml().strip()}
+{facts.shared_recipe().strip()}
 ```
 
 ## Licence
@@ -55,7 +58,7 @@ where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `
 def _perplexity_row(before: Perplexity | None, after: Perplexity | None) -> str:
     if before is None or after is None:
         return "\nNothing was evaluated: the recipe has no `evaluation`."
-    where = f"{before.tokens} tokens of {dataset_name(before.dataset)}"
+    where = f"{before.tokens} tokens of {without_folders(before.dataset)}"
     return f"| perplexity ({where}) | {before.value:.3f} | {after.value:.3f} |"
 
 

@@ -7,20 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from armor_recipes.checkpoint.companions import LICENCES, companions, is_inside
+from armor_recipes.errors import InputError
+from armor_recipes.integrations.models import ModelSource, fetch_files
+from armor_recipes.recipe.problems import Mark, Problems
+from armor_recipes.recipe.tree import Table, plain
+from armor_recipes.recipe.yaml_source import parse
 
-from armor_recipes.integrations.models import ModelSource
-
-_LICENCE_FILES = (
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "LICENCE",
-    "NOTICE",
-    "NOTICE.txt",
-    "NOTICE.md",
-    "USE_POLICY.md",
-)
+_MOST_CARD = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,34 +34,32 @@ class Licence:
 
 
 def base_licence(source: ModelSource) -> Licence:
-    """The licence of a local folder's model card and its licence files, or what the hub's local cache has of them."""
-    folder = source.folder or _cached_folder(source)
+    """The licence of the model's card and its licence files: of the local folder, or of what the hub (or its cache) has.
+
+    Raises InputError for a file that is there and cannot be read.
+    """
+    fetch_files(source, ("readme.md", *LICENCES))
+    folder = source.files
     if folder is None:
         return Licence()
-    files = {name: (folder / name).read_bytes() for name in _LICENCE_FILES if (folder / name).is_file()}
-    return Licence(fields=_card_fields(folder / "README.md"), files=files)
+    card = "README.md"
+    fields = _card_fields(folder / card) if (folder / card).is_file() and is_inside(folder, card) else {}
+    return Licence(fields=fields, files=companions(folder, LICENCES).files)
 
 
 def _card_fields(card: Path) -> dict[str, Any]:
-    if not card.is_file():
-        return {}
-    text = card.read_text(encoding="utf-8", errors="replace")
+    """Licence fields of a model card's front matter; none where that is no YAML that can be read safely."""
+    try:
+        with card.open("rb") as file:
+            text = file.read(_MOST_CARD).decode("utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(
+            f"{card}, the model's card, cannot be read ({error.strerror}): correct its permissions, or remove it"
+        ) from error
     if not text.startswith("---"):
         return {}
-    try:
-        data = yaml.safe_load(text.split("---", 2)[1])
-    except (yaml.YAMLError, IndexError):
-        return {}
+    front = text.split("\n---", 1)[0].removeprefix("---")
+    found = parse(front, Mark(str(card), 1, card.parent), Problems())
+    data = plain(found) if isinstance(found, Table) else {}
     wanted = ("license", "license_name", "license_link")
     return {key: data[key] for key in wanted if isinstance(data, dict) and isinstance(data.get(key), str)}
-
-
-def _cached_folder(source: ModelSource) -> Path | None:
-    """The hub snapshot that the weights were just read from; its card is fetched if it can be."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(hf_hub_download(source.location, "README.md", revision=source.revision)).parent
-    except (HfHubHTTPError, OSError, ValueError):
-        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,37 @@ class Facts:
     stored_dtype: torch.dtype
     compute_dtype: torch.dtype
     device: str
+    attention: str | None
     tokens: Mapping[CalibrationSpec, TokenSet]
     modules: Mapping[str, ModuleResult]
     refinements: Sequence[RefineResult]
     rearrangements: Sequence[RearrangeResult]
     before: Perplexity | None
     after: Perplexity | None
+
+    @property
+    def model_name(self) -> str:
+        """The model as others may read of it: a path of this machine by its last part."""
+        return without_folders(self.recipe.model.id)
+
+    def shared_recipe(self) -> str:
+        """The resolved recipe as YAML, paths of this machine by their last parts."""
+        return replace(self.recipe, resolved=_shared(self.recipe.resolved)).resolved_yaml()
+
+
+def _shared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _shared(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_shared(inner) for inner in value]
+    return without_folders(value) if isinstance(value, str) else value
+
+
+def without_folders(name: str) -> str:
+    """A dataset's, model's or output's name; an absolute path or one below a home folder by its last part alone."""
+    if name.startswith("~") or (Path(name).is_absolute() and len(Path(name).parts) > 1):
+        return Path(name).name
+    return name
 
 
 def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
@@ -54,9 +79,10 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
             "compute_dtype": str(facts.compute_dtype).removeprefix("torch."),
             "stored_dtype": str(facts.stored_dtype).removeprefix("torch."),
             "sweep": sweep_form(facts.device),
+            "attention": facts.attention,
         },
         "recipe_sha256": facts.recipe.hash(),
-        "model": {"id": facts.recipe.model.id, "revision": facts.recipe.model.revision, "sha256": facts.source_sha256},
+        "model": {"id": facts.model_name, "revision": facts.recipe.model.revision, "sha256": facts.source_sha256},
         "calibration": calibration_rows(facts),
         "evaluation": {"before": _perplexity(facts.before), "after": _perplexity(facts.after)},
         "totals": {
@@ -135,7 +161,8 @@ def _refinement(result: RefineResult) -> dict[str, Any]:
 def calibration_rows(facts: Facts) -> list[dict[str, Any]]:
     """What was calibrated on: for each set who used it, how many windows came of how many asked, and what each dataset gave.
 
-    Local files go by their names alone, so that nothing depends on the folder.
+    `bos` are the ids that every window begins with, `end_of_text` is the one put after each document, or null. Local files go
+    by their names alone, so that nothing depends on the folder.
     """
     return [
         {
@@ -143,16 +170,13 @@ def calibration_rows(facts: Facts) -> list[dict[str, Any]]:
             "asked": tokens.asked,
             "samples": len(tokens.ids),
             "sequence_length": tokens.ids.shape[1],
+            "bos": list(tokens.prefix),
+            "end_of_text": tokens.end_of_text,
             "sha256": tokens.sha256,
-            "sources": [{**asdict(source), "dataset": dataset_name(source.dataset)} for source in tokens.sources],
+            "sources": [{**asdict(source), "dataset": without_folders(source.dataset)} for source in tokens.sources],
         }
         for spec, tokens in facts.tokens.items()
     ]
-
-
-def dataset_name(dataset: str) -> str:
-    """A dataset's name without the folder of a local file."""
-    return Path(dataset).name if Path(dataset).is_absolute() else dataset
 
 
 def _perplexity(measured: Perplexity | None) -> dict[str, Any] | None:
@@ -163,14 +187,16 @@ def _perplexity(measured: Perplexity | None) -> dict[str, Any] | None:
         "nll": measured.nll,
         "tokens": measured.tokens,
         "windows": measured.windows,
+        "bos": list(measured.bos),
         "sha256": measured.sha256,
     }
 
 
-def state_hash(model: nn.Module, dtype: torch.dtype) -> str:
-    """SHA-256 over a model's parameters, sorted by name, in their stored dtype: what the run started from."""
+def state_hash(model: nn.Module, dtypes: Mapping[str, torch.dtype], default: torch.dtype) -> str:
+    """SHA-256 over a model's parameters, sorted by name, in their stored dtypes: what the run started from."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        dtype = dtypes.get(name, default)
         digest.update(f"{name} {tuple(parameter.shape)} {dtype}\n".encode())
         digest.update(parameter.detach().to(dtype).contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any
@@ -15,34 +14,49 @@ import torch
 from transformers import PreTrainedModel
 
 from armor_recipes.calibration.tokens import TokenSet, build_tokens
-from armor_recipes.checkpoint.staging import check_destination, staged
-from armor_recipes.checkpoint.writer import tensor_hashes, write_checkpoint
-from armor_recipes.errors import PlanError, RecipeError, ResourceError
+from armor_recipes.checkpoint.companions import PROCESSORS, TOKENIZERS, Companions, companions
+from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config
+from armor_recipes.checkpoint.staging import files_below, kept_aside, staged
+from armor_recipes.checkpoint.stored import StoredTensors
+from armor_recipes.checkpoint.writer import carry_over, tensor_hashes, write_checkpoint
+from armor_recipes.compute import is_out_of_memory, plain_torch
+from armor_recipes.errors import RecipeError, ResourceError
 from armor_recipes.evaluation.perplexity import Perplexity, evaluate
 from armor_recipes.integrations.models import (
     ModelSource,
+    attention_of,
+    fetch_files,
+    hub_id,
     load_model,
     load_tokenizer,
     meta_model,
-    moved,
     open_model,
-    rounded,
+    written_dtypes,
 )
 from armor_recipes.modifiers import AnyModifier, config_types, modifiers
+from armor_recipes.paths import user_path
 from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.report.card import model_card
-from armor_recipes.report.licence import base_licence
+from armor_recipes.report.licence import Licence, base_licence
 from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, state_hash
 from armor_recipes.report.measure import Stopwatch
+from armor_recipes.run.preflight import (
+    check_lengths,
+    check_names,
+    check_output,
+    check_packable,
+    check_renamed,
+    check_weights,
+    given_model,
+    narrowed,
+    precious_paths,
+)
 from armor_recipes.run.result import Result
 from armor_recipes.run.verify import verify_reloaded
 from armor_recipes.session import Observer, Plan, Session, make_plan
 from armor_recipes.session.events import EvaluationProgressed, ignore_events
 from armor_recipes.solver.sweep import sweep_form
-
-#: What torch says when a CPU allocation fails; it raises a plain RuntimeError.
-_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 
 RecipeLike = Recipe | str | Path | Mapping[str, object] | Sequence[str | Path]
 
@@ -124,43 +138,19 @@ def builtin_recipe_dir() -> Path:
     return Path(__file__).parents[1] / "recipes"
 
 
+@plain_torch()
 def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
     """Plan a recipe on the meta device. Raises PlanError with every problem found, InputError where the model has no config."""
     target = parse_device(device)
     source = open_model(recipe.model, device=target)
-    _check_lengths(recipe, source)
+    check_lengths(recipe, source)
     known = modifiers()
     instances = {entry.key: known[entry.kind](entry.config) for entry in recipe.modifiers}
     shapes = meta_model(source)
-    _check_packable(recipe, shapes)
+    check_packable(recipe, shapes)
     plan = make_plan(recipe, shapes, instances, itemsize=source.stored_dtype.itemsize)
-    return Job(recipe, source, instances, plan, target)
-
-
-def _check_packable(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Fused expert weights are written under other names than the model's own, which the packed layout cannot follow."""
-    fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
-    if fused and recipe.output.format == "compressed-tensors":
-        raise PlanError(
-            f"{recipe.model.id} has {len(fused)} fused expert weights ({fused[0]}, …), which output.format compressed-tensors "
-            "does not support yet: set output.format: dense"
-        )
-
-
-def _check_lengths(recipe: Recipe, source: ModelSource) -> None:
-    """Windows longer than the model's positions end in an index error (learned positions) or in text it never learned."""
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    specs = {f"{entry.where}: {entry.name}: calibration": entry.config.calibration for entry in recipe.modifiers}
-    lengths = {where: spec.sequence_length for where, spec in specs.items() if spec is not None}
-    if recipe.evaluation is not None:
-        lengths["evaluation.perplexity"] = recipe.evaluation.perplexity.sequence_length
-    problems = [
-        f"{where}: sequence_length {length} is longer than the {longest} positions of {recipe.model.id}; lower it"
-        for where, length in lengths.items()
-        if isinstance(longest, int) and length > longest
-    ]
-    if problems:
-        raise PlanError("\n".join(problems))
+    check_names(recipe, plan, shapes)
+    return Job(recipe, source, instances, replace(plan, notes=narrowed(plan, source)), target)
 
 
 def parse_device(name: str) -> torch.device:
@@ -173,6 +163,7 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
+@plain_torch()
 def execute(
     job: Job,
     model: PreTrainedModel | None = None,
@@ -182,13 +173,13 @@ def execute(
     observer: Observer = ignore_events,
 ) -> Result:
     """Carry out a prepared job: load, calibrate, evaluate, compress, evaluate again, write, verify, commit."""
-    output = Path(job.recipe.output.path)
-    _check_output(output, job.source.folder, overwrite=overwrite)
+    output = user_path(job.recipe.output.path)
+    check_output(output, job.source, job.recipe, overwrite=overwrite)
     watch = Stopwatch(observer)
     with resource_errors():
         run = _Run.start(job, model, tokenizer, watch)
         before = run.evaluate("evaluate before")
-        source_hash = state_hash(run.model, job.source.stored_dtype)
+        source_hash = state_hash(run.model, run.dtypes, job.source.stored_dtype)
         session = run.compress()
         after = run.evaluate("evaluate after")
         facts = Facts(
@@ -198,6 +189,7 @@ def execute(
             stored_dtype=job.source.stored_dtype,
             compute_dtype=job.source.compute_dtype,
             device=job.device.type,
+            attention=attention_of(run.model),
             tokens=run.tokens,
             modules=session.results,
             refinements=session.refinements,
@@ -206,17 +198,22 @@ def execute(
             after=after,
         )
         watch.phase("save")
-        with staged(output, overwrite=overwrite) as folder:
+        with staged(output, overwrite=overwrite, precious=precious_paths(job.source, job.recipe)) as folder:
             run.write(folder, facts)
-            watch.phase("verify")
-            verify_reloaded(folder, run.model, packed=run.packed, seed_tokens=run.probe_tokens())
-            report = {
-                **watch.report(folder, source=job.source.folder, plan=job.plan, modules=session.results),
-                "seconds_by_refinement": {f"{r.modifier} {r.unit}": round(r.seconds, 3) for r in session.refinements},
-                "calibration": calibration_rows(facts),
-                "sweep": sweep_form(job.device.type),
-            }
-            (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            with kept_aside(folder, output):
+                watch.phase("verify")
+                verify_reloaded(folder, run.model, packed=run.packed, seed_tokens=run.probe_tokens())
+                report = {
+                    **watch.report(folder, source=job.source.folder, plan=job.plan, modules=session.results),
+                    "seconds_by_refinement": {
+                        f"{r.modifier} {r.unit}": round(r.seconds, 3) for r in session.refinements
+                    },
+                    "calibration": calibration_rows(facts),
+                    "sweep": sweep_form(job.device.type),
+                    "left_out": list(run.companions.left_out),
+                    "carried_over": list(run.carried),
+                }
+                (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return Result(
         plan=job.plan,
         output=output,
@@ -229,27 +226,11 @@ def execute(
     )
 
 
-def _check_output(output: Path, source: Path | None, *, overwrite: bool) -> None:
-    """Raise RecipeError, before anything is computed, where a checkpoint could not be put there at the end."""
-    try:
-        check_destination(output, overwrite=overwrite)
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
-        raise RecipeError(f"output.path {output} is no path that can be written: {error}; choose another") from error
-    check_writable(output, "output.path")
-    if source is not None and source.resolve().is_relative_to(output.resolve()):
-        raise RecipeError(f"output.path {output} is or holds the model that is to be compressed; choose another path")
-
-
-def check_writable(path: Path, what: str) -> None:
-    """Raise RecipeError where a file or folder could not be made at `path`, which `what` names in the message."""
-    try:
-        parent = next(folder for folder in path.resolve().parents if folder.exists())
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{what} {path} is no path that can be written: {error}; choose another") from error
-    if not parent.is_dir():
-        raise RecipeError(f"{what} {path} lies below {parent}, which is not a folder; choose another path")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise RecipeError(f"{what} {path} cannot be written: no permission in {parent}; choose another path")
+def _companions(source: ModelSource, *, with_tokenizer: bool) -> Companions:
+    """Files beside the base model's weights that come along; those of its tokenizer only where it is that which is saved."""
+    patterns = (*PROCESSORS, *(TOKENIZERS if with_tokenizer else ()))
+    fetch_files(source, patterns)
+    return Companions({}) if source.files is None else companions(source.files, patterns)
 
 
 @dataclass(slots=True)
@@ -261,19 +242,35 @@ class _Run:
     tokenizer: Any | None
     tokens: dict[CalibrationSpec, TokenSet]
     watch: Stopwatch
+    dtypes: dict[str, torch.dtype]
+    licence: Licence
+    companions: Companions
+    given: bool
+    """Whether the model came in memory, so that the source's files say nothing of its tensors."""
+    carried: tuple[str, ...] = ()
+    """Tensors of the source's files that no module of the model holds, written as they are."""
 
     @classmethod
     def start(cls, job: Job, model: PreTrainedModel | None, tokenizer: Any | None, watch: Stopwatch) -> _Run:
         """Load what is not given, and build the calibration windows before the first long computation."""
         watch.phase("load")
+        licence = base_licence(job.source)
+        beside = _companions(job.source, with_tokenizer=tokenizer is None)
         tokenizer = load_tokenizer(job.source) if tokenizer is None else tokenizer
         watch.phase("tokenize")
         vocabulary = job.source.config.get_text_config().vocab_size
         specs = dict.fromkeys(e.config.calibration for e in job.recipe.modifiers if e.config.calibration is not None)
         tokens = {spec: build_tokens(spec, tokenizer=tokenizer, vocab_size=vocabulary) for spec in specs}
         watch.phase("load weights")
-        loaded = load_model(job.source, device=job.device) if model is None else _given(model, job)
-        return cls(job, loaded, tokenizer, tokens, watch)
+        given = model is not None
+        if model is None:
+            loaded = load_model(job.source, device=job.device)
+            check_renamed(loaded, job.source)
+        else:
+            loaded = given_model(model, job.plan, job.recipe, job.source, job.device)
+        check_weights(loaded, job.plan)
+        dtypes = written_dtypes(loaded, job.source)
+        return cls(job, loaded, tokenizer, tokens, watch, dtypes, licence, beside, given)
 
     @property
     def packed(self) -> bool:
@@ -312,11 +309,12 @@ class _Run:
     def write(self, folder: Path, facts: Facts) -> None:
         """Write everything but the report into an empty folder; the manifest comes last, since it hashes the tensors."""
         layers = {name: result.packed for name, result in facts.modules.items() if result.packed is not None}
-        licence = base_licence(self.job.source)
+        base = self.job.source.files
         files = {
-            "README.md": model_card(facts, licence).encode(),
+            **self.companions.files,
+            **self.licence.files,
+            "README.md": model_card(facts, self.licence, base_model=hub_id(self.job.source)).encode(),
             "recipe.yaml": facts.recipe.resolved_yaml().encode(),
-            **licence.files,
         }
         write_checkpoint(
             self.model,
@@ -324,10 +322,14 @@ class _Run:
             folder,
             tokenizer=self.tokenizer,
             dtype=self.job.source.stored_dtype,
+            dtypes=self.dtypes,
             files=files,
+            base_config={} if base is None else read_config(base),
         )
-        manifest = build_manifest(facts, tensor_hashes(folder))
-        (folder / "armor_manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        self.carried = () if base is None or self.given else carry_over(folder, StoredTensors(base))
+        manifest = {**build_manifest(facts, tensor_hashes(folder)), "carried_over": list(self.carried)}
+        manifest["files"] = sorted({*files_below(folder), MANIFEST_FILE, "report.json"})
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     def probe_tokens(self) -> torch.Tensor:
         """A calibration window, or the first token ids, to compare logits on: `(1, L)`."""
@@ -336,38 +338,13 @@ class _Run:
         return torch.arange(min(32, self.job.source.config.get_text_config().vocab_size))[None]
 
 
-def _given(model: PreTrainedModel, job: Job) -> PreTrainedModel:
-    """A caller's model, checked against the plan, brought to compute dtype and device and rounded as stored, all in place."""
-    for name, shape in job.plan.shapes.items():
-        try:
-            found = tuple(model.get_parameter(f"{name}.weight").shape)
-        except AttributeError as error:
-            raise PlanError(f"the model given has no {name}, which {job.recipe.model.id} has") from error
-        if found != shape:
-            raise PlanError(f"the model given has {name} {found}, planned was {shape}")
-    _refuse_rounded_buffers(model, job)
-    return rounded(moved(model, device=job.device, dtype=job.source.compute_dtype), job.source.stored_dtype)
-
-
-def _refuse_rounded_buffers(model: PreTrainedModel, job: Job) -> None:
-    """Buffers that are not saved (rotary frequencies) are made anew by a loader, in full; rounded ones are another model."""
-    full = {name: buffer.dtype for name, buffer in meta_model(job.source).named_buffers()}
-    for name in sorted(dict(model.named_buffers()).keys() & full.keys() - model.state_dict().keys()):
-        dtype = model.get_buffer(name).dtype
-        if dtype.itemsize < full[name].itemsize:
-            raise PlanError(
-                f"the model given has {name} in {dtype} instead of {full[name]}: it was cast as a whole, which rounds what no "
-                "loader rounds; load it with from_pretrained(…, dtype=…) instead of casting it with .to()"
-            )
-
-
 @contextmanager
 def resource_errors() -> Iterator[None]:
     """Out of memory or disk, as errors of our own."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and _CPU_OUT_OF_MEMORY not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise ResourceError(
             f"out of memory: {error}; lower calibration samples or batch_size, or use a larger machine"
@@ -380,4 +357,4 @@ def resource_errors() -> Iterator[None]:
         raise
 
 
-__all__ = ["Job", "apply", "builtin_recipe_dir", "check_writable", "execute", "prepare", "read_recipe"]
+__all__ = ["Job", "apply", "builtin_recipe_dir", "execute", "prepare", "read_recipe"]

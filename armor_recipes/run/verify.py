@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from armor_recipes.errors import InputError, VerificationError
-from armor_recipes.integrations.models import load_dense
+from armor_recipes.integrations.models import attention_of, load_dense
 from armor_recipes.integrations.transformers import load
 
 
 def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, seed_tokens: Tensor) -> None:
     """Raise VerificationError unless the folder, loaded in the model's compute dtype, gives the model's logits bit for bit.
 
-    `seed_tokens` `(1, L)` are the ids to compare on; `packed` says whether the folder needs this package to load.
+    `seed_tokens` `(1, L)` are the ids to compare on; `packed` says whether the folder needs this package to load. It is loaded
+    with the attention implementation that the model runs on, into aligned memory; numbers that are NaN in both are equal.
     """
     parameter = next(model.parameters())
+    options: dict[str, Any] = {
+        "dtype": parameter.dtype,
+        "device": parameter.device,
+        "attention": attention_of(model),
+    }
     try:
-        if packed:
-            loaded = load(folder, backend="folded", dtype=parameter.dtype, device=parameter.device)
-        else:
-            loaded = load_dense(str(folder), dtype=parameter.dtype, device=parameter.device)
+        loaded = load(folder, backend="folded", **options) if packed else load_dense(str(folder), **options)
     except InputError as error:
-        raise VerificationError(
-            f"what was written cannot be loaded again: {error}; the checkpoint was not put in place"
-        ) from error
+        raise VerificationError(f"what was written cannot be loaded again: {error}") from error
     ids = seed_tokens.to(parameter.device)
     with torch.inference_mode():
-        ours, theirs = model(input_ids=ids).logits, loaded(input_ids=ids).logits
-    if not torch.equal(ours, theirs):
-        worst = float((ours.float() - theirs.float()).abs().max())
+        ours, theirs = (one(input_ids=ids, use_cache=False, return_dict=True).logits for one in (model, loaded))
+    equal = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    if not bool(equal.all()):
+        worst = float((ours.float() - theirs.float()).abs().nan_to_num().max())
         raise VerificationError(
-            f"the model loaded again differs from the one in memory (largest logit difference {worst:.3g}); "
-            "the checkpoint was not put in place. This is a bug: please report it with the recipe"
+            f"the model loaded again differs from the one in memory: in {int((~equal).sum())} of {equal.numel()} logits, by "
+            f"{worst:.3g} at most, where the largest is {float(ours.float().abs().nan_to_num().max()):.3g}. A difference near "
+            "rounding means that something here computes otherwise from one run to the next; a larger one that the folder is not "
+            "this model"
         )

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.errors import NumericalError, PlanError
+from armor_recipes.compute import is_out_of_memory
+from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.session.hooks import Hooks, input_of
 from armor_recipes.session.layers import DecoderLayers
 
@@ -101,13 +102,27 @@ def capture_stream(model: nn.Module, layers: DecoderLayers, ids: Tensor, *, batc
     The first window goes through the whole model once, to see whether all layers get the same arguments and whether
     running the layers one by one gives the model's own activations. Raises PlanError where it does not.
     """
-    probe, output = _run_model(model, layers, ids[:1], hooks, through=True)
+    probe, output = _probe(model, layers, ids[:1], hooks)
     _check_replay(model, layers, probe, hidden_states(output))
     same = all(_same_arguments(probe[0], call) for call in probe[1:])
     device = next(model.parameters()).device
     parts = [batch.to(device) for batch in ids.split(batch_size)]
     calls = [_run_model(model, layers, batch, hooks, through=not same)[0] for batch in parts]
     return Stream(calls, layers, parts)
+
+
+def _probe(model: nn.Module, layers: DecoderLayers, ids: Tensor, hooks: Hooks) -> tuple[list[LayerCall], Any]:
+    """The first pass of a window `(1, L)` through the whole model. Raises InputError where the model's own code fails."""
+    try:
+        return _run_model(model, layers, ids, hooks, through=True)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{type(model).__name__}: its forward pass fails on a window of {ids.shape[1]} tokens "
+            f"({type(error).__name__}: {reason}): its config.json does not describe a model that runs"
+        ) from error
 
 
 def input_groups(

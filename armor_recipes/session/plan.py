@@ -81,7 +81,10 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Modules by stage, layer and modifier order; `ignored` are linear modules that an `ignore` held back."""
+    """Modules by stage, layer and modifier order; `ignored` are linear modules that an `ignore` held back.
+
+    `notes` are sentences on what comes out otherwise than it went in.
+    """
 
     model: str
     layers: tuple[str, ...]
@@ -90,6 +93,7 @@ class Plan:
     ignored: tuple[str, ...]
     totals: Totals
     rearrangements: tuple[RearrangePlan, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def takes(self, modifier: str) -> bool:
         """Whether the modifier has anything to do."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,3 +123,15 @@ def logits(model: PreTrainedModel) -> Tensor:
     tokens = (torch.arange(48) * 7 % SIZES["vocab_size"]).view(2, 24)
     with torch.no_grad():
         return model(tokens).logits
+
+
+def changed(written: Mapping[str, Any], kept: Mapping[str, Any], inside: str = "") -> set[str]:
+    """Dotted keys that compressed-tensors' schema dropped or changed. What it adds is null, and in 0.17 `observer`'s default."""
+    found = set()
+    for key in written.keys() | kept.keys():
+        before, after = written.get(key), kept.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found |= changed(before, after, f"{inside}{key}.")
+        elif before != after and not (key == "observer" and key not in written):
+            found.add(inside + key)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -17,17 +18,19 @@ from armor_recipes.checkpoint.staging import check_destination, recover, staged
 from armor_recipes.errors import RecipeError, ResourceError
 
 ROOT = Path(__file__).parents[2]
+#: A file below another folder of the model.
+WEIGHTS = Path("additional_chat_templates") / "rag.jinja"
 
 
 def write(path: Path, content: str, *, overwrite: bool = False) -> None:
     with staged(path, overwrite=overwrite) as folder:
-        (folder / "data").mkdir()
-        (folder / "data" / "weights").write_text(content)
-        (folder / "config.json").write_text(content)
+        (folder / "additional_chat_templates").mkdir()
+        (folder / WEIGHTS).write_text(content)
+        (folder / "config.json").write_text(json.dumps({"model_type": content}))
 
 
 def read(path: Path) -> tuple[str, str]:
-    return (path / "config.json").read_text(), (path / "data" / "weights").read_text()
+    return json.loads((path / "config.json").read_text())["model_type"], (path / WEIGHTS).read_text()
 
 
 def neighbours(path: Path) -> list[str]:
@@ -62,7 +65,7 @@ def test_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
     out = tmp_path / "photos"
     out.mkdir()
     (out / "cat.jpg").write_text("meow")
-    with pytest.raises(RecipeError, match=r"neither config.json nor armor_manifest.json"):
+    with pytest.raises(RecipeError, match="is no model"):
         write(out, "one", overwrite=True)
     assert (out / "cat.jpg").read_text() == "meow"
     with pytest.raises(RecipeError, match="not a folder"):
@@ -195,10 +198,10 @@ def test_killed_process(tmp_path: Path, crash: str) -> None:
         def DIE(): os.kill(os.getpid(), signal.SIGKILL)
         {patch}
         with staging.staged(Path(sys.argv[1]), overwrite=True) as folder:
-            (folder / "data").mkdir()
-            (folder / "data" / "weights").write_text("two")
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "additional_chat_templates" / "rag.jinja").write_text("two")
             {inside}
-            (folder / "config.json").write_text("two")
+            (folder / "config.json").write_text('{{"model_type": "two"}}')
         """
     ).format(patch=patch, inside=inside)
     died = subprocess.run([sys.executable, "-c", script, str(out)], cwd=ROOT, capture_output=True, check=False)
