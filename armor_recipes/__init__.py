@@ -6,6 +6,7 @@ Importing this package teaches compressed-tensors, and through it `transformers`
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,29 +14,23 @@ from armor_recipes.integrations.deferred import after_import
 from armor_recipes.version import __version__
 
 if TYPE_CHECKING:
+    from armor_recipes.integrations.dense import to_dense as to_dense
     from armor_recipes.integrations.transformers import load as load
     from armor_recipes.run import Result as Result
     from armor_recipes.run import apply as apply
 
-__all__ = ["Result", "__version__", "apply", "load"]
+__all__ = ["Result", "__version__", "apply", "load", "to_dense"]
 
-
-def _register() -> None:
-    # Importing it registers. If it is the one that imports compressed-tensors right now, it does so when it gets there.
-    import_module("armor_recipes.integrations.transformers")
+_ROOMS = {"Result": "run", "apply": "run", "load": "integrations.transformers", "to_dense": "integrations.dense"}
 
 
 def __getattr__(name: str) -> Any:
-    """`apply`, `load` and `Result`, imported when first used: torch and transformers take seconds."""
-    if name == "load":
-        from armor_recipes.integrations.transformers import load
-
-        return load
-    if name in ("apply", "Result"):
-        from armor_recipes import run
-
-        return getattr(run, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """`apply`, `load`, `to_dense` and `Result`, imported when first used: torch and transformers take seconds."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
 
 
-after_import("compressed_tensors.compressors", _register)
+# Importing them registers. If one is what imports the neighbour right now, it registers when it gets there.
+after_import("compressed_tensors.compressors", partial(import_module, f"{__name__}.integrations.transformers"))
+after_import("peft", partial(import_module, f"{__name__}.integrations.peft"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 - hooks
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Many tests compare bits of loaded models; `auto`, the default, is tested in tests/runtime.

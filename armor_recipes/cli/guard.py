@@ -2,77 +2,181 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import EDQUOT, EFBIG, ENOMEM, ENOSPC
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
-from armor_recipes.errors import ArmorError
+from armor_recipes.cli.streams import flush, patient_output
+from armor_recipes.errors import ArmorError, ResourceError
 
-INTERRUPTED, TERMINATED, BUG, USAGE = 130, 143, 1, 2
+INTERRUPTED, TERMINATED, HUNG_UP, BUG, USAGE = 130, 143, 129, 1, 2
+_FULL = (ENOSPC, EDQUOT, EFBIG)
+#: How errors of torch and of libraries written in Rust tell what they have no class for.
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|[Cc]annot allocate memory|ALLOC_FAILED")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class TerminatedError(BaseException):
-    """SIGTERM arrived. Not an Exception: nothing between the signal and the exit may swallow it."""
+    """SIGTERM or SIGHUP arrived. Not an Exception: nothing between the signal and the exit may swallow it."""
+
+    def __init__(self, word: str, code: int) -> None:
+        super().__init__(word)
+        self.word = word
+        self.code = code
+
+
+class _EndedError(BaseException):
+    """What ended a command's own code, wrapped: typer has meanings of its own for interrupts, EOFError, Exit and others."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 def run_command(app: typer.Typer, *, name: str) -> NoReturn:
     """Run a typer app and exit with the code of `docs/cli.md`; no traceback reaches a user but for a bug here."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with _terminate_as_exception():
-        code = _guarded(lambda: _flushed(app(prog_name=name, standalone_mode=False)))
+    with patient_output():
+        code = _guarded(lambda: _run(app, name))
     sys.exit(code)
 
 
-def _flushed(code: object) -> object:
-    sys.stdout.flush()  # here, where a reader that is gone (`| head`) is still our business
-    return code
+def _run(app: typer.Typer, name: str) -> object:
+    with _ends_as_exceptions():
+        code = _command(app).main(prog_name=name, standalone_mode=False)
+        flush(sys.stdout)  # here, where results that cannot be written are still our business
+        return code
+
+
+def _command(app: typer.Typer) -> Any:
+    """The parser, and behind it the commands with their errors kept from typer."""
+    root: Any = typer.main.get_command(app)
+    for command in getattr(root, "commands", {"": root}).values():
+        command.callback = _with_its_own_end(command.callback)
+    return root
+
+
+def _with_its_own_end(callback: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(callback)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            callback(*args, **options)
+        except BaseException as error:
+            raise _EndedError(error) from error
+
+    return run
 
 
 def _guarded(command: Callable[[], object]) -> int:
     try:
         code = command()
-    except ArmorError as error:
-        return _complain(f"error: {error}", error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
-    except TerminatedError:
-        return _complain("terminated; nothing half-written was left behind", TERMINATED)
-    except (BrokenPipeError, SystemExit):  # click and rich make a SystemExit of a reader that is gone (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more as it ends
-        return 0
-    except Exception as error:
+    except _EndedError as ended:
+        return _code_of(ended.error)
+    except typer.Abort:  # an interrupt that click met before the command began
+        return _code_of(KeyboardInterrupt())
+    except BaseException as error:
         if hasattr(error, "format_message") and hasattr(error, "show"):
             error.show()
             return USAGE
-        traceback.print_exc()
-        return _complain(
-            f"this is a bug in armor-recipes ({type(error).__name__}); please report it with the recipe", BUG
-        )
-    if code == INTERRUPTED:  # typer makes this code of a KeyboardInterrupt, without a word
-        return _complain("interrupted; nothing half-written was left behind", INTERRUPTED)
+        return _code_of(error)
+    if code == INTERRUPTED:  # typer makes this code of it, without a word
+        return _code_of(KeyboardInterrupt())
     return code if isinstance(code, int) else 0
 
 
+def _code_of(error: BaseException) -> int:
+    """Say what ended the command, and return its exit code."""
+    match error:
+        case ArmorError():
+            return _complain(f"error: {error}", ResourceError.exit_code if _ran_out(error) else error.exit_code)
+        case KeyboardInterrupt():
+            return _complain(f"interrupted; {_left(error)}", INTERRUPTED)
+        case TerminatedError():
+            return _complain(f"{error.word}; {_left(error)}", error.code)
+        case SystemExit():
+            return _complain(
+                f"error: something called sys.exit({error.code!r}) in the middle of the run, which ended it: {_place(error)}; "
+                f"{_left(error)}. Mend or uninstall the plug-in or library that did",
+                BUG,
+            )
+    what = _ran_out(error)
+    if what:
+        return _complain(f"error: {what}", ResourceError.exit_code)
+    traceback.print_exception(error)
+    return _complain(f"this is a bug in armor-recipes ({type(error).__name__}); please report it with the recipe", BUG)
+
+
+def _left(error: BaseException) -> str:
+    """What an end leaves behind: nothing, or what a note of the error names."""
+    return "; ".join(["nothing half-written was left behind", *getattr(error, "__notes__", ())])
+
+
+def _ran_out(error: BaseException | None) -> str:
+    """What disk or memory ran out, in a sentence, if that is why `error` was raised; else nothing."""
+    while error is not None:
+        told = _OS_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number in _FULL:
+            where = getattr(error, "filename", None) or "the output or of the cache"
+            return f"no space left on the disk of {where} ({error}): free some and run again"
+        short = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))  # torch.OutOfMemoryError is one, too
+        if isinstance(error, MemoryError) or number == ENOMEM or short:
+            said = str(error) or type(error).__name__
+            return f"out of memory ({said}): lower calibration samples or batch_size, or use a larger machine"
+        error = error.__cause__
+    return ""
+
+
+def _place(error: BaseException) -> str:
+    """Where an error was raised, as file and line."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}"
+
+
 def _complain(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    if sys.stderr is not None:  # else print would take standard output, where results are expected
+        print(message, file=sys.stderr)
     return code
 
 
 @contextmanager
-def _terminate_as_exception() -> Iterator[None]:
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the cleaning up short
-        raise TerminatedError
+def _ends_as_exceptions() -> Iterator[None]:
+    """Raise what ends a command from outside, once; signals that are ignored (`nohup`, a job in the background) stay so."""
+    ends = {
+        number: error for number, error in _ends().items() if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    }
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def stop(number: int, _frame: FrameType | None) -> None:
+        for other in ends:
+            signal.signal(
+                other, signal.SIG_IGN
+            )  # a second one must cut short neither the cleaning up nor the exit code
+        raise ends[number]
+
+    before = {number: signal.signal(number, stop) for number in ends}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)
+
+
+def _ends() -> dict[int, BaseException]:
+    found: dict[int, BaseException] = {
+        signal.SIGINT: KeyboardInterrupt(),
+        signal.SIGTERM: TerminatedError("terminated", TERMINATED),
+    }
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        found[signal.SIGHUP] = TerminatedError("the terminal was closed", HUNG_UP)
+    return found

@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor, ModelCompressor
-from compressed_tensors.offload.module import unwrap_offload_forward
-from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
-from compressed_tensors.quantization.utils.helpers import is_module_quantized
 from torch import Tensor, nn
 
 from armor_recipes.checkpoint.config import (
+    BLOCK_SIZE_KEY,
     CORE_BITS,
     FORMAT,
     SCALE,
@@ -30,16 +27,31 @@ from armor_recipes.checkpoint.config import (
     quantization_config,
     tensor_names,
 )
-from armor_recipes.checkpoint.files import read_config, read_header, read_tensor
+from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_header, read_tensor
+from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.legacy import is_legacy, open_legacy
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.reader import check_folder
+from armor_recipes.compute import plain_torch
 from armor_recipes.errors import ArmorError, CheckpointError
+from armor_recipes.integrations.upstream import (
+    VERSIONS,
+    BaseCompressor,
+    ModelCompressor,
+    QuantizationScheme,
+    QuantizationStatus,
+    is_module_quantized,
+    release,
+    unwrap_offload_forward,
+)
+from armor_recipes.paths import user_path
 from armor_recipes.runtime.backends import choose_backend
 from armor_recipes.runtime.linear import ArmorLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_WRAPPED = "_wrapped_by_armor_recipes"
 
 
 class ArmorCompressor(BaseCompressor):  # type: ignore[misc]
@@ -104,7 +116,8 @@ class ArmorCompressor(BaseCompressor):  # type: ignore[misc]
 def register() -> None:
     """Make `from_pretrained` read ARMOR checkpoints. Importing this module does it; calling it again does nothing.
 
-    Raises `ArmorError` if another package has taken the format's name.
+    If another package has the format's name, or takes it later, it is theirs, and reading an ARMOR checkpoint is an error, see
+    `check_registered`.
 
     Besides the registration, `ModelCompressor.add_decompress_hook` is wrapped: the hook decompresses a model at its
     first forward pass, for lack of kernels, and marks its config `decompressed`, which a model saved later then says of
@@ -112,19 +125,37 @@ def register() -> None:
     modules of a model are laid out: the place where layers that share a B are joined, since a compressor sees one module, without
     its name.
     """
-    if FORMAT in BaseCompressor.registered_names():
-        _check_registered()
+    if getattr(_registered(), "__module__", None) == __name__:  # as it was before this module was reloaded
+        release(FORMAT)
+    if _registered() is None:
+        BaseCompressor.register_value(ArmorCompressor, name=FORMAT)
+    if hasattr(ModelCompressor, _WRAPPED):
         return
-    BaseCompressor.register_value(ArmorCompressor, name=FORMAT)
+    setattr(ModelCompressor, _WRAPPED, True)
+    BaseCompressor.register_value = classmethod(_gives_way(BaseCompressor.register_value.__func__))
+    ModelCompressor.compress_model = _checked(ModelCompressor.compress_model)
     ModelCompressor.add_decompress_hook = _unless_all_armor(ModelCompressor.add_decompress_hook)
 
 
+def check_registered() -> None:
+    """Raise `ArmorError` if the format's name is another package's in this process."""
+    other = _registered()
+    if other is not ArmorCompressor:
+        whose = "not registered" if other is None else f"registered to {other.__module__}.{other.__qualname__}"
+        raise ArmorError(
+            f"compressed-tensors' format {FORMAT} is {whose}, not to armor_recipes: ARMOR checkpoints cannot be read in this "
+            f"process; use a compressed-tensors{VERSIONS}, and no other package that registers this format"
+        )
+
+
+@plain_torch()
 def load(
     folder: str | Path,
     *,
     backend: str | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint that a recipe or `armor export` wrote, or a legacy 2:4 folder, checked, in evaluation mode.
 
@@ -136,19 +167,29 @@ def load(
         backend: `auto`, `cpu`, `cuda`, `folded` or `reference`; None asks the environment (ARMOR_BACKEND), then takes `auto`.
         dtype: to compute in; `auto` is the stored one. Float32 holds every stored number exactly.
         device: to move the model to.
+        attention: the attention implementation (`eager`, `sdpa`, …); None is transformers' choice.
 
     Raises:
         CheckpointError: if the folder is not what its format promises.
         RecipeError: if the backend is unknown.
+        ArmorError: if compressed-tensors knows the format as another package's.
     """
-    chosen = choose_backend(backend)
-    check_folder(Path(folder))
+    from armor_recipes.integrations.models import ADAPTER_FILE, own_memory  # imports much of transformers
+
+    chosen, folder = choose_backend(backend), user_path(folder)
+    check_folder(folder)
+    if (folder / ADAPTER_FILE).exists():
+        raise CheckpointError(
+            f"{folder} holds a PEFT adapter beside the model ({ADAPTER_FILE}): move its files to a folder of their own, and "
+            "load it onto the model with peft"
+        )
     try:
-        model = _loaded(Path(folder), dtype)
+        model = _loaded(folder, dtype, attention)
     except (ArmorError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a wrong value in config.json raises whatever the architecture's code meets first
         raise CheckpointError(f"{folder}: transformers cannot load this model: {error}") from error
+    own_memory(model)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its signature
     for name, module in model.named_modules():
@@ -158,26 +199,42 @@ def load(
     return model
 
 
-def _loaded(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def _loaded(folder: Path, dtype: torch.dtype | str, attention: str | None) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from armor_recipes.integrations.models import attention_option
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     load_class: Any = AutoModelForCausalLM
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "use_safetensors": True, **options}
+    source["return_dict"] = True  # whatever config.json says: outputs are read by name
     quantization = read_config(folder).get("quantization_config")
     if is_legacy(quantization):
-        config = AutoConfig.from_pretrained(str(folder), **options)
+        config = AutoConfig.from_pretrained(str(folder), return_dict=True, **options)
         state, config.quantization_config = _legacy_state(folder, quantization)
         load_class = AutoModelForCausalLM._model_mapping[type(config)]
         source = {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
-    model, info = load_class.from_pretrained(**source, dtype=dtype, output_loading_info=True)
-    problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    source |= {"dtype": dtype, "output_loading_info": True, **attention_option(attention)}
+    model, info = load_class.from_pretrained(**source)
+    carried = _carried_over(folder)
+    left = {
+        kind: {str(n) for n in names} - (carried if kind == "unexpected_keys" else set())
+        for kind, names in info.items()
+    }
+    problems = {kind: sorted(names) for kind, names in left.items() if names}
     if problems:
         raise CheckpointError(
             f"{folder}: the tensors are not those of the model that config.json describes: {problems}"
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _carried_over(folder: Path) -> set[str]:
+    """Tensors of no module, which the manifest lists because the dense model's files held them, too."""
+    manifest = folder / MANIFEST_FILE
+    listed = read_json(manifest).get("carried_over") if manifest.exists() else None
+    return {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
 
 
 def _legacy_state(folder: Path, quantization: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -192,13 +249,42 @@ def _legacy_state(folder: Path, quantization: Mapping[str, Any]) -> tuple[dict[s
     return state, quantization_config(layers, [])
 
 
-def _check_registered() -> None:
-    other = BaseCompressor.get_value_from_registry(FORMAT)
-    if other is not ArmorCompressor:
-        raise ArmorError(
-            f"compressed-tensors' format {FORMAT} is registered to {other.__module__}.{other.__qualname__} already: "
-            "ARMOR checkpoints cannot be read in this process; armor_recipes needs compressed-tensors >= 0.17"
-        )
+def _registered() -> Any:
+    """What the format's name means to compressed-tensors now, None if nothing."""
+    try:
+        return BaseCompressor.get_value_from_registry(FORMAT)
+    except KeyError:
+        return None
+
+
+def _gives_way(register_value: Callable[..., None]) -> Callable[..., None]:
+    """Registering the format's name for somebody else after us would fail as they are imported: let them have it."""
+
+    @wraps(register_value)
+    def registered(cls: Any, value: Any, name: str | None = None, alias: Any = None) -> None:
+        given = str(name).replace("_", "-").replace(" ", "-").lower()
+        if cls is BaseCompressor and given == FORMAT and value is not ArmorCompressor:
+            release(FORMAT)
+        register_value(cls, value, name=name, alias=alias)
+
+    return registered
+
+
+def _checked(compress_model: Callable[..., None]) -> Callable[..., None]:
+    """Another package's layout for our layers would be filled by nothing that the checkpoint holds, with a warning alone."""
+
+    @wraps(compress_model)
+    def compress_checked(self: Any, model: nn.Module, *args: Any, **options: Any) -> None:
+        if any(map(_is_to_be_armor, model.modules())):
+            check_registered()
+        compress_model(self, model, *args, **options)
+
+    return compress_checked
+
+
+def _is_to_be_armor(module: nn.Module) -> bool:
+    weights = getattr(getattr(module, "quantization_scheme", None), "weights", None)
+    return BLOCK_SIZE_KEY in (getattr(weights, "observer_kwargs", None) or {})
 
 
 def _forget_quantization(module: nn.Linear) -> None:

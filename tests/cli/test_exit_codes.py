@@ -8,10 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import typer
 from commands import Shell, write_recipe
 from engine_samples import ARMOR, make_model
 
+from armor_recipes.errors import InputError
 from armor_recipes.run import job
+
+
+def fail_with(error: BaseException) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
 
 
 @pytest.fixture
@@ -33,6 +43,27 @@ def test_1_a_bug_here_shows_its_traceback(shell: Shell, file: Path, monkeypatch:
     assert done.code == 1
     assert "Traceback" in done.err
     assert "this is a bug in armor-recipes (ZeroDivisionError); please report it" in done.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SystemExit(0), SystemExit(), SystemExit(2), SystemExit("bye"), typer.Exit(0), typer.Abort(), EOFError()],
+    ids=repr,
+)
+@pytest.mark.parametrize("name", ["build_tokens", "write_checkpoint"])
+def test_1_what_typer_takes_for_an_end_of_its_own_is_none_in_a_run(
+    shell: Shell, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException
+) -> None:
+    monkeypatch.setattr(job, name, fail_with(error))
+    done = shell("armor-apply", file)
+    assert done.code == 1
+    if isinstance(error, SystemExit):
+        said = f"error: something called sys.exit({error.code!r}) in the middle of the run, which ended it: {__file__}, line "
+        assert done.err.splitlines()[-1].startswith(said)
+        assert "Traceback" not in done.err
+    else:
+        assert f"this is a bug in armor-recipes ({type(error).__name__})" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
 
 
 USAGE = [
@@ -189,6 +220,35 @@ def test_7_disk(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch) -> No
     done = shell("armor-apply", file)
     assert done.code == 7
     assert "no space left" in done.err
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+RAN_OUT: list[tuple[BaseException, str]] = [
+    (OSError(28, "No space left on device", "some/file"), "no space left on the disk of some/file"),
+    (OSError(122, "Disk quota exceeded"), "no space left on the disk of the output or of the cache"),
+    (OSError(27, "File too large", "some/file"), "no space left on the disk of some/file"),
+    (OSError(12, "Cannot allocate memory"), "out of memory"),
+    (MemoryError(), "out of memory (MemoryError)"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory (CUDA out of memory)"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+    (RuntimeError("unable to mmap 8 bytes from file <x>: Cannot allocate memory (12)"), "out of memory"),
+    (Exception("I/O error: No space left on device (os error 28)"), "no space left on the disk"),
+    (caused(InputError("model m cannot be read"), OSError(28, "No space left on device")), "model m cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("error", "said"), RAN_OUT, ids=[repr(error) for error, _ in RAN_OUT])
+def test_7_whatever_ran_out_before_or_after_the_run(
+    shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, said: str
+) -> None:
+    monkeypatch.setattr(job, "make_plan", fail_with(error))
+    done = shell("armor-apply", file)
+    assert (done.code, done.err.count("\n")) == (7, 1), done.err
+    assert done.err.startswith(f"error: {said}")
 
 
 def test_130_an_interrupt(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

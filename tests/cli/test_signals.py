@@ -33,6 +33,7 @@ LONG = {**ARMOR, "iterations": 10**7, "targets": [r"re:.*layers\.1\..*q_proj$"],
     [
         (signal.SIGINT, 130, True),
         (signal.SIGTERM, 143, False),
+        (signal.SIGHUP, 129, False),
         pytest.param(signal.SIGINT, 130, False, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, True, marks=pytest.mark.slow),
     ],
@@ -47,6 +48,7 @@ def test_a_signal_leaves_the_old_checkpoint_or_none(
     running = process("armor-apply", file, *(["--overwrite"] if old else []), cwd=tmp_path)
     wait_for_a_solve(running)
     running.send_signal(number)
+    running.send_signal(number)  # an impatient one, which must not cut the cleaning up short
     done = finished(running)
     assert (done.code, "Traceback" in done.err) == (code, False)
     assert "nothing half-written was left behind" in done.err

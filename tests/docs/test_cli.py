@@ -57,7 +57,15 @@ def test_exit_codes_are_those_of_the_errors() -> None:
     documented = {name: int(code) for code, names in rows for name in re.findall(r"`(\w+)`", names)}
     assert documented == {cls.__name__: cls.exit_code for cls in classes}
     codes = {int(code) for code, _ in rows}
-    assert codes == {0, guard.BUG, guard.USAGE, guard.INTERRUPTED, guard.TERMINATED, *documented.values()}
+    assert codes == {
+        0,
+        guard.BUG,
+        guard.USAGE,
+        guard.HUNG_UP,
+        guard.INTERRUPTED,
+        guard.TERMINATED,
+        *documented.values(),
+    }
 
 
 def arguments(words: list[str]) -> tuple[Any, list[str]]:

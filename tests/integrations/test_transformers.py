@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from packed_samples import IGNORED, MODELS, logits, session_model, write
+import transformers
+from packaging.version import Version
+from packed_samples import IGNORED, MODELS, changed, logits, session_model, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -95,9 +97,7 @@ def test_saving_again_gives_the_same_bytes(kind: str, tmp_path: Path) -> None:
     quantization, kept = first.pop("quantization_config"), again.pop("quantization_config")
     assert first == again
     assert kept["quantization_status"] == "compressed"
-    # compressed-tensors' schema drops `version` and writes fields of newer releases, as null.
-    assert {key for key in quantization if kept.get(key) != quantization[key]} == {"version"}
-    assert {key: value for key, value in kept.items() if key not in quantization and value is not None} == {}
+    assert changed(quantization, kept) == {"version"}
     assert torch.equal(logits(armor_recipes.load(tmp_path / "again")), logits(model))
 
 
@@ -235,11 +235,14 @@ calls = {
 calls["pipeline"] = lambda: pipeline("text-generation", model=folder)
 results = {}
 for name, call in calls.items():
+    where = ""
     try:
-        call()
+        loaded = call()
+        where = "first forward pass: "
+        (loaded[0] if isinstance(loaded, tuple) else loaded)(torch.tensor([[3, 5, 7]]))
         results[name] = None
     except Exception as error:
-        results[name] = f"{type(error).__name__}: {error}"[:300]
+        results[name] = f"{where}{type(error).__name__}: {error}"[:300]
 assert not any(name.startswith("armor_recipes") for name in sys.modules)
 print("RESULTS" + json.dumps(results))
 """
@@ -278,11 +281,15 @@ def test_without_the_package_every_stock_path_raises(checkpoint: Path, tmp_path:
     assert "Unable to find" in (results["AutoModelForCausalLM  ignore_mismatched_sizes"] or "")
     # Integers that are to be dequantised: the stock conversion fails on them, before sizes are compared.
     converted = ("automatic conversion of the weights",) if "bits" in options else ()
-    reasons = ("Unable to find sparse-24-bitmask registered", "ignore_mismatched_sizes", *converted)
+    # Packed values that an old `AutoModel` took for a weight: no product of theirs exists.
+    multiplied = ("shapes cannot be multiplied", "must have the same dtype")
+    late = {name for name, error in results.items() if (error or "").startswith("first forward pass: RuntimeError")}
+    assert all("AutoModel " in name for name in late)
+    assert bool(late) == (Version(transformers.__version__) < Version("5.23")), "say so in docs/checkpoint.md"
+    reasons = ("Unable to find sparse-24-bitmask registered", "ignore_mismatched_sizes", *converted, *multiplied)
     elsewhere = {name: error for name, error in results.items() if error and not any(r in error for r in reasons)}
-    # Where an option needs a package that is not installed here, that is no proof; its other combinations are.
-    assert all("accelerate" in error for error in elsewhere.values()), elsewhere
-    assert len(results) - len(elsewhere) > 200
+    assert not elsewhere
+    assert len(results) == 289
 
 
 WITH = """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from armor_recipes.errors import PlanError, RecipeError
-from armor_recipes.modifiers import Estimate, Modifier, ModuleShape, Outcome, modifiers, register, registry
+from armor_recipes.modifiers import (
+    Estimate,
+    Modifier,
+    ModuleShape,
+    Outcome,
+    config_types,
+    modifiers,
+    register,
+    registry,
+)
+from armor_recipes.modifiers.armor import ARMORModifier
 from armor_recipes.modifiers.base import SolveProgress
 from armor_recipes.recipe import json_schema
 from armor_recipes.recipe.schema import ModifierConfig
@@ -72,6 +82,8 @@ def _registry_restored() -> Iterator[None]:
     registry._REGISTERED.clear()
     registry._REGISTERED.update(before)
     registry._discover.cache_clear()
+    for name in ("armor_plug_in", "armor_broken_plug_in", "armor_good_plug_in"):
+        sys.modules.pop(name, None)
 
 
 def test_a_decorator_is_all_it_takes(llama: Path, tmp_path: Path) -> None:
@@ -152,19 +164,83 @@ def test_an_entry_point_is_found(llama: Path, tmp_path: Path, monkeypatch: pytes
     install(monkeypatch, tmp_path, PLUG_IN, "armor_plug_in")
     result = apply(recipe(llama, tmp_path / "out", PluggedModifier={"targets": [MLP]}))
     assert len(result.modules) == 6
-    sys.modules.pop("armor_plug_in")
 
 
-@pytest.mark.parametrize(
-    "code",
-    ["import nothing_of_this_name", "def broken(:", "raise RuntimeError('no')", PLUG_IN.replace("Plugged", "ARMOR")],
-)
-def test_a_plug_in_that_does_not_import_is_named(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+def toy(name: str, body: str, bases: str = "ToyModifier") -> str:
+    """A plug-in with one good modifier before another one."""
+    return f"{PLUG_IN}\n\n@register\nclass {name}({bases}):\n    {body}\n"
+
+
+BROKEN = {
+    "missing import": ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+    "syntax": ("def broken(:", "SyntaxError: "),
+    "raises": ("raise RuntimeError('no\\nline')", "RuntimeError: no line"),
+    "exits": ("import sys\nsys.exit(0)", "SystemExit: 0"),
+    "name of ours": (
+        toy("ARMORModifier", "pass"),
+        "ValueError: ARMORModifier of armor_broken_plug_in is already registered",
+    ),
+    "no modifier": (
+        toy("Other", "pass", "object"),
+        "TypeError: Other of armor_broken_plug_in is no modifier: it is no subclass",
+    ),
+    "no class": (PLUG_IN + "\nregister(len)", "TypeError: len of builtins is no modifier: it is no subclass"),
+    "abstract": (
+        "from armor_recipes.modifiers import Modifier\n" + toy("Other", "config_type = None", "Modifier"),
+        "TypeError: .*: it does not define loss, plan, solve, statistic",
+    ),
+    "no config": (
+        toy("Other", "config_type = dict"),
+        "TypeError: .*: its config_type must be a subclass of ModifierConfig",
+    ),
+    "no category": (toy("Other", "category = None"), "TypeError: .*: its category must be a word"),
+    "no schema": (
+        "from armor_recipes.recipe.schema import ModifierConfig\nclass C(ModifierConfig):\n    'X.'\n    f: 'Nowhere'\n"
+        + toy("Other", "config_type = C"),
+        "Pydantic",
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "reason"), BROKEN.values(), ids=BROKEN)
+def test_a_plug_in_that_cannot_be_used_stops_nobody_else(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
 ) -> None:
     install(monkeypatch, tmp_path, code, "armor_broken_plug_in")
-    for _ in range(2):  # a failed look is not remembered as a success
-        with pytest.raises(
-            RecipeError, match=r"plug-in armor_broken_plug_in of entry-point group armor_recipes\.modifiers"
-        ):
-            read_recipe(recipe(llama))
+    ours = dict(modifiers_with_a_warning(reason))
+    assert ours["ARMORModifier"] is ARMORModifier
+    assert "PluggedModifier" not in ours  # of a broken plug-in, nothing
+    assert read_recipe(recipe(llama)).modifiers  # warns no more
+    assert "ARMORModifier" in str(json_schema(config_types()))
+    sentence = (
+        r"unknown modifier 'PluggedModifier'; .*; the plug-in armor_broken_plug_in of entry-point group "
+        rf"armor_recipes\.modifiers cannot be used \({reason}.*\): mend or uninstall it"
+    )
+    with pytest.raises(RecipeError, match=sentence):
+        read_recipe(recipe(llama, PluggedModifier={"targets": [MLP]}))
+    with pytest.raises(RecipeError) as raised:  # it says so where a modifier is missing, and nowhere else
+        read_recipe(recipe(llama, ARMORModifier={**ARMOR, "iterations": -1}))
+    assert "armor_broken_plug_in" not in str(raised.value)
+
+
+def modifiers_with_a_warning(reason: str) -> Mapping[str, Any]:
+    with pytest.warns(RuntimeWarning, match=rf"the plug-in armor_broken_plug_in .*{reason}") as warned:
+        found = modifiers()
+    assert len(warned) == 1
+    return found
+
+
+def test_a_broken_plug_in_and_a_good_one(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, tmp_path, "raise RuntimeError", "armor_broken_plug_in")
+    (tmp_path / "armor_good_plug_in.py").write_text(PLUG_IN)
+    points = [EntryPoint(name, f"armor_{name}_plug_in", registry.ENTRY_POINT_GROUP) for name in ("broken", "good")]
+    monkeypatch.setattr(registry, "entry_points", lambda *, group: points)
+    assert "PluggedModifier" in modifiers_with_a_warning("RuntimeError")
+
+
+def test_an_attribute_that_a_plug_in_does_not_have_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, tmp_path, "", "armor_broken_plug_in")
+    point = EntryPoint("x", "armor_broken_plug_in:Missing", registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda *, group: [point])
+    with pytest.warns(RuntimeWarning, match=r"armor_broken_plug_in:Missing .* \(AttributeError: "):
+        modifiers()

@@ -185,6 +185,7 @@ def test_an_adapter_trains_on_top(backend: str) -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
+@needs_kernel
 def test_peft_adapter_trains_on_top() -> None:
     peft = pytest.importorskip("peft")
     model = nn.Sequential()

@@ -183,6 +183,70 @@ def test_an_error_in_one_module_names_it_and_stops_the_others(llama: Path, monke
     assert hook_count(session.model) == 0
 
 
+@pytest.mark.parametrize("failing", ["gate", "up", "down"])  # the first, the middle and the last in order
+@pytest.mark.parametrize("error", [NumericalError("no"), KeyboardInterrupt("no"), SystemExit(0)], ids=repr)
+def test_the_place_of_a_failure_in_the_order_does_not_matter(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
+) -> None:
+    steps: list[str] = []
+    under_way = threading.Barrier(3, timeout=20)
+
+    def broken(self: Any, module: Any, weight: Any, statistic: Any, progress: Any) -> Any:
+        under_way.wait()
+        if module.name.endswith(f"{failing}_proj"):
+            raise error
+        for step in range(10_000):  # ten seconds and more
+            steps.append(module.name)
+            progress(step + 1, 10_000, 1.0)
+            time.sleep(0.001)
+        raise AssertionError("nobody stopped this solve")
+
+    monkeypatch.setattr(ARMORModifier, "solve", broken)
+    session = make_session(make_job(recipe(llama, ARMORModifier={**ARMOR, "targets": [r"re:.*layers\.0\.mlp.*"]})))
+    with session, pytest.raises(type(error)) as raised:
+        session.run()
+    assert raised.value is error or isinstance(raised.value.__cause__, NumericalError)
+    assert len(steps) < 2_000
+    assert session.results == {}
+    assert hook_count(session.model) == 0
+
+
+def test_of_several_errors_the_first_in_order_is_raised(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way = threading.Barrier(3, timeout=20)
+
+    def broken(self: Any, module: Any, *_: Any) -> Any:
+        under_way.wait()
+        time.sleep(0.3 if "gate" in module.name else 0)  # it fails last
+        raise NumericalError("it would not converge")
+
+    monkeypatch.setattr(ARMORModifier, "solve", broken)
+    session = make_session(make_job(recipe(llama, ARMORModifier={**ARMOR, "targets": [r"re:.*layers\.0\.mlp.*"]})))
+    with session, pytest.raises(NumericalError, match=r"layers\.0\.mlp\.gate_proj: it would not"):
+        session.run()
+
+
+def test_after_a_failure_nothing_is_begun_and_no_result_is_used(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve: Any = ARMORModifier.solve
+    begun: list[str] = []
+    failed = threading.Event()
+
+    def broken(self: Any, module: Any, *args: Any) -> Any:
+        begun.append(module.name)
+        if module.name.endswith("v_proj"):
+            failed.set()
+            raise NumericalError("no")
+        failed.wait(20)
+        time.sleep(0.2)
+        return solve(self, module, *args)
+
+    monkeypatch.setattr(ARMORModifier, "solve", broken)
+    session = make_session(make_job(recipe(llama)))  # seven modules in a layer, on three threads
+    with session, pytest.raises(NumericalError, match=r"v_proj: no"):
+        session.run()
+    assert len(begun) == 3
+    assert session.results == {}
+
+
 @pytest.mark.parametrize("event", [SolveProgressed, ModuleFinished])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_observer_that_raises_ends_the_run(llama: Path, event: type, error: type[BaseException]) -> None:
