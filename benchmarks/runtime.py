@@ -116,7 +116,8 @@ class Runner:
 
     def _run(self, ids: Tensor, cache: DynamicCache) -> Tensor:
         """The most likely next token `(1, 1)`."""
-        logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        # By position: transformers 5.24 has another name for the cache.
+        logits = self._model(ids, None, None, cache, use_cache=True, logits_to_keep=1).logits
         next_token: Tensor = logits[:, -1:].argmax(-1)
         return next_token
 
