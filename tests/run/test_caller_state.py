@@ -39,6 +39,8 @@ CALLERS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "precision": lambda: set_and_reset(torch.set_float32_matmul_precision, "medium", "highest"),
 }
 callers = pytest.mark.parametrize("caller", CALLERS)
+ONE = "model.layers.0.mlp.up_proj"
+INPUTS = torch.randn(3, 32, generator=torch.Generator().manual_seed(7))
 TRAINED: dict[str, Any] = {"targets": [ALL], "epochs": 1}
 
 
@@ -60,6 +62,10 @@ def test_a_run_and_what_is_loaded(llama: Path, usual: Path, tmp_path: Path, call
         found = hashes(llama, tmp_path / "out")
         model = load(tmp_path / "out", backend="cpu", dtype=torch.float32)
         export_folder(tmp_path / "out", tmp_path / "dense", to="dense")
+        layer = model.get_submodule(ONE)
+        inside = layer(INPUTS)
+    assert caller == "autocast" or torch.equal(inside, layer(INPUTS))
+    assert inside.dtype == (torch.bfloat16 if caller == "autocast" else torch.float32)
     assert found == tensor_hashes(usual)
     assert torch.equal(logits(model), logits(load(usual, backend="cpu", dtype=torch.float32)))
     export_folder(usual, tmp_path / "again", to="dense")

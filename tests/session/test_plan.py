@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from armor_recipes.errors import InputError, PlanError
 from armor_recipes.run import apply
 from armor_recipes.run.job import read_recipe
 from armor_recipes.session import make_plan
+from armor_recipes.session.estimate import estimate_peak_bytes, resident_bytes
 
 EDGE = "model.layers.0.mlp.down_proj"
 
@@ -320,3 +322,17 @@ def test_memory_counts_every_set_of_activations(llama: Path, monkeypatch: pytest
     for others, expected in (({}, 1), ({"DistillationModifier": {}}, 1), ({"BlockRefineModifier": {}}, 2)):
         assert sets("dense", **others) == sets("compressed", **others) == expected
         assert sets("matched", **others) == 3
+
+
+def test_the_estimate_takes_the_text_part_of_a_composite_config() -> None:
+    class Composite:
+        hidden_size = None
+
+        def get_text_config(self) -> SimpleNamespace:
+            return SimpleNamespace(hidden_size=64)
+
+    model, plain = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    model.config, plain.config = Composite(), SimpleNamespace(hidden_size=64)  # type: ignore[assignment]
+    sizes = [estimate_peak_bytes(m, 10**9, solve_bytes=0) - resident_bytes() for m in (model, plain)]
+    assert sizes[0] == pytest.approx(sizes[1], abs=2**24)
+    assert sizes[0] > 4 * 64 * 10**9 - 2**24
