@@ -203,17 +203,7 @@ def execute(
             with kept_aside(folder, output):
                 watch.phase("verify")
                 verify_reloaded(folder, run.model, packed=run.packed, seed_tokens=run.probe_tokens())
-                report = {
-                    **watch.report(folder, source=job.source.folder, plan=job.plan, modules=session.results),
-                    "seconds_by_refinement": {
-                        f"{r.modifier} {r.unit}": round(r.seconds, 3) for r in session.refinements
-                    },
-                    "calibration": calibration_rows(facts),
-                    "sweep": sweep_form(job.device.type),
-                    "left_out": list(run.companions.left_out),
-                    "carried_over": list(run.carried),
-                }
-                (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                report = run.report(folder, facts)
     return Result(
         plan=job.plan,
         output=output,
@@ -330,6 +320,20 @@ class _Run:
         manifest = {**build_manifest(facts, tensor_hashes(folder)), "carried_over": list(self.carried)}
         manifest["files"] = sorted({*files_below(folder), MANIFEST_FILE, "report.json"})
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def report(self, folder: Path, facts: Facts) -> dict[str, Any]:
+        """Write what is no function of the inputs; returns it."""
+        job = self.job
+        report = {
+            **self.watch.report(folder, source=job.source.folder, plan=job.plan, modules=facts.modules),
+            "seconds_by_refinement": {f"{r.modifier} {r.unit}": round(r.seconds, 3) for r in facts.refinements},
+            "calibration": calibration_rows(facts),
+            "sweep": sweep_form(job.device.type),
+            "left_out": list(self.companions.left_out),
+            "carried_over": list(self.carried),
+        }
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        return report
 
     def probe_tokens(self) -> torch.Tensor:
         """A calibration window, or the first token ids, to compare logits on: `(1, L)`."""
