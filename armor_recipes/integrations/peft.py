@@ -22,9 +22,10 @@ from torch import nn
 from armor_recipes.errors import PlanError
 from armor_recipes.runtime.linear import ArmorLinear
 
-#: Adapters that use a layer's output, input and sizes alone, where a layer's values are floats; tried with peft 0.21.
+#: Adapters that use a layer's output, input and sizes alone, where a layer's values are floats; tried with peft 0.18 and 0.21.
+#: (BOFT does in 0.21, and not in 0.18.)
 _BESIDE = frozenset(
-    {"LORA", "ADALORA", "XLORA", "BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "IA3", "LILY", "MISS", "OFT", "PVERA"}
+    {"LORA", "ADALORA", "XLORA", "BEFT", "C3A", "FOURIERFT", "GRALORA", "IA3", "LILY", "MISS", "OFT", "PVERA"}
     | {"RANDLORA", "ROAD", "UNILORA", "VBLORA", "VERA", "WAVEFT"}
 )
 #: Fields of these that name a start or a variant, and the values that are of that kind, too. Of others peft reads the weight.

@@ -33,6 +33,7 @@ from armor_recipes.integrations.models import (
     open_model,
     written_dtypes,
 )
+from armor_recipes.integrations.transformers import check_registered
 from armor_recipes.modifiers import AnyModifier, config_types, modifiers
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
@@ -148,6 +149,8 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
     instances = {entry.key: known[entry.kind](entry.config) for entry in recipe.modifiers}
     shapes = meta_model(source)
     check_packable(recipe, shapes)
+    if recipe.output.format == "compressed-tensors":
+        check_registered()
     plan = make_plan(recipe, shapes, instances, itemsize=source.stored_dtype.itemsize)
     check_names(recipe, plan, shapes)
     return Job(recipe, source, instances, replace(plan, notes=narrowed(plan, source)), target)

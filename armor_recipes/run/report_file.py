@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -34,7 +35,8 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(report), indent=2) + "\n"
     if file.exists() and not file.is_file():  # a pipe, or /dev/stdout
-        file.write_text(text, encoding="utf-8")
+        with contextlib.suppress(BrokenPipeError):  # whose reader is gone
+            file.write_text(text, encoding="utf-8")
         return
     beside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:

@@ -145,14 +145,15 @@ def run_kernel(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, p
     _check_arguments(x, packed, bias)
     number = PATHS.index(path or _chosen_path())
     flat = x.reshape(-1, columns).contiguous()
-    y = flat.new_empty(flat.shape[0], rows)
+    out = x.new_empty(*x.shape[:-1], rows)  # no view of another tensor: what torch's operators return must not be one
+    y = out.view(-1, rows)
     packed = _contiguous(packed)
     if 0 < flat.shape[0] <= MOST_TOKENS:
         _run_job(flat, packed, bias, y, number)
     elif flat.shape[0]:
         for part, result in zip(flat.split(MOST_TOKENS), y.split(MOST_TOKENS), strict=True):
             _run_job(part, packed, bias, result, number)
-    return y.view(*x.shape[:-1], rows)
+    return out
 
 
 def unpack_into(packed: PackedLinear, out: Tensor) -> None:

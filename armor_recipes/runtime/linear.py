@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from armor_recipes.checkpoint.config import INPUT_FACTOR, SCALE, LayerSpec, PackedShapes, named_tensors, tensor_names
 from armor_recipes.checkpoint.packing import INTEGER_DTYPES, FactorizationLike, PackedLinear
 from armor_recipes.compute import plain_torch
-from armor_recipes.errors import CheckpointError
+from armor_recipes.errors import CheckpointError, PlanError
 from armor_recipes.runtime.backends import choose_backend, wants_gradients
 
 
@@ -155,6 +155,11 @@ class ArmorLinear(nn.Linear):
     def packed(self) -> PackedLinear:
         """Return the packed tensors, as they are now (not copied)."""
         b = self._stored()[INPUT_FACTOR]
+        if b.is_meta and not self.armor_a.is_meta:
+            raise PlanError(
+                f"{self._name()} uses the B of another layer, which is offloaded: load the model without offloading, or let its "
+                "modules have a B each"
+            )
         # The same tensor, unless this layer was moved or cast without the one that it shares with.
         b = b.to(self.armor_a.device, self.armor_a.dtype)
         return PackedLinear(self.weight, self.bitmask, self.armor_a, b, self._parameters.get(SCALE))

@@ -55,7 +55,8 @@ def _linear(
     backend: str,
 ) -> Tensor:
     packed = PackedLinear(values, bitmask, a, b, scale)
-    return run_kernel(x, packed, bias) if backend == "cpu" else run_auto(x, packed, bias)
+    y = run_kernel(x, packed, bias) if backend == "cpu" else run_auto(x, packed, bias)
+    return y if y._base is None else y.clone()  # a view could not be changed in place by who trains on it
 
 
 @_linear.register_fake

@@ -123,15 +123,15 @@ def test_3_plan_refused(shell: Shell, file: Path) -> None:
     assert "sizes that fit both sides" in done.err
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_4_numerical_failure(shell: Shell, tmp_path: Path, compressed: bool) -> None:
+@pytest.mark.parametrize("taken", [False, True])
+def test_4_numerical_failure(shell: Shell, tmp_path: Path, taken: bool) -> None:
     model = make_model()
-    weight = model.model.layers[1].mlp.up_proj.weight.data
-    weight.zero_() if compressed else weight.fill_(float("nan"))
+    part = model.model.layers[1].mlp.up_proj if taken else model.model.layers[1].input_layernorm
+    part.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path / "m")
     done = shell("armor-apply", write_recipe(tmp_path, tmp_path / "m"))
     assert done.code == 4
-    assert ("model.layers.1.mlp." if compressed else "not finite before anything was changed") in done.err
+    assert ("model.layers.1.mlp.up_proj (" if taken else "not finite before anything was changed") in done.err
     assert not (tmp_path / "out").exists()
 
 
@@ -202,7 +202,7 @@ def test_6_verification_mismatch(shell: Shell, file: Path, monkeypatch: pytest.M
     monkeypatch.setattr(job, "write_checkpoint", write_then_change)
     done = shell("armor-apply", file)
     assert done.code == 6
-    assert "was not put in place" in done.err
+    assert "what was written is complete and kept in" in done.err
     assert not (tmp_path / "out").exists()
 
 

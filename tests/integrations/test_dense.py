@@ -95,7 +95,7 @@ def test_whatever_state_of_torch_the_caller_has_set(folder: Path) -> None:
 def test_a_part_of_a_model(folder: Path) -> None:
     model = armor_recipes.load(folder, dtype=torch.float32)
     before = logits(model)
-    armor_recipes.to_dense(model.model.layers[0])  # type: ignore[arg-type]
+    armor_recipes.to_dense(model.model.layers[0])
     assert {name.split(".")[2] for name in armor_layers(model)} == {"1"}
     assert torch.equal(logits(model), before)
 

@@ -73,7 +73,6 @@ BESIDE: list[tuple[str, Mapping[str, Any]]] = [
     ("FOURIERFT", {"n_frequency": 10}),
     ("RANDLORA", {"r": 4}),
     ("OFT", {"oft_block_size": 8}),
-    ("BOFT", {"boft_block_size": 4}),
     ("MISS", {"r": 8}),
     ("ROAD", {"group_size": 16}),
     ("LN_TUNING", {"target_modules": ["norm"]}),
@@ -110,7 +109,7 @@ READING: list[tuple[str, Mapping[str, Any], str]] = [
     ("LORA", {"init_lora_weights": "corda"}, "corda"),
     ("LORA", {"target_modules": [], "target_parameters": ["q_proj.weight"]}, "target_parameters"),
     ("LORA", {"modules_to_save": ["up_proj"]}, "modules_to_save"),
-    *[(kind, {}, kind) for kind in ("LOHA", "LOKR", "HRA", "DELORA", "SHIRA", "OSF")],
+    *[(kind, {}, kind) for kind in ("LOHA", "LOKR", "HRA", "BOFT", "DELORA", "SHIRA", "OSF")],
     ("MISS", {"init_weights": "bat"}, "init_weights='bat'"),
 ]
 

@@ -369,3 +369,14 @@ def test_every_byte_of_a_mask_is_judged_as_by_packing() -> None:
         else:
             with pytest.raises(CheckpointError):
                 check_packed(made)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto", "folded"])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_an_output_may_be_changed_in_place(backend: str, tokens: int) -> None:
+    packed_layer = layer(backend)
+    x = torch.randn(1, tokens, packed_layer.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = packed_layer(x)
+    y += 1
+    y.sum().backward()
+    assert x.grad is not None
