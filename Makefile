@@ -10,6 +10,9 @@ quickstart: .venv/.ready
 test: .venv-dev/.ready
 	$(MAKE) --no-print-directory check BIN=.venv-dev/bin
 
+# Two processes, each on one thread, with whole files.
+TWO := --numprocesses 2 --dist loadfile
+
 # The checks by themselves, in whatever environment BIN is.
 BIN ?= .venv-dev/bin
 check:
@@ -18,7 +21,7 @@ check:
 	$(BIN)/mypy -p armor_recipes
 	$(BIN)/mypy benchmarks tools
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 # The tests that are too dear for `make test`.
 test-slow: .venv-dev/.ready
@@ -26,10 +29,10 @@ test-slow: .venv-dev/.ready
 
 # The tests with other releases than those of constraints.txt. compressed-tensors 0.17 compiles a function on import, and torch warns.
 test-lowest: .venv-lowest/.ready
-	.venv-lowest/bin/python -m pytest -W 'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning'
+	.venv-lowest/bin/python -m pytest $(TWO) -W 'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning'
 
 test-llm-compressor: .venv-llm-compressor/.ready
-	.venv-llm-compressor/bin/python -m pytest
+	.venv-llm-compressor/bin/python -m pytest $(TWO)
 
 # The vLLM plugin against vLLM itself (docs/serving.md): about 4 GB; the tests take 12 minutes on 2 cores.
 test-vllm: .venv-vllm/.ready
