@@ -18,6 +18,7 @@ from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, is_null
 MAX_FILES = 64
 MAX_EXTENDS = 16
 MAX_SET_KEYS = 32
+MAX_PATH = 400
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -113,7 +114,7 @@ class Files:
     def _note_missing(self, name: str, path: Path, named_at: Mark | None, builtin: list[str]) -> None:
         mark = named_at or Mark(str(path), None, path.parent)
         keys = () if named_at is None else ("extends",)
-        text = "no such file" if named_at is None else f"no such file: {show(str(path))}"
+        text = "no such file" if named_at is None else f"no such file: {shorten(repr(str(path)), limit=MAX_PATH)}"
         stem = Path(name).stem if Path(name).suffix in SUFFIXES else name
         if stem in builtin:
             text += f"; the built-in recipe of this name is called {stem!r}, without a suffix"
