@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 - hooks
+
+from tests.skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 - hooks
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Many tests compare bits of loaded models; `auto`, the default, is tested in tests/runtime.
@@ -26,6 +27,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a stock Llama, one for all tests of a process, which leave it as it is."""
+    from tests.support.engine import save_model  # what imports a hub's client, after HF_HUB_OFFLINE is set
+
+    return save_model(tmp_path_factory.mktemp("model") / "llama")
 
 
 @pytest.fixture

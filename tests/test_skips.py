@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from skips import EXPECTED, MISSING, VARIABLE, expected
+
+from tests.skips import EXPECTED, MISSING, VARIABLE, expected
 
 HERE = Path(__file__).parent
 

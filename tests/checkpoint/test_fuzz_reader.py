@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_cases import Files, Said, damaged, healthy, integer_layers, layers, tensors_of
-from marlin_samples import pack_marlin
 
 from armor_recipes.checkpoint.legacy import LEGACY_NAMES
 from armor_recipes.checkpoint.marlin import is_marlin
@@ -22,6 +20,8 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.reader import check_folder, inspect, read_layers
 from armor_recipes.errors import ArmorError, CheckpointError
 from armor_recipes.solver.quantize import spread
+from tests.support.fuzz import Files, Said, damaged, healthy, integer_layers, layers, tensors_of
+from tests.support.marlin import pack_marlin
 
 _DTYPES = {
     torch.bfloat16: "BF16",

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
-from packed_samples import IGNORED, MODELS, changed, session_model, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,6 +17,7 @@ from armor_recipes.checkpoint.config import LayerSpec, layer_specs, named_tensor
 from armor_recipes.checkpoint.reader import check_folder, inspect, read_header, read_layers
 from armor_recipes.checkpoint.writer import check_layers, tensor_hashes, write_checkpoint
 from armor_recipes.errors import CheckpointError, PlanError
+from tests.support.packed import IGNORED, MODELS, changed, session_model, write
 
 KIND = "llama-attention-bias-gqa"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from marlin_samples import CASES, GOLDEN, dense, pack_marlin, sample
 from safetensors.torch import load_file, save_file
 
 from armor_recipes.checkpoint.config import LayerSpec
 from armor_recipes.checkpoint.marlin import MARLIN_NAMES, unpack_marlin
+from tests.support.marlin import CASES, GOLDEN, dense, pack_marlin, sample
 
 LEGACY_PYTHON = os.environ.get("ARMOR_LEGACY_PYTHON", "")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_samples import made_up, random_mask
 
 from armor_recipes.checkpoint.packing import PackedLinear, pack_2of4, unpack_2of4
 from armor_recipes.errors import CheckpointError
 from armor_recipes.solver.blockdiag import fold
+from tests.support.packed import made_up, random_mask
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

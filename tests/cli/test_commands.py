@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import Shell, finished, process, write_recipe
-from engine_samples import ARMOR, ATTENTION, MLP
 from rich.console import Console
 
 from armor_recipes.cli.tables import size
@@ -27,6 +25,8 @@ from armor_recipes.session.events import (
     SolveProgressed,
     UnitRefined,
 )
+from tests.support.commands import Shell, finished, process, write_recipe
+from tests.support.engine import ARMOR, ATTENTION, MLP
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -112,7 +112,7 @@ def test_the_report_may_be_the_outputs_own(shell: Shell, file: Path, tmp_path: P
 
 
 def test_counts_and_dense_weights_are_in_the_summary(shell: Shell, tmp_path: Path) -> None:
-    from engine_samples import make_model
+    from tests.support.engine import make_model
 
     model = make_model("llama")
     model.model.layers[0].input_layernorm.weight.data[:3] = 0

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import typer
-from commands import Shell, write_recipe
-from engine_samples import ARMOR, make_model
 
 from armor_recipes.errors import InputError
 from armor_recipes.run import job
+from tests.support.commands import Shell, write_recipe
+from tests.support.engine import ARMOR, make_model
 
 
 def fail_with(error: BaseException) -> Any:

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from commands import Shell, write_recipe
-from engine_samples import ARMOR, MLP
 
 from armor_recipes.runtime import capabilities
+from tests.support.commands import Shell, write_recipe
+from tests.support.engine import ARMOR, MLP
 
 
 @pytest.fixture

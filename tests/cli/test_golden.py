@@ -11,7 +11,8 @@ import json
 from statistics import fmean
 
 import pytest
-from commands import Shell
+
+from tests.support.commands import Shell
 
 MODIFIER = "prune_stage.armor_modifiers.ARMORModifier"
 REDUCED = (

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import finished, process
-from engine_samples import ARMOR, recipe, save_model
 from safetensors.torch import load_file
 
 from armor_recipes import builtin
+from tests.support.commands import finished, process
+from tests.support.engine import ARMOR, recipe, save_model
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

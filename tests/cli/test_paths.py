@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import Shell
-from engine_samples import recipe, save_model
+
+from tests.support.commands import Shell
+from tests.support.engine import recipe, save_model
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import finished, process, write_recipe
-from engine_samples import ARMOR
 
 from armor_recipes.checkpoint.writer import tensor_hashes
 from armor_recipes.integrations.transformers import load
 from armor_recipes.run import apply
+from tests.support.commands import finished, process, write_recipe
+from tests.support.engine import ARMOR
 
 
 def wait_for_a_solve(running: subprocess.Popen[str]) -> None:

@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commands import START, write_recipe
-from engine_samples import ARMOR
 from rich.console import Console
 
 from armor_recipes.cli import apply
 from armor_recipes.cli.streams import flush, patient_output
 from armor_recipes.errors import ResourceError
 from armor_recipes.integrations.transformers import load
+from tests.support.commands import START, write_recipe
+from tests.support.engine import ARMOR
 
 FULL = Path("/dev/full")
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from commands import Shell
 
 from armor_recipes.run import apply
+from tests.support.commands import Shell
 
 ARMOR = {"targets": [r"re:.*layers\.[01]\.mlp\..*_proj$"], "block_size": 32, "iterations": 2, "propagate": "dense"}
 REFINERS: dict[str, dict[str, Any]] = {

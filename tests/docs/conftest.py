@@ -1,14 +1,11 @@
-"""Puts this folder on the import path, for `pages`; and a small generated model."""
+"""A small generated model."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import ROOT, blocks
 
 import armor_recipes
 from armor_recipes.modifiers import modifiers, registry
 from armor_recipes.recipe import reference_markdown
+from tests.support.pages import ROOT, blocks
 
 PAGE = ROOT / "CONTRIBUTING.md"
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import typer
-from pages import ROOT, blocks, commands, inline_commands, planned_model, section
 
 from armor_recipes import errors
 from armor_recipes.cli import apply, guard, main
 from armor_recipes.run import prepare
 from armor_recipes.run.job import read_recipe
+from tests.support.pages import ROOT, blocks, commands, inline_commands, planned_model, section
 
 PAGE = ROOT / "docs" / "cli.md"
 SHELL = inline_commands() + commands("bash", "console")

@@ -7,7 +7,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from pages import PAGES, ROOT
+
+from tests.support.pages import PAGES, ROOT
 
 PACKAGE = ROOT / "armor_recipes"
 

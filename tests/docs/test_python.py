@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from pages import PAGES, ROOT, blocks
 
 import armor_recipes
+from tests.support.pages import PAGES, ROOT, blocks
 
 #: CONTRIBUTING.md's blocks make a modifier: test_add_a_modifier.py.
 PYTHON = [page for page in PAGES if page.name != "CONTRIBUTING.md" and blocks("python", page=page)]

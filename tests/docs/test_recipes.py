@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from pages import PAGES, RECIPES, ROOT, Block, blocks, planned_model, without_blocks
 
 from armor_recipes.modifiers import config_types
 from armor_recipes.recipe import load_recipe
 from armor_recipes.run import prepare
 from armor_recipes.run.job import read_recipe
+from tests.support.pages import PAGES, RECIPES, ROOT, Block, blocks, planned_model, without_blocks
 
 README = ROOT / "README.md"
 #: Recipes for the modifier that CONTRIBUTING.md makes are tested with it (test_add_a_modifier.py).

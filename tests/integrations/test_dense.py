@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook
-from packed_samples import MODELS, logits, write
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import armor_recipes
 from armor_recipes.errors import PlanError
 from armor_recipes.runtime.linear import ArmorLinear
+from tests.support.packed import MODELS, logits, write
 
 KIND = "llama-attention-bias-gqa"
 OPTIONS: list[dict[str, Any]] = [{}, {"share": True}, {"bits": 8}, {"bits": 4, "group": 8}]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_samples import IGNORED, logits, made_up, random_mask, session_model, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -23,6 +22,7 @@ from armor_recipes.checkpoint.verify import verify
 from armor_recipes.checkpoint.writer import tensor_hashes, write_checkpoint
 from armor_recipes.errors import CheckpointError, PlanError, RecipeError, VerificationError
 from armor_recipes.integrations.exporting import export_folder
+from tests.support.packed import IGNORED, logits, made_up, random_mask, session_model, write
 
 KIND = "llama-attention-bias-gqa"
 UP = "model.layers.0.mlp.up_proj"

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from marlin_samples import dense, marlin_config, pack_marlin, sample
-from packed_samples import logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -21,6 +19,8 @@ from armor_recipes.checkpoint.reader import check_folder, inspect, read_layers
 from armor_recipes.checkpoint.verify import verify
 from armor_recipes.errors import CheckpointError, PlanError
 from armor_recipes.integrations.exporting import export_folder
+from tests.support.marlin import dense, marlin_config, pack_marlin, sample
+from tests.support.packed import logits
 
 UP = "model.layers.0.mlp.up_proj"
 

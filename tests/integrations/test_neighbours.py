@@ -18,7 +18,6 @@ import torch
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.offload import module as offload_module
 from compressed_tensors.quantization.utils import helpers
-from packed_samples import logits, session_model, write
 from transformers import AutoModelForCausalLM
 
 import armor_recipes
@@ -26,6 +25,7 @@ from armor_recipes.checkpoint.writer import write_checkpoint
 from armor_recipes.errors import ArmorError
 from armor_recipes.integrations import transformers as registration
 from armor_recipes.integrations import upstream, vllm
+from tests.support.packed import logits, session_model, write
 
 KIND = "llama-attention-bias-gqa"
 FORMAT = "sparse-24-bitmask"

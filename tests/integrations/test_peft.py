@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from packed_samples import logits, write
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import armor_recipes
 from armor_recipes.errors import PlanError
 from armor_recipes.runtime.linear import ArmorLinear
+from tests.support.packed import logits, write
 
 peft = pytest.importorskip("peft")
 

@@ -12,7 +12,6 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_samples import logits, made_up, quantized, session_model, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -27,6 +26,7 @@ from armor_recipes.checkpoint.writer import tensor_hashes
 from armor_recipes.errors import CheckpointError, PlanError
 from armor_recipes.runtime.kernel import kernel_available
 from armor_recipes.runtime.linear import ArmorLinear
+from tests.support.packed import logits, made_up, quantized, session_model, write
 
 KIND = "llama-attention-bias-gqa"
 UP = "model.layers.0.mlp.up_proj"

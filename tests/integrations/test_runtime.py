@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-from packed_samples import made_up
 from torch import nn
 
 from armor_recipes.checkpoint.config import LayerSpec
@@ -15,6 +14,7 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import CheckpointError, RecipeError
 from armor_recipes.runtime.backends import BACKENDS, choose_backend
 from armor_recipes.runtime.linear import ArmorLinear
+from tests.support.packed import made_up
 
 ON_CPU = sorted(BACKENDS.keys() - {"cuda"})  # which refuses a layer on the CPU: tests/runtime/test_cuda.py
 X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(2))

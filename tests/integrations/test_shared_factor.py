@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_samples import logits, made_up, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,6 +20,7 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.reader import inspect, read_layers
 from armor_recipes.errors import CheckpointError
 from armor_recipes.runtime.linear import ArmorLinear
+from tests.support.packed import logits, made_up, write
 
 KIND = "llama-attention-bias-gqa"
 Q, K, O_, GATE, UP = (

@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from packed_samples import IGNORED, MODELS, changed, logits, session_model, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -26,6 +25,7 @@ from armor_recipes.checkpoint.writer import tensor_hashes, write_checkpoint
 from armor_recipes.errors import CheckpointError, RecipeError
 from armor_recipes.integrations.transformers import ArmorCompressor, register
 from armor_recipes.runtime.linear import ArmorLinear
+from tests.support.packed import IGNORED, MODELS, changed, logits, session_model, write
 
 ROOT = Path(__file__).parents[2]
 KIND = "llama-attention-bias-gqa"

@@ -8,7 +8,6 @@ from typing import Any
 import pydantic
 import pytest
 import torch
-from engine_samples import ALL, make_job, make_session, recipe
 from torch import Tensor, nn
 
 from armor_recipes.calibration import InputGram, SplitGram
@@ -16,6 +15,7 @@ from armor_recipes.errors import NumericalError, PlanError
 from armor_recipes.modifiers import ModuleShape
 from armor_recipes.modifiers.armor import ARMORConfig, ARMORModifier
 from armor_recipes.solver.hessian import choose_shrinkage, matched_loss, matched_weight, regular_scale, regularize
+from tests.support.engine import ALL, make_job, make_session, recipe
 
 
 def pairs(seed: int, tokens: int, d_in: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from typing import Any
 import pydantic
 import pytest
 import torch
-from engine_samples import ALL, MLP, logits, make_job, make_model, make_session, recipe, save_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -23,6 +22,7 @@ from armor_recipes.modifiers.permutation import ChannelPermutationConfig, Channe
 from armor_recipes.run import apply
 from armor_recipes.session import Plan
 from armor_recipes.session.events import ChannelsReordered, Event
+from tests.support.engine import ALL, MLP, logits, make_job, make_model, make_session, recipe, save_model
 
 CONSUMERS = [r"re:.*mlp\.down_proj$", r"re:.*self_attn\.o_proj$"]
 PERMUTE: dict[str, Any] = {"targets": CONSUMERS}

@@ -9,7 +9,6 @@ from typing import Any
 import pydantic
 import pytest
 import torch
-from engine_samples import rng_states
 from torch import Tensor
 
 from armor_recipes.errors import NumericalError, PlanError
@@ -26,6 +25,7 @@ from armor_recipes.modifiers import (
 )
 from armor_recipes.recipe.schema import CalibrationSpec, ModifierConfig
 from armor_recipes.solver.blockdiag import fold
+from tests.support.engine import rng_states
 
 #: Fields of each modifier beside `targets`, small enough for a test. A modifier that is not named here fails below.
 EXAMPLES: dict[str, list[dict[str, Any]]] = {

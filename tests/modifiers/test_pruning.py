@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_samples import ATTENTION, MLP, recipe
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from armor_recipes.run import apply
 from armor_recipes.solver import relative_loss
 from armor_recipes.solver.baselines import dampen, low_rank_adapter, sparsegpt
 from armor_recipes.solver.patterns import magnitude_mask
+from tests.support.engine import ATTENTION, MLP, recipe
 
 SHAPE = ModuleShape("m", 24, 16, 2)
 NAMES = ["MagnitudeModifier", "NoWagModifier", "SparseGPTModifier", "WandaModifier"]

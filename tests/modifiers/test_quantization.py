@@ -9,7 +9,13 @@ from typing import Any
 import pydantic
 import pytest
 import torch
-from engine_samples import (
+
+import armor_recipes
+from armor_recipes.checkpoint.reader import inspect, read_layers
+from armor_recipes.errors import PlanError
+from armor_recipes.modifiers import FactorModifier, ModuleShape, modifiers
+from armor_recipes.modifiers.quantization import QuantizationConfig, QuantizationModifier
+from tests.support.engine import (
     ALL,
     ARMOR,
     ATTENTION,
@@ -21,12 +27,6 @@ from engine_samples import (
     rng_states,
     save_model,
 )
-
-import armor_recipes
-from armor_recipes.checkpoint.reader import inspect, read_layers
-from armor_recipes.errors import PlanError
-from armor_recipes.modifiers import FactorModifier, ModuleShape, modifiers
-from armor_recipes.modifiers.quantization import QuantizationConfig, QuantizationModifier
 
 CASES: list[dict[str, Any]] = [
     {},

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_samples import ARMOR, make_job, make_model, make_session, recipe, rng_states, save_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from armor_recipes.modifiers.training import RefineConfig, schedule, split_batch
 from armor_recipes.session import Session
 from armor_recipes.session.refining import _converted
 from armor_recipes.solver import TrainableFactors, factorize
+from tests.support.engine import ARMOR, make_job, make_model, make_session, recipe, rng_states, save_model
 
 REFINERS = {name: kind for name, kind in modifiers().items() if issubclass(kind, Refiner)}
 #: Learns on the problem below within a few epochs.

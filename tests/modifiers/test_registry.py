@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from engine_samples import ARMOR, ATTENTION, MLP, recipe
 from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,6 +31,7 @@ from armor_recipes.recipe import json_schema
 from armor_recipes.recipe.schema import ModifierConfig
 from armor_recipes.run import apply, prepare
 from armor_recipes.run.job import read_recipe
+from tests.support.engine import ARMOR, ATTENTION, MLP, recipe
 
 
 class ToyConfig(ModifierConfig):
@@ -143,7 +143,7 @@ def test_importing_a_module_twice_is_no_clash() -> None:
 
 PLUG_IN = """
 from armor_recipes.modifiers import register
-from test_registry import ToyModifier
+from tests.modifiers.test_registry import ToyModifier
 
 @register
 class PluggedModifier(ToyModifier):
@@ -154,7 +154,6 @@ class PluggedModifier(ToyModifier):
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str, name: str) -> None:
     (folder / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     point = EntryPoint(name="plugged", value=name, group=registry.ENTRY_POINT_GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda *, group: [point] if group == point.group else [])
     registry._discover.cache_clear()

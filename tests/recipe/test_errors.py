@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from recipe_samples import REGISTRY, VALID, errors, load, write
 
 from armor_recipes.errors import RecipeError
 from armor_recipes.recipe import load_recipe, load_recipe_mapping
+from tests.support.recipes import REGISTRY, VALID, errors, load, write
 
 HEAD = "model: m\noutput: {path: o}\n"
 STAGE = "a_stage:\n  a_modifiers:\n    QuantizationModifier: {targets: [x]}\n"

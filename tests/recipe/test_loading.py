@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipe_samples import REGISTRY, VALID, PruneConfig, errors, load, write
 
 from armor_recipes.errors import RecipeError
 from armor_recipes.recipe import AtMost, builtin_recipes, load_recipe, load_recipe_mapping
+from tests.support.recipes import REGISTRY, VALID, PruneConfig, errors, load, write
 
 
 def test_every_section_is_read(tmp_path: Path) -> None:

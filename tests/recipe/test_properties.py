@@ -12,7 +12,6 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from recipe_samples import REGISTRY, VALID, load, write
 
 from armor_recipes.errors import RecipeError
 from armor_recipes.recipe import Recipe, load_recipe_mapping
@@ -20,6 +19,7 @@ from armor_recipes.recipe.problems import Mark, Problems
 from armor_recipes.recipe.python_source import read_mapping
 from armor_recipes.recipe.tree import merge, plain
 from armor_recipes.recipe.yaml_source import Dumper, parse
+from tests.support.recipes import REGISTRY, VALID, load, write
 
 SHARED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

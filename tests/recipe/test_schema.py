@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
-from recipe_samples import REGISTRY, PruneConfig, load
 
 from armor_recipes.modifiers import config_types
 from armor_recipes.recipe import CalibrationSpec, ModelSpec, ModifierConfig, json_schema, reference_markdown, schema
 from armor_recipes.recipe.stages import STAGE
+from tests.support.recipes import REGISTRY, PruneConfig, load
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
 MODELS = [

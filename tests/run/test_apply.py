@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from engine_samples import ALL, ARMOR, ATTENTION, MLP, hook_count, logits, make_model, recipe, save_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from armor_recipes.integrations.transformers import load
 from armor_recipes.run import Result, apply
 from armor_recipes.run.job import read_recipe
 from armor_recipes.session.events import Event, LayerStarted, ModuleFinished, PhaseStarted, SolveProgressed
+from tests.support.engine import ALL, ARMOR, ATTENTION, MLP, hook_count, logits, make_model, recipe, save_model
 
 
 def stock(folder: Path, **options: Any) -> Any:

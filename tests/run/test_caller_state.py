@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine_samples import ALL, ARMOR, logits, make_model, recipe
 
 from armor_recipes.checkpoint.writer import tensor_hashes
 from armor_recipes.integrations.exporting import export_folder
 from armor_recipes.integrations.transformers import load
 from armor_recipes.run import apply
 from armor_recipes.solver import factorize
+from tests.support.engine import ALL, ARMOR, logits, make_model, recipe
 
 
 @contextmanager

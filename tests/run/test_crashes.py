@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_samples import ARMOR, hook_count, make_model, recipe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from armor_recipes.checkpoint.verify import verify
@@ -15,6 +14,7 @@ from armor_recipes.errors import InputError, NumericalError, ResourceError, Veri
 from armor_recipes.integrations.transformers import load
 from armor_recipes.run import apply, job
 from armor_recipes.session.events import Event, ModuleFinished, PhaseStarted
+from tests.support.engine import ARMOR, hook_count, make_model, recipe
 
 
 class Stop:

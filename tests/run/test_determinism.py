@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_samples import ARMOR, ATTENTION, MLP, recipe, rng_states, save_model
 
 from armor_recipes.run import apply
+from tests.support.engine import ARMOR, ATTENTION, MLP, recipe, rng_states, save_model
 
 
 @pytest.fixture

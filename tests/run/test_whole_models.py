@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from engine_samples import ARMOR, SIZES, logits, make_model, recipe, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -28,6 +27,7 @@ from armor_recipes.integrations.exporting import export_folder
 from armor_recipes.integrations.transformers import load
 from armor_recipes.run import apply, prepare
 from armor_recipes.run.job import read_recipe
+from tests.support.engine import ARMOR, SIZES, logits, make_model, recipe, save_model
 
 PACKED = "model.layers.0.mlp.down_proj"
 ONE = {**ARMOR, "targets": [PACKED]}

@@ -8,8 +8,6 @@ import pickle
 
 import pytest
 import torch
-from test_integer_kernel import quantized
-from test_kernel import DTYPES, TOLERANCE, error, expected, packed
 from torch import nn
 
 from armor_recipes.checkpoint.packing import PackedLinear, pack_2of4
@@ -18,6 +16,8 @@ from armor_recipes.runtime import ArmorLinear, auto, backends, kernel, set_backe
 from armor_recipes.runtime.auto import CHOICES, KEEP_VARIABLE, Situation, choices, tell
 from armor_recipes.runtime.kernel import kernel_available
 from armor_recipes.runtime.validation import check_packed
+from tests.runtime.test_integer_kernel import quantized
+from tests.runtime.test_kernel import DTYPES, TOLERANCE, error, expected, packed
 
 needs_kernel = pytest.mark.skipif(not kernel_available(), reason="the kernel was not built")
 BACKENDS = ("cpu", "auto")

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cpu_backends import holding
-from test_integer_kernel import quantized
-from test_kernel import DTYPES, TOLERANCE, error, expected, packed
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import CheckpointError, RecipeError
 from armor_recipes.runtime import cuda
 from armor_recipes.runtime.backends import BACKEND_VARIABLE, choose_backend
+from tests.runtime.test_cpu_backends import holding
+from tests.runtime.test_integer_kernel import quantized
+from tests.runtime.test_kernel import DTYPES, TOLERANCE, error, expected, packed
 
 CORES = ("float", "int8", "int4")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from test_kernel import DTYPES, TOLERANCE, error, packed, paths
 from torch import Tensor
 
 from armor_recipes.checkpoint.packing import PackedLinear, pack_int4
 from armor_recipes.runtime import kernel
 from armor_recipes.runtime.kernel import kernel_available, run_kernel, unpack_into
 from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor
+from tests.runtime.test_kernel import DTYPES, TOLERANCE, error, packed, paths
 
 pytestmark = pytest.mark.skipif(not kernel_available(), reason="the kernel was not built")
 

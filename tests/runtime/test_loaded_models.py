@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_samples import logits, write
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -16,6 +15,7 @@ from armor_recipes.runtime import ArmorLinear, set_backend
 from armor_recipes.runtime.auto import DenseCores, choices
 from armor_recipes.runtime.backends import choose_backend
 from armor_recipes.runtime.kernel import kernel_available
+from tests.support.packed import logits, write
 
 pytestmark = pytest.mark.skipif(not kernel_available(), reason="the kernel was not built")
 PROMPT = torch.tensor([[1, 5, 9]])

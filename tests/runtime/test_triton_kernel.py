@@ -10,12 +10,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from test_integer_kernel import quantized
-from test_kernel import DTYPES, TOLERANCE, error, packed
 from torch import Tensor
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.runtime import cuda
+from tests.runtime.test_integer_kernel import quantized
+from tests.runtime.test_kernel import DTYPES, TOLERANCE, error, packed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_samples import made_up, quantized
 from torch import Tensor
 
 from armor_recipes.checkpoint.config import LayerSpec, PackedShapes, named_tensors
@@ -20,6 +19,7 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.serving import group_problem, split_problem
 from armor_recipes.errors import CheckpointError
 from armor_recipes.integrations.vllm.parts import FusedLinear, InputFactors, Piece, Share, lay_out
+from tests.support.packed import made_up, quantized
 
 Q, K, V, O_ = "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj"
 BLOCK = (4, 8)

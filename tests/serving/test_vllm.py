@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from serve_tokens import NEW_TOKENS, PROMPTS
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import armor_recipes
 from armor_recipes.checkpoint.export import Source, export
 from armor_recipes.checkpoint.reader import inspect
+from tests.support.serve_tokens import NEW_TOKENS, PROMPTS
 
 pytestmark = [
     pytest.mark.vllm,
@@ -94,7 +94,7 @@ def serve(
     """What vLLM makes of the folders, and everything it printed."""
     job = {"folders": list(map(str, served)), "tensor_parallel": tensor_parallel, "dtype": dtype, "eager": eager}
     inherited = {key: value for key, value in os.environ.items() if key != "ARMOR_BACKEND"}
-    command = [sys.executable, str(Path(__file__).parent / "serve_tokens.py"), json.dumps(job)]
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "serve_tokens.py"), json.dumps(job)]
     ran = subprocess.run(command, capture_output=True, text=True, env={**inherited, **environment}, check=False)
     results = [
         json.loads(line.removeprefix("RESULT ")) for line in ran.stdout.splitlines() if line.startswith("RESULT ")

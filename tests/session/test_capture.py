@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine_samples import MODELS, hook_count, make_model
 from torch import Tensor, nn
 
 from armor_recipes.errors import NumericalError, PlanError
 from armor_recipes.session.capture import LayerCall, capture_stream
 from armor_recipes.session.hooks import Hooks
 from armor_recipes.session.layers import DecoderLayers, find_decoder_layers
+from tests.support.engine import MODELS, hook_count, make_model
 
 IDS = torch.randint(0, 96, (5, 12), generator=torch.Generator().manual_seed(3))
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from engine_samples import (
+from torch import Tensor, nn
+
+from armor_recipes.errors import NumericalError
+from armor_recipes.modifiers.base import WithGradients
+from armor_recipes.modifiers.seeding import module_seed
+from armor_recipes.session.gradients import output_gradients
+from armor_recipes.session.layers import find_decoder_layers
+from armor_recipes.solver.normalize import gradient_row_weights
+from tests.support.engine import (
     ALL,
     ARMOR,
     ATTENTION,
@@ -22,14 +30,6 @@ from engine_samples import (
     rng_states,
     save_model,
 )
-from torch import Tensor, nn
-
-from armor_recipes.errors import NumericalError
-from armor_recipes.modifiers.base import WithGradients
-from armor_recipes.modifiers.seeding import module_seed
-from armor_recipes.session.gradients import output_gradients
-from armor_recipes.session.layers import find_decoder_layers
-from armor_recipes.solver.normalize import gradient_row_weights
 
 WEIGHED = {**ARMOR, "gradient_power": 0.5}
 LINEAR = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"]

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine_samples import hook_count, make_job, make_session, recipe
 from torch import Tensor, nn
 
 from armor_recipes.errors import NumericalError
 from armor_recipes.modifiers.armor import ARMORModifier
 from armor_recipes.session.events import Event, LayerStarted, ModuleFinished, SolveProgressed
 from armor_recipes.session.hooks import Hooks
+from tests.support.engine import hook_count, make_job, make_session, recipe
 
 
 def ignore_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from engine_samples import MODELS, make_model
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from armor_recipes.errors import PlanError
 from armor_recipes.session.layers import find_decoder_layers
+from tests.support.engine import MODELS, make_model
 
 PATHS = {"gpt-neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_samples import ALL, ARMOR, ATTENTION, MLP, make_job, recipe, save_model
 from torch import nn
 from transformers import BartConfig, MixtralConfig, T5Config
 
@@ -19,6 +18,7 @@ from armor_recipes.run import apply
 from armor_recipes.run.job import read_recipe
 from armor_recipes.session import make_plan
 from armor_recipes.session.estimate import estimate_peak_bytes, resident_bytes
+from tests.support.engine import ALL, ARMOR, ATTENTION, MLP, make_job, recipe, save_model
 
 EDGE = "model.layers.0.mlp.down_proj"
 

@@ -9,19 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_samples import (
-    ALL,
-    ARMOR,
-    ATTENTION,
-    MLP,
-    MODELS,
-    SIZES,
-    hook_count,
-    make_job,
-    make_model,
-    make_session,
-    recipe,
-)
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -35,6 +22,19 @@ from armor_recipes.session.capture import capture_stream, input_groups
 from armor_recipes.session.hooks import Hooks
 from armor_recipes.session.layers import find_decoder_layers
 from armor_recipes.session.refining import dense_view
+from tests.support.engine import (
+    ALL,
+    ARMOR,
+    ATTENTION,
+    MLP,
+    MODELS,
+    SIZES,
+    hook_count,
+    make_job,
+    make_model,
+    make_session,
+    recipe,
+)
 
 IDS = torch.randint(0, 96, (5, 12), generator=torch.Generator().manual_seed(3))
 SLIDING = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}

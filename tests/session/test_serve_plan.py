@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_samples import ARMOR, ATTENTION, recipe, save_model
 
 from armor_recipes.errors import PlanError, RecipeError
 from armor_recipes.run import Job, prepare
 from armor_recipes.run.job import read_recipe
+from tests.support.engine import ARMOR, ATTENTION, recipe, save_model
 
 L0 = "model.layers.0"
 

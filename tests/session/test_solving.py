@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_samples import ARMOR, hook_count, make_job, make_session, recipe
 
 from armor_recipes.errors import NumericalError
 from armor_recipes.modifiers.armor import ARMORModifier
@@ -18,6 +17,7 @@ from armor_recipes.session import Session
 from armor_recipes.session.estimate import bytes_at_once
 from armor_recipes.session.events import Event, ModuleFinished, SolveProgressed
 from armor_recipes.session.solving import ModuleResult
+from tests.support.engine import ARMOR, hook_count, make_job, make_session, recipe
 
 UP = "model.layers.0.mlp.up_proj"
 

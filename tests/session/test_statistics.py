@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_samples import ARMOR, ATTENTION, MLP, MODELS, make_job, make_session, recipe, save_model, second_moments
 from torch import Tensor, nn
 
 from armor_recipes.calibration.statistics import InputSecondMoment
@@ -16,6 +15,17 @@ from armor_recipes.modifiers.armor import ARMORModifier
 from armor_recipes.modifiers.nowag import NoWagModifier
 from armor_recipes.session import Session
 from armor_recipes.solver import relative_loss
+from tests.support.engine import (
+    ARMOR,
+    ATTENTION,
+    MLP,
+    MODELS,
+    make_job,
+    make_session,
+    recipe,
+    save_model,
+    second_moments,
+)
 
 
 @pytest.fixture

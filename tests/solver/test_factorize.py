@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solver_samples import SEEDS, problem_of, random_factors
 
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver import StopReason, factorize, nowag_mask, relative_loss
@@ -26,6 +25,7 @@ from armor_recipes.solver.normalize import fill_dead_channels, nowag_normalize
 from armor_recipes.solver.patterns import index_to_mask, magnitude_mask, mask_to_index
 from armor_recipes.solver.result import Factors
 from armor_recipes.solver.sweep import native_available
+from tests.support.solver import SEEDS, problem_of, random_factors
 
 SHAPES = st.sampled_from([(8, 8, (4, 4)), (16, 24, (8, 8)), (12, 16, (6, 8)), (8, 32, (8, 16)), (10, 8, (5, 4))])
 

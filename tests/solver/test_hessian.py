@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from solver_samples import SEEDS, problem_of, random_factors
 from torch import Tensor
 
 from armor_recipes.errors import NumericalError
@@ -22,6 +21,7 @@ from armor_recipes.solver.normalize import nowag_normalize
 from armor_recipes.solver.patterns import Pattern, index_to_mask, magnitude_mask
 from armor_recipes.solver.result import Factors
 from armor_recipes.solver.sweep import native_available
+from tests.support.solver import SEEDS, problem_of, random_factors
 
 Shape = tuple[int, int, tuple[int, int]]
 #: The last has blocks of B that groups of four straddle, the one before it one block of each factor.

@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
-from solver_samples import problem_of, random_factors
 
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver import factorize
 from armor_recipes.solver.exact import solve_normal, squared_error, update_a, update_b
 from armor_recipes.solver.patterns import mask_to_index
+from tests.support.solver import problem_of, random_factors
 
 KINDS = {
     "zero rows": lambda w, h: (w.index_fill(0, torch.arange(3, 9), 0), h),

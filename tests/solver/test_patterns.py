@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solver_samples import LARGE, PATTERNS, SEEDS, cases, problem_of, random_factors
 from torch import Tensor
 
 from armor_recipes.solver import factorize, nowag_mask, relative_loss
@@ -26,6 +25,7 @@ from armor_recipes.solver.patterns import (
     parse_pattern,
 )
 from armor_recipes.solver.sweep import SweepProblem, join_blocks, native_available, sweep
+from tests.support.solver import LARGE, PATTERNS, SEEDS, cases, problem_of, random_factors
 
 
 def test_masks_of_2of4_are_numbered_in_lexicographic_order() -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solver_samples import SEEDS, problem_of
 
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver import factorize, relative_loss
 from armor_recipes.solver.hessian import hessian_loss
 from armor_recipes.solver.normalize import NORM_EPSILON, gradient_row_weights
+from tests.support.solver import SEEDS, problem_of
 
 
 def gradients_of(seed: int, rows: int) -> torch.Tensor:

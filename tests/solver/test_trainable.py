@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from solver_samples import SEEDS
 from torch import Tensor
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.solver import TrainableFactors, TrainableLinear
 from armor_recipes.solver.blockdiag import fold
 from armor_recipes.solver.patterns import magnitude_mask, parse_pattern
+from tests.support.solver import SEEDS
 
 SHAPES = st.sampled_from([("2:4", 8, 16, 4, 8), ("4:8", 6, 24, 3, 8), ("4:8", 4, 16, 4, 4), ("1:4", 5, 8, 1, 2)])
 

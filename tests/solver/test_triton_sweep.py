@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from solver_samples import problem_of, random_factors
 
 from armor_recipes.solver import factorize, sweep
 from armor_recipes.solver.exact import residual, to_blocks
 from armor_recipes.solver.patterns import parse_pattern
 from armor_recipes.solver.sweep import SweepProblem, sweep_form
+from tests.support.solver import problem_of, random_factors
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from armor_recipes.checkpoint.packing import pack_2of4
 
-GOLDEN = Path(__file__).parent / "golden_marlin.safetensors"
+GOLDEN = Path(__file__).parents[1] / "checkpoint" / "golden_marlin.safetensors"
 """What compressed-tensors 0.14.0.1 makes of `CASES`, tensors by case and name."""
 #: Bits, (O, I), and whether 128 columns have a scale, or the whole row.
 CASES: dict[str, tuple[int, tuple[int, int], bool]] = {

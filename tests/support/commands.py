@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from engine_samples import recipe
 
 from armor_recipes.cli import apply, main
+from tests.support.engine import recipe
 
 MAINS: dict[str, Callable[[], object]] = {"armor-apply": apply.main, "armor": main.main}
 #: A job in a background shell inherits an ignored SIGINT, and so would what it starts: these listen all the same.

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from marlin_samples import marlin_config, pack_marlin, sample
-from packed_samples import made_up, quantized
 from safetensors.torch import save_file
 from torch import Tensor
 
 from armor_recipes.checkpoint.config import named_tensors, quantization_config
 from armor_recipes.checkpoint.legacy import legacy_config, legacy_tensors
 from armor_recipes.checkpoint.packing import PackedLinear
+from tests.support.marlin import marlin_config, pack_marlin, sample
+from tests.support.packed import made_up, quantized
 
 Files = dict[str, bytes]
 Q, K, DOWN = "model.layers.0.q_proj", "model.layers.0.k_proj", "model.layers.0.down_proj"
