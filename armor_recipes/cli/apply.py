@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -63,9 +64,10 @@ def apply_command(
     job = prepare(read_recipe(recipes, overrides=overrides or (), output=output), device=device)
     if plan:
         if as_json:
-            print(json.dumps({"plan": job.plan.to_dict(), "recipe": job.recipe.resolved}, indent=2))
+            found = {"plan": job.plan.to_dict(), "estimate": asdict(job.estimate), "recipe": job.recipe.resolved}
+            print(json.dumps(found, indent=2))
         else:
-            out.print(plan_table(job.plan), *resolved_recipe(job.recipe))
+            out.print(plan_table(job.plan, job.estimate), *resolved_recipe(job.recipe))
         return
     if report is not None:
         check_report_file(report)

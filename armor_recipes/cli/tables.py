@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
 from rich.console import Group, RenderableType
@@ -13,13 +12,15 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
+from armor_recipes.modifiers.kinds.module import ModulePlan
+from armor_recipes.plan import Plan, RunEstimate
 from armor_recipes.recipe import Recipe
-from armor_recipes.report.manifest import without_folders
+from armor_recipes.report.manifest import sections, without_folders
 from armor_recipes.run import Result
-from armor_recipes.session import ModulePlan, Plan
 
 
-def plan_table(plan: Plan) -> RenderableType:
+def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
     """Every module with shape, blocks and bytes, then totals."""
     table = Table(title=Text(f"Plan for {plan.model}: {len(plan.layers)} decoder layers"))
     for heading in ("module", "modifier", "shape", "block", "blocks", "stored"):
@@ -34,7 +35,7 @@ def plan_table(plan: Plan) -> RenderableType:
         f"({percent(totals.bytes_after, totals.bytes_before)}), "
         f"factors {percent(totals.factor_bytes, totals.bytes_before)} of dense",
         f"other weights: {size(totals.untouched_bytes)}, unchanged",
-        f"estimated here: {totals.seconds:.0f} s without evaluation, {size(totals.peak_bytes)} peak memory",
+        f"estimated here: {estimate.seconds:.0f} s without evaluation, {size(estimate.peak_bytes)} peak memory",
     ]
     folded = sum(module.stored_as == "dense" and module.block_size is not None for module in plan.modules)
     for key, count in Counter(row.modifier for row in plan.rearrangements).items():
@@ -206,22 +207,14 @@ def result_json(result: Result) -> dict[str, Any]:
         "output": str(result.output),
         "perplexity_before": None if before is None else before.value,
         "perplexity_after": None if after is None else after.value,
-        "modules": {
-            name: {
-                "modifier": module.modifier,
-                "first_loss": module.losses[0],
-                "stored_loss": module.stored_loss,
-                "relative_error": module.error,
-                "iterations": module.iterations,
-                "counts": dict(module.counts),
-                "changes": [asdict(change) for change in module.changes],
-            }
-            for name, module in result.modules.items()
-        },
-        "rearrangements": [asdict(row) for row in result.rearrangements],
-        "refinements": [asdict(row) for row in result.refinements],
+        "modules": {name: _timed(module) for name, module in result.modules.items()},
+        **{name: [_timed(row) for row in result.results if row.section == name] for name in sections(result.results)},
         "report": dict(result.report),
     }
+
+
+def _timed(result: ModuleResult | StepResult) -> dict[str, Any]:
+    return {**result.to_dict(), "seconds": result.seconds}
 
 
 def size(count: float) -> str:

@@ -10,7 +10,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from armor_recipes.session.events import (
+from armor_recipes.events import (
     ChannelsReordered,
     EvaluationProgressed,
     Event,

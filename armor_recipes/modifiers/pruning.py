@@ -11,7 +11,8 @@ from torch import Tensor
 
 from armor_recipes.calibration.statistics import InputSecondMoment
 from armor_recipes.errors import PlanError
-from armor_recipes.modifiers.base import CalibratedConfig, Estimate, Modifier, ModuleShape, Outcome, SolveProgress
+from armor_recipes.modifiers.base import CalibratedConfig, Estimate, ModuleShape, SolveProgress
+from armor_recipes.modifiers.kinds.module import Modifier, Outcome
 from armor_recipes.solver import relative_loss
 from armor_recipes.solver.baselines import adapter_rank, low_rank_adapter
 from armor_recipes.solver.entry import checked_finite

@@ -11,12 +11,11 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from armor_recipes.modifiers.base import AnyModifier, FactorModifier, Modifier, Rearranger, Refiner
+from armor_recipes.modifiers.base import AnyModifier
 from armor_recipes.recipe.schema import ModifierConfig
 from armor_recipes.recipe.stages import KnownModifiers
 
 ENTRY_POINT_GROUP = "armor_recipes.modifiers"
-_KINDS = (Modifier, FactorModifier, Refiner, Rearranger)
 _REGISTERED: dict[str, type[AnyModifier[Any]]] = {}
 
 M = TypeVar("M", bound=type[AnyModifier[Any]])
@@ -88,8 +87,8 @@ def _load(point: EntryPoint) -> str:
 
 def _lack(cls: Any) -> str:
     """What keeps the engine from using a class as a modifier; empty where nothing does."""
-    if not (isinstance(cls, type) and issubclass(cls, _KINDS)):
-        return f"it is no subclass of {', '.join(kind.__name__ for kind in _KINDS)}"
+    if not (isinstance(cls, type) and issubclass(cls, AnyModifier) and hasattr(cls, "kind")):
+        return "it is no subclass of a kind of armor_recipes.modifiers, such as Modifier or Refiner"
     if cls.__abstractmethods__:
         return f"it does not define {', '.join(sorted(cls.__abstractmethods__))}"
     config = getattr(cls, "config_type", None)
@@ -97,6 +96,4 @@ def _lack(cls: Any) -> str:
         return f"its config_type must be a subclass of ModifierConfig (value {config!r})"
     if not isinstance(getattr(cls, "category", None), str):
         return f"its category must be a word (value {getattr(cls, 'category', None)!r})"
-    if issubclass(cls, Refiner) and getattr(cls, "scope", None) not in ("layer", "model"):
-        return f"its scope must be 'layer' or 'model' (value {getattr(cls, 'scope', None)!r})"
-    return ""
+    return cls.lack()

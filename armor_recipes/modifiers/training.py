@@ -15,15 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from armor_recipes.errors import NumericalError, PlanError
-from armor_recipes.modifiers.base import (
-    Estimate,
-    RefineOutcome,
-    Refiner,
-    RefineTask,
-    RefineUnit,
-    SolveProgress,
-    UnitOutput,
-)
+from armor_recipes.modifiers.base import Estimate, SolveProgress
+from armor_recipes.modifiers.kinds.refiner import RefineOutcome, Refiner, RefineTask, RefineUnit, UnitOutput
 from armor_recipes.modifiers.optimizers import Optimizer
 from armor_recipes.modifiers.seeding import module_seed
 from armor_recipes.modifiers.threads import one_thread_each

@@ -6,7 +6,7 @@ import yaml
 
 from armor_recipes.evaluation.perplexity import Perplexity
 from armor_recipes.report.licence import Licence
-from armor_recipes.report.manifest import Facts, without_folders
+from armor_recipes.report.manifest import Facts, sections, without_folders
 
 
 def model_card(facts: Facts, licence: Licence, *, base_model: str | None) -> str:
@@ -15,7 +15,7 @@ def model_card(facts: Facts, licence: Licence, *, base_model: str | None) -> str
     `base_model` is the hub id of the dense model; None leaves it out, since the hub refuses anything else.
     """
     name = base_model or facts.model_name
-    patterns = sorted({p for entry in facts.recipe.modifiers if (p := getattr(entry.config, "pattern", None))})
+    patterns = sorted({module.pattern for module in facts.plan.modules if module.pattern is not None})
     named = ", ".join(patterns) or "N:M"
     header = {
         **licence.fields,
@@ -78,7 +78,7 @@ def _dense_note(facts: Facts) -> str:
 
 def _refined_note(facts: Facts) -> str:
     """What was trained afterwards, and by what."""
-    names = dict.fromkeys(row.modifier.split(".", 2)[-1] for row in facts.refinements)
+    names = dict.fromkeys(row["modifier"].split(".", 2)[-1] for row in sections(facts.results)["refinements"])
     count = sum(bool(result.refined) for result in facts.modules.values())
     return f"\nThe factors of {count} of these weights were trained afterwards: {', '.join(names)}.\n" if names else ""
 

@@ -15,9 +15,12 @@ from torch import nn
 from armor_recipes.calibration.tokens import TokenSet
 from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.evaluation.perplexity import Perplexity
+from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
+from armor_recipes.modifiers.kinds.module import ModulePlan
+from armor_recipes.modifiers.kinds.refiner import RefineResult
+from armor_recipes.plan import Plan
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
-from armor_recipes.session import FactorChange, ModuleResult, Plan, RearrangeResult, RefineResult
 from armor_recipes.solver.sweep import sweep_form
 from armor_recipes.version import __version__
 
@@ -37,10 +40,14 @@ class Facts:
     attention: str | None
     tokens: Mapping[CalibrationSpec, TokenSet]
     modules: Mapping[str, ModuleResult]
-    refinements: Sequence[RefineResult]
-    rearrangements: Sequence[RearrangeResult]
+    results: Sequence[StepResult]
     before: Perplexity | None
     after: Perplexity | None
+
+    @property
+    def refinements(self) -> tuple[RefineResult, ...]:
+        """What was trained, in order."""
+        return tuple(result for result in self.results if isinstance(result, RefineResult))
 
     @property
     def model_name(self) -> str:
@@ -91,71 +98,22 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
             "bytes_after": facts.plan.totals.bytes_after,
             "factor_bytes": facts.plan.totals.factor_bytes,
         },
-        "modules": {name: _module(result, plans[name].block_size) for name, result in facts.modules.items()},
-        "rearrangements": [_rearrangement(result) for result in facts.rearrangements],
-        "refinements": [_refinement(result) for result in facts.refinements],
+        "modules": {name: _module(result, plans[name]) for name, result in facts.modules.items()},
+        **sections(facts.results),
         "tensors": dict(sorted(tensors.items())),
     }
 
 
-def _module(result: ModuleResult, block_size: tuple[int, int] | None) -> dict[str, Any]:
-    return {
-        "modifier": result.modifier,
-        "block_size": None if block_size is None else list(block_size),
-        "first_loss": result.losses[0],
-        "last_loss": result.losses[-1],
-        "stored_loss": result.stored_loss,
-        "relative_error": result.error,
-        "iterations": result.iterations,
-        "stop_reason": result.stop_reason,
-        "tokens": result.tokens,
-        "counts": dict(result.counts),
-        "measures": dict(result.measures),
-        "refined": list(result.refined),
-        "changes": [_change(change) for change in result.changes],
-    }
+def _module(result: ModuleResult, plan: ModulePlan) -> dict[str, Any]:
+    return {"block_size": None if plan.block_size is None else list(plan.block_size), **result.to_dict()}
 
 
-def _change(change: FactorChange) -> dict[str, Any]:
-    return {
-        "modifier": change.modifier,
-        "core": change.core,
-        "first_loss": change.losses[0],
-        "last_loss": change.losses[-1],
-        "stored_loss": change.stored_loss,
-        "iterations": change.iterations,
-        "stop_reason": change.stop_reason,
-        "tokens": change.tokens,
-        "counts": dict(change.counts),
-    }
-
-
-def _rearrangement(result: RearrangeResult) -> dict[str, Any]:
-    return {
-        "modifier": result.modifier,
-        "consumer": result.consumer,
-        "producers": list(result.producers),
-        "kept_before": result.kept_before,
-        "kept_after": result.kept_after,
-        "moved": result.moved,
-        "order_sha256": result.order_sha256,
-        "tokens": result.tokens,
-    }
-
-
-def _refinement(result: RefineResult) -> dict[str, Any]:
-    return {
-        "modifier": result.modifier,
-        "unit": result.unit,
-        "modules": result.modules,
-        "norm_values": result.vectors,
-        "tokens": result.tokens,
-        "losses": list(result.losses),
-        "steps": result.steps,
-        "clipped": result.clipped,
-        "stop_reason": result.stop_reason,
-        "compute_dtype": result.compute_dtype,
-    }
+def sections(results: Sequence[StepResult]) -> dict[str, list[dict[str, Any]]]:
+    """What was measured besides modules, as plain data: a list for each section, in order."""
+    found: dict[str, list[dict[str, Any]]] = {"rearrangements": [], "refinements": []}
+    for result in results:
+        found.setdefault(result.section, []).append(result.to_dict())
+    return found
 
 
 def calibration_rows(facts: Facts) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from armor_recipes.session import ModuleResult, Observer, Plan
-from armor_recipes.session.events import PhaseStarted
+from armor_recipes.events import Observer, PhaseStarted
+from armor_recipes.modifiers.kinds.changes import ModuleResult
+from armor_recipes.plan import RunEstimate
 
 
 class Stopwatch:
@@ -41,7 +42,7 @@ class Stopwatch:
         self._mark = now
 
     def report(
-        self, folder: Path, *, source: Path | None, plan: Plan, modules: Mapping[str, ModuleResult]
+        self, folder: Path, *, source: Path | None, estimate: RunEstimate, modules: Mapping[str, ModuleResult]
     ) -> dict[str, Any]:
         """Plain data for `report.json`; sizes are bytes of the weight files."""
         self._close()
@@ -53,9 +54,9 @@ class Stopwatch:
                 name: round(result.seconds + sum(change.seconds for change in result.changes), 3)
                 for name, result in modules.items()
             },
-            "seconds_estimated": plan.totals.seconds,
+            "seconds_estimated": estimate.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
-            "peak_memory_estimated_bytes": plan.totals.peak_bytes,
+            "peak_memory_estimated_bytes": estimate.peak_bytes,
             "size_before_bytes": None if source is None else weight_bytes(source),
             "size_after_bytes": weight_bytes(folder),
             "threads": torch.get_num_threads(),

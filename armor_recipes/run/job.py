@@ -22,6 +22,7 @@ from armor_recipes.checkpoint.writer import carry_over, tensor_hashes, write_che
 from armor_recipes.compute import is_out_of_memory, plain_torch
 from armor_recipes.errors import RecipeError, ResourceError
 from armor_recipes.evaluation.perplexity import Perplexity, evaluate
+from armor_recipes.events import EvaluationProgressed, Observer, ignore_events
 from armor_recipes.integrations.models import (
     ModelSource,
     attention_of,
@@ -36,6 +37,7 @@ from armor_recipes.integrations.models import (
 from armor_recipes.integrations.transformers import check_registered
 from armor_recipes.modifiers import AnyModifier, config_types, modifiers
 from armor_recipes.paths import user_path
+from armor_recipes.plan import Plan, RunEstimate, estimate_run, make_plan
 from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.report.card import model_card
@@ -55,8 +57,7 @@ from armor_recipes.run.preflight import (
 )
 from armor_recipes.run.result import Result
 from armor_recipes.run.verify import verify_reloaded
-from armor_recipes.session import Observer, Plan, Session, make_plan
-from armor_recipes.session.events import EvaluationProgressed, ignore_events
+from armor_recipes.session import Session
 from armor_recipes.solver.sweep import sweep_form
 
 RecipeLike = Recipe | str | Path | Mapping[str, object] | Sequence[str | Path]
@@ -70,6 +71,7 @@ class Job:
     source: ModelSource
     modifiers: Mapping[str, AnyModifier[Any]]
     plan: Plan
+    estimate: RunEstimate
     device: torch.device
 
 
@@ -95,7 +97,7 @@ def apply(
         output: replaces `output.path`.
         overwrite: replace an existing checkpoint at the output path.
         device: where to compute.
-        observer: is called with each event of `armor_recipes.session.events`.
+        observer: is called with each event of `armor_recipes.events`.
 
     Raises:
         ArmorError: one of its subclasses; nothing half-written is left behind.
@@ -153,7 +155,8 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
         check_registered()
     plan = make_plan(recipe, shapes, instances, itemsize=source.stored_dtype.itemsize)
     check_names(recipe, plan, shapes)
-    return Job(recipe, source, instances, replace(plan, notes=narrowed(plan, source)), target)
+    estimate = estimate_run(plan, recipe, shapes, instances)
+    return Job(recipe, source, instances, replace(plan, notes=narrowed(plan, source)), estimate, target)
 
 
 def parse_device(name: str) -> torch.device:
@@ -195,8 +198,7 @@ def execute(
             attention=attention_of(run.model),
             tokens=run.tokens,
             modules=session.results,
-            refinements=session.refinements,
-            rearrangements=session.rearrangements,
+            results=session.state.results,
             before=before,
             after=after,
         )
@@ -210,9 +212,9 @@ def execute(
     return Result(
         plan=job.plan,
         output=output,
+        estimate=job.estimate,
         modules=session.results,
-        rearrangements=session.rearrangements,
-        refinements=session.refinements,
+        results=session.state.results,
         perplexity_before=before,
         perplexity_after=after,
         report=report,
@@ -328,7 +330,7 @@ class _Run:
         """Write what is no function of the inputs; returns it."""
         job = self.job
         report = {
-            **self.watch.report(folder, source=job.source.folder, plan=job.plan, modules=facts.modules),
+            **self.watch.report(folder, source=job.source.folder, estimate=job.estimate, modules=facts.modules),
             "seconds_by_refinement": {f"{r.modifier} {r.unit}": round(r.seconds, 3) for r in facts.refinements},
             "calibration": calibration_rows(facts),
             "sweep": sweep_form(job.device.type),

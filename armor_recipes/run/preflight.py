@@ -15,8 +15,8 @@ from armor_recipes.errors import InputError, NumericalError, PlanError, RecipeEr
 from armor_recipes.integrations.models import ModelSource, meta_model, moved, rounded, written_dtypes
 from armor_recipes.integrations.names import experts, stored_names
 from armor_recipes.paths import user_path
+from armor_recipes.plan import Plan
 from armor_recipes.recipe import Recipe
-from armor_recipes.session import Plan
 
 _SHOWN = 8
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from armor_recipes.evaluation.perplexity import Perplexity
-from armor_recipes.session import ModuleResult, Plan, RearrangeResult, RefineResult
+from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
+from armor_recipes.modifiers.kinds.rearranger import RearrangeResult
+from armor_recipes.modifiers.kinds.refiner import RefineResult
+from armor_recipes.plan import Plan, RunEstimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,20 +20,33 @@ class Result:
 
     Attributes:
         plan: what was planned, and so what was done.
+        estimate: what that was thought to take.
         output: the folder of the checkpoint.
         modules: by full name, in the order in which they were solved.
-        rearrangements: what was reordered before, in order, with what masks keep of the score in the old and the new order.
-        refinements: what refiners trained, in order, with held-out losses.
+        results: what was measured besides modules, in order.
         perplexity_before: of the dense model; None where the recipe has no `evaluation`.
         perplexity_after: of the compressed model, as a loader of the folder gives it.
         report: everything that is not a function of the inputs: seconds by phase, peak memory, sizes, host.
     """
 
     plan: Plan
+    estimate: RunEstimate
     output: Path
     modules: Mapping[str, ModuleResult]
-    rearrangements: Sequence[RearrangeResult]
-    refinements: Sequence[RefineResult]
+    results: Sequence[StepResult]
     perplexity_before: Perplexity | None
     perplexity_after: Perplexity | None
     report: Mapping[str, Any]
+
+    @property
+    def rearrangements(self) -> tuple[RearrangeResult, ...]:
+        """What was reordered, in order, with what masks keep of the score in the old and the new order."""
+        return self._section(RearrangeResult.section)
+
+    @property
+    def refinements(self) -> tuple[RefineResult, ...]:
+        """What refiners trained, in order, with held-out losses."""
+        return self._section(RefineResult.section)
+
+    def _section(self, name: str) -> tuple[Any, ...]:
+        return tuple(result for result in self.results if result.section == name)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.errors import NumericalError
+from armor_recipes.model.replay import LayerCall, feed
+from armor_recipes.model.views import frozen, view
 from armor_recipes.modifiers.seeding import module_seed
 from armor_recipes.modifiers.threads import one_thread_each
-from armor_recipes.session.capture import LayerCall
-from armor_recipes.session.layers import DecoderLayers
-from armor_recipes.session.views import frozen, view
 
 #: Tokens whose probabilities are taken at once: the vocabulary is large.
 _ROWS = 64
@@ -46,7 +45,7 @@ class OutputGradients:
 
 
 def output_gradients(
-    model: nn.Module, layers: DecoderLayers, names: Sequence[str], batches: Sequence[Tensor], *, seed: int
+    model: nn.Module, first_block: str, names: Sequence[str], batches: Sequence[Tensor], *, seed: int
 ) -> OutputGradients:
     """What the loss's gradient is at each of the named modules' outputs, by one pass over token ids `(B, L)` and back.
 
@@ -60,7 +59,7 @@ def output_gradients(
 
     def run(index: int) -> _Pass:
         generator = torch.Generator().manual_seed(module_seed(seed, f"labels of batch {index}"))
-        return _Pass(model, layers.names[0], names, batches[index], generator)
+        return _Pass(model, first_block, names, batches[index], generator)
 
     with frozen(model), one_thread_each(min(torch.get_num_threads(), len(batches)) if on_cpu else 1) as workers:
         for found in workers.map(run, range(len(batches))):
@@ -75,17 +74,17 @@ class _Pass:
     """One batch forward and back through a view of the model with hooks of its own: squared gradients summed over rows."""
 
     def __init__(
-        self, model: nn.Module, first_layer: str, names: Sequence[str], ids: Tensor, generator: torch.Generator
+        self, model: nn.Module, first_block: str, names: Sequence[str], ids: Tensor, generator: torch.Generator
     ) -> None:
         self.sums: dict[str, Tensor] = {}
         self.rows = dict.fromkeys(names, 0)
         self._starts: list[Tensor] = []
-        network = view(model, {}, copied=[first_layer, *names])
-        network.get_submodule(first_layer).register_forward_pre_hook(self._enter, with_kwargs=True)
+        network = view(model, {}, copied=[first_block, *names])
+        network.get_submodule(first_block).register_forward_pre_hook(self._enter, with_kwargs=True)
         for name in names:
             network.get_submodule(name).register_forward_hook(self._watch(name))
         with torch.enable_grad():
-            logits: Tensor = network(input_ids=ids, use_cache=False).logits
+            logits: Tensor = feed(network, ids).logits
             start = self._starts.pop()
             torch.autograd.grad(logits, start, _drawn(logits.detach(), generator))
 

@@ -13,10 +13,7 @@ from rich.console import Console
 
 from armor_recipes.cli.tables import size
 from armor_recipes.cli.view import progress_view
-from armor_recipes.recipe import builtin_recipes
-from armor_recipes.run import prepare
-from armor_recipes.run.job import builtin_recipe_dir, read_recipe
-from armor_recipes.session.events import (
+from armor_recipes.events import (
     EvaluationProgressed,
     Event,
     LayerStarted,
@@ -25,6 +22,9 @@ from armor_recipes.session.events import (
     SolveProgressed,
     UnitRefined,
 )
+from armor_recipes.recipe import builtin_recipes
+from armor_recipes.run import prepare
+from armor_recipes.run.job import builtin_recipe_dir, read_recipe
 from tests.support.commands import Shell, finished, process, write_recipe
 from tests.support.engine import ARMOR, ATTENTION, MLP
 

@@ -16,12 +16,11 @@ from transformers import LlamaForCausalLM
 
 import armor_recipes
 from armor_recipes.errors import PlanError
-from armor_recipes.modifiers import ModuleShape, modifiers
-from armor_recipes.modifiers.base import Chain
+from armor_recipes.events import ChannelsReordered, Event
+from armor_recipes.modifiers import Chain, ModuleShape, modifiers
 from armor_recipes.modifiers.permutation import ChannelPermutationConfig, ChannelPermutationModifier
+from armor_recipes.plan import Plan
 from armor_recipes.run import apply
-from armor_recipes.session import Plan
-from armor_recipes.session.events import ChannelsReordered, Event
 from tests.support.engine import ALL, MLP, logits, make_job, make_model, make_session, recipe, save_model
 
 CONSUMERS = [r"re:.*mlp\.down_proj$", r"re:.*self_attn\.o_proj$"]
@@ -51,14 +50,14 @@ def test_permutation_alone_leaves_the_logits(models: dict[str, Path], kind: str,
         assert session.run() == {}
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=2e-4)
     layers = model.config.num_hidden_layers
-    assert [row.consumer.split(".", 2)[-1] for row in session.rearrangements] == [
+    assert [row.consumer.split(".", 2)[-1] for row in session.section("rearrangements")] == [
         f"{layer}.{name}" for layer in range(layers) for name in ("self_attn.o_proj", "mlp.down_proj")
     ]
-    assert all(row.kept_after >= row.kept_before for row in session.rearrangements)
+    assert all(row.kept_after >= row.kept_before for row in session.section("rearrangements"))
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, old[name])}
-    named = {name for row in session.rearrangements if row.moved for name in (row.consumer, *row.producers)}
+    named = {name for row in session.section("rearrangements") if row.moved for name in (row.consumer, *row.producers)}
     assert changed == {name for name in old if name.rsplit(".", 1)[0] in named} - {
-        f"{row.consumer}.bias" for row in session.rearrangements
+        f"{row.consumer}.bias" for row in session.section("rearrangements")
     }
     for name in changed:
         assert torch.equal(model.state_dict()[name].flatten().sort().values, old[name].flatten().sort().values)
@@ -76,7 +75,7 @@ def test_value_channels_stay_in_their_heads(models: dict[str, Path]) -> None:
     assert torch.equal(found.view(2, 8) // 8, torch.arange(2)[:, None].expand(2, 8))
     assert torch.equal(columns // 8, torch.arange(4)[:, None].expand(4, 8))
     assert torch.equal(columns % 8, (found.view(2, 8) % 8).repeat_interleave(2, 0))
-    row = session.rearrangements[0]
+    row = session.section("rearrangements")[0]
     assert row.order_sha256 == hashlib.sha256(columns.flatten().numpy().tobytes()).hexdigest()
     assert row.moved == int((columns.flatten() != torch.arange(32)).sum()) > 0
     assert row.tokens == 60
@@ -106,7 +105,7 @@ def test_the_consumers_loss_is_lower(
     for entries in (prune, {"ChannelPermutationModifier": {**PERMUTE, "propagate": propagate}, **prune}):
         with make_session(make_job(recipe(model, **entries))) as session:
             losses.append({name: result.stored_loss for name, result in session.run().items()})
-            rows = session.rearrangements
+            rows = session.section("rearrangements")
     for name in ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"):
         assert losses[1][name] < losses[0][name]
     if pruner == "NoWagModifier":  # of layer 0, whose inputs are those that the permutation saw
@@ -120,9 +119,9 @@ def test_dense_streams_and_refiners_see_the_new_order(models: dict[str, Path], r
     entries = {"ChannelPermutationModifier": PERMUTE, "ARMORModifier": fields, refine: {}}
     with make_session(make_job(recipe(models["llama-gqa-tied"], **entries))) as session:
         results = session.run()
-    assert len(session.rearrangements) == 4
+    assert len(session.section("rearrangements")) == 4
     assert all(result.stored_loss < 0.2 for result in results.values())
-    assert all(min(row.losses) < 0.2 for row in session.refinements)
+    assert all(min(row.losses) < 0.2 for row in session.section("refinements"))
 
 
 def test_a_checkpoint_holds_all_that_was_permuted(models: dict[str, Path], tmp_path: Path) -> None:
@@ -204,7 +203,7 @@ def test_a_layer_that_is_another_function_is_refused_and_restored(models: dict[s
     assert "something between them mixes or scales channels" in message
     assert "add 'model.layers.1.mlp.down_proj' to `ignore`" in message
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert session.rearrangements == []
+    assert session.section("rearrangements") == []
 
 
 @pytest.mark.parametrize(
@@ -289,7 +288,7 @@ def test_a_stage_of_its_own_will_do(models: dict[str, Path]) -> None:
     }
     with make_session(make_job(mapping)) as session:
         assert len(session.run()) == 6
-        assert len(session.rearrangements) == 4
+        assert len(session.section("rearrangements")) == 4
 
 
 def test_no_channels_are_reordered_twice(models: dict[str, Path]) -> None:

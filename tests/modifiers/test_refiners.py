@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from armor_recipes.errors import CheckpointError, NumericalError, PlanError
-from armor_recipes.modifiers import ModuleShape, Refiner, modifiers, training
-from armor_recipes.modifiers.base import RefineTask, RefineUnit, UnitOutput
+from armor_recipes.modifiers import ModuleShape, Refiner, RefineTask, RefineUnit, UnitOutput, modifiers, training
 from armor_recipes.modifiers.distillation import DistillationModifier
 from armor_recipes.modifiers.distillation.modifier import relative_error
+from armor_recipes.modifiers.kinds.refiner import _converted
 from armor_recipes.modifiers.optimizers import root_mean_square
 from armor_recipes.modifiers.training import RefineConfig, schedule, split_batches
 from armor_recipes.session import Session
-from armor_recipes.session.refining import _converted
 from armor_recipes.solver import TrainableFactors, factorize
 from tests.support.engine import ARMOR, make_job, make_model, make_session, recipe, rng_states, save_model
 
@@ -468,16 +467,16 @@ def test_only_factors_and_norms_change(llama: Path, pruned: Session, name: str) 
 
 def test_training_in_a_session_lowers_the_held_out_loss(llama: Path, name: str) -> None:
     session = run(mapping(llama, name, epochs=2))
-    units = [refinement.unit for refinement in session.refinements]
+    units = [refinement.unit for refinement in session.section("refinements")]
     assert units == (["model"] if REFINERS[name].scope == "model" else ["model.layers.0", "model.layers.1"])
-    for refinement in session.refinements:
+    for refinement in session.section("refinements"):
         assert min(refinement.losses) < 0.95 * refinement.losses[0]
         assert refinement.tokens == 24 * 16
         assert refinement.steps == 9 * (len(refinement.losses) - 1)
         assert refinement.seconds > 0
-    assert sum(refinement.modules for refinement in session.refinements) == 14
+    assert sum(refinement.modules for refinement in session.section("refinements")) == 14
     norms = sum(p.numel() for n, p in session.model.named_parameters() if is_norm(n))
-    trained = sum(refinement.vectors for refinement in session.refinements)
+    trained = sum(refinement.norm_values for refinement in session.section("refinements"))
     assert trained == (norms if REFINERS[name].scope == "model" else norms - 32)
 
 
@@ -485,7 +484,7 @@ def test_training_in_a_session_lowers_the_held_out_loss(llama: Path, name: str) 
 def test_training_that_does_not_help_leaves_every_bit(llama: Path, name: str, packed: bool) -> None:
     without = run(mapping(llama), keep_packed=packed)
     session = run(mapping(llama, name, learning_rate=1.0), keep_packed=packed)
-    assert all(r.losses[0] == min(r.losses) and r.vectors == 0 for r in session.refinements)
+    assert all(r.losses[0] == min(r.losses) and r.norm_values == 0 for r in session.section("refinements"))
     for one, two in zip(session.model.parameters(), without.model.parameters(), strict=True):
         assert torch.equal(one, two)
 
@@ -496,7 +495,7 @@ def test_norms_false_leaves_the_norms(llama: Path, name: str) -> None:
     for parameter, value in session.model.named_parameters():
         if is_norm(parameter):
             assert torch.equal(value, dense[parameter])
-    assert {refinement.vectors for refinement in session.refinements} == {0}
+    assert {refinement.norm_values for refinement in session.section("refinements")} == {0}
 
 
 def test_flags_of_the_model_are_given_back(llama: Path, name: str) -> None:
@@ -516,7 +515,7 @@ def test_only_the_targets_are_trained(llama: Path, pruned: Session, name: str) -
     session = run(mapping(llama, name, targets=[r"re:.*q_proj$"], ignore=[r"re:.*layers\.1.*"], norms=False))
     changed = {n for n, p in session.model.named_parameters() if not torch.equal(p, pruned.model.get_parameter(n))}
     assert changed == {"model.layers.0.self_attn.q_proj.weight"}
-    assert [r.modules for r in session.refinements] == [1]
+    assert [r.modules for r in session.section("refinements")] == [1]
 
 
 def test_a_shared_input_factor_stays_one(llama: Path, name: str) -> None:
@@ -577,7 +576,7 @@ def test_half_precision_compute(llama: Path, name: str, compute: str) -> None:
     for module, result in session.results.items():
         assert result.packed is not None
         assert session.model.get_parameter(f"{module}.weight").dtype == getattr(torch, compute)
-    assert all(min(r.losses) < r.losses[0] for r in session.refinements)
+    assert all(min(r.losses) < r.losses[0] for r in session.section("refinements"))
 
 
 @pytest.mark.parametrize(
@@ -606,7 +605,7 @@ def test_both_models_of_a_distillation_run_in_its_compute_dtype(
     recipe["model"] = {"id": str(llama), "compute_dtype": model}
     session = run(recipe)
     assert {part.dtype for part in seen} == {getattr(torch, taken)}
-    (refinement,) = session.refinements
+    (refinement,) = session.section("refinements")
     assert refinement.compute_dtype == taken
     assert min(refinement.losses) < refinement.losses[0]
     assert {parameter.dtype for parameter in session.model.parameters()} == {getattr(torch, model)}
@@ -616,7 +615,7 @@ def test_both_models_of_a_distillation_run_in_its_compute_dtype(
 def test_training_in_bfloat16_does_not_depend_on_threads_and_is_near_that_in_float32(llama: Path) -> None:
     def losses(compute: str, threads: int) -> tuple[float, ...]:
         torch.set_num_threads(threads)
-        return run(mapping(llama, "DistillationModifier", compute_dtype=compute)).refinements[0].losses
+        return run(mapping(llama, "DistillationModifier", compute_dtype=compute)).section("refinements")[0].losses
 
     narrow = losses("bfloat16", 1)
     assert losses("bfloat16", 2) == narrow

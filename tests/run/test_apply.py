@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from armor_recipes.checkpoint.writer import tensor_hashes
 from armor_recipes.errors import InputError, PlanError, RecipeError
+from armor_recipes.events import Event, LayerStarted, ModuleFinished, PhaseStarted, SolveProgressed
 from armor_recipes.integrations.transformers import load
 from armor_recipes.run import Result, apply
 from armor_recipes.run.job import read_recipe
-from armor_recipes.session.events import Event, LayerStarted, ModuleFinished, PhaseStarted, SolveProgressed
 from tests.support.engine import ALL, ARMOR, ATTENTION, MLP, hook_count, logits, make_model, recipe, save_model
 
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from armor_recipes.checkpoint.verify import verify
 from armor_recipes.errors import InputError, NumericalError, ResourceError, VerificationError
+from armor_recipes.events import Event, ModuleFinished, PhaseStarted
 from armor_recipes.integrations.transformers import load
 from armor_recipes.run import apply, job
-from armor_recipes.session.events import Event, ModuleFinished, PhaseStarted
 from tests.support.engine import ARMOR, hook_count, make_model, recipe
 
 

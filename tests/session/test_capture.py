@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.errors import NumericalError, PlanError
-from armor_recipes.session.capture import LayerCall, capture_stream
-from armor_recipes.session.hooks import Hooks
-from armor_recipes.session.layers import DecoderLayers, find_decoder_layers
+from armor_recipes.model.blocks import Stack, find_stacks
+from armor_recipes.model.hooks import Hooks
+from armor_recipes.model.replay import LayerCall, capture_stream
 from tests.support.engine import MODELS, hook_count, make_model
 
 IDS = torch.randint(0, 96, (5, 12), generator=torch.Generator().manual_seed(3))
@@ -20,13 +20,13 @@ IDS = torch.randint(0, 96, (5, 12), generator=torch.Generator().manual_seed(3))
 def layer_outputs(model: nn.Module, ids: Tensor) -> list[list[Tensor]]:
     """By layer and batch, from plain forward passes."""
     seen: list[list[Tensor]] = []
-    for layer in find_decoder_layers(model).modules:
+    for layer in find_stacks(model).all[0].modules:
         outputs: list[Tensor] = []
         seen.append(outputs)
         layer.register_forward_hook(lambda _, __, out, o=outputs: o.append(out[0] if isinstance(out, tuple) else out))
     for batch in ids.split(2):
         model(input_ids=batch)
-    for layer in find_decoder_layers(model).modules:
+    for layer in find_stacks(model).all[0].modules:
         layer._forward_hooks.clear()
     return seen
 
@@ -36,7 +36,7 @@ def layer_outputs(model: nn.Module, ids: Tensor) -> list[list[Tensor]]:
 def test_replay_is_the_model(kind: str, attention: str) -> None:
     model, hooks = make_model(kind), Hooks()
     model.set_attn_implementation(attention)
-    layers = find_decoder_layers(model)
+    layers = find_stacks(model).all[0]
     with torch.no_grad():
         wanted = layer_outputs(model, IDS)
         stream = capture_stream(model, layers, IDS, batch_size=2, hooks=hooks)
@@ -50,7 +50,7 @@ def test_replay_is_the_model(kind: str, attention: str) -> None:
 @pytest.mark.parametrize(("kind", "differ"), [("llama", False), ("gemma3", True), ("qwen2-sliding", True)])
 def test_arguments_are_kept_for_each_layer_only_where_they_differ(kind: str, differ: bool) -> None:
     model = make_model(kind)
-    layers = find_decoder_layers(model)
+    layers = find_stacks(model).all[0]
     with torch.no_grad():
         stream = capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
     assert {len(batch) for batch in stream._calls} == {len(layers.modules) if differ else 1}
@@ -58,7 +58,7 @@ def test_arguments_are_kept_for_each_layer_only_where_they_differ(kind: str, dif
 
 def test_the_first_pass_stops_at_the_first_layer() -> None:
     model = make_model()
-    layers = find_decoder_layers(model)
+    layers = find_stacks(model).all[0]
     passes = []
     model.lm_head.register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_the_first_pass_stops_at_the_first_layer() -> None:
 
 def test_observing_leaves_the_stream_where_it_is() -> None:
     model = make_model()
-    layers = find_decoder_layers(model)
+    layers = find_stacks(model).all[0]
     with torch.no_grad():
         stream = capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
         before = [hidden.clone() for hidden in stream.hidden]
@@ -112,7 +112,7 @@ class Double(nn.Linear):
 @pytest.mark.parametrize("model", [Odd(SharedState), Odd(Double, times=2)], ids=["shared-state", "called-twice"])
 def test_layers_that_cannot_be_run_one_by_one_are_refused(model: Odd) -> None:
     SharedState.notes.clear()
-    layers = DecoderLayers(("layers.0", "layers.1"), (model.layers[0], model.layers[1]))
+    layers = Stack("layers", (model.layers[0], model.layers[1]))
     with torch.no_grad(), pytest.raises(PlanError, match="share state"):
         capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
     assert hook_count(model) == 0
@@ -122,7 +122,7 @@ def test_a_model_that_is_broken_from_the_start_says_so() -> None:
     model = make_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     with torch.no_grad(), pytest.raises(NumericalError, match="not finite before anything was changed"):
-        capture_stream(model, find_decoder_layers(model), IDS, batch_size=2, hooks=Hooks())
+        capture_stream(model, find_stacks(model).all[0], IDS, batch_size=2, hooks=Hooks())
 
 
 def test_hidden_states_passed_by_name() -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.errors import NumericalError
+from armor_recipes.model.blocks import find_stacks
 from armor_recipes.modifiers.base import WithGradients
 from armor_recipes.modifiers.seeding import module_seed
 from armor_recipes.session.gradients import output_gradients
-from armor_recipes.session.layers import find_decoder_layers
 from armor_recipes.solver.normalize import gradient_row_weights
 from tests.support.engine import (
     ALL,
@@ -41,7 +41,7 @@ def batches(count: int = 3) -> list[Tensor]:
 
 
 def gradients(model: nn.Module, names: list[str], ids: list[Tensor], seed: int = 0) -> dict[str, Tensor]:
-    found = output_gradients(model, find_decoder_layers(model), names, ids, seed=seed)
+    found = output_gradients(model, find_stacks(model).names[0], names, ids, seed=seed)
     return {name: found.mean_square(name, len(model.get_parameter(f"{name}.weight"))) for name in names}
 
 
@@ -194,11 +194,11 @@ def test_they_follow_rows_that_are_reordered(tmp_path: Path) -> None:
     )
     with make_session(make_job(mapping)) as session:
         session.run()
-        kept = dict(session._gradients)
+        kept = dict(session.state.gradients)
     del mapping["prune_stage"]["armor_modifiers"]["ARMORModifier"]
     with make_session(make_job(mapping)) as reordered:
         reordered.run()
-    assert any(row.moved for row in reordered.rearrangements)
+    assert any(row.moved for row in reordered.section("rearrangements"))
     ids = next(iter(reordered.tokens.values())).ids
     wanted = gradients(reordered.model, sorted(kept), list(ids.split(2)))
     for name, found in kept.items():

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.errors import NumericalError
+from armor_recipes.events import Event, LayerStarted, ModuleFinished, SolveProgressed
+from armor_recipes.model.hooks import Hooks
 from armor_recipes.modifiers.armor import ARMORModifier
-from armor_recipes.session.events import Event, LayerStarted, ModuleFinished, SolveProgressed
-from armor_recipes.session.hooks import Hooks
 from tests.support.engine import hook_count, make_job, make_session, recipe
 
 
@@ -108,7 +108,7 @@ def test_nothing_is_left_when_a_solve_fails(llama: Path, monkeypatch: pytest.Mon
 
 def test_nothing_is_left_when_a_forward_pass_fails(llama: Path) -> None:
     session = make_session(make_job(recipe(llama)))
-    layer = session.layers.modules[1]
+    layer = session.stacks.all[0].modules[1]
     calls = 0
 
     def fail_late(*_: object) -> None:

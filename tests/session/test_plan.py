@@ -14,10 +14,10 @@ from transformers import BartConfig, MixtralConfig, T5Config
 
 from armor_recipes.checkpoint.reader import inspect, read_header
 from armor_recipes.errors import InputError, PlanError
+from armor_recipes.plan import make_plan
+from armor_recipes.plan.estimate import estimate_peak_bytes, resident_bytes
 from armor_recipes.run import apply
 from armor_recipes.run.job import read_recipe
-from armor_recipes.session import make_plan
-from armor_recipes.session.estimate import estimate_peak_bytes, resident_bytes
 from tests.support.engine import ALL, ARMOR, ATTENTION, MLP, make_job, recipe, save_model
 
 EDGE = "model.layers.0.mlp.down_proj"
@@ -308,13 +308,13 @@ def test_a_compressed_model_is_refused(llama: Path, tmp_path: Path) -> None:
 
 def test_memory_counts_every_set_of_activations(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both models' where modules are matched, and what the dense layer read; both models' for a refiner of layers, too."""
-    monkeypatch.setattr("armor_recipes.session.estimate.resident_bytes", lambda: 0)
+    monkeypatch.setattr("armor_recipes.plan.estimate.resident_bytes", lambda: 0)
 
     def peak(samples: int, propagate: str, **others: Any) -> int:
         modifier = armor(propagate=propagate, objective="hessian", shrinkage=0.1)
         mapping = recipe(llama, ARMORModifier=modifier, **others)
         mapping["calibration"] |= {"samples": samples, "sequence_length": 30}
-        return make_job(mapping).plan.totals.peak_bytes
+        return make_job(mapping).estimate.peak_bytes
 
     def sets(propagate: str, **others: Any) -> float:
         return (peak(128, propagate, **others) - peak(64, propagate, **others)) / (4 * 32 * 64 * 30)

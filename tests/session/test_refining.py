@@ -14,14 +14,14 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForC
 
 from armor_recipes.checkpoint.reader import read_header
 from armor_recipes.errors import PlanError
-from armor_recipes.modifiers.base import RefineTask
+from armor_recipes.model.blocks import find_stacks
+from armor_recipes.model.hooks import Hooks
+from armor_recipes.model.replay import capture_stream, input_groups
+from armor_recipes.modifiers import RefineTask
 from armor_recipes.modifiers.block_refine import BlockRefineModifier
 from armor_recipes.modifiers.distillation import DistillationModifier
+from armor_recipes.modifiers.kinds.refiner import dense_view
 from armor_recipes.run import apply
-from armor_recipes.session.capture import capture_stream, input_groups
-from armor_recipes.session.hooks import Hooks
-from armor_recipes.session.layers import find_decoder_layers
-from armor_recipes.session.refining import dense_view
 from tests.support.engine import (
     ALL,
     ARMOR,
@@ -59,11 +59,11 @@ def with_refiner(model: Path | str, *names: str, output: Path | str = "out", **f
 def test_the_dense_view_is_the_model_before_its_changes(
     kind: str, narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine_samples.MODELS", {**MODELS, **MORE})
+    monkeypatch.setattr("tests.support.engine.MODELS", {**MODELS, **MORE})
     model: Any = make_model(kind)
     for parameter in model.parameters():
         parameter.copy_(parameter.bfloat16())
-    layers = find_decoder_layers(model)
+    layers = find_stacks(model).all[0]
     wanted = model(input_ids=IDS, use_cache=False).logits
     changed = {
         name: parameter
@@ -77,7 +77,7 @@ def test_the_dense_view_is_the_model_before_its_changes(
     assert torch.equal(dense_view(model, dense)(input_ids=IDS, use_cache=False).logits, wanted)
     assert torch.equal(model(input_ids=IDS, use_cache=False).logits, other)
     assert not torch.equal(other, wanted)
-    assert find_decoder_layers(model) == layers
+    assert find_stacks(model).all[0] == layers
     assert hook_count(model) == 0
 
 
@@ -116,7 +116,7 @@ class Model(nn.Module):
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_a_call_takes_the_hidden_states_of_now(kind: str) -> None:
     model = make_model(kind)
-    layers = find_decoder_layers(model)
+    layers = find_stacks(model).all[0]
     stream = capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
     assert [ids.shape for ids in stream.ids] == [(2, 12), (2, 12), (1, 12)]
     for index, layer in enumerate(layers.modules):
@@ -129,7 +129,7 @@ def test_a_call_takes_the_hidden_states_of_now(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_activations_that_were_passed_are_not_kept(kind: str) -> None:
     model = make_model(kind)
-    layers = find_decoder_layers(model)
+    layers = find_stacks(model).all[0]
     stream = capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
     old = [weakref.ref(hidden) for hidden in stream.hidden]
     stream.advance(0)
@@ -144,7 +144,7 @@ def test_modules_that_read_the_same_tensor_are_found(kind: str) -> None:
     model = make_model(kind)
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     with torch.no_grad():
-        found = input_groups(model, find_decoder_layers(model), names, IDS[:1], Hooks())
+        found = input_groups(model, find_stacks(model).all[0], names, IDS[:1], Hooks())
     for name in names:
         layer, _, module = name.rpartition(".")
         first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(module, module)
@@ -156,7 +156,7 @@ def test_the_first_that_is_named_stands_for_all() -> None:
     model = make_model()
     names = [f"model.layers.1.self_attn.{name}_proj" for name in "vok"]
     with torch.no_grad():
-        found = input_groups(model, find_decoder_layers(model), names, IDS[:1], Hooks())
+        found = input_groups(model, find_stacks(model).all[0], names, IDS[:1], Hooks())
     assert [found[name] for name in names] == [names[0], names[1], names[0]]
 
 
@@ -173,7 +173,7 @@ def test_modules_that_are_called_twice_or_never_stand_for_themselves() -> None:
     model.layers = nn.ModuleList([Odd()])
     names = [f"layers.0.{name}" for name in ("linear", "same", "twice", "never")]
     with torch.no_grad():
-        found = input_groups(model, find_decoder_layers(model), names, IDS[:1], Hooks())
+        found = input_groups(model, find_stacks(model).all[0], names, IDS[:1], Hooks())
     assert list(found.values()) == [names[0], names[0], names[2], names[3]]
 
 
@@ -270,8 +270,8 @@ def test_distillation_aims_at_the_dense_logits_each_time(llama: Path, monkeypatc
         wanted = [session.model(input_ids=batch).logits for batch in ids.split(2)]
     with session:
         session.run()
-    assert [r.unit for r in session.refinements] == ["model.layers.0", "model.layers.1", "model", "model"]
-    assert session.refinements[2].vectors > 0  # the last norm has changed before the second looks
+    assert [r.unit for r in session.section("refinements")] == ["model.layers.0", "model.layers.1", "model", "model"]
+    assert session.section("refinements")[2].norm_values > 0  # the last norm has changed before the second looks
     assert len(seen) == 2
     for targets in seen:
         assert all(torch.equal(one, two) for one, two in zip(targets, wanted, strict=True))
@@ -288,7 +288,7 @@ def test_block_refinement_aims_at_the_dense_layers(llama: Path, monkeypatch: pyt
         for batch in ids.split(2):
             states = session.model(input_ids=batch, output_hidden_states=True).hidden_states
             wanted[0].append(states[1])
-        stream = capture_stream(session.model, session.layers, ids, batch_size=2, hooks=Hooks())
+        stream = capture_stream(session.model, session.stacks.all[0], ids, batch_size=2, hooks=Hooks())
         stream.advance(0)
         stream.advance(1)
         wanted[1] = [hidden.clone() for hidden in stream.hidden]
@@ -304,7 +304,7 @@ def test_layers_behind_the_last_target_still_lead_to_the_logits(llama: Path, nam
     mapping["prune_stage"]["armor_modifiers"]["ARMORModifier"] = {**ARMOR, "targets": [r"re:.*layers\.0\.mlp.*"]}
     with make_session(make_job(mapping)) as session:
         session.run()
-    assert [r.modules for r in session.refinements] == [3]
+    assert [r.modules for r in session.section("refinements")] == [3]
     assert list(session.results) == [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")]
 
 
@@ -329,4 +329,4 @@ def test_factors_are_kept_only_for_a_refiner(llama: Path) -> None:
     for mapping, kept in ((recipe(llama), 0), (with_refiner(llama, "DistillationModifier"), 14)):
         with make_session(make_job(mapping), keep_packed=False) as session:
             session.run()
-        assert len(session._factors) == kept
+        assert len(session.state.factors) == kept

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from armor_recipes.errors import NumericalError
+from armor_recipes.events import Event, ModuleFinished, SolveProgressed
 from armor_recipes.modifiers.armor import ARMORModifier
+from armor_recipes.modifiers.kinds.changes import ModuleResult
+from armor_recipes.plan.estimate import bytes_at_once
 from armor_recipes.session import Session
-from armor_recipes.session.estimate import bytes_at_once
-from armor_recipes.session.events import Event, ModuleFinished, SolveProgressed
-from armor_recipes.session.solving import ModuleResult
 from tests.support.engine import ARMOR, hook_count, make_job, make_session, recipe
 
 UP = "model.layers.0.mlp.up_proj"

@@ -96,7 +96,7 @@ def test_compressed_statistics_are_those_of_the_model_compressed_so_far(
 ) -> None:
     mapping = recipe(save_model(tmp_path / "m", kind))
     session, dense = run(mapping)
-    layers = range(len(session.layers.names))
+    layers = range(len(session.stacks.names))
     wanted = compressed_moments(session, fresh(mapping), [names(session, layer) for layer in layers])
     assert close(seen, wanted)
     assert not close(seen, dense)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.session.views import view
+from armor_recipes.model.views import view
 
 
 def make() -> nn.Sequential:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from armor_recipes.calibration.statistics import InputSecondMoment, SplitGram
 from armor_recipes.errors import NumericalError, PlanError
 from armor_recipes.modifiers.armor.config import ARMORConfig
-from armor_recipes.modifiers.base import Estimate, Modifier, ModuleShape, Outcome, SolveProgress, WithGradients
+from armor_recipes.modifiers.base import Estimate, ModuleShape, SolveProgress, WithGradients
+from armor_recipes.modifiers.kinds.module import Modifier, Outcome
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.seeding import module_seed
 from armor_recipes.solver import factorize, relative_loss
@@ -74,6 +75,14 @@ class ARMORModifier(Modifier[ARMORConfig]):
         """Whether rows are weighed by their outputs' gradients."""
         return self.config.gradient_power > 0
 
+    def groups(self, modules: Sequence[tuple[ModuleShape, str]]) -> list[list[ModuleShape]]:
+        """With `share_input_factor` those that read the same input and have blocks of one size, else each by itself."""
+        found: dict[Hashable, list[ModuleShape]] = {}
+        for shape, reader in modules:
+            key = (reader, shape.block_size) if self.config.share_input_factor else shape.name
+            found.setdefault(key, []).append(shape)
+        return list(found.values())
+
     def statistic(self, module: ModuleShape) -> InputSecondMoment | SplitGram:
         """h: the mean of x² over the calibration tokens, `(I,)`; or the means of all products of two channels."""
         kind = SplitGram if self.config.needs_gram else InputSecondMoment
@@ -95,7 +104,7 @@ class ARMORModifier(Modifier[ARMORConfig]):
             gram=moments.regular if config.objective == "hessian" else None,
             normalize=config.normalize,
             row_weights=moments.row_weights,
-            block_size=self.block_size(module),
+            block_size=module.block_size or self.block_size(module),
             pattern=config.pattern,
             solver=config.solver,
             iterations=config.iterations,
@@ -153,7 +162,8 @@ class ARMORModifier(Modifier[ARMORConfig]):
 
     def packs(self, module: ModuleShape) -> bool:
         """Whether the checkpoint can keep core and factors: 2:4, groups that straddle no blocks, whole bytes of bitmask."""
-        return self.config.pattern == "2:4" and self.block_size(module)[1] % 4 == 0 and module.d_in % 8 == 0
+        _, b_i = module.block_size or self.block_size(module)
+        return self.config.pattern == "2:4" and b_i % 4 == 0 and module.d_in % 8 == 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from armor_recipes.modifiers.base import UnitOutput
+from armor_recipes.modifiers.kinds.refiner import UnitOutput
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from armor_recipes.modifiers.base import UnitOutput
+from armor_recipes.modifiers.kinds.refiner import UnitOutput
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner, learning_rate_field
 

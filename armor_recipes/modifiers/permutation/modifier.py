@@ -15,7 +15,8 @@ from torch import Tensor
 
 from armor_recipes.calibration.statistics import InputSecondMoment
 from armor_recipes.errors import PlanError
-from armor_recipes.modifiers.base import CalibratedConfig, Chain, Estimate, ModuleShape, Rearrangement, Rearranger
+from armor_recipes.modifiers.base import CalibratedConfig, Estimate, ModuleShape
+from armor_recipes.modifiers.kinds.rearranger import Chain, Rearrangement, Rearranger
 from armor_recipes.modifiers.registry import register
 from armor_recipes.recipe.schema import Name
 from armor_recipes.solver.patterns import Pattern, parse_pattern

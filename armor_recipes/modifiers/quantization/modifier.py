@@ -9,7 +9,8 @@ from torch import Tensor
 
 from armor_recipes.calibration.statistics import InputGram, InputSecondMoment
 from armor_recipes.errors import PlanError
-from armor_recipes.modifiers.base import Estimate, FactorModifier, FactorOutcome, ModuleShape, SolveProgress
+from armor_recipes.modifiers.base import Estimate, ModuleShape, SolveProgress
+from armor_recipes.modifiers.kinds.factor import FactorModifier, FactorOutcome
 from armor_recipes.modifiers.registry import register
 from armor_recipes.recipe.schema import ModifierConfig
 from armor_recipes.solver.hessian import hessian_loss, regularize
@@ -123,6 +124,7 @@ class QuantizationModifier(FactorModifier[QuantizationConfig]):
             peak_bytes=_WORKING_COPIES * entries * 4,
             stored_as="packed",
             core="int8" if config.num_bits == 8 else "int4",
+            group_size=None if group == kept else group,
         )
 
     def statistic(self, module: ModuleShape) -> InputSecondMoment | InputGram:

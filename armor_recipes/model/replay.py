@@ -1,7 +1,8 @@
-"""Activations at the door of the decoder layers, and the layers run one by one on them."""
+"""Activations at the door of a stack, and its blocks run one by one on them."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from armor_recipes.compute import is_out_of_memory
 from armor_recipes.errors import InputError, NumericalError, PlanError
-from armor_recipes.session.hooks import Hooks, input_of
-from armor_recipes.session.layers import DecoderLayers
+from armor_recipes.model.blocks import Stack
+from armor_recipes.model.hooks import Hooks, input_of
 
 #: A replayed layer must reproduce the model's own activations up to this share of their norm.
 _REPLAY_TOLERANCE = 1e-3
@@ -64,16 +65,16 @@ class Stream:
         hidden: activations of each batch at the door of the next layer, `(B, L, H)`.
     """
 
-    def __init__(self, calls: list[list[LayerCall]], layers: DecoderLayers, ids: Sequence[Tensor]) -> None:
+    def __init__(self, calls: list[list[LayerCall]], stack: Stack, ids: Sequence[Tensor]) -> None:
         self._calls = [[replace(call, hidden=_NOTHING) for call in batch] for batch in calls]
-        self._layers = layers
+        self._stack = stack
         self.ids = tuple(ids)
         self.hidden = [batch[0].hidden for batch in calls]
 
     def call(self, layer: int, batch: int) -> LayerCall:
         """What layer `layer` is called with for a batch; `hidden` must have come as far as that layer."""
         calls = self._calls[batch]
-        return replace(calls[min(layer, len(calls) - 1)], hidden=self.hidden[batch])
+        return replace(calls[min(layer - self._stack.first, len(calls) - 1)], hidden=self.hidden[batch])
 
     def calls(self, layer: int) -> Iterator[LayerCall]:
         """`call` for each batch in turn."""
@@ -83,7 +84,7 @@ class Stream:
     def run(self, layer: int) -> Iterator[Tensor]:
         """Run layer `layer` on every batch; yields its outputs and leaves the stream where it is."""
         for call in self.calls(layer):
-            yield call.run(self._layers.modules[layer])
+            yield call.run(self._stack.block(layer))
 
     def observe(self, layer: int) -> None:
         """Run layer `layer` on every batch for its hooks' sake."""
@@ -96,25 +97,25 @@ class Stream:
             self.hidden[index] = output
 
 
-def capture_stream(model: nn.Module, layers: DecoderLayers, ids: Tensor, *, batch_size: int, hooks: Hooks) -> Stream:
+def capture_stream(model: nn.Module, stack: Stack, ids: Tensor, *, batch_size: int, hooks: Hooks) -> Stream:
     """Take the first layer's inputs for every batch of `ids` `(N, L)`; the model's forward pass is stopped there.
 
     The first window goes through the whole model once, to see whether all layers get the same arguments and whether
     running the layers one by one gives the model's own activations. Raises PlanError where it does not.
     """
-    probe, output = _probe(model, layers, ids[:1], hooks)
-    _check_replay(model, layers, probe, hidden_states(output))
+    probe, output = _probe(model, stack, ids[:1], hooks)
+    _check_replay(model, stack, probe, hidden_states(output))
     same = all(_same_arguments(probe[0], call) for call in probe[1:])
     device = next(model.parameters()).device
     parts = [batch.to(device) for batch in ids.split(batch_size)]
-    calls = [_run_model(model, layers, batch, hooks, through=not same)[0] for batch in parts]
-    return Stream(calls, layers, parts)
+    calls = [_run_model(model, stack, batch, hooks, through=not same)[0] for batch in parts]
+    return Stream(calls, stack, parts)
 
 
-def _probe(model: nn.Module, layers: DecoderLayers, ids: Tensor, hooks: Hooks) -> tuple[list[LayerCall], Any]:
+def _probe(model: nn.Module, stack: Stack, ids: Tensor, hooks: Hooks) -> tuple[list[LayerCall], Any]:
     """The first pass of a window `(1, L)` through the whole model. Raises InputError where the model's own code fails."""
     try:
-        return _run_model(model, layers, ids, hooks, through=True)
+        return _run_model(model, stack, ids, hooks, through=True)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
@@ -125,31 +126,47 @@ def _probe(model: nn.Module, layers: DecoderLayers, ids: Tensor, hooks: Hooks) -
         ) from error
 
 
-def input_groups(
-    model: nn.Module, layers: DecoderLayers, names: Sequence[str], ids: Tensor, hooks: Hooks
-) -> dict[str, str]:
+def input_groups(model: nn.Module, stack: Stack, names: Sequence[str], ids: Tensor, hooks: Hooks) -> dict[str, str]:
     """For each module the first of `names` that reads the very same tensor in one pass of `ids` `(B, L)`, often itself.
 
     Modules that no pass reaches stand for themselves, as do those called more than once. They come in the order in which they
-    are first called, those that are never called last.
+    are first called, those that are never called last. No input is kept longer than the model keeps it.
     """
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    seen: dict[str, list[int]] = {name: [] for name in names}
     called: dict[str, None] = {}
+    numbers = _Numbers()
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             called[name] = None
-            seen[name].append(input_of(args, kwargs))
+            seen[name].append(numbers.of(input_of(args, kwargs)))
 
         return hook
 
     with hooks:
         for name in names:
             hooks.before(model.get_submodule(name), keep(name))
-        _run_model(model, layers, ids, hooks, through=True)
+        _run_model(model, stack, ids, hooks, through=True)
     first: dict[int, str] = {}
-    found = {name: first.setdefault(id(inputs[0]), name) if len(inputs) == 1 else name for name, inputs in seen.items()}
+    found = {name: first.setdefault(inputs[0], name) if len(inputs) == 1 else name for name, inputs in seen.items()}
     return {name: found[name] for name in dict.fromkeys((*called, *names))}
+
+
+class _Numbers:
+    """A number for each tensor, the same as long as it lives: an `id` alone is given again once its tensor is gone."""
+
+    def __init__(self) -> None:
+        self._alive: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._next = 0
+
+    def of(self, x: Tensor) -> int:
+        """The tensor's number."""
+        known = self._alive.get(id(x))
+        if known is not None and known[0]() is x:
+            return known[1]
+        self._next += 1
+        self._alive[id(x)] = weakref.ref(x), self._next
+        return self._next
 
 
 def inputs_of(module: nn.Module, call: LayerCall, layer: nn.Module, hooks: Hooks, *, once: bool) -> list[Tensor]:
@@ -170,13 +187,18 @@ def inputs_of(module: nn.Module, call: LayerCall, layer: nn.Module, hooks: Hooks
     return seen
 
 
+def feed(model: nn.Module, batch: Tensor) -> Any:
+    """The model's output for token ids `(B, L)` on its device. What a batch is made of is known here alone."""
+    return model(input_ids=batch, use_cache=False)
+
+
 def hidden_states(output: Any) -> Any:
     """A layer's hidden states, which some models wrap in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def _run_model(
-    model: nn.Module, layers: DecoderLayers, ids: Tensor, hooks: Hooks, *, through: bool
+    model: nn.Module, stack: Stack, ids: Tensor, hooks: Hooks, *, through: bool
 ) -> tuple[list[LayerCall], Any]:
     """Layer calls of one batch: all layers' with `through`, else the first's; with `through` the last layer's output too.
 
@@ -195,11 +217,11 @@ def _run_model(
         outputs.append(output)
 
     with hooks:
-        for layer in layers.modules if through else layers.modules[:1]:
+        for layer in stack.modules if through else stack.modules[:1]:
             hooks.before(layer, before)
-        hooks.after(layers.modules[-1], after)
+        hooks.after(stack.modules[-1], after)
         try:
-            model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+            feed(model, ids.to(next(model.parameters()).device))
         except _StopForwardError:
             return calls, None
     return calls, outputs[-1]
@@ -221,11 +243,11 @@ def _same(left: Any, right: Any) -> bool:
     return type(left) is type(right) and not isinstance(left, Tensor) and bool(left == right)
 
 
-def _check_replay(model: nn.Module, layers: DecoderLayers, probe: list[LayerCall], output: Tensor | None) -> None:
+def _check_replay(model: nn.Module, stack: Stack, probe: list[LayerCall], output: Tensor | None) -> None:
     """Layer by layer from the first inputs must end where the model's own pass ended."""
     hidden = probe[0].hidden
-    if len(probe) == len(layers.modules):
-        for call, layer in zip(probe, layers.modules, strict=True):
+    if len(probe) == len(stack.modules):
+        for call, layer in zip(probe, stack.modules, strict=True):
             hidden = replace(call, hidden=hidden).run(layer)
     assert output is not None
     if not bool(output.isfinite().all()):
@@ -234,8 +256,8 @@ def _check_replay(model: nn.Module, layers: DecoderLayers, probe: list[LayerCall
             "the model's weights, or set a wider model.compute_dtype"
         )
     error = float((hidden - output).float().norm() / output.float().norm())
-    if len(probe) != len(layers.modules) or not error <= _REPLAY_TOLERANCE:
+    if len(probe) != len(stack.modules) or not error <= _REPLAY_TOLERANCE:
         raise PlanError(
-            f"{type(model).__name__}: running its {len(layers.modules)} decoder layers one by one does not reproduce the model "
+            f"{type(model).__name__}: running its {len(stack.modules)} decoder layers one by one does not reproduce the model "
             f"({len(probe)} calls, relative difference {error:.3g}): its layers share state, which is not supported"
         )

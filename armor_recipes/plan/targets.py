@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from compressed_tensors.utils import is_match
@@ -45,16 +44,6 @@ def resolve_targets(model: nn.Module, config: ModifierConfig) -> Matched:
         )
     order = [name for name, _ in modules]
     return Matched(tuple(n for n in order if n in taken), tuple(n for n in order if n in ignored))
-
-
-def tied_to(model: nn.Module, name: str) -> str | None:
-    """The first other name of a linear module, or of a parameter that is its weight; None where it stands alone."""
-    linear = model.get_submodule(name)
-    modules = model.named_modules(remove_duplicate=False)
-    parameters: Iterable[tuple[str, nn.Parameter]] = model.named_parameters(remove_duplicate=False)
-    found = [other for other, module in modules if module is linear and other != name]
-    found += [other for other, value in parameters if value is linear.weight and other != f"{name}.weight"]
-    return found[0] if found else None
 
 
 def _refuse_other_weights(target: str, matched: list[tuple[str, nn.Module]]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from armor_recipes.checkpoint.config import LayerSpec
 from armor_recipes.checkpoint.serving import FUSED, KEY_VALUE, SIDES, group_problem, split_problem
+from armor_recipes.model.facts import ModelFacts
 from armor_recipes.recipe import ModifierEntry
 
 
@@ -21,7 +22,7 @@ class PackedModule(NamedTuple):
 
 
 def serve_problems(
-    model: nn.Module, packed: Mapping[str, PackedModule], tensor_parallel: tuple[int, ...]
+    model: nn.Module, facts: ModelFacts, packed: Mapping[str, PackedModule], tensor_parallel: tuple[int, ...]
 ) -> Iterator[tuple[ModifierEntry, str, str]]:
     """Yield (entry, module, what is wrong) for all packed modules; the names of modules are those of `packed`."""
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -36,7 +37,7 @@ def serve_problems(
             )
             continue
         for ways in tensor_parallel:
-            problem = _heads_problem(name, model, ways) or _split(name, module, model, ways)
+            problem = _heads_problem(name, facts, ways) or _split(name, module, facts, ways)
             if problem is not None:
                 yield module.entry, name, f"serve.tensor_parallel {ways}: {problem}"
     for name, members in _groups(packed, linear):
@@ -56,21 +57,21 @@ def _groups(packed: Mapping[str, PackedModule], linear: set[str]) -> Iterator[tu
                 yield first, members
 
 
-def _split(name: str, module: PackedModule, model: nn.Module, ways: int) -> str | None:
+def _split(name: str, module: PackedModule, facts: ModelFacts, ways: int) -> str | None:
     last = name.rpartition(".")[2]
     side = SIDES[last]
     size = module.shape[0 if side == "rows" else 1]
     if last in KEY_VALUE:
-        ways = min(ways, _heads(model)[1])
+        ways = min(ways, _heads(facts)[1])
     problem = split_problem(name, size, module.spec, side=side, ways=ways)
     return problem and f"{problem}; choose a block size (and group size) that fits, or add {name!r} to `ignore`"
 
 
-def _heads_problem(name: str, model: nn.Module, ways: int) -> str | None:
+def _heads_problem(name: str, facts: ModelFacts, ways: int) -> str | None:
     """Attention is split by heads."""
     if name.rpartition(".")[2] not in FUSED["qkv_proj"]:
         return None
-    heads, key_value = _heads(model)
+    heads, key_value = _heads(facts)
     if heads % ways == 0 and (key_value % ways == 0 or ways % key_value == 0):
         return None
     return (
@@ -78,9 +79,6 @@ def _heads_problem(name: str, model: nn.Module, ways: int) -> str | None:
     )
 
 
-def _heads(model: nn.Module) -> tuple[int, int]:
-    """Attention heads and key-value heads by the model's config; (1, 1) where it names none."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = getattr(config, "num_attention_heads", None) or 1
-    return heads, getattr(config, "num_key_value_heads", None) or heads
+def _heads(facts: ModelFacts) -> tuple[int, int]:
+    """Attention heads and key-value heads; (1, 1) where the config names none."""
+    return facts.heads or 1, facts.key_value_heads or 1

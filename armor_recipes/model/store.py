@@ -1,0 +1,73 @@
+"""Where weights are: read by every step, written by the commit alone (`session/commit.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightStore(Protocol):
+    """The parameters of a model by full name, in its compute dtype."""
+
+    @property
+    def originals(self) -> Mapping[str, Tensor]:
+        """What parameters held that were written since `keep_originals`, where they gave another function since."""
+
+    def keep_originals(self, wanted: bool) -> None:
+        """Forget the originals, and keep those of what is written from now on where they are wanted."""
+
+    def read(self, parameter: str) -> Tensor:
+        """The present values, not to be changed. Raises AttributeError where the model has no such parameter."""
+
+    def write(self, parameter: str, value: Tensor, *, same_function: bool = False) -> None:
+        """Replace the values. `same_function` says that the model gives what it gave before."""
+
+    def lent(self, parameters: Sequence[str]) -> AbstractContextManager[None]:
+        """Give the memory of these back while a step holds something in their place; afterwards they mean nothing until written."""
+
+
+class InMemory:
+    """All weights of a model in memory. `stored_dtype` is that of the checkpoint: originals are kept in it where they fit."""
+
+    def __init__(self, model: nn.Module, *, stored_dtype: torch.dtype) -> None:
+        self._model = model
+        self._stored_dtype = stored_dtype
+        self._originals: dict[str, Tensor] | None = None
+
+    @property
+    def originals(self) -> Mapping[str, Tensor]:
+        """What parameters held when they were first written since `keep_originals`."""
+        return self._originals or {}
+
+    def keep_originals(self, wanted: bool) -> None:
+        """Forget the originals, and keep those of what is written from now on where they are wanted."""
+        self._originals = {} if wanted else None
+
+    def read(self, parameter: str) -> Tensor:
+        """The present values, which are the model's own memory."""
+        return self._model.get_parameter(parameter).detach()
+
+    def write(self, parameter: str, value: Tensor, *, same_function: bool = False) -> None:
+        """Copy the values in place."""
+        own = self._model.get_parameter(parameter).data
+        if self._originals is not None and not same_function and parameter not in self._originals:
+            narrow = own.to(self._stored_dtype, copy=True)
+            self._originals[parameter] = narrow if torch.equal(narrow.to(own.dtype), own) else own.clone()
+        own.copy_(value)
+
+    @contextmanager
+    def lent(self, parameters: Sequence[str]) -> Iterator[None]:
+        """Empty them meanwhile; afterwards they have their shape again and hold zeros."""
+        weights = [self._model.get_parameter(name) for name in parameters]
+        shapes = [weight.shape for weight in weights]
+        try:
+            for weight in weights:
+                weight.data = weight.data.new_empty(0)
+            yield
+        finally:
+            for weight, shape in zip(weights, shapes, strict=True):
+                weight.data = weight.data.new_zeros(shape)

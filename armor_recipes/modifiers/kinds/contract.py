@@ -1,0 +1,312 @@
+"""What every kind gives the engine: rows of a plan, and steps that look at a block and return changes."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from armor_recipes.calibration.tokens import TokenSet
+from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.errors import ArmorError, PlanError
+from armor_recipes.events import Observer, SolveProgressed
+from armor_recipes.model.blocks import Stack, Stacks
+from armor_recipes.model.facts import ModelFacts
+from armor_recipes.model.hooks import Hooks
+from armor_recipes.model.replay import Stream
+from armor_recipes.model.store import WeightStore
+from armor_recipes.modifiers.base import AnyModifier, KnowsOrigins, ModuleShape, SolveProgress, Statistic, StreamKind
+from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult
+from armor_recipes.recipe import ModifierEntry, Recipe
+from armor_recipes.recipe.schema import AtMost, CalibrationSpec
+
+#: One stream of activations for each distinct calibration set and model that it runs through.
+StreamKey = tuple[CalibrationSpec, StreamKind]
+#: Statistics by module.
+Statistics = Mapping[str, Statistic]
+
+
+class Row(Protocol):
+    """One piece of planned work: hashable plain data. `section` is the list of the plan that it stands in."""
+
+    section: ClassVar[str]
+
+    @property
+    def modifier(self) -> str:
+        """The entry's key."""
+
+    @property
+    def stage(self) -> str:
+        """The stage's name."""
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the block, from 0; None for what is done to the whole model."""
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations, for the estimate of time."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Working memory."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Weights `(d_out, d_in)` that are replaced, by module; nothing where the rows of others name them."""
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Modules that no other modifier of the category may take."""
+
+    @property
+    def observed(self) -> tuple[ModuleShape, ...]:
+        """Modules whose inputs feed a statistic."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """What a kind makes an entry's rows of: shapes and what was planned before, no weights.
+
+    Attributes:
+        model: the model on the meta device.
+        names: the targeted linear modules, in the model's order.
+        rows: of the entries before.
+        before: the entries before, with their modifiers.
+        itemsize: bytes of one stored weight value.
+    """
+
+    recipe: Recipe
+    entry: ModifierEntry
+    model: nn.Module
+    stacks: Stacks
+    facts: ModelFacts
+    names: tuple[str, ...]
+    rows: tuple[Row, ...]
+    before: tuple[tuple[ModifierEntry, AnyModifier[Any]], ...]
+    itemsize: int
+
+    def made(self, section: str) -> list[Any]:
+        """The rows of one section among those of the entries before."""
+        return [row for row in self.rows if row.section == section]
+
+    def each(self, names: Sequence[str], make: Callable[[str], Row]) -> Planned:
+        """What `make` plans for each module; what it refuses for the same reason is one problem."""
+        rows: list[Row] = []
+        refused: dict[str, list[str]] = {}
+        for name in names:
+            try:
+                rows.append(make(name))
+            except PlanError as error:
+                refused.setdefault(str(error).replace(name, "{}"), []).append(name)
+        return Planned(tuple(rows), tuple(once(text, found) for text, found in refused.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Rows of one entry, and what is wrong with it."""
+
+    rows: tuple[Row, ...]
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one entry has to do in a block, or at the end of a stage."""
+
+    entry: ModifierEntry
+    modifier: AnyModifier[Any]
+    rows: tuple[Any, ...]
+
+    @property
+    def takes(self) -> set[str]:
+        """Modules that are taken."""
+        return {name for row in self.rows for name in row.takes}
+
+    def stream_key(self, kind: StreamKind) -> StreamKey:
+        """Of its calibration set on that model."""
+        spec = self.entry.config.calibration
+        assert spec is not None
+        return spec, kind
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One step: what is computed before anything of it is written. `key` names it within a run."""
+
+    key: str
+    shares: tuple[Share, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How weights will lie in the checkpoint: `dtype`, and whether `packed` factors or what they fold into."""
+
+    dtype: torch.dtype
+    packed: bool
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """Of factors: those to be folded into dense weights are rounded once, as products, and not before."""
+        return self.dtype if self.packed else torch.float32
+
+
+@dataclass(slots=True)
+class State:
+    """What a run has come to besides the weights; written by the commit alone.
+
+    Attributes:
+        modules: results by module, in the order of the first; the last one counts.
+        results: what is no module's, in order.
+        factors: packed factors by module, where a checkpoint or a later modifier needs them.
+        sharing: for each module the first of those that share its B, often itself.
+        gradients: g by module, where a modifier of the stage asked for it.
+    """
+
+    modules: dict[str, ModuleResult] = field(default_factory=dict)
+    results: list[Any] = field(default_factory=list)
+    factors: dict[str, PackedLinear] = field(default_factory=dict)
+    sharing: dict[str, str] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Original:
+    """A block before any modifier of the stage changed it, and what each dense stream brought to it."""
+
+    block: nn.Module
+    hidden: Mapping[StreamKey, Sequence[Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockContext:
+    """All that a step may look at. It changes nothing of it: what it wants changed it returns.
+
+    Attributes:
+        block: number of the block; None at the end of a stage.
+        streams: activations at the door of the block.
+        statistics: by entry and module, of entries whose `needs.feeds` says so.
+        readers: for each module the first that reads the same tensor, in the order in which modules are called.
+        original: the block as it was, where a modifier needs it.
+        keep_factors: whether a modifier of the recipe reads factors.
+        progress: adds finished work, in operations, and returns the share that is done.
+    """
+
+    model: nn.Module
+    stack: Stack
+    block: int | None
+    weights: WeightStore
+    state: State
+    storage: Storage
+    streams: Mapping[StreamKey, Stream]
+    tokens: Mapping[CalibrationSpec, TokenSet]
+    statistics: Mapping[str, Statistics]
+    readers: Mapping[str, str]
+    original: Original | None
+    keep_factors: bool
+    hooks: Hooks
+    observer: Observer
+    progress: Callable[[float], float]
+
+    @property
+    def index(self) -> int:
+        """Number of the block."""
+        assert self.block is not None
+        return self.block
+
+    @property
+    def module(self) -> nn.Module:
+        """The block."""
+        return self.stack.block(self.index)
+
+    @property
+    def name(self) -> str:
+        """Full name of the block, or `model`."""
+        return "model" if self.block is None else self.stack.block_name(self.block)
+
+    def reader(self, name: str) -> str:
+        """The first module that reads what this one reads."""
+        return self.readers.get(name, name)
+
+    def stream(self, share: Share, kind: StreamKind) -> Stream:
+        """The share's activations on that model."""
+        return self.streams[share.stream_key(kind)]
+
+    def batches(self, spec: CalibrationSpec) -> list[Tensor]:
+        """Token ids `(B, L)` on the model's device."""
+        device = next(self.model.parameters()).device
+        return [ids.to(device) for ids in self.tokens[spec].ids.split(spec.batch_size)]
+
+    def statistic(self, share: Share, shape: ModuleShape) -> Statistic:
+        """A new accumulator of the share's modifier, which knows where the windows to come are from."""
+        spec = share.entry.config.calibration
+        assert spec is not None
+        made: Any = share.modifier
+        statistic: Statistic = made.statistic(shape)
+        if isinstance(statistic, KnowsOrigins):
+            statistic.expect(self.tokens[spec].origins)
+        return statistic
+
+    def told(self, name: str) -> SolveProgress:
+        """What tells the observer of steps on the way."""
+
+        def progress(done: int, at_most: int, loss: float) -> None:
+            self.observer(SolveProgressed(name, done, at_most, loss))
+
+        return progress
+
+
+class Kind(ABC):
+    """How modifiers of one kind are planned and run."""
+
+    @abstractmethod
+    def plan(self, planning: Planning, modifier: Any) -> Planned:
+        """Rows for the entry. Raises PlanError, or returns several problems."""
+
+    def conflicts(self, where: Mapping[str, str], rows: Sequence[Row]) -> list[str]:  # noqa: ARG002 - for those that have some
+        """What is wrong between rows of this kind, as messages; `where` is each entry's place, by its key."""
+        return []
+
+    def units(self, shares: Sequence[Share], context: BlockContext) -> Iterator[Unit]:
+        """The steps of shares that are taken together, in order: by default one."""
+        key = "+".join(share.entry.key for share in shares)
+        yield Unit(f"{key}/{context.name}", tuple(shares))
+
+    @abstractmethod
+    def run(self, unit: Unit, context: BlockContext) -> Changes:
+        """Do one step, without changing anything. Raises ArmorError."""
+
+
+def calibration_tokens(spec: CalibrationSpec) -> int:
+    """Tokens that a calibration takes at most."""
+    samples = spec.samples.at_most if isinstance(spec.samples, AtMost) else spec.samples
+    return samples * spec.sequence_length
+
+
+def entry_name(key: str) -> str:
+    """A modifier's name in its recipe, from its entry's key."""
+    return key.split(".", 2)[-1]
+
+
+def once(text: str, names: Sequence[str]) -> str:
+    """One message for modules that are refused for the same reason: it names the first and counts the others."""
+    others = f" (and {len(names) - 1} more like it: {', '.join(names[1:4])}{', …' if len(names) > 4 else ''})"
+    return text.replace("{}", names[0]) + (others if len(names) > 1 else "")
+
+
+@contextmanager
+def located(entry: ModifierEntry, name: str) -> Iterator[None]:
+    """Errors inside tell the recipe's line, the modifier and the module or unit, once each."""
+    try:
+        yield
+    except ArmorError as error:
+        text = str(error)
+        places = [place for place in (entry.where, entry.name) if f"{place}: " not in text]
+        places += [] if re.search(rf"{re.escape(name)}(?![\w.])", text) else [name]
+        raise type(error)(": ".join([*places, text])) from error

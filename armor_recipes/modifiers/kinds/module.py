@@ -1,0 +1,394 @@
+"""`Modifier`: changes linear modules one by one. Modules of a block are solved at once where cores are free."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from armor_recipes.checkpoint.config import LayerSpec
+from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.errors import PlanError
+from armor_recipes.events import ModuleFinished
+from armor_recipes.model.linears import tied_to
+from armor_recipes.model.replay import inputs_of
+from armor_recipes.modifiers.base import (
+    AnyModifier,
+    C,
+    CalibratedConfig,
+    CoreType,
+    Estimate,
+    ModuleShape,
+    Needs,
+    SolveProgress,
+    Statistic,
+    StoredAs,
+    WithGradients,
+    fed_with_inputs,
+    join_shapes,
+)
+from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult, loaded_weight
+from armor_recipes.modifiers.kinds.contract import BlockContext, Kind, Planned, Planning, Share, Unit, located
+from armor_recipes.modifiers.kinds.pool import in_order
+from armor_recipes.solver import Factorization, relative_error
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlan:
+    """What will happen to one module. `modifier` is an entry's key, `layer` counts from 0.
+
+    `bytes_before` are those of the dense weight, `bytes_after` those of the weight as stored if nothing else follows.
+    `stored_as`: `packed` (core and factors) or `dense` (a plain weight: masked, or the product A·S·B of what cannot be packed).
+    `core` is what a packed core's kept values are, `group_size` how many of them have one scale (None: a row's), `pattern` the
+    sparsity that is brought in. A module has a row for each modifier that changes it, the last one counts.
+    """
+
+    section: ClassVar[str] = "modules"
+
+    name: str
+    modifier: str
+    stage: str
+    layer: int
+    d_out: int
+    d_in: int
+    block_size: tuple[int, int] | None
+    blocks: tuple[int, int] | None
+    bytes_before: int
+    bytes_after: int
+    factor_bytes: int
+    flops: float
+    peak_bytes: int
+    stored_as: StoredAs = "dense"
+    core: CoreType = "float"
+    group_size: int | None = None
+    pattern: str | None = None
+
+    @classmethod
+    def of(
+        cls, planning: Planning, modifier: AnyModifier[Any], shape: ModuleShape, layer: int, cost: Estimate
+    ) -> ModulePlan:
+        """A modifier's answer for one module, as a row."""
+        block = cost.block_size
+        return cls(
+            name=shape.name,
+            modifier=planning.entry.key,
+            stage=planning.entry.stage,
+            layer=layer,
+            d_out=shape.d_out,
+            d_in=shape.d_in,
+            block_size=block,
+            blocks=None if block is None else (shape.d_out // block[0], shape.d_in // block[1]),
+            bytes_before=shape.dense_bytes,
+            bytes_after=cost.stored_bytes,
+            factor_bytes=cost.factor_bytes,
+            flops=cost.flops,
+            peak_bytes=cost.peak_bytes,
+            stored_as=cost.stored_as,
+            core=cost.core,
+            group_size=cost.group_size,
+            pattern=modifier.sparsity,
+        )
+
+    @property
+    def overhead_percent(self) -> float:
+        """Bytes of A and B as a percentage of the dense weight's."""
+        return 100.0 * self.factor_bytes / self.bytes_before
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one stored value of the dense weight."""
+        return self.bytes_before // (self.d_out * self.d_in)
+
+    @property
+    def shape(self) -> ModuleShape:
+        """The module, with its planned block size."""
+        return ModuleShape(self.name, self.d_out, self.d_in, self.itemsize, (), self.block_size)
+
+    @property
+    def spec(self) -> LayerSpec | None:
+        """How config.json will describe the module; None where it is stored dense."""
+        if self.stored_as != "packed" or self.block_size is None:
+            return None
+        return LayerSpec(self.block_size, self.core, None, self.group_size)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """The weight that is replaced."""
+        return {self.name: (self.d_out, self.d_in)}
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The module."""
+        return (self.name,)
+
+    @property
+    def observed(self) -> tuple[ModuleShape, ...]:
+        """The module."""
+        return (self.shape,)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A solved module: the approximated weight Ŵ `(O, I)` float32, its factors if they are to be stored, and what was measured.
+
+    `losses` are relative to Ŵ = 0, first entry the start of the method; `iterations` is how many steps it took.
+    `counts` names everything out of the ordinary, `measures` numbers that the method chose.
+    """
+
+    weight: Tensor
+    losses: tuple[float, ...]
+    factorization: Factorization | None = None
+    iterations: int = 0
+    stop_reason: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+    def split(self, rows: Sequence[int]) -> list[Outcome]:
+        """The outcomes of modules that were solved stacked, by their numbers of rows; losses and counts are those of all."""
+        if len(rows) == 1:
+            return [self]
+        parts = [None] * len(rows) if self.factorization is None else self.factorization.split(rows)
+        weights = self.weight.split(list(rows))
+        return [replace(self, weight=w, factorization=f) for w, f in zip(weights, parts, strict=True)]
+
+
+class Solving(Kind):
+    """Solves modules each by itself, or those as one that their modifier groups."""
+
+    def plan(self, planning: Planning, modifier: Modifier[Any]) -> Planned:
+        """A row for each targeted module inside a block."""
+        return planning.each(planning.names, partial(_plan_module, planning, modifier))
+
+    def units(self, shares: Sequence[Share], context: BlockContext) -> Iterator[Unit]:
+        """All modules at once; where they are matched those that read the same tensor, in the order in which the block calls them.
+
+        Each of these sees what those before it have become. Matched on what they were, it would make up for errors a second time.
+        """
+        if shares[0].modifier.needs.dense != "block":
+            yield from super().units(shares, context)
+            return
+        order = {name: place for place, name in enumerate(context.readers)}
+        planned = [(share, row) for share in shares for row in share.rows]
+        groups: dict[str, dict[str, list[ModulePlan]]] = {}
+        for share, row in sorted(planned, key=lambda pair: order[pair[1].name]):
+            groups.setdefault(context.readers[row.name], {}).setdefault(share.entry.key, []).append(row)
+        by_key = {share.entry.key: share for share in shares}
+        for reader, group in groups.items():
+            taken = tuple(replace(by_key[key], rows=tuple(rows)) for key, rows in group.items())
+            yield Unit(f"{'+'.join(group)}/{reader}", taken)
+
+    @torch.no_grad()
+    def run(self, unit: Unit, context: BlockContext) -> Changes:
+        """Solve the unit's modules and round them as they are stored."""
+        tasks = [task for share in unit.shares for task in _tasks(share, context)]
+        flops = {row.name: row.flops for share in unit.shares for row in share.rows}
+        solved: list[_Solved] = []
+        for found in in_order(
+            [partial(_solve, task, context) for task in tasks], next(context.model.parameters()).device
+        ):
+            for one in found:
+                share, result = context.progress(flops[one.result.name]), one.result
+                context.observer(
+                    ModuleFinished(result.name, result.losses[0], result.stored_loss, result.seconds, share)
+                )
+            solved += found
+        keep = context.storage.packed or context.keep_factors
+        return Changes(
+            step=unit.key,
+            weights={f"{one.result.name}.weight": one.weight for one in solved},
+            factors={one.result.name: one.factors if keep else None for one in solved},
+            packed=context.storage.packed,
+            sharing={shape.name: task.shapes[0].name for task in tasks for shape in task.shapes},
+            modules={one.result.name: one.result for one in solved},
+        )
+
+
+class Modifier(AnyModifier[C]):
+    """One method of changing linear modules, each by itself.
+
+    It is asked for `plan` (on shapes alone, before any weight is read), `statistic` (an accumulator for the module's inputs),
+    then `solve`.
+    """
+
+    kind: ClassVar[Kind] = Solving()
+
+    @property
+    def needs(self) -> Needs:
+        """Inputs from where `propagate` says: as compressed so far, from the dense model, or both (`matched`)."""
+        needs = fed_with_inputs(self.config, gradients=self.needs_gradients)
+        if needs.feeds == "compressed":
+            return needs
+        if needs.because == "propagate: matched":
+            return replace(needs, streams=("compressed", "dense"), feeds=None, dense="block", joint=True)
+        return replace(needs, joint=True)
+
+    @property
+    def sparsity(self) -> str | None:
+        """The config's `pattern`, where it has one."""
+        return self.config.pattern if isinstance(self.config, CalibratedConfig) else None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether `solve` and `loss` get their statistic in a `WithGradients`; costs a backward pass through the model."""
+        return False
+
+    def groups(self, modules: Sequence[tuple[ModuleShape, str]]) -> list[list[ModuleShape]]:
+        """Which of a block's modules are solved as one, stacked along their rows; each comes with the first that reads its input.
+
+        Only modules that read the same input can be. By default each is solved by itself.
+        """
+        return [[shape] for shape, _ in modules]
+
+    @abstractmethod
+    def plan(self, module: ModuleShape) -> Estimate:
+        """Check that the module can be taken and estimate the cost. Raises PlanError with the sizes that would fit."""
+
+    @abstractmethod
+    def statistic(self, module: ModuleShape) -> Statistic:
+        """A new accumulator for the module's calibration inputs."""
+
+    @abstractmethod
+    def solve(self, module: ModuleShape, weight: Tensor, statistic: Any, on_progress: SolveProgress | None) -> Outcome:
+        """Change one weight `(O, I)`, given the statistic that `statistic` made. Raises NumericalError."""
+
+    @abstractmethod
+    def loss(self, weight: Tensor, statistic: Any, approximation: Tensor) -> float:
+        """The relative loss of an approximation `(O, I)`: recomputed after rounding to the stored dtype."""
+
+
+def _plan_module(planning: Planning, modifier: Modifier[Any], name: str) -> ModulePlan:
+    layer = planning.stacks.block_of(name)
+    if layer is None:
+        raise PlanError(
+            f"{name} is not inside a decoder layer, where calibration inputs are taken; add {name!r} to `ignore`"
+        )
+    linear = planning.model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    other = tied_to(planning.model, name)
+    if other is not None:
+        raise PlanError(f"the weight of {name} is tied to {other}; add {name!r} to `ignore`")
+    shape = ModuleShape(name, linear.out_features, linear.in_features, planning.itemsize)
+    return ModulePlan.of(planning, modifier, shape, layer, modifier.plan(shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Modules that are solved as one: a single one, or several that read the same input and share its factor."""
+
+    share: Share
+    shapes: tuple[ModuleShape, ...]
+    statistic: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Solved:
+    """A module's result, the weight in compute dtype `(O, I)` that takes its place, and its factors if it has any."""
+
+    result: ModuleResult
+    weight: Tensor
+    factors: PackedLinear | None
+
+
+def _tasks(share: Share, context: BlockContext) -> list[_Task]:
+    """One for each module, or for all that the modifier groups."""
+    modifier: Any = share.modifier
+    shapes = [row.shape for row in share.rows]
+    groups = modifier.groups([(shape, context.reader(shape.name)) for shape in shapes])
+    if share.modifier.needs.dense == "block":
+        statistic = _observe_pairs(share, context)
+        statistics: Mapping[str, Statistic] = dict.fromkeys((shape.name for shape in shapes), statistic)
+    else:
+        statistics = context.statistics.get(share.entry.key, {})
+    return [_Task(share, tuple(group), _statistic(share, group, statistics, context)) for group in groups]
+
+
+def _statistic(
+    share: Share, group: Sequence[ModuleShape], statistics: Mapping[str, Statistic], context: BlockContext
+) -> Statistic | None:
+    """The group's input statistic, with the gradients at its outputs where the modifier asks for them."""
+    found = statistics.get(group[0].name)
+    if not share.modifier.needs.gradients:
+        return found
+    return WithGradients(found, torch.cat([context.state.gradients[shape.name] for shape in group]))
+
+
+def _observe_pairs(share: Share, context: BlockContext) -> Statistic:
+    """What modules read on the compressed stream, with what the dense block's read on the same tokens beside it."""
+    name, statistic = share.rows[0].name, context.statistic(share, share.rows[0].shape)
+    assert context.original is not None
+    take_pair: Any = statistic.update
+    dense, compressed = (context.stream(share, kind) for kind in ("dense", "compressed"))
+    module, original = context.model.get_submodule(name), context.original
+    twin = original.block.get_submodule(name.removeprefix(context.name + "."))
+    once = False
+    for batch, hidden in enumerate(original.hidden[share.stream_key("dense")]):
+        call = replace(dense.call(context.index, batch), hidden=hidden)
+        wanted = inputs_of(twin, call, original.block, context.hooks, once=once)
+        found = inputs_of(module, compressed.call(context.index, batch), context.module, context.hooks, once=once)
+        if [x.shape for x in found] != [x.shape for x in wanted]:
+            raise PlanError(
+                f"{share.entry.where}: {share.entry.name}: {name}: other tokens reach it than reach the dense model's module, so "
+                f"there is nothing to match; choose another `propagate` for it, or add {name!r} to `ignore`"
+            )
+        for x, target in zip(found, wanted, strict=True):
+            take_pair(x, target)
+        once = len(found) == 1
+    return statistic
+
+
+@torch.no_grad()
+def _solve(task: _Task, context: BlockContext, stoppable: Callable[[SolveProgress], SolveProgress]) -> list[_Solved]:
+    """Solve one task and round the result to the stored dtype. Errors name the recipe's line and the modules."""
+    modifier: Any = task.share.modifier
+    weights = [context.weights.read(f"{shape.name}.weight") for shape in task.shapes]
+    shape = join_shapes(task.shapes)
+    started = time.perf_counter()
+    with located(task.share.entry, shape.name):
+        stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
+        outcome: Outcome = modifier.solve(shape, stacked, task.statistic, stoppable(context.told(shape.name)))
+        rows = [s.d_out for s in task.shapes]
+        seconds = (time.perf_counter() - started) / len(weights)
+        given = task.statistic
+        statistics = given.split(rows) if modifier.needs.gradients else [given] * len(rows)
+        parts = zip(task.shapes, weights, statistics, outcome.split(rows), strict=True)
+        return [_stored(task.share, context, *part, seconds) for part in parts]
+
+
+def _stored(
+    share: Share,
+    context: BlockContext,
+    shape: ModuleShape,
+    weight: Tensor,
+    statistic: Any,
+    outcome: Outcome,
+    seconds: float,
+) -> _Solved:
+    """What the checkpoint will hold, and the weight in compute dtype that a loader makes of it."""
+    storage, modifier = context.storage, share.modifier
+    found = outcome.factorization
+    factors = None if found is None else PackedLinear.from_factorization(found, storage.factor_dtype)
+    if factors is not None and storage.packed:
+        stored = loaded_weight(factors, weight.dtype)
+    else:
+        stored = outcome.weight.to(storage.dtype).to(weight.dtype)
+    measure: Any = modifier
+    result = ModuleResult(
+        name=shape.name,
+        modifier=share.entry.key,
+        losses=outcome.losses,
+        stored_loss=measure.loss(weight, statistic, stored),
+        error=relative_error(weight, stored),
+        tokens=0 if statistic is None else statistic.tokens,
+        iterations=outcome.iterations,
+        stop_reason=outcome.stop_reason,
+        counts=outcome.counts if bool(weight.any()) else {**outcome.counts, "zero_weight": 1},
+        seconds=seconds,
+        measures=outcome.measures,
+    )
+    return _Solved(result, stored, factors)

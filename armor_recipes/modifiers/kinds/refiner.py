@@ -1,0 +1,488 @@
+"""`Refiner`: trains the factors that modifiers before it made, of a block or of the whole model, against the dense one."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.errors import CheckpointError, PlanError
+from armor_recipes.events import UnitRefined
+from armor_recipes.model.replay import feed, hidden_states
+from armor_recipes.model.views import frozen, view
+from armor_recipes.modifiers.base import AnyModifier, C, Estimate, ModuleShape, Needs, SolveProgress
+from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult, StepResult, loaded_weight
+from armor_recipes.modifiers.kinds.contract import (
+    BlockContext,
+    Kind,
+    Planned,
+    Planning,
+    Share,
+    Unit,
+    calibration_tokens,
+    entry_name,
+    located,
+)
+from armor_recipes.modifiers.kinds.module import ModulePlan
+from armor_recipes.solver import TrainableFactors, TrainableLinear
+
+
+@dataclass(frozen=True, slots=True)
+class RefinePlan:
+    """What one refiner will train at once: the factors of `modules`, in block `layer`, or in the whole model (None)."""
+
+    section: ClassVar[str] = "refinements"
+
+    modifier: str
+    stage: str
+    unit: str
+    layer: int | None
+    modules: tuple[str, ...]
+    tokens: int
+    flops: float
+    peak_bytes: int
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Nothing that the rows of factors do not name."""
+        return {}
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Nothing: several refiners may train a module."""
+        return ()
+
+    @property
+    def observed(self) -> tuple[ModuleShape, ...]:
+        """Nothing: it runs the whole unit."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class RefineResult(StepResult):
+    """One unit that was trained: held-out losses, the first before training, steps taken and gradients clipped.
+
+    `unit` is a block's name, or `model`. `compute_dtype` is that of its forward and backward passes. `norm_values` counts the
+    numbers in norms that changed.
+    """
+
+    section: ClassVar[str] = "refinements"
+
+    modifier: str
+    unit: str
+    modules: int
+    norm_values: int
+    tokens: int
+    losses: tuple[float, ...]
+    steps: int
+    clipped: int
+    stop_reason: str
+    compute_dtype: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RefineUnit:
+    """What a refiner trains at once, as the plan knows it: the modules, the parameters around them, and the tokens it sees.
+
+    Attributes:
+        modules: the factorised modules.
+        factor_values: numbers that are trained: A, the kept values of S, and B of all of them.
+        parameters: numbers of the layer or model that a forward pass reads.
+        tokens: calibration tokens.
+        batch_tokens: tokens of one batch.
+    """
+
+    modules: tuple[ModuleShape, ...]
+    factor_values: int
+    parameters: int
+    tokens: int
+    batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitOutput:
+    """What a unit makes of one batch: the layer's hidden states `(B, L, H)` or the model's logits `(B, L, V)`; and for a model
+    the outputs `(B, L, H)` of the layers that its refiner asked for.
+    """
+
+    output: Tensor
+    hidden: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RefineTask:
+    """One unit to train. Everything is in memory already, on the model's device.
+
+    Attributes:
+        factors: what is trained, by the module's full name; modules that share a B hold the very same parameter.
+        vectors: weights of norms of the unit by full name, trained on request.
+        batches: how many calibration batches there are.
+        forward: the unit's output for batch i with the present factors and vectors, differentiable. Threads may call it at once.
+        target: the dense unit's output for batch i.
+    """
+
+    factors: Mapping[str, TrainableFactors]
+    vectors: Mapping[str, nn.Parameter]
+    batches: int
+    forward: Callable[[int], UnitOutput]
+    target: Callable[[int], UnitOutput]
+
+
+@dataclass(frozen=True, slots=True)
+class RefineOutcome:
+    """Held-out losses, the first before training; the factors and vectors are left at the best of them.
+
+    `clipped` counts gradients of batches that were shortened.
+    """
+
+    losses: tuple[float, ...]
+    steps: int
+    stop_reason: str
+    clipped: int = 0
+
+
+class Refining(Kind):
+    """Trains one block, or the model, with its factors as parameters."""
+
+    def plan(self, planning: Planning, modifier: Refiner[Any]) -> Planned:
+        """One unit a block, or one for the model, of the targeted modules that this stage factorised before."""
+        wanted = set(planning.names)
+        made: list[ModulePlan] = [row for row in planning.made(ModulePlan.section) if row.name in wanted]
+        fixed = next((row for row in made if row.core != "float"), None)
+        if fixed is not None:
+            raise PlanError(
+                f"{entry_name(fixed.modifier)} makes the core of {fixed.name} {fixed.core} before it, and a refiner trains and "
+                "stores float cores; put it before that"
+            )
+        stage = planning.entry.stage
+        taken = [row for row in made if row.stage == stage and row.stored_as == "packed"]
+        if planning.names and not taken:
+            raise PlanError(
+                f"no modifier before it in {stage} makes 2:4 factors for a module of its targets; put it after an "
+                "ARMORModifier of the same stage"
+            )
+        by_block: dict[int | None, list[ModulePlan]] = {}
+        for row in taken:
+            by_block.setdefault(row.layer if modifier.scope == "layer" else None, []).append(row)
+        units = sorted(by_block.items(), key=lambda item: item[0] or 0)
+        return Planned(tuple(_plan_unit(planning, modifier, index, found) for index, found in units))
+
+    def run(self, unit: Unit, context: BlockContext) -> Changes:
+        """Train, and round what was trained as it is stored."""
+        (share,) = unit.shares
+        (row,) = share.rows
+        job = _Job.of(share, row, context)
+        trained = _train_model(job) if context.block is None else _train_block(job)
+        changes = _rounded(trained, unit.key, context)
+        result, done = trained.result, context.progress(row.flops)
+        context.observer(
+            UnitRefined(result.unit, result.losses[0], min(result.losses), result.steps, result.seconds, done)
+        )
+        return changes
+
+
+class Refiner(AnyModifier[C]):
+    """Trains factors that an earlier modifier of the same stage made.
+
+    Class attribute `scope`: `layer` runs after the layer's other modifiers, on the outputs of the layer; `model` runs at the
+    end of the stage, on logits.
+    """
+
+    kind: ClassVar[Kind] = Refining()
+    scope: ClassVar[Literal["layer", "model"]]
+    category: ClassVar[str] = "refine"
+
+    @classmethod
+    def lack(cls) -> str:
+        """A scope."""
+        scope = getattr(cls, "scope", None)
+        return "" if scope in ("layer", "model") else f"its scope must be 'layer' or 'model' (value {scope!r})"
+
+    @property
+    def needs(self) -> Needs:
+        """Factors; and what the dense block gives on the same tokens, or the dense model as a whole at the end of the stage."""
+        if self.scope == "model":
+            return Needs(when="after", factors=True, dense="model")
+        return Needs(streams=("compressed", "dense"), factors=True, dense="outputs")
+
+    def hidden_layers(self, total: int) -> tuple[int, ...]:  # noqa: ARG002 - for those that override it
+        """Of a model with so many decoder layers, those whose hidden states the loss compares (scope `model`)."""
+        return ()
+
+    def compute_dtype(self, parameter: Tensor) -> torch.dtype:
+        """Of the passes (scope `model`), given a parameter of the model."""
+        return parameter.dtype
+
+    @abstractmethod
+    def plan(self, unit: RefineUnit) -> Estimate:
+        """Estimate the cost of one unit; bytes stay what they were. Raises PlanError."""
+
+    @abstractmethod
+    def refine(self, task: RefineTask, on_progress: SolveProgress | None) -> RefineOutcome:
+        """Train the task's factors in place. Raises NumericalError."""
+
+
+def _plan_unit(planning: Planning, refiner: Refiner[Any], index: int | None, found: Sequence[ModulePlan]) -> RefinePlan:
+    spec = planning.entry.config.calibration
+    assert spec is not None
+    part = planning.model if index is None else planning.stacks.block(index)
+    unit = RefineUnit(
+        modules=tuple(row.shape for row in found),
+        factor_values=sum(row.factor_bytes // row.itemsize + row.d_out * row.d_in // 2 for row in found),
+        parameters=sum(p.numel() for p in part.parameters()),
+        tokens=calibration_tokens(spec),
+        batch_tokens=spec.batch_size * spec.sequence_length,
+    )
+    cost = refiner.plan(unit)
+    return RefinePlan(
+        modifier=planning.entry.key,
+        stage=planning.entry.stage,
+        unit="model" if index is None else planning.stacks.names[index],
+        layer=index,
+        modules=tuple(row.name for row in found),
+        tokens=unit.tokens,
+        flops=cost.flops,
+        peak_bytes=cost.peak_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A refiner with the packed factors of the modules that it takes, by full name, and the block or model around them."""
+
+    share: Share
+    refiner: Refiner[Any]
+    packed: Mapping[str, PackedLinear]
+    unit: str
+    module: nn.Module
+    context: BlockContext
+
+    @classmethod
+    def of(cls, share: Share, row: RefinePlan, context: BlockContext) -> _Job:
+        refiner: Any = share.modifier
+        packed = {name: context.state.factors[name] for name in row.modules}
+        module = context.model if context.block is None else context.module
+        return cls(share, refiner, packed, row.unit, module, context)
+
+    @property
+    def prefix(self) -> str:
+        """What full names begin with that the module's own do not."""
+        return "" if self.context.block is None else f"{self.unit}."
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What a unit's training gives: the result, the packed factors by module, and the norms' weights that changed by name."""
+
+    result: RefineResult
+    factors: Mapping[str, PackedLinear]
+    vectors: Mapping[str, Tensor]
+
+
+def _train_block(job: _Job) -> _Trained:
+    """Train one block on the compressed stream against the dense block's outputs `(B, L, H)`, batch by batch."""
+    context, block = job.context, job.module
+    inputs, targets = context.stream(job.share, "compressed"), context.stream(job.share, "dense").hidden
+    factors, vectors = _trainables(job, block, job.prefix)
+
+    def forward(batch: int) -> UnitOutput:
+        return UnitOutput(inputs.call(context.index, batch).run(_student(block, job.prefix, factors, vectors)))
+
+    task = RefineTask(factors, vectors, len(targets), forward, lambda batch: UnitOutput(targets[batch]))
+    tokens = sum(t.shape[0] * t.shape[1] for t in targets)
+    return _train(job, task, tokens=tokens, compute=next(block.parameters()).dtype)
+
+
+def _train_model(job: _Job) -> _Trained:
+    """Train the whole model against the logits of the dense one and, where the refiner asks for them, hidden states on the way.
+
+    The dense model runs along: a view of the model with the dense parameters in the place of its own. Both run in the refiner's
+    compute dtype; factors, norms' weights, their gradients and Adam's moments are float32.
+    """
+    context, model = job.context, job.module
+    spec = job.share.entry.config.calibration
+    assert spec is not None
+    batches, dense = context.batches(spec), context.weights.originals
+    compute = job.refiner.compute_dtype(next(model.parameters()))
+    products = torch.bfloat16 if compute == torch.bfloat16 else torch.float32
+    factors, vectors = _trainables(job, model, "", products)
+    names = context.stack.names
+    tapped = [names[index] for index in job.refiner.hidden_layers(len(names))]
+    base = _converted(model, compute, but={f"{name}.weight" for name in factors})
+
+    def run(network: nn.Module, batch: int) -> UnitOutput:
+        hidden = [_tap(network.get_submodule(name)) for name in tapped]
+        logits: Tensor = feed(network, batches[batch]).logits
+        return UnitOutput(logits, tuple(taken[0] for taken in hidden))
+
+    def forward(batch: int) -> UnitOutput:
+        return run(_student(base, "", factors, vectors, copied=tapped), batch)
+
+    def target(batch: int) -> UnitOutput:
+        return run(dense_view(base, dense, copied=tapped), batch)
+
+    task = RefineTask(factors, vectors, len(batches), forward, target)
+    return _train(job, task, tokens=sum(ids.numel() for ids in batches), compute=compute)
+
+
+def _converted(model: nn.Module, dtype: torch.dtype, *, but: Collection[str]) -> nn.Module:
+    """A view of the model with its floating-point parameters in another dtype; those that it shares stay shared.
+
+    Parameters named in `but` stay as they are: whoever uses the view puts others in their place.
+    """
+    own = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in but}
+    changed = {id(p): p for p in own.values() if p.is_floating_point() and p.dtype != dtype}
+    new = {key: nn.Parameter(p.detach().to(dtype), requires_grad=False) for key, p in changed.items()}
+    return view(model, {name: new[id(p)] for name, p in own.items() if id(p) in new}) if new else model
+
+
+def _train(job: _Job, task: RefineTask, *, tokens: int, compute: torch.dtype) -> _Trained:
+    started = time.perf_counter()
+    context, module = job.context, job.module
+    # The factors stand for these weights while they are trained, and make them anew in the end.
+    own = [f"{name}.weight" for name in task.factors]
+    with located(job.share.entry, job.unit):
+        with frozen(module), context.weights.lent(own):
+            outcome = job.refiner.refine(task, context.told(job.unit))
+        packed = {name: _packed(name, factors, context.storage.factor_dtype) for name, factors in task.factors.items()}
+    changed = {
+        name: value.detach()
+        for name, value in task.vectors.items()
+        if not torch.equal(value, module.get_parameter(name.removeprefix(job.prefix)))
+    }
+    result = RefineResult(
+        modifier=job.share.entry.key,
+        unit=job.unit,
+        losses=outcome.losses,
+        steps=outcome.steps,
+        clipped=outcome.clipped,
+        stop_reason=outcome.stop_reason,
+        compute_dtype=str(compute).removeprefix("torch."),
+        modules=len(task.factors),
+        norm_values=sum(value.numel() for value in changed.values()),
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+    )
+    return _Trained(result, packed, changed)
+
+
+def _rounded(trained: _Trained, key: str, context: BlockContext) -> Changes:
+    """What was trained, as it is stored."""
+    compute, storage = next(context.model.parameters()).dtype, context.storage
+    weights = {}
+    for name, packed in trained.factors.items():
+        folded = (
+            loaded_weight(packed, compute)
+            if storage.packed
+            else packed.fold(torch.float32).to(storage.dtype).to(compute)
+        )
+        weights[f"{name}.weight"] = folded
+    for name, vector in trained.vectors.items():
+        weights[name] = vector.to(storage.dtype).to(compute)
+    return Changes(
+        step=key,
+        weights=weights,
+        factors=trained.factors,
+        packed=storage.packed,
+        modules={name: _refined(context.state.modules[name], trained.result.modifier) for name in trained.factors},
+        results=(trained.result,),
+    )
+
+
+def _refined(result: ModuleResult, modifier: str) -> ModuleResult:
+    return replace(result, refined=(*result.refined, modifier))
+
+
+def _packed(name: str, factors: TrainableFactors, dtype: torch.dtype) -> PackedLinear:
+    """Rounded and packed. Raises CheckpointError with the module's name where a value overflows `dtype`."""
+    try:
+        return PackedLinear.from_factorization(factors, dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}; lower `learning_rate`") from error
+
+
+def _trainables(
+    job: _Job, module: nn.Module, prefix: str, products: torch.dtype = torch.float32
+) -> tuple[dict[str, TrainableFactors], dict[str, nn.Parameter]]:
+    """Factors of the modules, and copies of the weights of the unit's norms. A B that modules share stays one.
+
+    A norm is a module without children whose parameters are all vectors: no list of classes knows every model's.
+    """
+    factors = {}
+    shared: dict[str, nn.Parameter] = {}
+    for name, packed in job.packed.items():
+        core, mask = packed.unpack(name=name)
+        factors[name] = TrainableFactors(packed.a, core, mask, packed.b, products)
+        factors[name].b = shared.setdefault(job.context.state.sharing[name], factors[name].b)
+    vectors = {
+        f"{prefix}{owner}.{name}": nn.Parameter(parameter.detach().float().clone())
+        for owner, part in module.named_modules()
+        if not any(True for _ in part.children()) and all(parameter.ndim == 1 for parameter in part.parameters())
+        for name, parameter in part.named_parameters()
+    }
+    return factors, vectors
+
+
+def _student(
+    module: nn.Module,
+    prefix: str,
+    factors: Mapping[str, TrainableFactors],
+    vectors: Mapping[str, nn.Parameter],
+    copied: Sequence[str] = (),
+) -> nn.Module:
+    """A view of the module in which factors stand for its linear layers, and the vectors for its own.
+
+    Modules in `copied` are the view's own even where nothing inside is replaced.
+    """
+    own: dict[str, nn.Module | Tensor] = {}
+    for name, trained in factors.items():
+        linear = module.get_submodule(name.removeprefix(prefix))
+        assert isinstance(linear, nn.Linear)
+        own[name.removeprefix(prefix)] = TrainableLinear(trained, linear.bias)
+    for name, vector in vectors.items():
+        inner = name.removeprefix(prefix)
+        own[inner] = vector.to(module.get_parameter(inner).dtype)
+    return view(module, own, copied=copied)
+
+
+def _tap(layer: nn.Module) -> list[Tensor]:
+    """A list that the layer of a view puts its hidden states into."""
+    taken: list[Tensor] = []
+    layer.register_forward_hook(lambda _, __, output: taken.append(hidden_states(output)))
+    return taken
+
+
+def dense_view(model: nn.Module, dense: Mapping[str, Tensor], copied: Sequence[str] = ()) -> nn.Module:
+    """The model with other parameters, by name, in the place of its own, which may hold anything.
+
+    Weights of linear layers are kept in the dtype that they come in and widened when they are used.
+    """
+    parts: dict[str, nn.Module | Tensor] = {}
+    for name, value in dense.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, nn.Linear) and leaf == "weight":
+            parts[owner] = _WidenedLinear(value, module.bias)
+        else:
+            parts[name] = value.to(model.get_parameter(name).dtype)
+    return view(model, parts, copied=copied)
+
+
+class _WidenedLinear(nn.Module):
+    """A linear layer whose weight `(O, I)` may be of a narrower dtype than its input."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)

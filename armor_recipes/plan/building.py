@@ -1,0 +1,165 @@
+"""Make a plan: every target resolved, checked and costed on shapes alone, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from armor_recipes.errors import PlanError
+from armor_recipes.model.blocks import Stacks, find_stacks
+from armor_recipes.model.facts import ModelFacts, model_facts
+from armor_recipes.modifiers import AnyModifier
+from armor_recipes.modifiers.kinds.contract import Planned, Planning, Row, entry_name, once
+from armor_recipes.modifiers.kinds.module import ModulePlan
+from armor_recipes.plan.plan import Plan, Totals
+from armor_recipes.plan.serving import PackedModule, serve_problems
+from armor_recipes.plan.targets import resolve_targets
+from armor_recipes.recipe import ModifierEntry, Recipe
+
+Modifiers = Mapping[str, AnyModifier[Any]]
+
+
+def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsize: int) -> Plan:
+    """Resolve, check and cost the recipe on a model (meta tensors will do). All problems are raised at once as PlanError.
+
+    `modifiers` holds an instance for each entry's key; `itemsize` is the bytes of a stored weight value.
+    """
+    stacks, facts = find_stacks(model), model_facts(model)
+    problems: list[str] = []
+    rows: list[Row] = []
+    ignored: dict[str, None] = {}
+    before: list[tuple[ModifierEntry, AnyModifier[Any]]] = []
+    for entry in recipe.modifiers:
+        modifier = modifiers[entry.key]
+        try:
+            _check_first(entry, modifier, before)
+            matched = resolve_targets(model, entry.config)
+            planning = Planning(
+                recipe, entry, model, stacks, facts, matched.names, tuple(rows), tuple(before), itemsize
+            )
+            found = modifier.kind.plan(planning, modifier)
+            if not found.rows or any(row.takes for row in found.rows):
+                ignored.update(dict.fromkeys(matched.ignored))
+        except PlanError as error:
+            found = Planned((), (str(error),))
+        rows += found.rows
+        problems += [f"{entry.where}: {entry.name}: {problem}" for problem in found.problems]
+        before.append((entry, modifier))
+    problems += _conflicts(recipe, rows, modifiers) + _late_dense(recipe, modifiers)
+    problems += _conflicts_of_kinds(recipe, rows, modifiers)
+    problems += _unservable(recipe, model, stacks, facts, rows)
+    if problems:
+        raise PlanError("\n".join(problems))
+    touched = {name for row in rows for name in row.takes}
+    return Plan(
+        model=recipe.model.id,
+        layers=stacks.names,
+        rows=_in_order(recipe, rows),
+        ignored=tuple(name for name in ignored if name not in touched),
+        totals=_totals(rows, model, itemsize),
+    )
+
+
+def _in_order(recipe: Recipe, rows: Sequence[Row]) -> tuple[Row, ...]:
+    """By stage, block and the recipe's order; what is done to the whole model after its last block."""
+    order = {entry.key: i for i, entry in enumerate(recipe.modifiers)}
+    stages = {stage: i for i, stage in enumerate(recipe.stages)}
+    last = max((row.layer for row in rows if row.layer is not None), default=-1) + 1
+    places = [(stages[row.stage], last if row.layer is None else row.layer, order[row.modifier]) for row in rows]
+    return tuple(row for _, row in sorted(zip(places, rows, strict=True), key=lambda pair: pair[0]))
+
+
+def _check_first(
+    entry: ModifierEntry, modifier: AnyModifier[Any], before: Sequence[tuple[ModifierEntry, AnyModifier[Any]]]
+) -> None:
+    """Raise PlanError where another modifier of the stage stands before one that comes first in each block."""
+    if modifier.needs.when != "before":
+        return
+    for other, earlier in before:
+        if other.stage == entry.stage and earlier.needs.when != "before":
+            raise PlanError(
+                f"it reorders a layer before anything in it is observed or changed, but {other.name} ({other.where}) stands "
+                f"before it in {entry.stage}; move it to the front of its stage"
+            )
+
+
+def _conflicts(recipe: Recipe, rows: Sequence[Row], modifiers: Modifiers) -> list[str]:
+    """Two modifiers of one category on a module, or one that cannot follow another, as messages."""
+    where = {entry.key: entry.where for entry in recipe.modifiers}
+    seen: dict[str, list[str]] = {}
+    problems = []
+    for row, name in [(taker, name) for taker in rows for name in taker.takes]:
+        for earlier in seen.setdefault(name, []):
+            category, previous = modifiers[row.modifier].category, modifiers[earlier].category
+            if category == previous:
+                problems.append(
+                    f"{where[row.modifier]}: {entry_name(row.modifier)}: {name} is already taken by "
+                    f"{entry_name(earlier)} ({where[earlier]}), and both {category}; narrow the targets of one of them"
+                )
+            elif previous in modifiers[row.modifier].cannot_follow:
+                reason = modifiers[row.modifier].cannot_follow[previous]
+                problems.append(
+                    f"{where[row.modifier]}: {entry_name(row.modifier)}: cannot follow {entry_name(earlier)} on {name}: {reason}"
+                )
+        seen[name].append(row.modifier)
+    return problems
+
+
+def _conflicts_of_kinds(recipe: Recipe, rows: Sequence[Row], modifiers: Modifiers) -> list[str]:
+    """What each kind finds wrong between its own rows."""
+    where = {entry.key: entry.where for entry in recipe.modifiers}
+    kinds = dict.fromkeys(modifiers[entry.key].kind for entry in recipe.modifiers)
+    return [
+        problem
+        for kind in kinds
+        for problem in kind.conflicts(where, [row for row in rows if modifiers[row.modifier].kind is kind])
+    ]
+
+
+def _late_dense(recipe: Recipe, modifiers: Modifiers) -> list[str]:
+    """What needs the dense model after a stage that changed weights: it is gone by then."""
+    first = recipe.stages[0]
+    late = [(entry, modifiers[entry.key].needs) for entry in recipe.modifiers if entry.stage != first]
+    return [
+        f"{entry.where}: {entry.name}: {needs.because} needs the original model, but stage {entry.stage} comes after {first}, "
+        f"which has changed it; put the modifier into {first}"
+        for entry, needs in late
+        if needs.dense or "dense" in needs.streams
+    ]
+
+
+def _unservable(recipe: Recipe, model: nn.Module, stacks: Stacks, facts: ModelFacts, rows: Sequence[Row]) -> list[str]:
+    """What keeps a server from splitting packed modules as `serve` asks, as messages, one for blocks that are alike."""
+    if recipe.serve is None or recipe.output.format == "dense":
+        return []
+    entries = {entry.key: entry for entry in recipe.modifiers}
+    packed = {
+        row.name: PackedModule(entries[row.modifier], (row.d_out, row.d_in), row.spec)
+        for row in _last_of_each(rows)
+        if row.spec is not None
+    }
+    found: dict[tuple[str, str], list[str]] = {}
+    for entry, name, problem in serve_problems(model, facts, packed, recipe.serve.tensor_parallel):
+        block = stacks.names[stacks.block_of(name) or 0]
+        found.setdefault((f"{entry.where}: {entry.name}", problem.replace(block, "{}")), []).append(block)
+    return [f"{place}: {once(text, names)}" for (place, text), names in found.items()]
+
+
+def _last_of_each(rows: Sequence[Row]) -> list[ModulePlan]:
+    """The last row of each module, which says how it is stored."""
+    found: dict[str, Any] = {name: row for row in rows if row.section == ModulePlan.section for name in row.takes}
+    return list(found.values())
+
+
+def _totals(rows: Sequence[Row], model: nn.Module, itemsize: int) -> Totals:
+    last = _last_of_each(rows)
+    before = sum(row.bytes_before for row in last)
+    return Totals(
+        modules=len(last),
+        bytes_before=before,
+        bytes_after=sum(row.bytes_after for row in last),
+        factor_bytes=sum(row.factor_bytes for row in last),
+        untouched_bytes=sum(p.numel() for p in model.parameters()) * itemsize - before,
+    )

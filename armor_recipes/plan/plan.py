@@ -1,0 +1,103 @@
+"""The plan: a value that is the same for the same recipe and shapes on every machine. A run executes it and no more."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from armor_recipes.modifiers.kinds.contract import Row
+from armor_recipes.modifiers.kinds.module import ModulePlan
+from armor_recipes.modifiers.kinds.rearranger import RearrangePlan
+from armor_recipes.modifiers.kinds.refiner import RefinePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over the plan, exact. Bytes are of weights as stored; `untouched_bytes` of those that nothing changes."""
+
+    modules: int
+    bytes_before: int
+    bytes_after: int
+    factor_bytes: int
+    untouched_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All rows of work, by section, stage, block and modifier order; `ignored` are linear modules that an `ignore` held back.
+
+    `layers` are the names of the blocks, by their numbers; `notes` are sentences on what comes out otherwise than it went in.
+    Plans are equal, and have equal hashes, where they say the same.
+    """
+
+    model: str
+    layers: tuple[str, ...]
+    rows: tuple[Row, ...]
+    ignored: tuple[str, ...]
+    totals: Totals
+    notes: tuple[str, ...] = ()
+
+    def section(self, name: str) -> tuple[Any, ...]:
+        """The rows of one section, in order."""
+        return tuple(row for row in self.rows if row.section == name)
+
+    @property
+    def modules(self) -> tuple[ModulePlan, ...]:
+        """What is done to single modules."""
+        return self.section(ModulePlan.section)
+
+    @property
+    def rearrangements(self) -> tuple[RearrangePlan, ...]:
+        """What is reordered."""
+        return self.section(RearrangePlan.section)
+
+    @property
+    def refinements(self) -> tuple[RefinePlan, ...]:
+        """What is trained."""
+        return self.section(RefinePlan.section)
+
+    @property
+    def flops(self) -> float:
+        """Work of all rows, in floating-point operations."""
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Weight shapes `(d_out, d_in)` of all modules that are changed, by name."""
+        return {name: shape for row in self.rows for name, shape in row.shapes.items()}
+
+    def last_block(self, stage: str) -> int:
+        """The last block in which a stage has anything to do; -1 where there is none."""
+        return max((row.layer for row in self.rows if row.stage == stage and row.layer is not None), default=-1)
+
+    def of(self, modifier: str, block: int | None) -> tuple[Row, ...]:
+        """What an entry does in a block, or at the end of its stage (None), in the model's order."""
+        return tuple(row for row in self.rows if (row.modifier, row.layer) == (modifier, block))
+
+    def takes(self, modifier: str) -> bool:
+        """Whether the entry has anything to do."""
+        return any(row.modifier == modifier for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `--plan --json`: a list for each section."""
+        sections: dict[str, list[Any]] = {kind.section: [] for kind in (ModulePlan, RefinePlan, RearrangePlan)}
+        for row in self.rows:
+            sections.setdefault(row.section, []).append(_plain(row))
+        others = {"ignored": list(self.ignored), "totals": asdict(self.totals), "notes": list(self.notes)}
+        return {"model": self.model, "layers": list(self.layers), **sections, **others}
+
+    @property
+    def sha256(self) -> str:
+        """Of the plan as plain data: the same in every process."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(row: Any) -> Mapping[str, Any]:
+    data = asdict(row)
+    if row.section == ModulePlan.section:
+        data["overhead_percent"] = round(row.overhead_percent, 3)
+    return data
