@@ -146,9 +146,9 @@ class Changes:
                 found = None if factors is None else getattr(factors, part.name)
                 if found is not None:
                     tensors[f"factors/{name}/{part.name}"] = found
-        save_file(
-            {name: value.contiguous() for name, value in tensors.items()}, path, {"changes": json.dumps(self._record())}
-        )
+        aliases = _aliases(tensors)
+        own = {name: value.contiguous() for name, value in tensors.items() if name not in aliases}
+        save_file(own, path, {"changes": json.dumps({**self._record(), "aliases": aliases})})
 
     @property
     def _folded(self) -> dict[str, torch.dtype]:
@@ -176,9 +176,16 @@ class Changes:
             with safe_open(path, framework="pt") as opened:
                 record = json.loads((opened.metadata() or {})["changes"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-            return _read(record, tensors)
+            return _read(record, tensors | {name: tensors[first] for name, first in record["aliases"].items()})
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} does not hold the changes of a step ({error!r}); remove it") from error
+
+
+def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """For each name of a tensor that came under another name before, that name: a B that modules share is one."""
+    first: dict[int, str] = {}
+    found = {name: first.setdefault(id(value), name) for name, value in tensors.items()}
+    return {name: other for name, other in found.items() if other != name}
 
 
 def _read(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Changes:
