@@ -19,6 +19,7 @@ from armor_recipes.checkpoint.files import read_config
 from armor_recipes.checkpoint.stored import StoredTensors
 from armor_recipes.errors import InputError, PlanError
 from armor_recipes.integrations.names import stored_names
+from armor_recipes.model.facts import ModelFacts, facts_of
 from armor_recipes.paths import user_path
 from armor_recipes.recipe.schema import ModelSpec
 
@@ -40,6 +41,21 @@ class ModelSource:
     compute_dtype: torch.dtype
     asked_dtype: torch.dtype | None = None
     """What the recipe says that tensors are stored in; None where each keeps its own."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the config says."""
+        return facts_of(self.config)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token embedding. Raises InputError where the config does not tell."""
+        found = self.facts.vocab_size
+        if found is None:
+            raise InputError(
+                f"model {self.location}: its config.json names no vocab_size; give one that belongs to a language model"
+            )
+        return found
 
     @property
     def folder(self) -> Path | None:
@@ -71,12 +87,12 @@ def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = Fals
         config = AutoConfig.from_pretrained(location, revision=spec.revision, trust_remote_code=False)
     except Exception as error:  # transformers' own validation errors share no base class
         raise InputError(_unreadable(spec.id, error)) from error
-    if getattr(config, "quantization_config", None) is not None and not compressed:
+    if facts_of(config).quantized and not compressed:
         raise PlanError(f"model {spec.id} is already quantised or compressed; give the dense model it was made from")
     asked = _DTYPES.get(spec.dtype)
     source = ModelSource(location, spec.revision, config, asked or torch.float32, torch.float32, asked)
     _refuse_adapter(source, spec.id)
-    stored = asked or _config_dtype(config) or _written_dtype(source, spec.id)
+    stored = asked or source.facts.dtype or _written_dtype(source, spec.id)
     if stored not in _DTYPES.values():
         raise PlanError(
             f"model {spec.id} is stored in {stored}, and checkpoints are in {', '.join(_DTYPES)}: set model.dtype to one of them"
@@ -86,15 +102,6 @@ def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = Fals
     else:
         compute = torch.float32 if device.type == "cpu" else stored
     return ModelSource(location, spec.revision, config, stored, compute, asked)
-
-
-def _config_dtype(config: PretrainedConfig) -> torch.dtype | None:
-    """The dtype that config.json names, for the whole or for the text model of a composite one."""
-    for section in (config, config.get_text_config()):
-        dtype = getattr(section, "dtype", None)
-        if isinstance(dtype, torch.dtype):
-            return dtype
-    return None
 
 
 def _written_dtype(source: ModelSource, name: str) -> torch.dtype:
@@ -181,7 +188,7 @@ def meta_model(source: ModelSource) -> PreTrainedModel:
     Raises PlanError for what is no decoder-only language model, InputError where the configuration makes no model.
     """
     name = type(source.config).__name__
-    if getattr(source.config, "is_encoder_decoder", False):
+    if source.facts.encoder_decoder:
         raise PlanError(
             f"model {source.location} ({name}) has an encoder; only decoder-only language models are supported"
         )
@@ -316,8 +323,7 @@ def attention_option(attention: str | None) -> dict[str, str]:
 
 def attention_of(model: PreTrainedModel) -> str | None:
     """The attention implementation that a model runs on, by transformers' name."""
-    name = getattr(model.config, "_attn_implementation", None)
-    return name if isinstance(name, str) else None
+    return facts_of(model.config).attention
 
 
 def own_memory(model: PreTrainedModel) -> PreTrainedModel:

@@ -253,7 +253,7 @@ class _Run:
         beside = _companions(job.source, with_tokenizer=tokenizer is None)
         tokenizer = load_tokenizer(job.source) if tokenizer is None else tokenizer
         watch.phase("tokenize")
-        vocabulary = job.source.config.get_text_config().vocab_size
+        vocabulary = job.source.vocab_size
         specs = dict.fromkeys(e.config.calibration for e in job.recipe.modifiers if e.config.calibration is not None)
         tokens = {spec: build_tokens(spec, tokenizer=tokenizer, vocab_size=vocabulary) for spec in specs}
         watch.phase("load weights")
@@ -344,7 +344,7 @@ class _Run:
         """A calibration window, or the first token ids, to compare logits on: `(1, L)`."""
         for tokens in self.tokens.values():
             return tokens.ids[:1]
-        return torch.arange(min(32, self.job.source.config.get_text_config().vocab_size))[None]
+        return torch.arange(min(32, self.job.source.vocab_size))[None]
 
 
 @contextmanager

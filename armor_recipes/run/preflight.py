@@ -23,7 +23,7 @@ _SHOWN = 8
 
 def check_lengths(recipe: Recipe, source: ModelSource) -> None:
     """Windows longer than the model's positions end in an index error (learned positions) or in text it never learned."""
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    longest = source.facts.positions
     specs = {f"{entry.where}: {entry.name}: calibration": entry.config.calibration for entry in recipe.modifiers}
     lengths = {where: spec.sequence_length for where, spec in specs.items() if spec is not None}
     if recipe.evaluation is not None:
