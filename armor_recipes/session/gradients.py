@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.errors import NumericalError
+from armor_recipes.events import PhaseStarted
 from armor_recipes.model.replay import LayerCall, feed
 from armor_recipes.model.views import frozen, view
+from armor_recipes.modifiers.kinds.contract import BlockContext, Row, Share, located
 from armor_recipes.modifiers.seeding import module_seed
 from armor_recipes.modifiers.threads import one_thread_each
+from armor_recipes.recipe.schema import CalibrationSpec
 
 #: Tokens whose probabilities are taken at once: the vocabulary is large.
 _ROWS = 64
@@ -42,6 +45,26 @@ class OutputGradients:
                 f"the gradients at the outputs of {name} are not finite; check the model's weights, or set a wider `compute_dtype`"
             )
         return mean
+
+
+def stage_gradients(shares: Sequence[Share], rows: Sequence[Row], context: BlockContext) -> dict[str, Tensor]:
+    """Each module's g `(O,)`, of those whose modifiers ask for it: on their calibration, from the model as the stage finds it."""
+    wanted: dict[tuple[CalibrationSpec, int], dict[str, Share]] = {}
+    for share in (share for share in shares if share.modifier.needs.gradients):
+        config, key = share.entry.config, share.entry.key
+        names = [name for row in rows if row.modifier == key for name in row.takes]
+        if config.calibration is not None:
+            wanted.setdefault((config.calibration, config.seed), {}).update(dict.fromkeys(names, share))
+    gradients = {}
+    for (spec, seed), takers in wanted.items():
+        context.observer(PhaseStarted("gradients of the outputs"))
+        first = context.stack.names[0]
+        found = output_gradients(context.model, first, list(takers), context.batches(spec), seed=seed)
+        for name, share in takers.items():
+            weight = context.weights.read(f"{name}.weight")
+            with located(share.entry, name):
+                gradients[name] = found.mean_square(name, len(weight)).to(weight.device)
+    return gradients
 
 
 def output_gradients(

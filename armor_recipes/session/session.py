@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -13,8 +12,8 @@ from torch import nn
 from armor_recipes.calibration.tokens import TokenSet
 from armor_recipes.events import LayerStarted, Observer, PhaseStarted, ignore_events, one_at_a_time
 from armor_recipes.model.blocks import Stack, find_stacks
-from armor_recipes.model.hooks import Hooks, feeding
-from armor_recipes.model.replay import Stream, capture_stream, input_groups
+from armor_recipes.model.hooks import Hooks
+from armor_recipes.model.replay import Stream, input_groups
 from armor_recipes.model.store import InMemory
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult
@@ -26,13 +25,13 @@ from armor_recipes.modifiers.kinds.contract import (
     Statistics,
     Storage,
     StreamKey,
-    located,
 )
 from armor_recipes.plan.plan import Plan
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.session.commit import commit
-from armor_recipes.session.gradients import output_gradients
+from armor_recipes.session.gradients import stage_gradients
+from armor_recipes.session.observing import observe, open_streams, original_of
 
 
 class Session:
@@ -108,11 +107,12 @@ class Session:
             if entry.stage == stage and self.plan.takes(entry.key)
         ]
         self.observer(PhaseStarted(f"stage {stage}"))
-        self._take_gradients(shares)
+        self._commit_gradients(stage, shares)
         self.weights.keep_originals(any(share.modifier.needs.dense == "model" for share in shares))
         last = self.plan.last_block(stage)
         for stack in self.stacks.all:
-            streams = self._capture(stack, shares)
+            streams = open_streams(self.model, stack, shares, self.tokens, self.hooks)
+            self._find_readers(stack, streams)
             for block in stack.indices:
                 if block <= last:
                     self.observer(LayerStarted(stage, block, len(self.stacks.names)))
@@ -128,39 +128,19 @@ class Session:
         found = [Share(s.entry, s.modifier, self.plan.of(s.entry.key, block)) for s in shares]
         return [share for share in found if share.rows]
 
-    def _take_gradients(self, shares: Sequence[Share]) -> None:
-        """Each module's g, of those whose modifiers ask for it: on their calibration, from the model as the stage finds it."""
-        wanted: dict[tuple[CalibrationSpec, int], dict[str, Share]] = {}
-        for share in (share for share in shares if share.modifier.needs.gradients):
-            config, key = share.entry.config, share.entry.key
-            names = [name for row in self.plan.rows if row.modifier == key for name in row.takes]
-            if config.calibration is not None:
-                wanted.setdefault((config.calibration, config.seed), {}).update(dict.fromkeys(names, share))
-        context = self._context(self.stacks.all[0], None, {})
-        for (spec, seed), takers in wanted.items():
-            self.observer(PhaseStarted("gradients of the outputs"))
-            first = context.stack.names[0]
-            found = output_gradients(self.model, first, list(takers), context.batches(spec), seed=seed)
-            gradients = {}
-            for name, share in takers.items():
-                weight = self.weights.read(f"{name}.weight")
-                with located(share.entry, name):
-                    gradients[name] = found.mean_square(name, len(weight)).to(weight.device)
-            commit(Changes("gradients", gradients=gradients), self.weights, self.state)
+    def _commit_gradients(self, stage: str, shares: Sequence[Share]) -> None:
+        """What modifiers of the stage ask for of the model as the stage finds it."""
+        if any(share.modifier.needs.gradients for share in shares):
+            context = self._context(self.stacks.all[0], None, {})
+            gradients = stage_gradients(shares, self.plan.rows, context)
+            commit(Changes(f"{stage}/gradients", gradients=gradients), self.weights, self.state)
 
-    def _capture(self, stack: Stack, shares: Sequence[Share]) -> dict[StreamKey, Stream]:
-        keys = dict.fromkeys(share.stream_key(kind) for share in shares for kind in share.modifier.needs.streams)
-        streams = {
-            key: capture_stream(
-                self.model, stack, self.tokens[key[0]].ids, batch_size=key[0].batch_size, hooks=self.hooks
-            )
-            for key in keys
-        }
-        if keys and not self._readers:
+    def _find_readers(self, stack: Stack, streams: Mapping[StreamKey, Stream]) -> None:
+        """Which modules read the same tensor, once in a run."""
+        if streams and not self._readers:
             names = list(dict.fromkeys(name for row in self.plan.rows for name in row.takes))
-            window = self.tokens[next(iter(keys))[0]].ids[:1]
+            window = self.tokens[next(iter(streams))[0]].ids[:1]
             self._readers = input_groups(self.model, stack, names, window, self.hooks)
-        return streams
 
     def _context(
         self,
@@ -198,13 +178,13 @@ class Session:
         for share in (share for share in working if share.modifier.needs.when == "before"):
             self._step([share], self._observed([share], self._context(stack, block, streams)))
         working = [share for share in working if share.modifier.needs.when == "in turn"]
-        original = self._original(stack.block(block), working, streams)
+        original = original_of(stack.block(block), working, streams)
         context = self._context(stack, block, streams, {}, original)
         statistics: dict[str, Statistics] = {}
         wanted = block < last or any(share.modifier.needs.dense == "outputs" for share in shares)
         for key in (key for key in streams if key[1] == "dense"):
             readers = [s for s in working if s.modifier.needs.feeds == "dense" and s.stream_key("dense") == key]
-            statistics |= self._observe(streams[key], readers, context, advance=wanted)
+            statistics |= observe(streams[key], readers, context, advance=wanted)
         for turn in _turns(working):
             known = {share.entry.key: statistics.pop(share.entry.key, {}) for share in turn}
             context = self._context(stack, block, streams, known, original)
@@ -213,47 +193,14 @@ class Session:
             if key[1] == "compressed" and block < last:
                 stream.advance(block)
 
-    def _original(
-        self, block: nn.Module, working: Sequence[Share], streams: Mapping[StreamKey, Stream]
-    ) -> Original | None:
-        """The block as it is now, where a modifier compares with it."""
-        if not any(share.modifier.needs.dense == "block" for share in working):
-            return None
-        dense = {key: list(stream.hidden) for key, stream in streams.items() if key[1] == "dense"}
-        return Original(copy.deepcopy(block), dense)
-
     def _observed(self, turn: Sequence[Share], context: BlockContext) -> BlockContext:
         """The context with the statistics of a turn that no pass before has taken."""
         (first, *others) = turn
         feeds = first.modifier.needs.feeds
         if others or feeds is None or context.statistics.get(first.entry.key):
             return context
-        found = self._observe(context.stream(first, feeds), [first], context, advance=False)
+        found = observe(context.stream(first, feeds), [first], context, advance=False)
         return self._context(context.stack, context.block, context.streams, found, context.original)
-
-    def _observe(
-        self, stream: Stream, shares: Sequence[Share], context: BlockContext, *, advance: bool
-    ) -> dict[str, Statistics]:
-        """Run the block once with a hook on every module that one of the shares observes; statistics by entry and module."""
-        with self.hooks:
-            collected = {share.entry.key: self._statistics(share, context) for share in shares}
-            if advance:
-                stream.advance(context.index)
-            elif shares:
-                stream.observe(context.index)
-        return collected
-
-    def _statistics(self, share: Share, context: BlockContext) -> Statistics:
-        """A statistic for each module, one for all that read the same input, with the hook that feeds it."""
-        found: dict[str, Any] = {}
-        statistics = {}
-        for shape in (shape for row in share.rows for shape in row.observed):
-            reader = context.reader(shape.name)
-            if reader not in found:
-                found[reader] = context.statistic(share, shape)
-                self.hooks.before(self.model.get_submodule(shape.name), feeding(found[reader]))
-            statistics[shape.name] = found[reader]
-        return statistics
 
     def _step(self, turn: Sequence[Share], context: BlockContext) -> None:
         """Run the turn's steps, each on what those before it have become."""
