@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 from safetensors.torch import load_file
 
-from armor_recipes.modifiers import AnyModifier, ModuleShape, Needs, register, registry
+from armor_recipes.modifiers import AnyModifier, Needs, register, registry
 from armor_recipes.modifiers.kinds.changes import Changes, StepResult
-from armor_recipes.modifiers.kinds.contract import BlockContext, Kind, Planned, Planning, Unit
+from armor_recipes.modifiers.kinds.contract import BlockContext, Kind, Planned, Planning, Row, Unit
 from armor_recipes.recipe.schema import ModifierConfig
 from tests.support.commands import Shell
 from tests.support.engine import ARMOR, make_job, recipe
@@ -28,7 +28,7 @@ class NormScaleConfig(ModifierConfig):
 
 
 @dataclass(frozen=True, slots=True)
-class NormPlan:
+class NormPlan(Row):
     """The norm of one block."""
 
     section: ClassVar[str] = "norms"
@@ -38,18 +38,6 @@ class NormPlan:
     norm: str
     flops: float = 1.0
     peak_bytes: int = 0
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, int]]:
-        return {}
-
-    @property
-    def takes(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def observed(self) -> tuple[ModuleShape, ...]:
-        return ()
 
 
 @dataclass(frozen=True, slots=True)

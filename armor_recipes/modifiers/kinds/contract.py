@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,42 +32,40 @@ StreamKey = tuple[CalibrationSpec, StreamKind]
 Statistics = Mapping[str, Statistic]
 
 
-class Row(Protocol):
-    """One piece of planned work: hashable plain data. `section` is the list of the plan that it stands in."""
+class Row:
+    """One piece of planned work: a frozen dataclass of plain, hashable data for each kind.
 
+    Attributes:
+        section: the list of the plan that it stands in.
+        modifier: the entry's key.
+        stage: the stage's name.
+        layer: number of the block, from 0; None for what is done to the whole model.
+        flops: floating-point operations, for the estimate of time.
+        peak_bytes: working memory.
+    """
+
+    __slots__ = ()
     section: ClassVar[str]
-
-    @property
-    def modifier(self) -> str:
-        """The entry's key."""
-
-    @property
-    def stage(self) -> str:
-        """The stage's name."""
-
-    @property
-    def layer(self) -> int | None:
-        """Number of the block, from 0; None for what is done to the whole model."""
-
-    @property
-    def flops(self) -> float:
-        """Floating-point operations, for the estimate of time."""
-
-    @property
-    def peak_bytes(self) -> int:
-        """Working memory."""
+    modifier: str
+    stage: str
+    layer: int | None
+    flops: float
+    peak_bytes: int
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """Weights `(d_out, d_in)` that are replaced, by module; nothing where the rows of others name them."""
+        return {}
 
     @property
     def takes(self) -> tuple[str, ...]:
         """Modules that no other modifier of the category may take."""
+        return ()
 
     @property
     def observed(self) -> tuple[ModuleShape, ...]:
         """Modules whose inputs feed a statistic."""
+        return ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,13 +34,13 @@ from armor_recipes.modifiers.base import (
     join_shapes,
 )
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult, loaded_weight
-from armor_recipes.modifiers.kinds.contract import BlockContext, Kind, Planned, Planning, Share, Unit, located
+from armor_recipes.modifiers.kinds.contract import BlockContext, Kind, Planned, Planning, Row, Share, Unit, located
 from armor_recipes.modifiers.kinds.pool import in_order
 from armor_recipes.solver import Factorization, relative_error
 
 
 @dataclass(frozen=True, slots=True)
-class ModulePlan:
+class ModulePlan(Row):
     """What will happen to one module. `modifier` is an entry's key, `layer` counts from 0.
 
     `bytes_before` are those of the dense weight, `bytes_after` those of the weight as stored if nothing else follows.

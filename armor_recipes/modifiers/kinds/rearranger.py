@@ -35,7 +35,7 @@ _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
-class RearrangePlan:
+class RearrangePlan(Row):
     """One chain of modules whose channels will be reordered, in block `layer`. `modifier` is an entry's key."""
 
     section: ClassVar[str] = "rearrangements"
@@ -51,11 +51,6 @@ class RearrangePlan:
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """Weights that are reordered."""
         return {m.name: (m.d_out, m.d_in) for m in (self.chain.consumer, *self.chain.producers)}
-
-    @property
-    def takes(self) -> tuple[str, ...]:
-        """Nothing: rows and columns may be reordered in turn; `conflicts` sees to it that they are not twice."""
-        return ()
 
     @property
     def observed(self) -> tuple[ModuleShape, ...]:

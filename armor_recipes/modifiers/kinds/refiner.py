@@ -23,6 +23,7 @@ from armor_recipes.modifiers.kinds.contract import (
     Kind,
     Planned,
     Planning,
+    Row,
     Share,
     Unit,
     calibration_tokens,
@@ -34,7 +35,7 @@ from armor_recipes.solver import TrainableFactors, TrainableLinear
 
 
 @dataclass(frozen=True, slots=True)
-class RefinePlan:
+class RefinePlan(Row):
     """What one refiner will train at once: the factors of `modules`, in block `layer`, or in the whole model (None)."""
 
     section: ClassVar[str] = "refinements"
@@ -47,21 +48,6 @@ class RefinePlan:
     tokens: int
     flops: float
     peak_bytes: int
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, int]]:
-        """Nothing that the rows of factors do not name."""
-        return {}
-
-    @property
-    def takes(self) -> tuple[str, ...]:
-        """Nothing: several refiners may train a module."""
-        return ()
-
-    @property
-    def observed(self) -> tuple[ModuleShape, ...]:
-        """Nothing: it runs the whole unit."""
-        return ()
 
 
 @dataclass(frozen=True, slots=True)
