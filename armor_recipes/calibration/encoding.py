@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,19 @@ _PROBES = ("a", "A", "0", "的")
 def encode(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, *, end: bool, prefix: tuple[int, ...] = ()
 ) -> Tensor:
-    """Join all texts into one stream of ids `(T,)` int64, with `end` each text followed by the end-of-text id.
+    """Join all texts into one stream of ids `(T,)` int64. Arguments and errors are those of `encoded`."""
+    return join(encoded(texts, tokenizer, end=end, prefix=prefix))
+
+
+def join(parts: Iterable[Ids]) -> Tensor:
+    """One stream `(T,)` int64 of all ids."""
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int32), *parts], dtype=np.int64))
+
+
+def encoded(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase | None, *, end: bool, prefix: tuple[int, ...] = ()
+) -> Iterator[Ids]:
+    """Ids `(T,)` of each text, which is read as they are asked for; with `end` they end with the end-of-text id.
 
     No other special token is added, and none by a tokenizer that has no end-of-text token. Where a text's ids begin with
     `prefix`, that is left out, since every window brings it. Raises InputError without a tokenizer.
@@ -42,8 +54,7 @@ def encode(
         raise InputError(f"the model has no tokenizer, so that text cannot be used; add one, or name {RANDOM_TOKENS}")
     eos = tokenizer.eos_token_id if end else None
     tail = np.array([] if eos is None else [eos], dtype=np.int32)
-    streams = [stream for ids in _encoded(texts, tokenizer) for stream in (_without(ids, prefix), tail)]
-    return torch.from_numpy(np.concatenate(streams, dtype=np.int64)) if streams else torch.empty(0, dtype=torch.int64)
+    return (np.append(_without(ids, prefix), tail) for ids in _encoded(texts, tokenizer))
 
 
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -72,7 +83,7 @@ def _without(ids: Ids, prefix: tuple[int, ...]) -> Ids:
     return ids[len(prefix) :] if prefix == tuple(ids[: len(prefix)].tolist()) else ids
 
 
-def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Ids]:
+def _encoded(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Ids]:
     for batch in _batches(texts):
         if len(batch[0]) > _PIECE and tokenizer.is_fast:
             yield encode_in_pieces(batch[0], tokenizer)
@@ -80,7 +91,7 @@ def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterat
             yield from (np.array(ids, dtype=np.int32) for ids in _call(tokenizer, batch)["input_ids"])
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """All texts in order, at most `_BATCH` and about `_PIECE` characters at once; a longer text comes alone."""
     batch: list[str] = []
     size = 0

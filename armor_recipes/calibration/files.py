@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from armor_recipes.errors import InputError
 
 TEXT = (".txt", ".md")
 SUFFIXES = (*TEXT, ".jsonl", ".json", ".parquet")
+
+Footer = Callable[[Path], object]
+
+#: Bytes of a parquet file that are held of each column where it is read in pieces.
+_BUFFER = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +75,16 @@ def read_path(path: Path, column: Column) -> Iterator[Cell]:
 
     Raises InputError for a missing path, a kind of file that is not read, and everything wrong inside.
     """
-    place = path
-    try:
-        for place in _files(path):
+    for place in files_of(path):
+        with readable(place):
             yield from _read_file(place, column)
+
+
+@contextmanager
+def readable(place: Path) -> Iterator[None]:
+    """Raise an InputError that names the path in place of an OSError."""
+    try:
+        yield
     except OSError as error:
         named = error.filename or place
         raise InputError(
@@ -79,11 +92,13 @@ def read_path(path: Path, column: Column) -> Iterator[Cell]:
         ) from error
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        _check_file(path)
-        return [path]
-    files = list(_inside(path, frozenset()))
+def files_of(path: Path) -> list[Path]:
+    """A file itself, or all visible files of a folder and its sub-folders, sorted by path. Raises InputError."""
+    with readable(path):
+        if not path.is_dir():
+            _check_file(path)
+            return [path]
+        files = list(_inside(path, frozenset()))
     if not files:
         raise InputError(f"the folder {path} holds no files; put {_listed()} files into it")
     return files
@@ -125,10 +140,15 @@ def _read_file(path: Path, column: Column) -> Iterator[Cell]:
             yield from _json_list(path, column)
         case ".parquet":
             yield from _parquet(path, column)
-        case other:
-            raise InputError(
-                f"cannot read {path}: {other or 'no suffix'} is none of {_listed()}; convert or remove the file"
-            )
+        case _:
+            raise unknown_kind(path)
+
+
+def unknown_kind(path: Path) -> InputError:
+    """Return the error for a file of a kind that is not read."""
+    return InputError(
+        f"cannot read {path}: {path.suffix.lower() or 'no suffix'} is none of {_listed()}; convert or remove the file"
+    )
 
 
 def _listed() -> str:
@@ -137,10 +157,11 @@ def _listed() -> str:
 
 def _whole_file(path: Path, column: Column) -> Cell:
     column.check_plain(str(path))
-    return Cell(_decode(path.read_bytes(), str(path)), str(path))
+    return Cell(decode(path.read_bytes(), str(path)), str(path))
 
 
-def _decode(data: bytes, where: str) -> str:
+def decode(data: bytes, where: str) -> str:
+    """Return bytes as text, without a byte order mark at their start. Raises InputError if they are not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -153,14 +174,18 @@ def _decode(data: bytes, where: str) -> str:
 def _json_lines(path: Path, column: Column) -> Iterator[Cell]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            text = _decode(line, where)
-            if text.strip():
-                yield _cell(_parse(text, where), column, where)
+            yield from row_of(line, column, f"{path}:{number}")
+
+
+def row_of(line: bytes, column: Column, where: str) -> Iterator[Cell]:
+    """The row that a line of JSON holds; none, if it is blank. Raises InputError."""
+    text = decode(line, where)
+    if text.strip():
+        yield _cell(_parse(text, where), column, where)
 
 
 def _json_list(path: Path, column: Column) -> Iterator[Cell]:
-    rows = _parse(_decode(path.read_bytes(), str(path)), str(path))
+    rows = _parse(decode(path.read_bytes(), str(path)), str(path))
     if not isinstance(rows, list):
         raise InputError(
             f"{path} holds {_kind(rows)}, not a list of objects; write a list, or one object a line in a .jsonl file"
@@ -205,19 +230,36 @@ def _kind(value: object) -> str:
 
 
 def _parquet(path: Path, column: Column) -> Iterator[Cell]:
+    with open_parquet(path, column) as file:
+        values = file.read(columns=[column.name]).column(column.name).to_pylist()
+    for number, value in enumerate(values, start=1):
+        yield Cell(value, f"{path}, row {number}")
+
+
+@contextmanager
+def open_parquet(path: Path, column: Column, footer: Footer | None = None) -> Iterator[Any]:
+    """A `ParquetFile` that has the column, once. With a `footer` given, it is read a few pages at a time instead of whole.
+
+    Raises InputError, also for what goes wrong while the file is read.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            names = tuple(file.schema_arrow.names)
-            column.check_among(names, str(path))
-            values = file.read(columns=[column.name]).column(column.name).to_pylist()
+        pieces = {} if footer is None else {"metadata": footer(path), "buffer_size": _BUFFER, "pre_buffer": False}
+        with parquet.ParquetFile(path, **pieces) as file:
+            column.check_among(tuple(file.schema_arrow.names), str(path))
+            yield file
     except (
         pa.ArrowException,
         ValueError,
         OverflowError,
     ) as error:  # Python's own are of values that it has no form for
         raise InputError(f"cannot read {path} as parquet: {error}; write the file again") from error
-    for number, value in enumerate(values, start=1):
-        yield Cell(value, f"{path}, row {number}")
+
+
+def read_footer(path: Path) -> object:
+    """What a parquet file says of its row groups: megabytes, where there are thousands or many columns."""
+    from pyarrow import parquet
+
+    return parquet.read_metadata(path)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from armor_recipes import builtin
 from armor_recipes.calibration.chat import is_left_out, messages_of
 from armor_recipes.calibration.files import SUFFIXES, Cell, Column, read_path, shown
+from armor_recipes.calibration.hub import read_hub
 from armor_recipes.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,15 +32,16 @@ class Documents:
     @property
     def documents(self) -> tuple[str, ...]:
         """The rows that are not empty."""
-        return tuple(row for row in self.rows if not _is_empty(row))
+        return tuple(row for row in self.rows if not is_empty(row))
 
     @property
     def empty(self) -> int:
         """How many rows are empty."""
-        return sum(map(_is_empty, self.rows))
+        return sum(map(is_empty, self.rows))
 
 
-def _is_empty(row: str) -> bool:
+def is_empty(row: str) -> bool:
+    """Whether a row is nothing but white space."""
     return not row or row.isspace()
 
 
@@ -65,37 +68,47 @@ def load_documents(
         InputError: the dataset cannot be read, a row holds something else than text or messages, or nothing is left.
 
     """
-    column = Column(text_column, "text_column")
-    if messages_column is not None:
-        column = Column(messages_column, "messages_column")
-        tokenizer = _with_template(tokenizer, column)
-    rows = []
-    for cell in _cells(dataset, split, column):
-        text = _plain(cell) if messages_column is None or tokenizer is None else _chat(cell, tokenizer)
-        rows.append(_encodable(text, cell.where))
-    found = Documents(tuple(rows))
+    column, text = reader(text_column, messages_column, tokenizer)
+    found = Documents(tuple(map(text, _cells(dataset, split, column))))
     if not found.documents:
-        raise InputError(
-            f"{dataset} holds no text: {len(rows)} rows, all of them empty; name another dataset or `{column.key}`"
-        )
+        raise no_text(dataset, found.empty, messages_column)
     return found
+
+
+def no_text(dataset: str, empty: int, messages_column: str | None) -> InputError:
+    """Return the error for a dataset of which all rows that were read, `empty` of them, are empty."""
+    key = "text_column" if messages_column is None else "messages_column"
+    return InputError(f"{dataset} holds no text: {empty} rows, all of them empty; name another dataset or `{key}`")
+
+
+def reader(
+    text_column: str, messages_column: str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Column, Callable[[Cell], str]]:
+    """The column that is read, and what makes text of its values: an empty one of a row that is null.
+
+    Raises InputError for messages without a chat template; what is returned does for values that are neither text nor messages.
+    """
+    if messages_column is None:
+        return Column(text_column, "text_column"), _plain
+    column = Column(messages_column, "messages_column")
+    return column, partial(_chat, _with_template(tokenizer, column))
 
 
 def _cells(dataset: str, split: str, column: Column) -> Iterable[Cell]:
     if dataset.startswith(BUILTIN):
-        return _builtin(dataset, column)
+        return builtin_rows(dataset, column)
+    path = local_path(dataset)
+    return read_hub(dataset, split, column) if path is None else read_path(path, column)
+
+
+def local_path(dataset: str) -> Path | None:
+    """Return the path that `dataset` means, or None if it is a hub id. Raises InputError for what can be neither."""
     if not dataset.isprintable():
         raise InputError(
             f"{dataset[:80]!r} is neither a path nor a hub id: it has control characters; correct the dataset"
         )
     if "://" in dataset:
         raise InputError(f"{dataset!r} is an address, which is not read; download the file and name it")
-    path = _local(dataset)
-    return _hub(dataset, split, column) if path is None else read_path(path, column)
-
-
-def _local(dataset: str) -> Path | None:
-    """Return the path that `dataset` means, or None if it is a hub id."""
     try:
         path = Path(dataset).expanduser()
         looks_local = dataset.startswith((".", "~")) or path.is_absolute() or path.suffix.lower() in SUFFIXES
@@ -105,7 +118,8 @@ def _local(dataset: str) -> Path | None:
         raise InputError(f"{dataset[:80]!r} is neither a path nor a hub id: {reason}; correct the dataset") from error
 
 
-def _builtin(dataset: str, column: Column) -> Iterator[Cell]:
+def builtin_rows(dataset: str, column: Column) -> Iterator[Cell]:
+    """Documents of a text inside the package. Raises InputError if it is none, or has no text."""
     if dataset == RANDOM_TOKENS:
         raise InputError(
             f"{RANDOM_TOKENS} is tokens without text and serves for calibration only; name a text such as builtin:pydoc"
@@ -113,25 +127,6 @@ def _builtin(dataset: str, column: Column) -> Iterator[Cell]:
     column.check_plain(dataset)
     texts = builtin.documents(dataset.removeprefix(BUILTIN))
     return (Cell(text, f"{dataset}, document {number}") for number, text in enumerate(texts, start=1))
-
-
-def _hub(dataset: str, split: str, column: Column) -> Iterator[Cell]:
-    import datasets
-
-    name, _, configuration = dataset.partition(":")
-    try:
-        table = datasets.load_dataset(name, configuration or None, split=split)
-        known = tuple(table.column_names)
-        values = list(table[column.name]) if column.name in known else []
-    except Exception as error:  # the hub client raises errors of many libraries, without a common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"cannot load split {split!r} of hub dataset {dataset!r}: {reason}; check the name, the split and the "
-            f"network, or name a local file ({', '.join(SUFFIXES)}) or a text inside the package such as builtin:pydoc"
-        ) from error
-    if column.name not in known:
-        raise column.missing(known, f"hub dataset {dataset!r}")
-    return (Cell(value, f"{dataset}, row {number}") for number, value in enumerate(values, start=1))
 
 
 def _plain(cell: Cell) -> str:
@@ -142,10 +137,10 @@ def _plain(cell: Cell) -> str:
         raise InputError(
             f"{cell.where}: the text column holds {shown(cell.value)} ({kind}), not text; name another `text_column`"
         )
-    return cell.value
+    return _encodable(cell.value, cell.where)
 
 
-def _chat(cell: Cell, tokenizer: PreTrainedTokenizerBase) -> str:
+def _chat(tokenizer: PreTrainedTokenizerBase, cell: Cell) -> str:
     """Write a conversation out by the chat template; a missing conversation is an empty row."""
     messages = messages_of(cell)
     if not messages:
@@ -161,7 +156,7 @@ def _chat(cell: Cell, tokenizer: PreTrainedTokenizerBase) -> str:
             f"{cell.where}: the chat template writes {shown(written)}, without a word of the messages, as one for images and text "
             "does with plain text; give the tokenizer a template for text, or use `text_column`"
         )
-    return written
+    return _encodable(written, cell.where)
 
 
 def _with_template(tokenizer: PreTrainedTokenizerBase | None, column: Column) -> PreTrainedTokenizerBase:

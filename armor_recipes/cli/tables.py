@@ -140,11 +140,13 @@ def summary(result: Result) -> RenderableType:
 
 
 def _calibration_line(row: Mapping[str, Any]) -> str:
-    """Windows and datasets of one calibration set, with rows that were empty and windows that were not to be had."""
+    """Windows and datasets of one calibration set, with what was passed over and windows that were not to be had."""
     parts = []
     for source in row["sources"]:
-        empty = f" ({source['empty']} empty rows passed over)" if source["empty"] else ""
-        parts.append(f"{source['taken']} of {source['dataset']}{empty}")
+        notes = ["a stream"] if source["stream"] else []
+        notes += [f"{source['empty']} empty rows passed over"] if source["empty"] else []
+        notes += [f"{source['short']} documents too short"] if source["short"] else []
+        parts.append(f"{source['taken']} of {source['dataset']}" + (f" ({', '.join(notes)})" if notes else ""))
     short = f", {row['asked']} asked for at most" if row["samples"] < row["asked"] else ""
     return f"calibrated on {row['samples']} windows of {row['sequence_length']} tokens{short}: {', '.join(parts)}"
 

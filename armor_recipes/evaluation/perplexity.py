@@ -18,15 +18,8 @@ from torch.nn import functional
 
 from armor_recipes.calibration.encoding import encode
 from armor_recipes.calibration.text import load_documents
-from armor_recipes.calibration.tokens import (
-    Source,
-    TokenSet,
-    check_vocabulary,
-    hash_tokens,
-    pack,
-    window_prefix,
-    with_prefix,
-)
+from armor_recipes.calibration.tokens import Source, TokenSet, hash_tokens
+from armor_recipes.calibration.windows import check_vocabulary, pack, window_prefix, with_prefix
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, NumericalError
 from armor_recipes.recipe.schema import PerplexitySpec

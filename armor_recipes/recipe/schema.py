@@ -125,6 +125,9 @@ class WeightedDataset(Strict):
         title="Messages column",
         description="Column that holds its chat messages; left out, that of the calibration.",
     )
+    stream: bool | None = Field(
+        default=None, title="Stream", description="Whether it is read as a stream; left out, as the calibration says."
+    )
 
 
 Mix = Annotated[
@@ -150,6 +153,18 @@ class CalibrationSpec(Strict):
         default=None,
         title="Messages column",
         description="Column that holds chat messages, put through the chat template; wins over `text_column`.",
+    )
+    stream: bool | None = Field(
+        default=None,
+        title="Stream",
+        description="Whether only as much of a dataset is read as the windows need, in an order drawn by the seed; left out, "
+        "`true` for hub ids and `false` for all else, which is read whole.",
+    )
+    documents: Literal["packed", "truncated"] = Field(
+        default="packed",
+        title="Documents",
+        description="`packed`: documents follow one another and are cut into windows; `truncated`: each window is the beginning "
+        "of a document, and shorter documents are passed over and counted.",
     )
     samples: Count | AtMost = Field(
         default=128,

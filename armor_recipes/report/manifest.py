@@ -119,8 +119,8 @@ def sections(results: Sequence[StepResult]) -> dict[str, list[dict[str, Any]]]:
 def calibration_rows(facts: Facts) -> list[dict[str, Any]]:
     """What was calibrated on: for each set who used it, how many windows came of how many asked, and what each dataset gave.
 
-    `bos` are the ids that every window begins with, `end_of_text` is the one put after each document, or null. Local files go
-    by their names alone, so that nothing depends on the folder.
+    `bos` are the ids that every window begins with, `end_of_text` is the one put after each document, or null; each source says
+    whether it was a `stream`. Local files go by their names alone, so that nothing depends on the folder.
     """
     return [
         {
@@ -128,6 +128,7 @@ def calibration_rows(facts: Facts) -> list[dict[str, Any]]:
             "asked": tokens.asked,
             "samples": len(tokens.ids),
             "sequence_length": tokens.ids.shape[1],
+            "documents": spec.documents,
             "bos": list(tokens.prefix),
             "end_of_text": tokens.end_of_text,
             "sha256": tokens.sha256,

@@ -14,7 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from armor_recipes import builtin
-from armor_recipes.calibration.tokens import TokenSet, build_tokens, encode, hash_tokens, pack, shares
+from armor_recipes.calibration.encoding import encode
+from armor_recipes.calibration.tokens import TokenSet, build_tokens, hash_tokens, shares
+from armor_recipes.calibration.windows import pack
 from armor_recipes.errors import InputError
 from armor_recipes.recipe.schema import AtMost, CalibrationSpec, WeightedDataset
 

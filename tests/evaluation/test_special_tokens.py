@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import armor_recipes
 from armor_recipes.calibration import encoding
-from armor_recipes.calibration.tokens import pack
+from armor_recipes.calibration.windows import pack
 from armor_recipes.cli.evaluate import Bos, eval_command
 from armor_recipes.errors import InputError
 from armor_recipes.evaluation import evaluate, evaluation_windows, measure, perplexity
