@@ -19,6 +19,8 @@ EXPECTED = (
     r"this user may read everything",
     r"torch runs on another OpenMP here, or none",
     r"no fork here",
+    r"less than 10 GB of disk are free",
+    r"peak memory is read from /proc",
 )
 """What a machine may lack, and what no environment of the Makefile brings."""
 

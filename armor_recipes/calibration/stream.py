@@ -93,7 +93,8 @@ def open_stream(
     Raises InputError if there is no such dataset, or it cannot be read in sections.
     """
     column, text = reader(text_column, messages_column, tokenizer)
-    return Stream(_sections(dataset, split, column, longest), text, longest, beginnings)
+    size = longest // 2  # a piece of plain text may be twice its stretch, and is one document
+    return Stream(_sections(dataset, split, column, size), text, longest, beginnings)
 
 
 def _sections(dataset: str, split: str, column: Column, size: int) -> Sections:

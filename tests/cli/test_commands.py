@@ -61,6 +61,39 @@ def test_a_plan_as_json(shell: Shell, file: Path) -> None:
     assert data["recipe"]["calibration"]["samples"] == 5
 
 
+def test_a_stream_is_told_by_the_summary_and_the_manifest(shell: Shell, tmp_path: Path) -> None:
+    rows = [{"text": f"Return row {row} of the list. " * 40} for row in range(50)]
+    rows += [{"text": "Short."}, {"text": " "}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = {"stream": True, "documents": "truncated", "samples": {"at_most": 99}, "sequence_length": 32}
+    recipe = {
+        "model": "builtin:stdlib-llama",
+        "calibration": {"dataset": "rows.jsonl", **drawn},
+        "prune_stage": {"prune_modifiers": {"WandaModifier": {"targets": [r"re:.*layers\.0\..*q_proj$"]}}},
+        "output": {"path": "out"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = shell("armor-apply", "recipe.yaml")
+    assert done.code == 0, done.err
+    words = " ".join(done.out.split())
+    assert "calibrated on 50 windows of 32 tokens, 99 asked for at most" in words
+    assert "rows.jsonl (a stream, 1 empty rows passed over, 1 documents too short)" in words
+    (row,) = json.loads((tmp_path / "out" / "armor_manifest.json").read_text())["calibration"]
+    (source,) = row["sources"]
+    assert row["documents"] == "truncated"
+    assert {key: source[key] for key in ("stream", "documents", "empty", "short", "tokens", "available", "taken")} == {
+        "stream": True,
+        "documents": 51,
+        "empty": 1,
+        "short": 1,
+        "tokens": 1600,
+        "available": None,
+        "taken": 50,
+    }
+    resolved = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["calibration"]
+    assert {key: resolved[key] for key in drawn} == drawn
+
+
 def test_set_and_output_change_the_plan(shell: Shell, file: Path) -> None:
     key = "prune_stage.armor_modifiers.ARMORModifier"
     words = ("--set", f"{key}.block_size=[4, 16]", "--set", f"{key}.ignore=[re:.*mlp.*]", "--output", "elsewhere")
