@@ -96,7 +96,8 @@ def test_shards_are_read_in_turn_in_an_order_of_the_seed(hub, monkeypatch, token
 
 
 def test_no_other_column_is_decoded(hub, tokenizer):
-    images = pa.array([{"bytes": b"no image", "path": None}] * 4)
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": b"no image", "path": None}] * 4, kind)
     table = pa.table({"text": ["aaaaa", "bbbbb", "ccccc", None], "image": images})
     features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
     hub({"a.parquet": table.replace_schema_metadata(features.arrow_schema.metadata)})

@@ -149,6 +149,13 @@ def test_empty_rows_without_end_are_not_read_for_ever(monkeypatch):
     assert of.empty == 50
 
 
+def test_empty_rows_between_others_are_passed_over(monkeypatch):
+    monkeypatch.setattr(stream, "_ROWS", 50)
+    of = streamed([["a", *[" "] * 500, "b"]])
+    assert drawn(of) == ["a", "b"]
+    assert (of.documents, of.empty) == (2, 500)
+
+
 @given(words=st.lists(st.text("ab ", max_size=30), max_size=20), longest=st.integers(1, 40))
 def test_long_texts_are_cut_near_spaces(words, longest):
     text = " ".join(words)
@@ -190,6 +197,15 @@ def test_windows_come_from_all_over_the_data(tmp_path, tokenizer):
         places = [int(word) for word in words if word.isdigit() and len(word) == 5]
         assert len({place * 8 // 40_000 for place in places}) == 8
         assert found.sources[0].documents <= 4096
+
+
+def test_a_text_is_cut_at_its_lines(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("".join(f"line {row:04} of a text\n" for row in range(2000)))
+    found = build(tmp_path / "a.txt", tokenizer, samples=300, sequence_length=16)
+    pieces = "".join(texts_of(found, tokenizer)).split("<end>")[:-1]
+    assert len(pieces) > 20
+    assert all(piece.startswith("line ") and piece.endswith("of a text\n") for piece in pieces)
+    assert all(len(piece) <= 16 * 16 for piece in pieces)
 
 
 def test_windows_do_not_depend_on_how_much_is_read_or_tokenised_at_once(tmp_path, monkeypatch, tokenizer):
