@@ -10,9 +10,7 @@ from torch import Tensor
 
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver.normalize import fill_dead_channels
-
-#: Shares of the mean diagonal that are added one after the other until the Cholesky factorisation succeeds.
-_JITTERS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
+from armor_recipes.solver.spd import UP_TO_A_TENTH, cholesky
 
 
 def magnitude_scores(weight: Tensor) -> Tensor:
@@ -157,16 +155,14 @@ def _inverse_factor(gram: Tensor) -> tuple[Tensor, int]:
     With rows and columns in reverse order H = L Lᵀ gives H = R Rᵀ with R upper triangular, and U = R⁻¹: one
     factorisation, and no inverse of H. Raises NumericalError where a tenth of the mean diagonal is not jitter enough.
     """
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    mean = gram.diagonal().mean()
-    for tries, jitter in enumerate(_JITTERS):
-        lower, info = torch.linalg.cholesky_ex((gram + jitter * mean * eye).flip(0, 1))
-        if int(info) == 0:
-            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True), tries
-    raise NumericalError(
-        f"the Gram matrix is not positive definite even with {_JITTERS[-1]} of its mean diagonal added; calibrate on more "
-        "tokens, or set a larger `damping`"
+    lower, retries = cholesky(
+        gram.flip(0, 1),
+        ridges=UP_TO_A_TENTH,
+        what="Gram matrices of the inputs",
+        advice="calibrate on more tokens, or set a larger `damping`",
     )
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True), retries
 
 
 def _check_sizes(

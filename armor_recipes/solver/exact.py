@@ -19,12 +19,9 @@ from armor_recipes.errors import NumericalError
 from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
 from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern
 from armor_recipes.solver.result import Factors, StopReason
+from armor_recipes.solver.spd import NORMAL_EQUATIONS, cholesky
 from armor_recipes.solver.sweep import SweepProblem, join_blocks, sweep
 
-#: Ridge of the normal equations as a share of the mean diagonal. An increment with a ridge is a proximal step: it cannot
-#: raise the loss, whatever the ridge.
-_RIDGE = 1e-6
-_JITTER_TRIES = 4
 #: `tolerance` is compared with the relative gain over this many cycles; as many follow with little momentum, to settle.
 _PATIENCE = 10
 #: A cycle may end this much above the last one, relative, before it is thrown away: momentum crosses low ridges that way.
@@ -203,7 +200,7 @@ def update_b(problem: ExactProblem, factors: Factors) -> None:
 def solve_normal(gram: Tensor, rhs: Tensor, counts: Counter[str]) -> Tensor:
     """`(G + εI)⁻¹ R` for a batch of Gram matrices `(n, b, b)`, solved in float64; ε is 1e-6 of G's mean diagonal.
 
-    Where the factorisation fails ε grows tenfold, at most four times, each time counted under `gram_jitter`; then
+    Where the factorisation fails ε grows tenfold, up to 1e-3, each failure counted under `gram_jitter`; then
     NumericalError. A zero Gram matrix gives no change; so do its zero rows, because their right-hand side is zero.
     """
     return torch.cholesky_solve(rhs.double(), factor_normal(gram, counts)).to(rhs.dtype)
@@ -211,21 +208,15 @@ def solve_normal(gram: Tensor, rhs: Tensor, counts: Counter[str]) -> Tensor:
 
 def factor_normal(gram: Tensor, counts: Counter[str]) -> Tensor:
     """The lower Cholesky factors of `G + εI` in float64, with ε as `solve_normal` says; of G the lower triangle is read."""
-    gram = gram.double()
-    mean = gram.diagonal(dim1=1, dim2=2).mean(-1)
-    ridge = torch.where(mean > 0, _RIDGE * mean, torch.ones_like(mean))
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    for _ in range(_JITTER_TRIES):
-        factor, info = torch.linalg.cholesky_ex(gram + ridge[:, None, None] * eye)
-        failed = info != 0
-        count = int(failed.sum())
-        if count == 0:
-            return factor  # type: ignore[no-any-return]
-        counts["gram_jitter"] += count
-        ridge = torch.where(failed, 10 * ridge, ridge)
-    raise NumericalError(
-        f"{count} Gram matrices of {gram.shape[0]} are not positive definite even with a ridge of 1e-3"
+    factor, retries = cholesky(
+        gram,
+        ridges=NORMAL_EQUATIONS,
+        what="normal equations of A or B",
+        advice="check the weight and its statistics, or raise `damping`",
     )
+    if retries:
+        counts["gram_jitter"] += retries
+    return factor
 
 
 def to_blocks(x: Tensor, rows: int, columns: int) -> Tensor:

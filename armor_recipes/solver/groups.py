@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from armor_recipes.solver.patterns import Pattern, index_to_mask, mask_lanes
+from armor_recipes.solver.spd import inverse_or_zero, with_ridge
 
 #: A minor, scaled to a unit diagonal, with a squared Cholesky pivot below this counts as singular: its mask offers nothing.
 _SINGULAR = 1e-6
@@ -84,10 +85,7 @@ def eliminate(c: Tensor, gram: Tensor, keep: int) -> Tensor:
     """Masks `(..., M)` that keep N of M entries, found by optimal brain surgery: all entries solved jointly, then one after
     the other dropped, each time the one that costs least with the others re-solved, `v_q² / [G⁻¹]_qq`. In float64.
     """
-    gram = gram.double().expand(*c.shape, -1)
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    ridge = torch.where(mean > 0, _RIDGE * mean, torch.ones_like(mean))
-    inverse = torch.linalg.inv(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    inverse = torch.linalg.inv(with_ridge(gram.double().expand(*c.shape, -1), _RIDGE))
     values = (inverse * c.double()[..., None, :]).sum(-1)
     mask = torch.ones_like(c, dtype=torch.bool)
     for _ in range(c.shape[-1] - keep):
@@ -110,20 +108,10 @@ def minor_inverses(gram: Tensor, pattern: Pattern) -> Tensor:
 
 def _inverses(minors: Tensor) -> Tensor:
     """Inverses of `(..., N, N)`, zero where singular or out of range; 2x2 in closed form, others by Cholesky in float64."""
-    inverse = _pair_inverses(minors) if minors.shape[-1] == 2 else _cholesky_inverses(minors).to(minors.dtype)
+    inverse = _pair_inverses(minors) if minors.shape[-1] == 2 else inverse_or_zero(minors, least_pivot=_SINGULAR)
+    inverse = inverse.to(minors.dtype)
     finite = torch.isfinite(inverse).all(-1).all(-1)[..., None, None]
     return torch.where(finite, inverse, torch.zeros_like(inverse))
-
-
-def _cholesky_inverses(minors: Tensor) -> Tensor:
-    diagonal = minors.diagonal(dim1=-2, dim2=-1).double()
-    root = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()
-    scale = root[..., :, None] * root[..., None, :]
-    factor, info = torch.linalg.cholesky_ex(minors / scale)
-    regular = ((info == 0) & (factor.diagonal(dim1=-2, dim2=-1).square().amin(-1) > _SINGULAR))[..., None, None]
-    eye = torch.eye(minors.shape[-1], dtype=factor.dtype, device=factor.device)
-    inverse: Tensor = torch.cholesky_inverse(torch.where(regular, factor, eye)) / scale * regular
-    return inverse
 
 
 def _pair_inverses(minors: Tensor) -> Tensor:

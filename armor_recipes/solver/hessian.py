@@ -20,6 +20,7 @@ from armor_recipes.solver.exact import factor_normal, finite_loss, from_blocks, 
 from armor_recipes.solver.normalize import fill_dead_channels, normalized, share_of
 from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern
 from armor_recipes.solver.result import Factors
+from armor_recipes.solver.spd import cholesky
 from armor_recipes.solver.sweep import SweepProblem, sweep
 
 #: Columns that a sweep takes at once, at least. Narrower panels make thin products with G, wider ones leave more to the sweep.
@@ -119,9 +120,7 @@ def matched_weight(weight: Tensor, gram: Tensor, cross: Tensor, regular: Tensor)
     Solved in float64. Raises NumericalError where G is not positive definite.
     """
     g = regular.double()
-    factor, info = torch.linalg.cholesky_ex(g)
-    if int(info):
-        raise NumericalError("the regularised Gram matrix is not positive definite: raise `damping` or `shrinkage`")
+    factor, _ = cholesky(g, what="regularised Gram matrices of the inputs", advice="raise `damping` or `shrinkage`")
     right = (weight.double() @ (cross.double() + g - gram.double())).T
     return torch.cholesky_solve(right, factor).T.to(weight.dtype).contiguous()
 

@@ -21,6 +21,7 @@ from armor_recipes.solver.exact import ExactProblem
 from armor_recipes.solver.hessian import HessianProblem
 from armor_recipes.solver.normalize import fill_dead_channels
 from armor_recipes.solver.result import Factors, QuantizedValues, SparseFactors
+from armor_recipes.solver.spd import cholesky
 
 LEVELS = {8: (-127, 127), 4: (-8, 7)}
 """Smallest and largest integer by number of bits."""
@@ -253,12 +254,9 @@ def _gptq_rows(
     """`gptq` for a few rows: values and columns `(R, N)`, start int8 `(R, N)`, scale `(R, groups)`; int8 `(R, N)`."""
     count = values.shape[1]
     own = gram[columns[:, :, None], columns[:, None, :]]
-    lower, info = torch.linalg.cholesky_ex(own)
-    if bool(info.any()):
-        raise NumericalError(
-            "the Hessian of a row's kept values is not positive definite: raise `damping` or `shrinkage`"
-        )
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(lower)).mT
+    what, advice = "Hessians of rows' kept values", "raise `damping` or `shrinkage`"
+    lower, _ = cholesky(own, what=what, advice=advice)
+    upper = cholesky(torch.cholesky_inverse(lower), what=f"inverse {what}", advice=advice)[0].mT
     scales = scale.repeat_interleave(count // scale.shape[1], dim=1)
     left, found = values.clone(), torch.empty_like(values)
     for j in range(count):

@@ -16,7 +16,7 @@ from armor_recipes.solver import exact, hessian, relative_loss
 from armor_recipes.solver.blockdiag import left_multiply, right_multiply
 from armor_recipes.solver.entry import nowag_start
 from armor_recipes.solver.exact import ExactProblem, Problem, residual, solve_exact
-from armor_recipes.solver.hessian import HessianProblem, choose_shrinkage, hessian_loss, regularize
+from armor_recipes.solver.hessian import HessianProblem, choose_shrinkage, hessian_loss, matched_weight, regularize
 from armor_recipes.solver.normalize import nowag_normalize
 from armor_recipes.solver.patterns import Pattern, index_to_mask, magnitude_mask
 from armor_recipes.solver.result import Factors
@@ -401,3 +401,9 @@ def test_loss_is_the_output_error_of_the_normalised_weight() -> None:
 def test_residual_of_either_problem_is_the_same() -> None:
     problem, factors = hessian_case(13, (8, 8, (4, 4)))
     assert torch.equal(residual(problem, factors), residual(ExactProblem(problem.target), factors))
+
+
+def test_matching_needs_a_positive_definite_gram_matrix() -> None:
+    singular = torch.ones(3, 3)
+    with pytest.raises(NumericalError, match=r"1 of 1 \(3x3, mean diagonal 1\) .*raise `damping` or `shrinkage`"):
+        matched_weight(torch.eye(3), singular, singular, singular)

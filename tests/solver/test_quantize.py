@@ -229,3 +229,11 @@ def test_arguments_that_do_not_fit(options: dict[str, object], says: str) -> Non
         run(factors(), **options)
     with pytest.raises(ValueError, match="second_moment must be"):
         requantize(factors(), torch.ones(8), num_bits=8, iterations=1)
+
+
+def test_gptq_on_inputs_that_are_not_positive_definite_says_what_to_do() -> None:
+    values, mask = torch.ones(2, 2), torch.tensor([[True, True, False, False]]).expand(2, 4)
+    start = round_to_nearest(values, values, num_bits=8, dtype=torch.float32)
+    gram = torch.tensor([[1.0, 2, 0, 0], [2, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    with pytest.raises(NumericalError, match=r"Hessians of rows' kept values: 2 of 2 .*raise `damping` or `shrinkage`"):
+        gptq(values, mask, gram, start)
