@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from armor_recipes.calibration.state import StatisticState
 from armor_recipes.recipe.schema import ModifierConfig
 from armor_recipes.solver.patterns import parse_pattern
 
@@ -113,7 +114,7 @@ class Estimate:
 
 
 class Statistic(Protocol):
-    """Accumulates what a modifier needs of a module's inputs."""
+    """Accumulates what a modifier needs of a module's inputs. Those of `armor_recipes.calibration` will do for most."""
 
     @property
     def name(self) -> str:
@@ -126,13 +127,26 @@ class Statistic(Protocol):
     def update(self, x: Tensor) -> None:
         """Take inputs `(..., I)`; with `propagate: matched` a second tensor, what the dense module reads on the same tokens."""
 
+    def merge(self, other: Self) -> None:
+        """Take all that another one has seen of the same module, after all that this one has; equal pieces in equal order give
+        equal bits. Raises ValueError where the other one is of another kind, module or width.
+        """
+
+    def state(self) -> StatisticState:
+        """All that was seen, bit for bit."""
+
+    def load_state(self, state: StatisticState) -> None:
+        """Go on from what `state` gave, before the first `update`. Raises ValueError where it is of another statistic."""
+
 
 @runtime_checkable
 class KnowsOrigins(Protocol):
     """A statistic that tells windows apart by the dataset that they come from."""
 
-    def expect(self, origins: Sequence[int]) -> None:
-        """Before the first `update`: the number of its dataset for each window to come, in order."""
+    def expect(self, origins: Sequence[int], first: int = 0) -> None:
+        """Before the first `update`: the number of its dataset for each window of the calibration, in order, and the number of the
+        first window to come.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +173,27 @@ class WithGradients:
     def update(self, x: Tensor) -> None:
         """Take inputs."""
         self.inputs.update(x)
+
+    def merge(self, other: WithGradients) -> None:
+        """Merge the input statistics. Raises ValueError where the gradients differ, which are of the whole calibration."""
+        self._check_gradients(other.gradients)
+        self.inputs.merge(other.inputs)
+
+    def state(self) -> StatisticState:
+        """That of the input statistic, with the gradients beside it."""
+        found: StatisticState = self.inputs.state()
+        return replace(found, tensors={**found.tensors, "gradients": self.gradients})
+
+    def load_state(self, state: StatisticState) -> None:
+        """Load the input statistic. Raises ValueError where the gradients differ."""
+        self._check_gradients(state.tensors.get("gradients"))
+        self.inputs.load_state(state)
+
+    def _check_gradients(self, other: Tensor | None) -> None:
+        if other is None or not torch.equal(self.gradients, other.to(self.gradients.device)):
+            raise ValueError(
+                f"the gradients at the outputs of {self.name} differ: they are of other tokens or another model"
+            )
 
     def split(self, rows: Sequence[int]) -> list[WithGradients]:
         """The statistics of modules that were solved stacked, by their numbers of rows."""

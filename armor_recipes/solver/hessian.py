@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -80,7 +80,7 @@ def regular_scale(gram: Tensor, *, damping: float) -> float:
     return float(fill_dead_channels(gram.diagonal().double())[0].mean()) * (1 + damping)
 
 
-def choose_shrinkage(*splits: tuple[Tensor, Tensor]) -> float:
+def choose_shrinkage(splits: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The λ in [0, 1] whose shrunk correlations are closest to those of tokens held out, over all splits.
 
     Minimises `Σ_{i≠j} ((1−λ) R_ij − R'_ij)²` with `R_ij = H_ij / √(h_i h_j)` of the tokens of a split and R' the same of
@@ -88,7 +88,7 @@ def choose_shrinkage(*splits: tuple[Tensor, Tensor]) -> float:
     part. Held-out tokens must be in neither what they are held out for nor any test text.
 
     Args:
-        splits: H `(I, I)` of some tokens and H `(I, I)` of the held-out ones, once or more.
+        splits: H `(I, I)` of some tokens and H `(I, I)` of the held-out ones, once or more; one pair is looked at after the other.
 
     Raises:
         ValueError: shapes that do not fit, or an H that is not symmetric.

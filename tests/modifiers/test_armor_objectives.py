@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +73,14 @@ def test_every_fourth_window_is_held_out() -> None:
         split.update(batch)
         plain.update(batch)
     ((fit, held_out),) = split.splits()
+    found = split.finish()
     others = windows[[0, 1, 2, 4, 5, 6]].flatten(0, 1)
     assert split.tokens == 35
     assert torch.allclose(fit, others.T @ others / 30, rtol=1e-5, atol=1e-6)
     assert torch.allclose(held_out, windows[3].T @ windows[3] / 5)
-    assert torch.allclose(split.value, plain.value, rtol=1e-5, atol=1e-6)
-    assert torch.equal(split.value, split.value.T)
-    assert torch.equal(split.diagonal, split.value.diagonal())
+    assert torch.allclose(found.gram, plain.value, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.gram, found.gram.T)
+    assert (found.tokens, found.choice, found.cross, found.dense) == (35, None, None, None)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -88,7 +93,6 @@ def test_every_dataset_is_held_out_in_turn(origins: tuple[int, ...], batch: int)
     for part in windows.split(batch):
         split.update(part)
     groups = sorted({origin % 4 for origin in origins})
-    assert len(split.splits()) == len(groups)
     for group, (fit, held_out) in zip(groups, split.splits(), strict=True):
         for found, inside in ((held_out, True), (fit, False)):
             rows = windows[[(origin % 4 == group) == inside for origin in origins]].flatten(0, 1)
@@ -97,18 +101,57 @@ def test_every_dataset_is_held_out_in_turn(origins: tuple[int, ...], batch: int)
     assert torch.allclose(split.value, rows.T @ rows / 30, rtol=1e-5, atol=1e-6)
 
 
-def test_shrinkage_is_chosen_again_after_more_windows() -> None:
+def test_shrinkage_is_chosen_once_for_all_who_read_the_same_input() -> None:
+    """Several at once, as threads solve the modules of a layer."""
+    asked: list[int] = []
+
+    def choose(splits: Iterable[tuple[Tensor, Tensor]]) -> float:
+        asked.append(1)
+        time.sleep(0.05)
+        return choose_shrinkage(splits)
+
     modifier = ARMORModifier(ARMORConfig(targets=("Linear",), block_size=4, iterations=1, objective="hessian"))
     shape, weight = ModuleShape("m", 8, 8, 2), torch.eye(8) + 0.1
     windows = torch.randn(8, 5, 8, generator=torch.Generator().manual_seed(6)) + 1
-    statistics = [modifier.statistic(shape) for _ in range(2)]
-    for statistic in statistics:
-        statistic.update(windows[:4])
-    modifier.solve(shape, weight, statistics[0], None)
-    for statistic in statistics:
-        statistic.update(windows[4:])
-    found, expected = (modifier.solve(shape, weight, s, None).measures["shrinkage"] for s in statistics)
-    assert found == expected == choose_shrinkage(*statistics[0].splits())
+    alone, shared = modifier.statistic(shape), SplitGram("m", 8, choose)
+    for statistic in (alone, shared):
+        statistic.update(windows)
+    expected = choose_shrinkage(alone.splits())
+    with ThreadPoolExecutor(3) as pool:
+        results = pool.map(lambda name: modifier.solve(replace(shape, name=name), weight, shared, None), "qkv")
+        assert {result.measures["shrinkage"] for result in results} == {expected}
+    assert len(asked) == 1
+    assert modifier.solve(shape, weight, alone, None).measures["shrinkage"] == expected
+
+
+def test_what_is_finished_takes_nothing_more() -> None:
+    split = SplitGram("m", 6)
+    windows = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(4))
+    split.update(windows, windows)
+    value = split.value
+    found = split.finish()
+    assert split.finish() is found
+    assert torch.equal(found.gram, value)
+    assert split.value is found.gram
+    assert split.tokens == found.tokens == 20
+    for refused in (
+        lambda: split.update(windows),
+        lambda: split.merge(SplitGram("m", 6)),
+        split.state,
+        lambda: [*split.splits()],
+    ):
+        with pytest.raises(RuntimeError, match="the statistic of m is finished"):
+            refused()
+    with pytest.raises(RuntimeError, match="the statistic of m is finished"):
+        SplitGram("m", 6).merge(split)
+
+
+def test_what_cannot_be_finished_can_be_tried_again() -> None:
+    split = SplitGram("m", 6)
+    with pytest.raises(NumericalError, match="no calibration token reached m"):
+        split.finish()
+    split.update(torch.ones(4, 5, 6))
+    assert torch.equal(split.finish().gram, torch.ones(6, 6))
 
 
 def test_rows_that_are_no_windows_and_windows_of_one_dataset_are_parted_by_their_number() -> None:
@@ -120,10 +163,10 @@ def test_rows_that_are_no_windows_and_windows_of_one_dataset_are_parted_by_their
         plain.update(part[None])
         mixed.update(part)
         one.update(part[None])
-    for found in (mixed.splits(), one.splits()):
-        for ours, theirs in zip(found[0], plain.splits()[0], strict=True):
-            assert torch.equal(ours, theirs)
-    assert len(one.splits()) == 1
+    (expected,) = plain.splits()
+    for ((ours, held_out),) in (mixed.splits(), one.splits()):
+        assert torch.equal(ours, expected[0])
+        assert torch.equal(held_out, expected[1])
 
 
 def test_pairs_give_the_cross_moment() -> None:
@@ -131,8 +174,18 @@ def test_pairs_give_the_cross_moment() -> None:
     split = SplitGram("m", 6)
     split.update(x.view(4, 6, 6), dense.view(4, 6, 6))
     h, c, hx = grams(x, dense)
-    for found, true in ((split.value, h), (split.cross, c), (split.dense, hx)):
+    moments = split.finish()
+    for found, true in ((moments.gram, h), (moments.cross, c), (moments.dense, hx)):
         assert torch.allclose(found, true, rtol=1e-4, atol=1e-4)
+
+
+def test_matching_without_pairs_is_an_error() -> None:
+    modifier = ARMORModifier(ARMORConfig(targets=("Linear",), block_size=4, propagate="matched", shrinkage=0.1))
+    shape = ModuleShape("m", 8, 8, 2)
+    statistic = modifier.statistic(shape)
+    statistic.update(torch.ones(4, 5, 8))
+    with pytest.raises(NumericalError, match="no calibration token reached m in both models"):
+        modifier.solve(shape, torch.ones(8, 8), statistic, None)
 
 
 def test_shrinkage_cannot_be_chosen_on_too_few_windows() -> None:
@@ -219,11 +272,11 @@ def test_shrinkage_is_chosen_on_one_kind_of_text_for_the_others(llama: Path, pro
         first, second = (part.T @ part / len(part) for part in parts)
         with session:
             (result,) = session.run().values()
-    expected = choose_shrinkage((second, first), (first, second))
+    expected = choose_shrinkage([(second, first), (first, second)])
     assert result.measures["shrinkage"] == pytest.approx(expected, rel=1e-3)
     every_fourth = SplitGram("m", module.in_features)
     every_fourth.update(seen[0])
-    assert abs(choose_shrinkage(*every_fourth.splits()) - expected) > 0.01
+    assert abs(choose_shrinkage(every_fourth.splits()) - expected) > 0.01
 
 
 GROUPS = {

@@ -332,7 +332,7 @@ def test_gram_matrices_that_cannot_be_used(gram: Tensor, error: type[Exception],
     if error is ValueError and gram.shape != good.shape:
         match = "one shape"
     with pytest.raises(error, match=match):
-        choose_shrinkage((good, gram))
+        choose_shrinkage([(good, gram)])
 
 
 @given(seed=SEEDS)
@@ -345,7 +345,7 @@ def test_chosen_shrinkage_is_the_best_of_a_grid(seed: int) -> None:
     off = ~torch.eye(len(r), dtype=torch.bool)
     grid = torch.linspace(0, 1, 1001, dtype=torch.float64)
     costs = torch.stack([((1 - g) * r - other)[off].square().sum() for g in grid])
-    assert choose_shrinkage((fit, held_out)) == pytest.approx(float(grid[costs.argmin()]), abs=1e-3)
+    assert choose_shrinkage([(fit, held_out)]) == pytest.approx(float(grid[costs.argmin()]), abs=1e-3)
 
 
 def sample_gram(seed: int, tokens: int) -> Tensor:
@@ -357,27 +357,27 @@ def sample_gram(seed: int, tokens: int) -> Tensor:
 
 def test_chosen_shrinkage_at_its_ends() -> None:
     gram = sample_gram(0, 30)
-    assert choose_shrinkage((gram, gram)) == pytest.approx(0, abs=1e-12)
-    assert choose_shrinkage((gram, torch.diag(gram.diagonal()))) == 1
-    assert choose_shrinkage((gram, 2 * torch.diag(gram.diagonal()) - gram)) == 1
-    assert choose_shrinkage((torch.diag(gram.diagonal()), gram)) == 1
+    assert choose_shrinkage([(gram, gram)]) == pytest.approx(0, abs=1e-12)
+    assert choose_shrinkage([(gram, torch.diag(gram.diagonal()))]) == 1
+    assert choose_shrinkage([(gram, 2 * torch.diag(gram.diagonal()) - gram)]) == 1
+    assert choose_shrinkage([(torch.diag(gram.diagonal()), gram)]) == 1
     dead = gram.index_fill(0, torch.tensor(3), 0).index_fill(1, torch.tensor(3), 0)
-    assert choose_shrinkage((dead, dead)) == pytest.approx(0, abs=1e-12)
+    assert choose_shrinkage([(dead, dead)]) == pytest.approx(0, abs=1e-12)
 
 
 def test_splits_count_together() -> None:
     """By the squares of all: the best λ of both lies between those of each."""
     splits = [(sample_gram(seed, 20), sample_gram(seed + 1, tokens)) for seed, tokens in ((0, 30), (5, 300))]
-    first, second = (choose_shrinkage(split) for split in splits)
-    assert choose_shrinkage(*splits) == pytest.approx(choose_shrinkage(*reversed(splits)))
-    assert min(first, second) < choose_shrinkage(*splits) < max(first, second)
-    assert choose_shrinkage(splits[0], splits[0]) == pytest.approx(first)
+    first, second = (choose_shrinkage([split]) for split in splits)
+    assert choose_shrinkage(splits) == pytest.approx(choose_shrinkage(reversed(splits)))
+    assert min(first, second) < choose_shrinkage(splits) < max(first, second)
+    assert choose_shrinkage([splits[0], splits[0]]) == pytest.approx(first)
 
 
 def test_fewer_tokens_are_shrunk_more() -> None:
     held_out = sample_gram(100, 4000)
     found = [
-        sum(choose_shrinkage((sample_gram(seed, tokens), held_out)) for seed in range(20)) / 20
+        sum(choose_shrinkage([(sample_gram(seed, tokens), held_out)]) for seed in range(20)) / 20
         for tokens in (20, 80, 320)
     ]
     assert found[0] > found[1] > found[2] > 0

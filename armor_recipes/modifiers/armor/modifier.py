@@ -6,9 +6,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from armor_recipes.calibration.statistics import InputSecondMoment, SplitGram
+from armor_recipes.calibration.split import GramMoments, SplitGram
+from armor_recipes.calibration.statistics import InputSecondMoment
 from armor_recipes.errors import NumericalError, PlanError
 from armor_recipes.modifiers.armor.config import ARMORConfig
 from armor_recipes.modifiers.base import Estimate, ModuleShape, SolveProgress, WithGradients
@@ -85,8 +87,9 @@ class ARMORModifier(Modifier[ARMORConfig]):
 
     def statistic(self, module: ModuleShape) -> InputSecondMoment | SplitGram:
         """h: the mean of x² over the calibration tokens, `(I,)`; or the means of all products of two channels."""
-        kind = SplitGram if self.config.needs_gram else InputSecondMoment
-        return kind(module.name, module.d_in)
+        if not self.config.needs_gram:
+            return InputSecondMoment(module.name, module.d_in)
+        return SplitGram(module.name, module.d_in, choose_shrinkage if self.config.shrinkage == "auto" else None)
 
     def solve(
         self,
@@ -196,12 +199,11 @@ class _Moments:
             return replace(found, counts=counts, row_weights=weights)
         if isinstance(statistic, InputSecondMoment):
             return cls(statistic.value.to(device), config.damping, {}, {})
-        gram = statistic.value.to(device)
-        shrinkage = _chosen_shrinkage(statistic) if config.shrinkage == "auto" else config.shrinkage
+        seen = statistic.finish()
+        gram = seen.gram.to(device)
+        shrinkage = _chosen_shrinkage(statistic.name, seen) if config.shrinkage == "auto" else config.shrinkage
         regular, dead = regularize(gram, shrinkage=shrinkage, damping=config.damping)
-        pairs = (
-            (statistic.cross.to(device), statistic.dense.to(device)) if config.propagate == "matched" else (None, None)
-        )
+        pairs = _pairs(statistic.name, seen, device) if config.propagate == "matched" else (None, None)
         counts = {"dead_channels": dead} if dead else {}
         return cls(
             gram.diagonal().contiguous(), config.damping, counts, {"shrinkage": shrinkage}, gram, regular, *pairs
@@ -215,16 +217,20 @@ class _Moments:
         return matched_weight(weight.float(), self.gram, self.cross, unscaled)
 
 
-def _chosen_shrinkage(statistic: SplitGram) -> float:
-    if statistic.shrinkage is None:
-        splits = statistic.splits()
-        if not splits:
-            raise NumericalError(
-                f"{statistic.name}: `shrinkage: auto` cannot be chosen on fewer than 4 calibration windows: raise "
-                "`calibration.samples`, or set `shrinkage` to a number from 0 to 1"
-            )
-        statistic.shrinkage = choose_shrinkage(*splits)
-    return statistic.shrinkage
+def _chosen_shrinkage(name: str, seen: GramMoments) -> float:
+    if seen.choice is None:
+        raise NumericalError(
+            f"{name}: `shrinkage: auto` cannot be chosen on fewer than 4 calibration windows: raise "
+            "`calibration.samples`, or set `shrinkage` to a number from 0 to 1"
+        )
+    return seen.choice
+
+
+def _pairs(name: str, seen: GramMoments, device: torch.device) -> tuple[Tensor, Tensor]:
+    """C and XXᵀ/n."""
+    if seen.cross is None or seen.dense is None:
+        raise NumericalError(f"no calibration token reached {name} in both models, which `propagate: matched` compares")
+    return seen.cross.to(device), seen.dense.to(device)
 
 
 def _no_fit(module: ModuleShape, asked: object, group: int) -> str:
