@@ -76,3 +76,16 @@ def test_no_token_at_all():
 def test_a_wrong_width(shape):
     with pytest.raises(ValueError, match=r"inputs of m .* must be 3"):
         InputSecondMoment("m", 3).update(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (1, 9000), (700, 5), (700, 1537), (2500, 1537), (4096, 1001), (9000, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("strided", [False, True])
+def test_blocks_of_columns_do_not_show_in_a_single_bit(shape, dtype, strided):
+    x = torch.randn(shape[0], 2 * shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x[:, : shape[1]] if strided else x[:, : shape[1]].contiguous()
+    before = x.clone()
+    moment = InputSecondMoment("m", shape[1])
+    moment.update(x)
+    assert torch.equal(moment.state().tensors["sum"], x.double().square().sum(0))
+    assert torch.equal(x, before)
