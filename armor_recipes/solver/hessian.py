@@ -120,8 +120,10 @@ def matched_weight(weight: Tensor, gram: Tensor, cross: Tensor, regular: Tensor)
     Solved in float64. Raises NumericalError where G is not positive definite.
     """
     g = regular.double()
+    inputs = cross.to(torch.float64, copy=True).add_(g).sub_(gram.double())  # in place: these are the largest there are
+    right = (weight.double() @ inputs).T
+    del inputs
     factor, _ = cholesky(g, what="regularised Gram matrices of the inputs", advice="raise `damping` or `shrinkage`")
-    right = (weight.double() @ (cross.double() + g - gram.double())).T
     return torch.cholesky_solve(right, factor).T.to(weight.dtype).contiguous()
 
 

@@ -36,8 +36,11 @@ _PRODUCTS = {"exact": 15, "adam": 7}
 _WORKING_COPIES = 14
 #: Products of an (O, I) matrix with G in one cycle of `hessian`: for the sweep, A, B and the loss.
 _GRAM_PRODUCTS = 4
-#: Gram matrices in float64 that there are at most: four parts, all together, two copies in a solve; for `matched` C and XXᵀ/n.
-_GRAMS, _MATCHED_GRAMS = 7, 2
+#: (I, I) float32 matrices, a float64 one as two, until a statistic is finished: four parts, their sum, what is left of it
+#: without one (all float64), H, and two splits; for `matched` C and XXᵀ/n in float64 besides.
+_FINISHING, _MATCHED_FINISHING = 17, 4
+#: In a solve after that: H, G, and one of them in float64; for `matched` C and XXᵀ/n besides.
+_SOLVING, _MATCHED_SOLVING = 4, 2
 
 
 @register
@@ -60,17 +63,23 @@ class ARMORModifier(Modifier[ARMORConfig]):
         flops *= module.d_out * module.d_in * (b_o + b_i)
         if self.config.objective == "hessian":
             flops += 2.0 * self.config.iterations * _GRAM_PRODUCTS * module.d_out * module.d_in**2
-        working = _WORKING_COPIES * module.d_out * module.d_in * 4
-        if self.config.needs_gram:
-            working += 8 * module.d_in**2 * (_GRAMS + _MATCHED_GRAMS * (self.config.propagate == "matched"))
         return Estimate(
             stored_bytes=core_bytes + factor_bytes,
             factor_bytes=factor_bytes,
             block_size=(b_o, b_i),
             flops=flops,
-            peak_bytes=working,
+            peak_bytes=self._peak_bytes(module),
             stored_as="packed" if packed else "dense",
         )
+
+    def _peak_bytes(self, module: ModuleShape) -> int:
+        """The more of what finishing the statistic takes, and what solving with it does."""
+        working = _WORKING_COPIES * module.d_out * module.d_in * 4
+        if not self.config.needs_gram:
+            return working
+        gram, matched = 4 * module.d_in**2, self.config.propagate == "matched"
+        finishing = gram * (_FINISHING + _MATCHED_FINISHING * matched)
+        return max(finishing, working + gram * (_SOLVING + _MATCHED_SOLVING * matched))
 
     @property
     def needs_gradients(self) -> bool:
