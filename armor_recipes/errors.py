@@ -38,7 +38,13 @@ class CheckpointError(InputError):
 
 
 class VerificationError(ArmorError):
-    """What was written does not read back as what was meant, or a lock does not match."""
+    """What was written does not read back as what was meant."""
+
+    exit_code = 6
+
+
+class LockedError(ArmorError):
+    """Another run is writing to the same output."""
 
     exit_code = 6
 

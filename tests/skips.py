@@ -17,6 +17,7 @@ EXPECTED = (
     r"models/[\w.-]+ was not fetched; the recipe itself is checked above",
     r"set ARMOR_LEGACY_PYTHON to a Python with .*",
     r"this user may read everything",
+    r"this user may mount nothing",
     r"torch runs on another OpenMP here, or none",
     r"no fork here",
     r"less than 10 GB of disk are free",

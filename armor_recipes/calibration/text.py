@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin:"
 RANDOM_TOKENS = "builtin:random-tokens"
+_SOON_READ = 100_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -99,6 +100,18 @@ def _cells(dataset: str, split: str, column: Column) -> Iterable[Cell]:
         return builtin_rows(dataset, column)
     path = local_path(dataset)
     return read_hub(dataset, split, column) if path is None else read_path(path, column)
+
+
+def is_soon_read(dataset: str) -> bool:
+    """Whether reading a dataset takes no more than seconds: a text inside the package, or local files that are not large."""
+    if dataset.startswith(BUILTIN):
+        return True
+    try:
+        path = local_path(dataset)
+        files = [] if path is None else [path, *path.rglob("*")]
+        return path is not None and sum(file.stat().st_size for file in files if file.is_file()) <= _SOON_READ
+    except (InputError, OSError):
+        return True  # which reading it tells
 
 
 def local_path(dataset: str) -> Path | None:

@@ -31,6 +31,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG_FILE)
 
 
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file, or leave what is there: an error on the way, a full disk say, leaves no part of it."""
+    beside = file.with_name(f".{file.name}")
+    try:
+        beside.write_bytes(content)
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def read_header(folder: Path) -> dict[str, TensorInfo]:
     """Map tensor name → what its file's header says, over all shards, sorted.
 

@@ -21,15 +21,16 @@ import os
 import re
 import secrets
 import shutil
-import socket
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from armor_recipes.compute import is_out_of_memory
+from armor_recipes.checkpoint.lock import has_ended, host
 from armor_recipes.errors import ArmorError, RecipeError, ResourceError
+from armor_recipes.exhaustion import is_disk_full, is_out_of_memory
 
 _MANIFEST, _CONFIG = "armor_manifest.json", "config.json"
 #: What `save_pretrained` of models, tokenizers and processors writes.
@@ -64,7 +65,8 @@ _OF_OLD_MANIFESTS = ("README.md", "recipe.yaml", "report.json", _MANIFEST, "LICE
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+#: The attribute of an error that names a temporary folder which is not to be removed.
+_KEPT = "kept_folder"
 
 
 @contextmanager
@@ -72,7 +74,7 @@ def staged(path: Path, *, overwrite: bool, precious: Mapping[str, Path] | None =
     """Yield an empty temporary folder that becomes `path` when the block ends well and vanishes when it does not.
 
     A missing or empty folder at `path` is always filled. Links in `path` are followed: what they point to is replaced. See
-    `check_destination` for what never is.
+    `check_destination` for what never is. A folder that cannot be put in its place once the block has ended is kept beside it.
 
     Raises:
         RecipeError: if something is at `path` already and `overwrite` is false, or it must not be replaced.
@@ -87,38 +89,92 @@ def staged(path: Path, *, overwrite: bool, precious: Mapping[str, Path] | None =
         staging.mkdir()
         try:
             yield staging
-            _flush(staging)
-            _replace(staging, target, overwrite=overwrite, precious=precious)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            with kept_aside(staging, target):
+                _flush(staging)
+                _replace(staging, target, overwrite=overwrite, precious=precious)
+                shutil.rmtree(staging, ignore_errors=True)  # what was replaced
+        except BaseException as error:
+            if getattr(error, _KEPT, None) != staging:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def tried(path: Path) -> Iterator[Path]:
+    """Yield an empty folder where `staged` will make its own, to try there what is to be done at the end; it vanishes.
+
+    Raises RecipeError where no such folder can be made.
+    """
+    target = path.resolve()
+    folder = _sibling(target, "tmp")
+    try:
+        folder.mkdir()
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise RecipeError(
+            f"output.path {path}: {folder}, in which it is written first, cannot be made ({error.strerror}): choose another"
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def kept_aside(folder: Path, output: Path) -> Iterator[None]:
-    """Keep a folder that is written in full beside `output`, as `NAME.unverified`, where what follows goes wrong.
+    """Keep a folder in which the weights are written in full beside `output`, as `NAME.unverified`, where what follows goes wrong.
 
-    The error says where it is. Out of memory is a ResourceError.
+    The error says where it is, and whether more than the weights is there. What ran out is a ResourceError.
     """
+    before = _identity(folder)
     try:
         yield
     except BaseException as error:
-        aside = _free_sibling(output.resolve(), "unverified")
-        with contextlib.suppress(OSError):
-            _flush(folder)
-        folder.rename(aside)
-        kept = f"what was written is complete and kept in {aside}"
+        target, now = output.resolve(), _identity(folder)
+        if _identity(target) == before:
+            said = f"the new checkpoint is complete and in its place, {target}"
+        elif now != before:
+            raise
+        else:
+            said = _kept(folder, target, error)
         if isinstance(error, ArmorError):
-            raise type(error)(f"{error}; {kept}") from error
-        if is_out_of_memory(error) or _is_disk_full(error):
+            raise _with_mark(type(error)(f"{error}; {said}"), error) from error
+        if is_out_of_memory(error) or is_disk_full(error):
             what = "out of memory" if is_out_of_memory(error) else "no space left on the disk"
-            raise ResourceError(f"{what} after the checkpoint was written: {error}; {kept}") from error
-        error.add_note(kept)
+            raise _with_mark(ResourceError(f"{what} after the weights were written: {error}; {said}"), error) from error
+        error.add_note(said)
         raise
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    """Whether an error means a full disk, told by errno or (safetensors, tokenizers) by the text alone."""
-    return getattr(error, "errno", None) in _OUT_OF_SPACE or "os error 28" in str(error)
+def _kept(folder: Path, target: Path, error: BaseException) -> str:
+    """Move a folder beside its place, or leave it where it is if that cannot be; says which."""
+    whole = "tensors" in _json_object(folder / _MANIFEST)
+    kept = "what was written is complete and kept in" if whole else "the weights, written in full, are kept in"
+    aside = _free_sibling(target, "unverified")
+    with contextlib.suppress(OSError):
+        _flush(folder)
+    try:
+        folder.rename(aside)
+    except OSError:
+        setattr(error, _KEPT, folder)
+        return f"{kept} {folder}: move that away before the next run on {target}, which would remove it"
+    return f"{kept} {aside}"
+
+
+def _with_mark(error: ArmorError, cause: BaseException) -> ArmorError:
+    """The error, marked as its cause is."""
+    setattr(error, _KEPT, getattr(cause, _KEPT, None))
+    return error
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What a folder stays through all renames; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _free_sibling(target: Path, suffix: str) -> Path:
@@ -151,6 +207,7 @@ def check_destination(path: Path, *, overwrite: bool, precious: Mapping[str, Pat
     if not overwrite:
         raise RecipeError(f"output.path {path} exists: pass --overwrite to replace it, or choose another path")
     _check_ours(path, target)
+    _check_movable(path, target)
 
 
 def _check_ours(path: Path, target: Path) -> None:
@@ -170,6 +227,16 @@ def _check_ours(path: Path, target: Path) -> None:
                 f"output.path {path} holds {name}, which neither this tool nor save_pretrained wrote, so --overwrite does not "
                 "delete the folder. Choose another path, or move what is yours out of it"
             )
+
+
+def _check_movable(path: Path, target: Path) -> None:
+    """Raise RecipeError for another user's folder in a sticky one (`/tmp`), where only owners may rename."""
+    parent = target.parent.stat()
+    owners = (0, parent.st_uid, target.stat().st_uid)
+    if os.name == "posix" and parent.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
+        raise RecipeError(
+            f"output.path {path} belongs to another user, and in {target.parent} only owners may rename one: choose another path"
+        )
 
 
 def files_below(folder: Path) -> Iterator[str]:
@@ -193,7 +260,7 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 
 def recover(path: Path) -> None:
-    """Finish what dead processes of this host left beside `path`: move a displaced old folder back, remove the rest."""
+    """Finish what dead processes of this host left beside `path`: move a displaced old folder back, remove what can be removed."""
     target = path.resolve()
     leftovers = [folder for folder in _siblings(target) if _owner_is_dead(folder)]
     displaced = [folder for folder in leftovers if folder.name.startswith(f".{target.name}.old-")]
@@ -201,7 +268,7 @@ def recover(path: Path) -> None:
         displaced[0].rename(target)
     for folder in leftovers:
         if folder.exists():
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another user's may stay
 
 
 def _replace(staging: Path, target: Path, *, overwrite: bool, precious: Mapping[str, Path] | None) -> None:
@@ -269,19 +336,11 @@ def _siblings(target: Path) -> list[Path]:
 
 def _owner_is_dead(folder: Path) -> bool:
     match = re.search(rf"\.(?:tmp|old)-{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}$", folder.name)
-    if match is None or os.name == "nt":  # on Windows signal 0 is no question but Ctrl+C
-        return False
-    try:
-        os.kill(int(match[1]), 0)
-    except (ProcessLookupError, OverflowError):  # nobody has this number, or nobody can
-        return True
-    except OSError:
-        return False  # it lives, and belongs to somebody else
-    return False
+    return match is not None and has_ended(int(match[1]))
 
 
 def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname()) or "host"
+    return re.sub(r"[^A-Za-z0-9]", "_", host())
 
 
 @contextmanager
@@ -290,7 +349,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, ArmorError) or not _is_disk_full(error):
+        if isinstance(error, ArmorError) or not is_disk_full(error):
             raise
         free = "unknown"
         with contextlib.suppress(OSError):

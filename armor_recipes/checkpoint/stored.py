@@ -29,10 +29,11 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a file: its dtype (None for one that is no ordinary float) and shape."""
+    """A tensor of a file: its dtype (None for one that is no ordinary float), shape and bytes."""
 
     dtype: torch.dtype | None
     shape: tuple[int, ...]
+    nbytes: int
 
 
 class StoredTensors:
@@ -49,7 +50,7 @@ class StoredTensors:
         self._pickled: Mapping[str, Path] = {}
         if (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists():
             self._headers = read_header(folder)
-            self.tensors = {n: StoredTensor(_DTYPES.get(i.dtype), i.shape) for n, i in self._headers.items()}
+            self.tensors = {n: StoredTensor(_DTYPES.get(i.dtype), i.shape, i.nbytes) for n, i in self._headers.items()}
         else:
             self._pickled, self.tensors = _pickled(folder)
 
@@ -77,7 +78,7 @@ def _pickled(folder: Path) -> tuple[dict[str, Path], dict[str, StoredTensor]]:
         for name, tensor in _load_bin(file, "meta").items():
             if isinstance(tensor, Tensor):
                 dtype = tensor.dtype if tensor.dtype in _DTYPES.values() else None
-                places[name], tensors[name] = file, StoredTensor(dtype, tuple(tensor.shape))
+                places[name], tensors[name] = file, StoredTensor(dtype, tuple(tensor.shape), tensor.nbytes)
     return places, tensors
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from armor_recipes.checkpoint.companions import without_missing_code
-from armor_recipes.checkpoint.config import INPUT_FACTOR, VALUES, named_tensors, quantization_config
-from armor_recipes.checkpoint.files import CONFIG_FILE, INDEX_FILE, read_header, read_tensor
+from armor_recipes.checkpoint.config import INPUT_FACTOR, VALUES, LayerSpec, named_tensors, quantization_config
+from armor_recipes.checkpoint.files import CONFIG_FILE, INDEX_FILE, read_header, read_tensor, write_whole
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.reader import check_folder
@@ -40,8 +40,6 @@ def write_checkpoint(
     *,
     dtype: torch.dtype,
     dtypes: Mapping[str, torch.dtype] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    files: Mapping[str, bytes] | None = None,
     base_config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
@@ -54,8 +52,6 @@ def write_checkpoint(
         destination: an empty folder, see `armor_recipes.checkpoint.staging`.
         dtype: what config.json names, and what the layers must be packed in.
         dtypes: of float tensors on disk, by their names in the model; those that it does not name are in `dtype`.
-        tokenizer: saved beside the model.
-        files: further files, name → content; one that saving has written already is left alone.
         base_config: the source's config.json, of which keys are kept that saving forgets.
         max_shard_bytes: larger models are split into several files.
 
@@ -70,33 +66,73 @@ def write_checkpoint(
     with _config_for_saving(model, config):
         model.save_pretrained(destination, state_dict=state, max_shard_size=max_shard_bytes)
     _finish_config(destination / CONFIG_FILE, tuple(model.config.sub_configs), dtype, base_config or {})
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(destination))
-    for name, content in sorted((files or {}).items()):
-        if not (destination / name).exists():
-            (destination / name).parent.mkdir(exist_ok=True)
-            (destination / name).write_bytes(content)
-    _without_missing_code(destination)
     check_folder(destination)
 
 
-def carry_over(folder: Path, source: StoredTensors) -> tuple[str, ...]:
-    """Add to a written folder what the source's files hold and the folder does not, as it is; returns the names, sorted.
+def write_configs(
+    model: PreTrainedModel,
+    layers: Mapping[str, LayerSpec],
+    destination: Path,
+    *,
+    dtype: torch.dtype,
+    base_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what `write_checkpoint` does but for the weights, of which none is read: the model may be on the meta device.
+
+    Raises as it does for the layers, and whatever transformers raises for a configuration that it does not save.
+    """
+    check_layers(model, layers)
+    config = quantization_config(layers, _dense_linears(model, layers)) if layers else None
+    with _config_for_saving(model, config):
+        model.config.save_pretrained(destination)
+        if model.can_generate():
+            model.generation_config.save_pretrained(destination)
+    _finish_config(destination / CONFIG_FILE, tuple(model.config.sub_configs), dtype, base_config or {})
+
+
+def write_beside(
+    destination: Path, files: Mapping[str, bytes], *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Add to a folder what lies beside the weights: the tokenizer, and files, name → content.
+
+    One that is there already is left alone. JSON files lose an `auto_map` whose Python files did not come along. Raises what the
+    tokenizer raises.
+    """
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(destination))
+    for name, content in sorted(files.items()):
+        if not (destination / name).exists():
+            (destination / name).parent.mkdir(exist_ok=True)
+            write_whole(destination / name, content)
+    _without_missing_code(destination)
+
+
+def left_behind(folder: Path, source: StoredTensors) -> tuple[str, ...]:
+    """Names of the tensors that the source's files hold and a written folder does not, sorted.
 
     Tensors of no module: further layers, heads or towers that the architecture's class leaves alone, or a tied weight that is
     stored twice.
     """
-    written = StoredTensors(folder)
-    missing = sorted(source.tensors.keys() - written.tensors.keys())
-    if missing:
-        header = read_header(folder)
-        last = max(info.file for info in header.values())
-        held = {name: read_tensor(header, name) for name, info in header.items() if info.file == last}
-        added = {name: source.read(name).contiguous() for name in missing}
-        save_file({**held, **added}, last, metadata={"format": "pt"})
-        _list_in_index(folder / INDEX_FILE, added, last.name)
-        check_folder(folder)
-    return tuple(missing)
+    return tuple(sorted(source.tensors.keys() - StoredTensors(folder).tensors.keys()))
+
+
+def carry_over(folder: Path, source: StoredTensors, names: Sequence[str]) -> None:
+    """Add tensors of the source's files to a written folder, as they are.
+
+    The file that takes them is written anew beside itself, so that a full disk costs none of its tensors.
+    """
+    header = read_header(folder)
+    last = max(info.file for info in header.values())
+    held = {name: read_tensor(header, name) for name, info in header.items() if info.file == last}
+    added = {name: source.read(name).contiguous() for name in names}
+    grown = last.with_name(f".{last.name}")
+    try:
+        save_file({**held, **added}, grown, metadata={"format": "pt"})
+        grown.replace(last)
+    finally:
+        grown.unlink(missing_ok=True)
+    _list_in_index(folder / INDEX_FILE, added, last.name)
+    check_folder(folder)
 
 
 def _list_in_index(file: Path, added: Mapping[str, Tensor], shard: str) -> None:
@@ -107,7 +143,7 @@ def _list_in_index(file: Path, added: Mapping[str, Tensor], shard: str) -> None:
     size = index.get("metadata", {}).get("total_size")
     if isinstance(size, int):
         index["metadata"]["total_size"] = size + sum(tensor.nbytes for tensor in added.values())
-    file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_whole(file, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
 
 
 def check_layers(model: PreTrainedModel, layers: Mapping[str, object]) -> None:
@@ -167,7 +203,7 @@ def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def _dense_linears(model: PreTrainedModel, layers: Mapping[str, PackedLinear]) -> list[str]:
+def _dense_linears(model: PreTrainedModel, layers: Mapping[str, object]) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
 
 
@@ -234,7 +270,10 @@ def _without_missing_code(folder: Path) -> None:
     """Take `auto_map` out of JSON files beside config.json whose Python files did not come along."""
     names = {path.name for path in folder.iterdir()}
     for file in sorted(folder.glob("*config.json")):
-        config = read_json(file)
+        try:
+            config = read_json(file)
+        except CheckpointError:  # it came like that, and names no file
+            continue
         kept = without_missing_code(config, names)
         if kept != config and file.name != CONFIG_FILE:
             file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -21,7 +21,8 @@ Examples:  armor-apply quickstart  |  armor-apply my.yaml --plan  |  armor-apply
 |  armor-apply my.yaml --set prune_stage.armor_modifiers.ARMORModifier.block_size=32
 
 Exit codes: 0 done, 1 a bug here, 2 recipe or usage, 3 plan refused, 4 numerical failure, 5 input or checkpoint unreadable,
-6 verification mismatch, 7 disk or memory, 8 quality gate, 129 terminal closed, 130 interrupted, 143 terminated.
+6 verification mismatch or another run on the output, 7 disk or memory, 8 quality gate, 129 terminal closed, 130 interrupted,
+143 terminated.
 """
 
 
@@ -76,7 +77,7 @@ def apply_command(
     with progress_view(err, quiet=quiet) as view:
         result = execute(job, overwrite=overwrite, observer=view)
     if report is not None:
-        write_report(report, result.report)
+        write_report(report, result.report, output=result.output)
     if as_json:
         print(json.dumps(result_json(result), indent=2))
     elif not quiet:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import EDQUOT, EFBIG, ENOMEM, ENOSPC
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -18,12 +16,9 @@ import typer
 
 from armor_recipes.cli.streams import flush, patient_output
 from armor_recipes.errors import ArmorError, ResourceError
+from armor_recipes.exhaustion import what_ran_out
 
 INTERRUPTED, TERMINATED, HUNG_UP, BUG, USAGE = 130, 143, 129, 1, 2
-_FULL = (ENOSPC, EDQUOT, EFBIG)
-#: How errors of torch and of libraries written in Rust tell what they have no class for.
-_NO_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|[Cc]annot allocate memory|ALLOC_FAILED")
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class TerminatedError(BaseException):
@@ -98,7 +93,7 @@ def _code_of(error: BaseException) -> int:
     """Say what ended the command, and return its exit code."""
     match error:
         case ArmorError():
-            return _complain(f"error: {error}", ResourceError.exit_code if _ran_out(error) else error.exit_code)
+            return _complain(f"error: {error}", ResourceError.exit_code if what_ran_out(error) else error.exit_code)
         case KeyboardInterrupt():
             return _complain(f"interrupted; {_left(error)}", INTERRUPTED)
         case TerminatedError():
@@ -109,7 +104,7 @@ def _code_of(error: BaseException) -> int:
                 f"{_left(error)}. Mend or uninstall the plug-in or library that did",
                 BUG,
             )
-    what = _ran_out(error)
+    what = what_ran_out(error)
     if what:
         return _complain(f"error: {what}", ResourceError.exit_code)
     traceback.print_exception(error)
@@ -118,23 +113,7 @@ def _code_of(error: BaseException) -> int:
 
 def _left(error: BaseException) -> str:
     """What an end leaves behind: nothing, or what a note of the error names."""
-    return "; ".join(["nothing half-written was left behind", *getattr(error, "__notes__", ())])
-
-
-def _ran_out(error: BaseException | None) -> str:
-    """What disk or memory ran out, in a sentence, if that is why `error` was raised; else nothing."""
-    while error is not None:
-        told = _OS_ERROR.search(str(error))
-        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-        if number in _FULL:
-            where = getattr(error, "filename", None) or "the output or of the cache"
-            return f"no space left on the disk of {where} ({error}): free some and run again"
-        short = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))  # torch.OutOfMemoryError is one, too
-        if isinstance(error, MemoryError) or number == ENOMEM or short:
-            said = str(error) or type(error).__name__
-            return f"out of memory ({said}): lower calibration samples or batch_size, or use a larger machine"
-        error = error.__cause__
-    return ""
+    return "; ".join(getattr(error, "__notes__", ())) or "nothing half-written was left behind"
 
 
 def _place(error: BaseException) -> str:

@@ -59,7 +59,7 @@ def evaluate(
     on_progress: OnProgress | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model on the text that the spec names. Raises InputError and NumericalError."""
-    windows = evaluation_windows(spec, tokenizer, vocab_size=_vocab_size(model))
+    windows = evaluation_windows(spec, tokenizer, vocab_size=vocabulary(model))
     return measure(model, windows, batch_size=batch_size, on_progress=on_progress)
 
 
@@ -133,7 +133,7 @@ def window_losses(
     count, length = windows.shape
     if count < 1 or length < 2:
         raise InputError(f"perplexity needs at least one window of two tokens; got {count} of {length}")
-    vocab_size = _vocab_size(model)
+    vocab_size = vocabulary(model)
     if vocab_size is not None:
         check_vocabulary(windows, vocab_size, "the evaluation text")
     losses = []
@@ -183,7 +183,7 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _vocab_size(model: nn.Module) -> int | None:
+def vocabulary(model: nn.Module) -> int | None:
     """Rows of the input embedding; None for a model that does not tell."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embeddings, "weight", None)

@@ -9,6 +9,7 @@ from torch import nn
 
 from armor_recipes.checkpoint.export import Exported, Source, Target, export
 from armor_recipes.checkpoint.files import read_config
+from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import check_destination, staged
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import PlanError, RecipeError
@@ -24,19 +25,23 @@ def export_folder(folder: Path, destination: Path, *, to: Target, overwrite: boo
 
     Raises:
         RecipeError: if something is at `destination` and `overwrite` is false, or the two folders overlap.
+        LockedError: if another run is writing there.
+        ResourceError: if the disk runs full.
         PlanError: if there is nothing to convert, or the format cannot hold it.
         CheckpointError: if `folder` is damaged.
     """
     folder, destination = user_path(folder), user_path(destination)
-    check_destination(destination, overwrite=overwrite, precious={"the checkpoint that is exported": folder})
+    precious = {"the checkpoint that is exported": folder}
+    check_destination(destination, overwrite=overwrite, precious=precious)
     if folder.resolve().is_relative_to(destination.resolve()) or destination.resolve().is_relative_to(folder.resolve()):
         raise RecipeError(f"{destination} and {folder} lie one in the other: choose another folder to write to")
-    quantization = read_config(folder).get("quantization_config")
-    linears = _linears(folder) if quantization is None else frozenset[str]()
-    source = Source.open(folder, linears)
-    ignore = linears - source.specs.keys() if quantization is None else _ignored(quantization)
-    with staged(destination, overwrite=overwrite) as staging:
-        return export(source, staging, to=to, ignore=ignore)
+    with locked(destination):
+        quantization = read_config(folder).get("quantization_config")
+        linears = _linears(folder) if quantization is None else frozenset[str]()
+        source = Source.open(folder, linears)
+        ignore = linears - source.specs.keys() if quantization is None else _ignored(quantization)
+        with staged(destination, overwrite=overwrite, precious=precious) as staging:
+            return export(source, staging, to=to, ignore=ignore)
 
 
 def _linears(folder: Path) -> frozenset[str]:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from armor_recipes import builtin
 from armor_recipes.checkpoint.files import read_config
 from armor_recipes.checkpoint.stored import StoredTensors
 from armor_recipes.errors import InputError, PlanError
+from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.names import stored_names
 from armor_recipes.model.facts import ModelFacts, facts_of
 from armor_recipes.paths import user_path
@@ -41,6 +49,8 @@ class ModelSource:
     compute_dtype: torch.dtype
     asked_dtype: torch.dtype | None = None
     """What the recipe says that tensors are stored in; None where each keeps its own."""
+    _read: dict[Path, StoredTensors] = field(default_factory=dict, repr=False, compare=False)
+    """Headers that were read. A folder that holds no weights yet, of a hub model that is still to come, is asked again."""
 
     @property
     def facts(self) -> ModelFacts:
@@ -67,6 +77,20 @@ class ModelSource:
     def files(self) -> Path | None:
         """The folder that the model's files lie in: the local one, or what the hub's cache has of it; None without either."""
         return self.folder or _cached_snapshot(self.location, self.revision)
+
+    def stored(self) -> StoredTensors | None:
+        """What tensors the files hold, asked of them once; None where there are none, or of another kind (GGUF).
+
+        Raises InputError where they are damaged.
+        """
+        folder = self.files
+        if folder is None:
+            return None
+        found = self._read.get(folder) or StoredTensors(folder)
+        if not found.tensors:
+            return None
+        self._read[folder] = found
+        return found
 
 
 def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = False) -> ModelSource:
@@ -101,7 +125,7 @@ def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = Fals
         compute = _DTYPES[spec.compute_dtype]
     else:
         compute = torch.float32 if device.type == "cpu" else stored
-    return ModelSource(location, spec.revision, config, stored, compute, asked)
+    return replace(source, stored_dtype=stored, compute_dtype=compute)
 
 
 def _written_dtype(source: ModelSource, name: str) -> torch.dtype:
@@ -109,15 +133,13 @@ def _written_dtype(source: ModelSource, name: str) -> torch.dtype:
 
     Raises InputError for a hub model whose files cannot be asked.
     """
-    folder = source.folder
-    if folder is not None:
-        return StoredTensors(folder).dtype or torch.float32
+    stored = source.stored()
+    if source.folder is not None:
+        return (None if stored is None else stored.dtype) or torch.float32
     from huggingface_hub import get_safetensors_metadata
 
-    cached = source.files
-    found = None if cached is None else StoredTensors(cached).dtype
-    if found is not None:
-        return found
+    if stored is not None and stored.dtype is not None:
+        return stored.dtype
     try:
         counts = get_safetensors_metadata(source.location, revision=source.revision).parameter_count
     except Exception as error:  # the hub client raises errors of many libraries, without a common base
@@ -236,12 +258,12 @@ def written_dtypes(model: PreTrainedModel, source: ModelSource) -> dict[str, tor
     asked = source.asked_dtype
     kept = None if asked is None else kept_in_float32(model, asked)
     floats = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
-    files = source.files
-    stored = {} if files is None else StoredTensors(files).tensors
+    there = source.stored()
+    stored = {} if there is None else there.tensors
     names = stored_names(model)
     found = {}
     for name in floats:
-        dtypes = {stored[there].dtype for there in names[name] if there in stored}
+        dtypes = {stored[part].dtype for part in names[name] if part in stored}
         dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
         if asked is not None and kept is not None:
             dtype = (dtype or torch.float32) if kept(name) else asked
@@ -303,9 +325,9 @@ def load_dense(
             **options,
             **attention_option(attention),
         )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if what_ran_out(error):
+            raise
         raise InputError(_unreadable(location, error)) from error
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
     if problems:
@@ -365,6 +387,27 @@ def moved(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype) -
     for name, tensor in module.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if kept(name) else dtype)
+    return model
+
+
+def with_generation_config(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
+    """The same model, which may be on the meta device, with the generation config that loading the source gives it.
+
+    Raises InputError where that cannot be read.
+    """
+    if not model.can_generate():
+        return model
+    ways: tuple[dict[str, Any], ...] = ({}, {"config_file_name": "config.json", "_from_model_config": True})
+    for options in ways:  # as from_pretrained
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(
+                source.location, revision=source.revision or "main", **options
+            )
+            return model
+        except OSError:
+            continue
+        except Exception as error:  # a wrong value raises whatever transformers meets first
+            raise InputError(f"the generation config: {_unreadable(source.location, error)}") from error
     return model
 
 

@@ -267,6 +267,12 @@ class AnyModifier(ABC, Generic[C]):
         """What a class of this kind lacks to be registered, as the end of a sentence; empty for nothing."""
         return ""
 
+    def check_windows(self, origins: Sequence[int]) -> None:
+        """Raise PlanError where calibration windows are too few; `origins` has the number of its dataset for each of them.
+
+        Asked before any weight is read, with the windows that came: with `samples: {at_most: N}` the plan does not know them.
+        """
+
     @property
     def needs(self) -> Needs:
         """What it asks of the engine."""

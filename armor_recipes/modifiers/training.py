@@ -106,11 +106,13 @@ class TrainingRefiner(Refiner[C]):
             peak_bytes=4 * (_COPIES * trained + weights) + 2 * weights * beside,
         )
 
-    def refine(self, task: RefineTask, on_progress: SolveProgress | None) -> RefineOutcome:
-        """Train and leave the factors and vectors at their best held-out loss.
+    def check_windows(self, origins: Sequence[int]) -> None:
+        """Raise PlanError where they make no batch to decide on beside one to train on."""
+        assert self.config.calibration is not None
+        _check_batches(-(-len(origins) // self.config.calibration.batch_size))
 
-        Raises PlanError where fewer windows came than were planned (`samples: {at_most: N}`), and NumericalError.
-        """
+    def refine(self, task: RefineTask, on_progress: SolveProgress | None) -> RefineOutcome:
+        """Train and leave the factors and vectors at their best held-out loss. Raises PlanError for one batch, NumericalError."""
         _check_batches(task.batches)
         vectors = task.vectors if self.config.norms else {}
         for factors in task.factors.values() if self.config.core else ():

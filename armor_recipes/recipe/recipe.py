@@ -67,8 +67,7 @@ class Recipe:
         """All datasets that calibration and evaluation name, each once."""
         specs = [entry.config.calibration for entry in self.modifiers]
         named = [self.evaluation.perplexity.dataset] if self.evaluation is not None else []
-        for dataset in (spec.dataset for spec in specs if spec is not None):
-            named += [dataset] if isinstance(dataset, str) else [part.dataset for part in dataset]
+        named += [dataset for spec in specs if spec is not None for dataset in spec.datasets]
         return tuple(dict.fromkeys(named))
 
     def resolved_yaml(self) -> str:

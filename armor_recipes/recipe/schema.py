@@ -176,6 +176,11 @@ class CalibrationSpec(Strict):
     batch_size: Count = Field(default=8, title="Batch size", description="Windows in one forward pass.")
     seed: Seed = Field(default=0, title="Seed", description="Seed of the choice of windows.")
 
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The datasets' names, in order."""
+        return (self.dataset,) if isinstance(self.dataset, str) else tuple(part.dataset for part in self.dataset)
+
 
 class PerplexitySpec(Strict):
     """The text on which perplexity is measured before and after."""

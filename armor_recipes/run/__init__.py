@@ -1,4 +1,4 @@
-"""The whole job: recipe → plan → session → checkpoint → evaluation → report → commit."""
+"""The whole job: recipe → plan → preflight → session → checkpoint → evaluation → report → commit."""
 
 from armor_recipes.run.job import Job, apply, execute, prepare
 from armor_recipes.run.result import Result

@@ -11,7 +11,8 @@ from armor_recipes.integrations.models import load_model, load_tokenizer, open_m
 from armor_recipes.integrations.transformers import load
 from armor_recipes.paths import user_path
 from armor_recipes.recipe.schema import ModelSpec, PerplexitySpec
-from armor_recipes.run.job import parse_device, resource_errors
+from armor_recipes.run.planning import parse_device
+from armor_recipes.run.refusals import resource_errors
 from armor_recipes.runtime.backends import BACKEND_VARIABLE
 
 

@@ -1,199 +1,198 @@
-"""What is refused before anything long is computed: outputs that must not be replaced, models that would not come out whole."""
+"""Everything that can fail cheaply, tried before the first long computation: after it nothing cheap can fail.
+
+Nothing stays of the trial but what the run goes on with: text as tokens, licence and companions as bytes.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from armor_recipes.checkpoint.staging import check_destination
-from armor_recipes.checkpoint.stored import StoredTensors
-from armor_recipes.errors import InputError, NumericalError, PlanError, RecipeError
-from armor_recipes.integrations.models import ModelSource, meta_model, moved, rounded, written_dtypes
-from armor_recipes.integrations.names import experts, stored_names
-from armor_recipes.paths import user_path
-from armor_recipes.plan import Plan
-from armor_recipes.recipe import Recipe
+from armor_recipes.checkpoint.companions import PROCESSORS, TOKENIZERS, Companions, companions
+from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config
+from armor_recipes.checkpoint.staging import tried
+from armor_recipes.checkpoint.writer import DEFAULT_SHARD_BYTES, write_beside, write_configs
+from armor_recipes.errors import ArmorError, InputError, ResourceError
+from armor_recipes.exhaustion import what_ran_out
+from armor_recipes.integrations.models import (
+    ModelSource,
+    fetch_files,
+    hub_id,
+    load_tokenizer,
+    with_generation_config,
+    written_dtypes,
+)
+from armor_recipes.report.card import model_card
+from armor_recipes.report.licence import Licence, base_licence
+from armor_recipes.report.manifest import Facts, build_manifest
+from armor_recipes.report.measure import Stopwatch
+from armor_recipes.run.checks import check_given, check_renamed, written_names
+from armor_recipes.run.data import Data, read_data
+from armor_recipes.run.planning import Job
+from armor_recipes.run.refusals import Refusals
 
-_SHOWN = 8
+#: What a checkpoint takes besides its tensors: headers, manifest and report, a file system's own blocks.
+_MARGIN, _LEAST_MARGIN = 0.01, 16_000_000
 
 
-def check_lengths(recipe: Recipe, source: ModelSource) -> None:
-    """Windows longer than the model's positions end in an index error (learned positions) or in text it never learned."""
-    longest = source.facts.positions
-    specs = {f"{entry.where}: {entry.name}: calibration": entry.config.calibration for entry in recipe.modifiers}
-    lengths = {where: spec.sequence_length for where, spec in specs.items() if spec is not None}
-    if recipe.evaluation is not None:
-        lengths["evaluation.perplexity"] = recipe.evaluation.perplexity.sequence_length
-    problems = [
-        f"{where}: sequence_length {length} is longer than the {longest} positions of {recipe.model.id}; lower it"
-        for where, length in lengths.items()
-        if isinstance(longest, int) and length > longest
-    ]
-    if problems:
-        raise PlanError("\n".join(problems))
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a run needs besides the weights: read, and tried."""
+
+    tokenizer: Any | None
+    data: Data
+    licence: Licence
+    companions: Companions
+
+    def files(self, facts: Facts, source: ModelSource) -> dict[str, bytes]:
+        """What lies beside weights, tokenizer, manifest and report: name → content."""
+        return {
+            **self.companions.files,
+            **self.licence.files,
+            "README.md": model_card(facts, self.licence, base_model=hub_id(source)).encode(),
+            "recipe.yaml": facts.recipe.resolved_yaml().encode(),
+        }
 
 
-def check_packable(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Fused expert weights are written under other names than the model's own, which the packed layout cannot follow."""
-    fused = experts(model)
-    if fused and recipe.output.format == "compressed-tensors":
-        raise PlanError(
-            f"{recipe.model.id} has {len(fused)} fused expert weights ({fused[0]}, …), which output.format compressed-tensors "
-            "does not support yet: set output.format: dense"
+def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, output: Path, watch: Stopwatch) -> Ready:
+    """Try everything: the model given, names, licence, companions, saving, the tokenizer, the disk, the data, in this order.
+
+    What rests on something that was refused is not tried. All that is refused is told at once, in the class of the first.
+    """
+    watch.phase("preflight")
+    refused = Refusals()
+    licence, beside, usable = Licence(), Companions({}), False
+    with tried(output) as folder:
+        with refused.noted():
+            _try_model(job, model, folder)
+        with refused.noted():
+            licence = base_licence(job.source)
+        with refused.noted():
+            beside = _companions(job.source, with_tokenizer=tokenizer is None)
+        with refused.noted():
+            ready = Ready(tokenizer, Data({}, None), licence, beside)
+            _try_files(job, ready, folder)
+        with refused.noted():
+            tokenizer = load_tokenizer(job.source) if tokenizer is None else tokenizer
+            with _savable(f"the tokenizer of {job.source.location}", "give one that save_pretrained can save"):
+                write_beside(folder, {}, tokenizer=tokenizer)
+            usable = True
+        with refused.noted():
+            check_disk(folder.parent, _bytes_of_tensors(job, model))  # what is small lies there now
+    watch.phase("tokenize")
+    data = read_data(job.recipe, job.modifiers, job.shapes, tokenizer, refused) if usable else Data({}, None)
+    if refused:
+        refused.tell()
+    return Ready(tokenizer, data, licence, beside)
+
+
+def _try_model(job: Job, model: PreTrainedModel | None, folder: Path) -> None:
+    """Names and dtypes of its tensors, and its configurations saved."""
+    if model is None:
+        check_renamed(job.shapes, job.source)
+        subject = with_generation_config(job.shapes, job.source)
+    else:
+        check_given(model, job.shapes, job.plan)
+        subject = model
+    layers = {
+        row.name: row.spec
+        for row in {row.name: row for row in job.plan.modules}.values()
+        if row.spec is not None and job.packed
+    }
+    base = job.source.files
+    with _savable(f"the configuration of {job.source.location}", "correct it, or generation_config.json beside it"):
+        write_configs(
+            subject,
+            layers,
+            folder,
+            dtype=job.source.stored_dtype,
+            base_config={} if base is None else read_config(base),
         )
 
 
-def check_names(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
-    """A packed layer's tensors must lie in files under the module's name, by which config.json tells loaders of them."""
-    if recipe.output.format != "compressed-tensors":
-        return
-    names = stored_names(model)
-    packed = dict.fromkeys(row.name for row in plan.modules if row.stored_as == "packed")
-    renamed = {name: names[f"{name}.weight"] for name in packed if names[f"{name}.weight"] != (f"{name}.weight",)}
-    if renamed:
-        name, there = next(iter(renamed.items()))
-        raise PlanError(
-            f"{recipe.model.id} ({type(model).__name__}): {len(renamed)} of the modules to be packed lie in its files under other "
-            f"names than in the model ({name}.weight as {', '.join(there) or 'parts of other tensors'}), which the packed layout "
-            "cannot follow yet: set output.format: dense"
-        )
+def _companions(source: ModelSource, *, with_tokenizer: bool) -> Companions:
+    """Files beside the base model's weights that come along; those of its tokenizer only where it is that which is saved."""
+    patterns = (*PROCESSORS, *(TOKENIZERS if with_tokenizer else ()))
+    fetch_files(source, patterns)
+    return Companions({}) if source.files is None else companions(source.files, patterns)
 
 
-def check_renamed(model: PreTrainedModel, source: ModelSource) -> None:
-    """Raise PlanError where tensors of the source's files would be written under other names than they have there."""
-    if source.files is None:
-        return
-    stored = StoredTensors(source.files).tensors.keys()
-    if not stored:
-        return  # files of another kind, GGUF say
-    written = {there for names in stored_names(model).values() for there in names}
-    new = written - stored - model.all_tied_weights_keys.keys() - _buffers(model)
-    lost = stored - written
-    if new and lost:
-        raise PlanError(
-            f"model {source.location}: {len(lost)} tensors of its files ({min(lost)}, …) are no tensors of the model under those "
-            f"names, and {len(new)} of the model's ({min(new)}, …) are not in its files: load it with transformers and save it "
-            "with save_pretrained, then compress that folder"
-        )
-
-
-def _buffers(model: PreTrainedModel) -> set[str]:
-    return {name for name, _ in model.named_buffers()}
-
-
-def narrowed(plan: Plan, source: ModelSource) -> tuple[str, ...]:
-    """A sentence where packed weights have fewer bits than in the source's files, without anybody having asked for it."""
-    if source.asked_dtype is not None or source.files is None:
-        return ()
-    try:
-        stored = StoredTensors(source.files).tensors
-    except InputError:
-        return ()  # damaged files are told when they are loaded
-    packed = dict.fromkeys(f"{row.name}.weight" for row in plan.modules if row.stored_as == "packed")
-    dtypes = [stored[name].dtype for name in packed if name in stored]
-    wider = [dtype for dtype in dtypes if dtype is not None and dtype.itemsize > source.stored_dtype.itemsize]
-    if not wider:
-        return ()
-    return (
-        f"{len(wider)} of the weights are {wider[0]} in the model's files and are packed in {source.stored_dtype}, which its "
-        "config.json names; set model.dtype to choose",
+def _try_files(job: Job, ready: Ready, folder: Path) -> None:
+    """Model card, recipe, companions and manifest, of a run that has done nothing yet."""
+    facts = Facts(
+        recipe=job.recipe,
+        plan=job.plan,
+        source_sha256="",
+        stored_dtype=job.source.stored_dtype,
+        compute_dtype=job.source.compute_dtype,
+        device=job.device.type,
+        attention=None,
+        tokens={},
+        modules={},
+        results=(),
+        before=None,
+        after=None,
     )
+    manifest = json.dumps(build_manifest(facts, {})).encode()
+    write_beside(folder, {**ready.files(facts, job.source), MANIFEST_FILE: manifest})
 
 
-def check_output(output: Path, source: ModelSource, recipe: Recipe, *, overwrite: bool) -> None:
-    """Raise RecipeError, before anything is computed, where a checkpoint could not or must not be put there at the end."""
+@contextmanager
+def _savable(what: str, advice: str) -> Iterator[None]:
+    """Whatever a library raises while it saves, as InputError."""
     try:
-        check_destination(output, overwrite=overwrite, precious=precious_paths(source, recipe))
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
-        raise RecipeError(f"output.path {output} is no path that can be written: {error}; choose another") from error
-    check_writable(output, "output.path")
+        yield
+    except Exception as error:
+        if isinstance(error, ArmorError) or what_ran_out(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{what} cannot be saved ({type(error).__name__}: {reason}): {advice}") from error
 
 
-def precious_paths(source: ModelSource, recipe: Recipe) -> dict[str, Path]:
-    """What a run reads, by what it is: nothing that holds one of these is ever replaced."""
-    named: dict[str, Path] = {f"the recipe {file.name}": file for file in recipe.files}
-    for dataset in recipe.datasets:
-        path = user_path(dataset)
-        if "://" not in dataset and not dataset.startswith("builtin:") and path.exists():
-            named[f"the dataset {dataset}"] = path
-    if source.folder is not None:
-        named["the model that is to be compressed"] = source.folder
-    return named
+def _bytes_of_tensors(job: Job, model: PreTrainedModel | None) -> int:
+    """What all tensors will take: those of the plan, those that stay as they are, and those that are carried over.
+
+    The latter are read once, since nobody else does before the end.
+    """
+    subject = job.shapes if model is None else model
+    state: dict[str, Tensor] = subject.state_dict()
+    dtypes = written_dtypes(subject, job.source)
+    planned = {f"{row.name}.weight" for row in job.plan.modules}
+    rest = {n: t for n, t in state.items() if n not in planned and n not in subject.all_tied_weights_keys}
+    nbytes: int = sum(t.numel() * (dtypes[n].itemsize if n in dtypes else t.element_size()) for n, t in rest.items())
+    total: int = job.plan.totals.bytes_after + nbytes
+    there = job.source.stored() if model is None else None
+    carried = [] if there is None else sorted(there.tensors.keys() - written_names(subject))
+    if there is None or not carried:
+        return total
+    for name in carried:
+        there.read(name)
+    total += sum(there.tensors[name].nbytes for name in carried)
+    return total + min(total, DEFAULT_SHARD_BYTES)  # the file that takes them is written anew beside itself
 
 
-def check_writable(path: Path, what: str) -> None:
-    """Raise RecipeError where a file or folder could not be made at `path`, which `what` names in the message."""
-    try:
-        parent = next(folder for folder in path.resolve().parents if folder.exists())
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{what} {path} is no path that can be written: {error}; choose another") from error
-    if not parent.is_dir():
-        raise RecipeError(f"{what} {path} lies below {parent}, which is not a folder; choose another path")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise RecipeError(f"{what} {path} cannot be written: no permission in {parent}; choose another path")
-
-
-def check_weights(model: PreTrainedModel, plan: Plan) -> None:
-    """Raise NumericalError, naming all of them, for modules that the plan takes and whose numbers are not all finite."""
-    broken = {}
-    for name in plan.shapes:
-        weight = model.get_parameter(f"{name}.weight")
-        count = int((~weight.detach().isfinite()).sum())
-        if count:
-            broken[name] = count
-    if broken:
-        listed = ", ".join(f"{name} ({count})" for name, count in list(broken.items())[:_SHOWN])
-        more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
-        raise NumericalError(
-            f"the weights of {len(broken)} modules that the recipe takes hold numbers that are not finite: {listed}{more}; mend "
-            "the model, or add them to `ignore`"
+def check_disk(folder: Path, tensors: int) -> None:
+    """Raise ResourceError where tensors of so many bytes do not fit on the folder's disk, beside what lies there now."""
+    needed = tensors + max(int(_MARGIN * tensors), _LEAST_MARGIN)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"about {needed / 1e9:.3g} GB are to be written, and {free / 1e9:.3g} GB are free on the disk of {folder} (a "
+            "checkpoint that is replaced stays until the new one is complete): free some, or set output.path"
         )
-
-
-def given_model(
-    model: PreTrainedModel, plan: Plan, recipe: Recipe, source: ModelSource, device: torch.device
-) -> PreTrainedModel:
-    """A caller's model, checked against the plan, brought to compute dtype and device and rounded as stored, all in place."""
-    shapes = meta_model(source)
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise PlanError("the model given has a PEFT adapter on it: merge it first, or load the model without it")
-    _check_given(model, plan.shapes, recipe)
-    if not isinstance(model, type(shapes)):
-        raise PlanError(
-            f"the model given is a {type(model).__name__}, and {recipe.model.id} is a {type(shapes).__name__}: give a model of "
-            "the class that is written"
+    largest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = min(tensors, DEFAULT_SHARD_BYTES)
+    if largest not in (-1, resource.RLIM_INFINITY) and largest < file:
+        raise ResourceError(
+            f"a file of about {file / 1e9:.3g} GB is to be written, and this process may write {largest / 1e9:.3g} GB to "
+            "one: raise the limit (ulimit -f)"
         )
-    _refuse_rounded_buffers(model, shapes)
-    model.config.return_dict = True  # here outputs are read by name
-    placed = moved(model, device=device, dtype=source.compute_dtype)
-    return rounded(placed, written_dtypes(placed, source))
-
-
-def _check_given(model: PreTrainedModel, shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:
-    for name, shape in shapes.items():
-        try:
-            weight = model.get_parameter(f"{name}.weight")
-        except AttributeError as error:
-            raise PlanError(f"the model given has no {name}, which {recipe.model.id} has") from error
-        if tuple(weight.shape) != shape:
-            raise PlanError(f"the model given has {name} {tuple(weight.shape)}, planned was {shape}")
-        if weight.is_meta:
-            raise PlanError(
-                f"the model given has {name} on the meta device (offloaded, or never loaded): load it into memory"
-            )
-
-
-def _refuse_rounded_buffers(model: PreTrainedModel, shapes: PreTrainedModel) -> None:
-    """Buffers that are not saved (rotary frequencies) are made anew by a loader, in full; rounded ones are another model."""
-    full = {name: buffer.dtype for name, buffer in shapes.named_buffers()}
-    for name in sorted(dict(model.named_buffers()).keys() & full.keys() - model.state_dict().keys()):
-        dtype = model.get_buffer(name).dtype
-        if dtype.itemsize < full[name].itemsize:
-            raise PlanError(
-                f"the model given has {name} in {dtype} instead of {full[name]}: it was cast as a whole, which rounds what no "
-                "loader rounds; load it with from_pretrained(…, dtype=…) instead of casting it with .to()"
-            )

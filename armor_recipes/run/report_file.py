@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from armor_recipes.errors import RecipeError
+from armor_recipes.errors import RecipeError, ResourceError
+from armor_recipes.exhaustion import is_disk_full
 from armor_recipes.paths import user_path
-from armor_recipes.run.preflight import check_writable
+from armor_recipes.run.checks import check_writable
 
 _KEY = "seconds_by_phase"
 
@@ -29,9 +30,22 @@ def check_report_file(path: Path) -> None:
         )
 
 
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write it in one step: whoever reads the file meets the old one or the new one."""
-    file = user_path(path)
+def write_report(path: Path, report: Mapping[str, Any], *, output: Path) -> None:
+    """Write it in one step: whoever reads the file meets the old one or the new one.
+
+    Raises ResourceError for a full disk, RecipeError for whatever else has come between; both name the checkpoint, which is there.
+    """
+    try:
+        _write(user_path(path), report)
+    except OSError as error:
+        full = is_disk_full(error)
+        raise (ResourceError if full else RecipeError)(
+            f"--report {path} cannot be written ({error.strerror}); the checkpoint is complete in {output}, and its report.json "
+            "says the same"
+        ) from error
+
+
+def _write(file: Path, report: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(report), indent=2) + "\n"
     if file.exists() and not file.is_file():  # a pipe, or /dev/stdout

@@ -15,7 +15,7 @@ from torch import nn
 
 from armor_recipes.checkpoint.config import LayerSpec, layer_specs, named_tensors, quantization_config
 from armor_recipes.checkpoint.reader import check_folder, inspect, read_header, read_layers
-from armor_recipes.checkpoint.writer import check_layers, tensor_hashes, write_checkpoint
+from armor_recipes.checkpoint.writer import check_layers, tensor_hashes, write_beside, write_checkpoint
 from armor_recipes.errors import CheckpointError, PlanError
 from tests.support.packed import IGNORED, MODELS, changed, session_model, write
 
@@ -93,7 +93,8 @@ def test_equal_runs_write_equal_bytes_and_leave_the_model_alone(tmp_path: Path) 
         model, layers = session_model(KIND)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}, dict(model.config.__dict__)
         folder.mkdir()
-        write_checkpoint(model, layers, folder, dtype=torch.bfloat16, files={"notes.txt": b"hello"})
+        write_checkpoint(model, layers, folder, dtype=torch.bfloat16)
+        write_beside(folder, {"notes.txt": b"hello"})
         assert model.config.__dict__ == before[1]
         assert all(torch.equal(tensor, before[0][name]) for name, tensor in model.state_dict().items())
     names = sorted(file.name for file in folders[0].iterdir())

@@ -75,6 +75,17 @@ def test_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
 
 
+def test_another_users_folder_where_only_owners_may_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "model", "one")
+    tmp_path.chmod(0o1777)
+    check_destination(tmp_path / "model", overwrite=True)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(RecipeError, match="belongs to another user"):
+        check_destination(tmp_path / "model", overwrite=True)
+    tmp_path.chmod(0o777)
+    check_destination(tmp_path / "model", overwrite=True)
+
+
 def test_empty_folder_is_filled(tmp_path: Path) -> None:
     out = tmp_path / "model"
     out.mkdir()
@@ -119,10 +130,11 @@ def test_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
             out.mkdir()
             (out / "config.json").write_text("first")
 
-    with pytest.raises(RecipeError, match="exists"):
+    with pytest.raises(RecipeError, match=r"exists.*kept in .*model\.unverified$"):
         too_late()
     assert (out / "config.json").read_text() == "first"
-    assert neighbours(out) == []
+    assert neighbours(out) == ["model.unverified"]
+    assert (tmp_path / "model.unverified" / "config.json").read_text() == "late"
 
 
 @pytest.mark.parametrize(
@@ -160,10 +172,13 @@ def test_failing_second_rename_puts_the_old_folder_back(tmp_path: Path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_for_staging)
-    with pytest.raises(OSError, match="I/O error"):
+    with pytest.raises(OSError, match="I/O error") as raised:
         write(out, "two", overwrite=True)
     assert read(out) == ("one", "one")
-    assert neighbours(out) == []
+    (kept,) = neighbours(out)  # which could not be renamed either
+    assert read(tmp_path / kept) == ("two", "two")
+    assert str(tmp_path / kept) in raised.value.__notes__[0]
+    assert "move that away before the next run" in raised.value.__notes__[0]
 
 
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"

@@ -114,7 +114,7 @@ def test_plain_lines_when_there_is_no_terminal(shell: Shell, file: Path) -> None
     done = shell("armor-apply", file)
     lines = done.err.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == [
-        "load", "tokenize", "load weights", "compress", "stage prune_stage", "save", "verify",
+        "preflight", "tokenize", "load weights", "compress", "stage prune_stage", "save", "verify",
     ]  # fmt: skip
     layers = [line for line in lines if line.startswith("  layer")]
     assert len(layers) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import typer
 
 from armor_recipes.errors import InputError
-from armor_recipes.run import job
+from armor_recipes.run import data, job, planning
 from tests.support.commands import Shell, write_recipe
 from tests.support.engine import ARMOR, make_model
 
@@ -38,7 +39,7 @@ def test_1_a_bug_here_shows_its_traceback(shell: Shell, file: Path, monkeypatch:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(job, "build_tokens", fail)
+    monkeypatch.setattr(data, "build_tokens", fail)
     done = shell("armor-apply", file)
     assert done.code == 1
     assert "Traceback" in done.err
@@ -50,11 +51,17 @@ def test_1_a_bug_here_shows_its_traceback(shell: Shell, file: Path, monkeypatch:
     [SystemExit(0), SystemExit(), SystemExit(2), SystemExit("bye"), typer.Exit(0), typer.Abort(), EOFError()],
     ids=repr,
 )
-@pytest.mark.parametrize("name", ["build_tokens", "write_checkpoint"])
+@pytest.mark.parametrize(("module", "name"), [(data, "build_tokens"), (job, "write_checkpoint")])
 def test_1_what_typer_takes_for_an_end_of_its_own_is_none_in_a_run(
-    shell: Shell, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException
+    shell: Shell,
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    name: str,
+    error: BaseException,
 ) -> None:
-    monkeypatch.setattr(job, name, fail_with(error))
+    monkeypatch.setattr(module, name, fail_with(error))
     done = shell("armor-apply", file)
     assert done.code == 1
     if isinstance(error, SystemExit):
@@ -245,7 +252,7 @@ RAN_OUT: list[tuple[BaseException, str]] = [
 def test_7_whatever_ran_out_before_or_after_the_run(
     shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, said: str
 ) -> None:
-    monkeypatch.setattr(job, "make_plan", fail_with(error))
+    monkeypatch.setattr(planning, "make_plan", fail_with(error))
     done = shell("armor-apply", file)
     assert (done.code, done.err.count("\n")) == (7, 1), done.err
     assert done.err.startswith(f"error: {said}")

@@ -36,7 +36,8 @@ def no_progress_bars() -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written") / "model"
-    write(KIND, folder, share=True, files={"LICENSE": b"free"})
+    write(KIND, folder, share=True)
+    (folder / "LICENSE").write_text("free")
     return folder
 
 

@@ -167,7 +167,7 @@ def test_events_come_in_order(llama: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     apply(recipe(llama, tmp_path / "out"), observer=events.append)
     phases = [event.name for event in events if isinstance(event, PhaseStarted)]
-    assert phases == ["load", "tokenize", "load weights", "compress", "stage prune_stage", "save", "verify"]
+    assert phases == ["preflight", "tokenize", "load weights", "compress", "stage prune_stage", "save", "verify"]
     assert [e.index for e in events if isinstance(e, LayerStarted)] == [0, 1]
     finished = [e for e in events if isinstance(e, ModuleFinished)]
     assert [e.share for e in finished] == sorted(e.share for e in finished)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from armor_recipes.checkpoint.verify import verify
 from armor_recipes.errors import InputError, NumericalError, ResourceError, VerificationError
 from armor_recipes.events import Event, ModuleFinished, PhaseStarted
 from armor_recipes.integrations.transformers import load
-from armor_recipes.run import apply, job
+from armor_recipes.run import apply, data, job
 from tests.support.engine import ARMOR, hook_count, make_model, recipe
 
 
@@ -85,7 +86,10 @@ def test_what_runs_out_while_verifying_loses_nothing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(job, "verify_reloaded", fail_with(error))
-    with pytest.raises(ResourceError, match=r"after the checkpoint was written.*kept in .*out\.unverified"):
+    with pytest.raises(
+        ResourceError,
+        match=r"after the weights were written.*what was written is complete and kept in .*out\.unverified",
+    ):
         apply(recipe(llama, tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["out.unverified"]
     load(tmp_path / "out.unverified")
@@ -98,15 +102,27 @@ def fail_with(error: BaseException) -> Any:
     return fail
 
 
-@pytest.mark.parametrize("name", ["write_checkpoint", "tensor_hashes", "build_manifest", "model_card"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk on fire")], ids=repr)
-def test_an_end_inside_of_writing_leaves_nothing(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException
+def test_an_end_before_the_weights_are_written_leaves_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    monkeypatch.setattr(job, name, fail_with(error))
+    monkeypatch.setattr(job, "write_checkpoint", fail_with(error))
     with pytest.raises(type(error)):
         apply(recipe(llama, tmp_path / "out", ARMORModifier={**ARMOR, "iterations": 0}))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["left_behind", "write_beside", "tensor_hashes", "build_manifest", "write_whole"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk on fire")], ids=repr)
+def test_weights_that_are_written_are_kept(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException
+) -> None:
+    monkeypatch.setattr(job, name, fail_with(error))
+    with pytest.raises(type(error)) as raised:
+        apply(recipe(llama, tmp_path / "out", ARMORModifier={**ARMOR, "iterations": 0}))
+    assert raised.value.__notes__[-1:] == [f"the weights, written in full, are kept in {tmp_path / 'out.unverified'}"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unverified"]
+    load(tmp_path / "out.unverified")
 
 
 def test_a_checkpoint_that_reads_back_differently_is_not_put_in_place(
@@ -156,11 +172,17 @@ def test_a_checkpoint_that_does_not_load_is_not_put_in_place(
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("name", ["build_tokens", "load_model", "write_checkpoint"])
+@pytest.mark.parametrize(("module", "name"), [(data, "build_tokens"), (job, "load_model"), (job, "write_checkpoint")])
 def test_what_ran_out_is_told(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, word: str
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    name: str,
+    error: Exception,
+    word: str,
 ) -> None:
-    monkeypatch.setattr(job, name, fail_with(error))
+    monkeypatch.setattr(module, name, fail_with(error))
     with pytest.raises(ResourceError, match=word):
         apply(recipe(llama, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

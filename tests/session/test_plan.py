@@ -269,11 +269,12 @@ def test_windows_longer_than_the_models_positions_are_refused(tmp_path: Path) ->
     assert len(make_job(mapping).plan.modules) == 4
     mapping["calibration"]["sequence_length"] = 65
     mapping["evaluation"] = {"perplexity": {"dataset": "builtin:pydoc-heldout", "sequence_length": 66}}
-    lines = refusal(mapping).splitlines()
+    *lines, text = refusal(mapping).splitlines()
     assert [line.split("; ")[0].split(": ", 1)[1] for line in lines] == [
         f"ARMORModifier: calibration: sequence_length 65 is longer than the 64 positions of {folder}",
         f"sequence_length 66 is longer than the 64 positions of {folder}",
     ]
+    assert text.startswith("the model has no tokenizer")
 
 
 def test_fused_experts_are_refused_where_they_cannot_be_packed(tmp_path: Path) -> None:

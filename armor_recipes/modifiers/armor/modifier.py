@@ -41,6 +41,10 @@ _GRAM_PRODUCTS = 4
 _FINISHING, _MATCHED_FINISHING = 17, 4
 #: In a solve after that: H, G, and one of them in float64; for `matched` C and XXᵀ/n besides.
 _SOLVING, _MATCHED_SOLVING = 4, 2
+_TOO_FEW_WINDOWS = (
+    "`shrinkage: auto` cannot be chosen on fewer than 4 calibration windows: raise `calibration.samples`, or set `shrinkage` to a "
+    "number from 0 to 1"
+)
 
 
 @register
@@ -93,6 +97,11 @@ class ARMORModifier(Modifier[ARMORConfig]):
             key = (reader, shape.block_size) if self.config.share_input_factor else shape.name
             found.setdefault(key, []).append(shape)
         return list(found.values())
+
+    def check_windows(self, origins: Sequence[int]) -> None:
+        """Raise PlanError where `shrinkage: auto` finds neither two datasets nor a fourth window to hold out."""
+        if self.config.needs_gram and self.config.shrinkage == "auto" and len(set(origins)) < 2 and len(origins) < 4:
+            raise PlanError(_TOO_FEW_WINDOWS)
 
     def statistic(self, module: ModuleShape) -> InputSecondMoment | SplitGram:
         """h: the mean of x² over the calibration tokens, `(I,)`; or the means of all products of two channels."""
@@ -228,10 +237,7 @@ class _Moments:
 
 def _chosen_shrinkage(name: str, seen: GramMoments) -> float:
     if seen.choice is None:
-        raise NumericalError(
-            f"{name}: `shrinkage: auto` cannot be chosen on fewer than 4 calibration windows: raise "
-            "`calibration.samples`, or set `shrinkage` to a number from 0 to 1"
-        )
+        raise NumericalError(f"{name}: {_TOO_FEW_WINDOWS}")
     return seen.choice
 
 

@@ -1,0 +1,218 @@
+"""Single checks: what is refused before anything long is computed. `planning` and `preflight` call them and tell all at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from armor_recipes.checkpoint.staging import check_destination
+from armor_recipes.errors import InputError, NumericalError, PlanError, RecipeError
+from armor_recipes.integrations.models import ModelSource, moved, rounded, written_dtypes
+from armor_recipes.integrations.names import experts, stored_names
+from armor_recipes.paths import user_path
+from armor_recipes.plan import Plan
+from armor_recipes.recipe import Recipe
+
+_SHOWN = 8
+
+
+def check_lengths(recipe: Recipe, source: ModelSource) -> None:
+    """Windows longer than the model's positions end in an index error (learned positions) or in text it never learned."""
+    longest = source.facts.positions
+    specs = {f"{entry.where}: {entry.name}: calibration": entry.config.calibration for entry in recipe.modifiers}
+    lengths = {where: spec.sequence_length for where, spec in specs.items() if spec is not None}
+    if recipe.evaluation is not None:
+        lengths["evaluation.perplexity"] = recipe.evaluation.perplexity.sequence_length
+    problems = [
+        f"{where}: sequence_length {length} is longer than the {longest} positions of {recipe.model.id}; lower it"
+        for where, length in lengths.items()
+        if isinstance(longest, int) and length > longest
+    ]
+    if problems:
+        raise PlanError("\n".join(problems))
+
+
+def check_packable(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Fused expert weights are written under other names than the model's own, which the packed layout cannot follow."""
+    fused = experts(model)
+    if fused and recipe.output.format == "compressed-tensors":
+        raise PlanError(
+            f"{recipe.model.id} has {len(fused)} fused expert weights ({fused[0]}, …), which output.format compressed-tensors "
+            "does not support yet: set output.format: dense"
+        )
+
+
+def check_names(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
+    """A packed layer's tensors must lie in files under the module's name, by which config.json tells loaders of them."""
+    if recipe.output.format != "compressed-tensors":
+        return
+    names = stored_names(model)
+    packed = dict.fromkeys(row.name for row in plan.modules if row.stored_as == "packed")
+    renamed = {name: names[f"{name}.weight"] for name in packed if names[f"{name}.weight"] != (f"{name}.weight",)}
+    if renamed:
+        name, there = next(iter(renamed.items()))
+        raise PlanError(
+            f"{recipe.model.id} ({type(model).__name__}): {len(renamed)} of the modules to be packed lie in its files under other "
+            f"names than in the model ({name}.weight as {', '.join(there) or 'parts of other tensors'}), which the packed layout "
+            "cannot follow yet: set output.format: dense"
+        )
+
+
+def check_renamed(model: PreTrainedModel, source: ModelSource) -> None:
+    """Raise PlanError where tensors of the source's files would be written under other names than they have there.
+
+    The model may be on the meta device.
+    """
+    there = source.stored()
+    if there is None:
+        return
+    stored, written = there.tensors.keys(), written_names(model)
+    new = written - stored - model.all_tied_weights_keys.keys() - _buffers(model)
+    lost = stored - written
+    if new and lost:
+        raise PlanError(
+            f"model {source.location}: {len(lost)} tensors of its files ({min(lost)}, …) are no tensors of the model under those "
+            f"names, and {len(new)} of the model's ({min(new)}, …) are not in its files: load it with transformers and save it "
+            "with save_pretrained, then compress that folder"
+        )
+
+
+def written_names(model: PreTrainedModel) -> set[str]:
+    """Under which names a model's tensors lie in its files."""
+    return {there for names in stored_names(model).values() for there in names}
+
+
+def _buffers(model: PreTrainedModel) -> set[str]:
+    return {name for name, _ in model.named_buffers()}
+
+
+def narrowed(plan: Plan, source: ModelSource) -> tuple[str, ...]:
+    """A sentence where packed weights have fewer bits than in the source's files, without anybody having asked for it."""
+    if source.asked_dtype is not None:
+        return ()
+    try:
+        there = source.stored()
+    except InputError:
+        return ()  # damaged files are told by preflight
+    stored = {} if there is None else there.tensors
+    packed = dict.fromkeys(f"{row.name}.weight" for row in plan.modules if row.stored_as == "packed")
+    dtypes = [stored[name].dtype for name in packed if name in stored]
+    wider = [dtype for dtype in dtypes if dtype is not None and dtype.itemsize > source.stored_dtype.itemsize]
+    if not wider:
+        return ()
+    return (
+        f"{len(wider)} of the weights are {wider[0]} in the model's files and are packed in {source.stored_dtype}, which its "
+        "config.json names; set model.dtype to choose",
+    )
+
+
+def check_output(output: Path, source: ModelSource, recipe: Recipe, *, overwrite: bool) -> None:
+    """Raise RecipeError, before anything is computed, where a checkpoint could not or must not be put there at the end."""
+    try:
+        check_destination(output, overwrite=overwrite, precious=precious_paths(source, recipe))
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise RecipeError(f"output.path {output} is no path that can be written: {error}; choose another") from error
+    check_writable(output, "output.path")
+
+
+def precious_paths(source: ModelSource, recipe: Recipe) -> dict[str, Path]:
+    """What a run reads, by what it is: nothing that holds one of these is ever replaced."""
+    named: dict[str, Path] = {f"the recipe {file.name}": file for file in recipe.files}
+    for dataset in recipe.datasets:
+        path = user_path(dataset)
+        if "://" not in dataset and not dataset.startswith("builtin:") and path.exists():
+            named[f"the dataset {dataset}"] = path
+    if source.folder is not None:
+        named["the model that is to be compressed"] = source.folder
+    return named
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Raise RecipeError where a file or folder could not be made at `path`, which `what` names in the message."""
+    try:
+        parent = next(folder for folder in path.resolve().parents if folder.exists())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{what} {path} is no path that can be written: {error}; choose another") from error
+    if not parent.is_dir():
+        raise RecipeError(f"{what} {path} lies below {parent}, which is not a folder; choose another path")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RecipeError(f"{what} {path} cannot be written: no permission in {parent}; choose another path")
+
+
+def check_weights(model: PreTrainedModel, plan: Plan) -> None:
+    """Raise NumericalError, naming all of them, for modules that the plan takes and whose numbers are not all finite."""
+    broken = {}
+    for name in plan.shapes:
+        weight = model.get_parameter(f"{name}.weight")
+        count = int((~weight.detach().isfinite()).sum())
+        if count:
+            broken[name] = count
+    if broken:
+        listed = ", ".join(f"{name} ({count})" for name, count in list(broken.items())[:_SHOWN])
+        more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+        raise NumericalError(
+            f"the weights of {len(broken)} modules that the recipe takes hold numbers that are not finite: {listed}{more}; mend "
+            "the model, or add them to `ignore`"
+        )
+
+
+def check_given(model: PreTrainedModel, shapes: PreTrainedModel, plan: Plan) -> None:
+    """Raise PlanError where a caller's model is not the one that was planned, or would be written as another."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise PlanError("the model given has a PEFT adapter on it: merge it first, or load the model without it")
+    for name, shape in plan.shapes.items():
+        try:
+            weight = model.get_parameter(f"{name}.weight")
+        except AttributeError as error:
+            raise PlanError(f"the model given has no {name}, which {plan.model} has") from error
+        if tuple(weight.shape) != shape:
+            raise PlanError(f"the model given has {name} {tuple(weight.shape)}, planned was {shape}")
+        if weight.is_meta:
+            raise PlanError(
+                f"the model given has {name} on the meta device (offloaded, or never loaded): load it into memory"
+            )
+    if not isinstance(model, type(shapes)):
+        raise PlanError(
+            f"the model given is a {type(model).__name__}, and {plan.model} is a {type(shapes).__name__}: give a model of "
+            "the class that is written"
+        )
+    _refuse_rounded_buffers(model, shapes)
+    _refuse_shared(model)
+
+
+def placed(model: PreTrainedModel, source: ModelSource, device: torch.device) -> PreTrainedModel:
+    """A caller's model that was checked, brought to compute dtype and device and rounded as stored, all in place."""
+    model.config.return_dict = True  # here outputs are read by name
+    there = moved(model, device=device, dtype=source.compute_dtype)
+    return rounded(there, written_dtypes(there, source))
+
+
+def _refuse_shared(model: PreTrainedModel) -> None:
+    """Tensors that a caller made one, and the architecture does not: files hold one, and a loader would make up the other."""
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    owners: dict[tuple[object, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta or not tensor.numel():
+            continue
+        key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+        other = owners.setdefault(key, name)
+        if other != name and not {name, other} <= tied:
+            raise PlanError(
+                f"the model given has one tensor for {other} and {name}, which a {type(model).__name__} does not tie: give each "
+                "its own"
+            )
+
+
+def _refuse_rounded_buffers(model: PreTrainedModel, shapes: PreTrainedModel) -> None:
+    """Buffers that are not saved (rotary frequencies) are made anew by a loader, in full; rounded ones are another model."""
+    full = {name: buffer.dtype for name, buffer in shapes.named_buffers()}
+    for name in sorted(dict(model.named_buffers()).keys() & full.keys() - model.state_dict().keys()):
+        dtype = model.get_buffer(name).dtype
+        if dtype.itemsize < full[name].itemsize:
+            raise PlanError(
+                f"the model given has {name} in {dtype} instead of {full[name]}: it was cast as a whole, which rounds what no "
+                "loader rounds; load it with from_pretrained(…, dtype=…) instead of casting it with .to()"
+            )

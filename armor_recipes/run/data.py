@@ -1,0 +1,62 @@
+"""The text that a recipe names, as tokens: read before any weight is, so that what is wrong with it is told first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from armor_recipes.calibration.tokens import TokenSet, build_tokens
+from armor_recipes.evaluation.perplexity import evaluation_windows, vocabulary
+from armor_recipes.model.facts import model_facts
+from armor_recipes.modifiers import AnyModifier
+from armor_recipes.recipe import ModifierEntry, Recipe
+from armor_recipes.recipe.schema import CalibrationSpec
+from armor_recipes.run.refusals import Refusals
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Calibration windows by their spec, and those that perplexity is measured on, where it is."""
+
+    tokens: Mapping[CalibrationSpec, TokenSet]
+    held_out: TokenSet | None
+
+
+def read_data(
+    recipe: Recipe,
+    modifiers: Mapping[str, AnyModifier[Any]],
+    shapes: PreTrainedModel,
+    tokenizer: Any | None,
+    refused: Refusals,
+    *,
+    wanted: Callable[[str], bool] = lambda _: True,
+) -> Data:
+    """Read the datasets that are `wanted`, by name; each modifier is asked whether the windows that came are enough for it.
+
+    What is wrong is noted in `refused`.
+    """
+    tokens: dict[CalibrationSpec, TokenSet] = {}
+    for spec, entries in _by_calibration(recipe).items():
+        if all(map(wanted, spec.datasets)):
+            with refused.noted():
+                size = model_facts(shapes).vocab_size
+                tokens[spec] = build_tokens(spec, tokenizer=tokenizer, vocab_size=size or vocabulary(shapes) or 0)
+        for entry in entries if spec in tokens else ():
+            with refused.noted(f"{entry.where}: {entry.name}"):
+                modifiers[entry.key].check_windows(tokens[spec].origins)
+    held_out = None
+    if recipe.evaluation is not None and wanted(recipe.evaluation.perplexity.dataset):
+        with refused.noted():
+            held_out = evaluation_windows(recipe.evaluation.perplexity, tokenizer, vocab_size=vocabulary(shapes))
+    return Data(tokens, held_out)
+
+
+def _by_calibration(recipe: Recipe) -> dict[CalibrationSpec, list[ModifierEntry]]:
+    found: dict[CalibrationSpec, list[ModifierEntry]] = {}
+    for entry in recipe.modifiers:
+        if entry.config.calibration is not None:
+            found.setdefault(entry.config.calibration, []).append(entry)
+    return found

@@ -1,0 +1,81 @@
+"""From a checked recipe to a plan on a model's shapes: nothing is read but configurations and headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from armor_recipes.calibration.text import is_soon_read
+from armor_recipes.compute import plain_torch
+from armor_recipes.errors import RecipeError
+from armor_recipes.integrations.models import ModelSource, load_tokenizer, meta_model, open_model
+from armor_recipes.integrations.transformers import check_registered
+from armor_recipes.modifiers import AnyModifier, modifiers
+from armor_recipes.plan import Plan, RunEstimate, estimate_run, make_plan
+from armor_recipes.recipe import Recipe
+from armor_recipes.run.checks import check_lengths, check_names, check_packable, narrowed
+from armor_recipes.run.data import read_data
+from armor_recipes.run.refusals import Refusals, resource_errors
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A recipe that was checked and planned on a model's shapes; nothing has been read but configurations."""
+
+    recipe: Recipe
+    source: ModelSource
+    shapes: PreTrainedModel
+    """The model on the meta device."""
+    modifiers: Mapping[str, AnyModifier[Any]]
+    plan: Plan
+    estimate: RunEstimate
+    device: torch.device
+
+    @property
+    def packed(self) -> bool:
+        """Whether factors are kept packed; else they are folded into plain weights."""
+        return self.recipe.output.format == "compressed-tensors"
+
+
+@plain_torch()
+def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
+    """Plan a recipe on the meta device. Raises PlanError with every problem found, InputError where the model has no config.
+
+    Of a recipe that is refused the data are read, too, as far as that takes no more than seconds: what is wrong with them is told
+    in the same go.
+    """
+    target = parse_device(device)
+    source = open_model(recipe.model, device=target)
+    if recipe.output.format == "compressed-tensors":
+        check_registered()
+    known = modifiers()
+    instances = {entry.key: known[entry.kind](entry.config) for entry in recipe.modifiers}
+    shapes = meta_model(source)
+    plan, refused = None, Refusals()
+    with refused.noted():
+        check_lengths(recipe, source)
+    with refused.noted():
+        check_packable(recipe, shapes)
+    with refused.noted():
+        plan = make_plan(recipe, shapes, instances, itemsize=source.stored_dtype.itemsize)
+        check_names(recipe, plan, shapes)
+    if plan is None or refused:
+        with refused.noted(), resource_errors():
+            read_data(recipe, instances, shapes, load_tokenizer(source), refused, wanted=is_soon_read)
+        refused.tell()
+    estimate = estimate_run(plan, recipe, shapes, instances)
+    return Job(recipe, source, shapes, instances, replace(plan, notes=narrowed(plan, source)), estimate, target)
+
+
+def parse_device(name: str) -> torch.device:
+    """The device of that name. Raises RecipeError for one that torch does not know or this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}; use cpu, cuda or cuda:N") from error
+    return device
