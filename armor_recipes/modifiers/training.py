@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -14,12 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from armor_recipes.errors import NumericalError, PlanError
+from armor_recipes.errors import PlanError
 from armor_recipes.modifiers.base import Estimate, SolveProgress
 from armor_recipes.modifiers.kinds.refiner import RefineOutcome, Refiner, RefineTask, RefineUnit, UnitOutput
 from armor_recipes.modifiers.optimizers import Optimizer
+from armor_recipes.modifiers.passes import Passes, passes_of
 from armor_recipes.modifiers.seeding import module_seed
-from armor_recipes.modifiers.threads import one_thread_each
 from armor_recipes.recipe.schema import ModifierConfig
 
 _WARM_UP, _LAST_RATE = 0.05, 0.02
@@ -120,10 +119,8 @@ class TrainingRefiner(Refiner[C]):
         parts = [p for factors in task.factors.values() for p in factors.parameters()]
         parameters = list(dict.fromkeys([*parts, *vectors.values()]))  # modules may share a B
         seed = module_seed(self.config.seed, next(iter(task.factors)))
-        # On a CPU the batches of a step run at once; a GPU has them one by one.
-        at_once = min(torch.get_num_threads(), self.config.accumulate) if parameters[0].device.type == "cpu" else 1
-        with one_thread_each(at_once) as workers:
-            return train(_Training(task, parameters, self.loss, self.config, seed, workers), on_progress)
+        with passes_of(task, parameters, self.loss) as passes:
+            return train(_Training(passes, self.config, seed), on_progress)
 
     @abstractmethod
     def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
@@ -132,40 +129,23 @@ class TrainingRefiner(Refiner[C]):
 
 @dataclass(frozen=True, slots=True)
 class _Training:
-    task: RefineTask
-    parameters: list[nn.Parameter]
-    loss: Callable[[UnitOutput, UnitOutput], Tensor]
+    passes: Passes
     config: RefineConfig
     seed: int
-    workers: ThreadPoolExecutor
 
-    def gradients(self, batch: int) -> tuple[float, tuple[Tensor, ...]]:
-        """Length of one batch's gradient, and its parts."""
-        with torch.enable_grad():
-            loss = self._loss(batch)
-            # A parameter that the batch does not reach (an expert that no token went to) gets zeros.
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
-        _finite(float(loss.detach()), "loss")
-        lengths = torch.stack([torch.linalg.vector_norm(part) for part in gradients])
-        return _finite(float(torch.linalg.vector_norm(lengths)), "gradient"), gradients
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """All that is trained."""
+        return self.passes.parameters
 
     def refresh(self) -> None:
         """Let the factors know that their parameters have changed."""
-        for factors in self.task.factors.values():
+        for factors in self.passes.task.factors.values():
             factors.refresh()
 
     def held_out_loss(self, held: Sequence[int]) -> float:
         """Mean loss of some batches."""
-        return sum(self.workers.map(self._value, held)) / len(held)
-
-    def _value(self, batch: int) -> float:
-        with torch.no_grad():
-            return _finite(float(self._loss(batch)), "loss")
-
-    def _loss(self, batch: int) -> Tensor:
-        with torch.no_grad():
-            target = self.task.target(batch)
-        return self.loss(self.task.forward(batch), target)
+        return sum(self.passes.losses(held)) / len(held)
 
 
 def train(training: _Training, on_progress: SolveProgress | None) -> RefineOutcome:
@@ -174,7 +154,7 @@ def train(training: _Training, on_progress: SolveProgress | None) -> RefineOutco
     Raises NumericalError where a loss is not finite.
     """
     config = training.config
-    held, trained = split_batches(training.task.batches, config.held_out)
+    held, trained = split_batches(training.passes.task.batches, config.held_out)
     steps = -(-len(trained) // config.accumulate)
     total = config.epochs * steps
     optimizer = Optimizer(training.parameters, config.optimizer)
@@ -230,20 +210,14 @@ def _step(
 ) -> int:
     """One step of the optimizer; adds to the `lengths` of gradients so far, and returns how many were shortened."""
     clipped = 0
-    for length, gradients in training.workers.map(training.gradients, batches):  # summed in the order of the batches
-        longest = _LONGEST * statistics.median(lengths) if lengths else length
-        lengths.append(length)
-        clipped += length > longest
-        weight = (longest / length if length > longest else 1.0) / len(batches)
-        for parameter, gradient in zip(training.parameters, gradients, strict=True):
+    for found in training.passes.gradients(batches):  # summed in the order of the batches
+        longest = _LONGEST * statistics.median(lengths) if lengths else found.length
+        lengths.append(found.length)
+        clipped += found.length > longest
+        weight = (longest / found.length if found.length > longest else 1.0) / len(batches)
+        for parameter, gradient in zip(training.parameters, found.parts, strict=True):
             share = gradient * weight
             parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
-    optimizer.step(rate, training.workers)
+    optimizer.step(rate, training.passes.pool)
     training.refresh()
     return clipped
-
-
-def _finite(number: float, what: str) -> float:
-    if not math.isfinite(number):
-        raise NumericalError(f"a training {what} is {number}: lower `learning_rate`, or check the model's weights")
-    return number
