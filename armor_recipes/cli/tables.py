@@ -165,10 +165,12 @@ def _refinement_lines(result: Result) -> list[str]:
     lines = []
     for name, rows in _by_modifier(result.refinements).items():
         left, clipped = sum(min(r.losses) == r.losses[0] for r in rows), sum(r.clipped for r in rows)
+        whole = sum(r.whole_batches for r in rows)
         lines.append(
             f"{name}: held-out loss {_mean(r.losses[0] for r in rows):.5f} -> "
             f"{_mean(min(r.losses) for r in rows):.5f}, {sum(r.steps for r in rows)} steps, {len(rows)} unit(s)"
             + (f", {clipped} gradient(s) clipped" if clipped else "")
+            + (f", {whole} batch(es) only as a whole, on fewer cores" if whole else "")
             + (f", {left} of them left as before: training raised it; lower `learning_rate`" if left else "")
         )
     return lines

@@ -53,6 +53,37 @@ class LayerCall:
         assert isinstance(hidden, Tensor)
         return hidden
 
+    def part(self, windows: slice) -> LayerCall:
+        """The call for some windows of the batch: their share of each tensor of the arguments whose first dimension is the batch's.
+
+        Which tensors these are is a guess by their shape; `comes_apart` says whether it is right.
+        """
+        batch = len(self.hidden)
+
+        def part(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[windows] if batch > 1 and value.ndim and len(value) == batch else value
+            if type(value) is dict:
+                return {key: part(inner) for key, inner in value.items()}
+            return type(value)(map(part, value)) if type(value) in (tuple, list) else value
+
+        return LayerCall(part(self.hidden), part(self.args), part(self.kwargs), self.by_name)
+
+    def comes_apart(self, layer: Callable[..., Any], parts: Sequence[slice]) -> bool:
+        """Whether the layer gives for these parts of the batch what it gives for all of it, token by token but for rounding."""
+        whole = self.run(layer)
+        try:
+            joined = torch.cat([self.part(windows).run(layer) for windows in parts])
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        if joined.shape != whole.shape:
+            return False
+        tolerance = max(_REPLAY_TOLERANCE, 4 * torch.finfo(whole.dtype).eps)
+        errors, sizes = (x.float().norm(dim=-1) for x in (joined - whole, whole))
+        return bool((errors <= tolerance * sizes).all())
+
 
 class Stream:
     """The activations of one calibration set: what every batch brings to the next layer, with the arguments that go along.
@@ -190,6 +221,11 @@ def inputs_of(module: nn.Module, call: LayerCall, layer: nn.Module, hooks: Hooks
 def feed(model: nn.Module, batch: Tensor) -> Any:
     """The model's output for token ids `(B, L)` on its device. What a batch is made of is known here alone."""
     return model(input_ids=batch, use_cache=False)
+
+
+def some_of(batch: Tensor, windows: slice) -> Tensor:
+    """Some windows of what `feed` takes."""
+    return batch[windows]
 
 
 def hidden_states(output: Any) -> Any:

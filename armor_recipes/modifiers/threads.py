@@ -32,6 +32,17 @@ def one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread here: for sums over a tensor, whose bits depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def results_in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], *, at_once: int) -> Iterator[R]:
     """What the function gives for each item, in order; at most so many are under way or wait for one before them.
 

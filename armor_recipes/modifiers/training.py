@@ -72,7 +72,8 @@ class RefineConfig(ModifierConfig):
     accumulate: Annotated[int, Field(strict=True, ge=1)] = Field(
         default=2,
         title="Batches in a step",
-        description="Calibration batches whose gradients are averaged in one step. A CPU runs them side by side, one thread each.",
+        description="Calibration batches whose gradients are averaged in one step. It does not limit the threads: a CPU computes "
+        "all windows of a step side by side.",
     )
     core: Annotated[bool, Field(strict=True)] = Field(
         default=False,
@@ -119,12 +120,22 @@ class TrainingRefiner(Refiner[C]):
         parts = [p for factors in task.factors.values() for p in factors.parameters()]
         parameters = list(dict.fromkeys([*parts, *vectors.values()]))  # modules may share a B
         seed = module_seed(self.config.seed, next(iter(task.factors)))
-        with passes_of(task, parameters, self.loss) as passes:
+        with passes_of(task, parameters, self) as passes:
             return train(_Training(passes, self.config, seed), on_progress)
 
     @abstractmethod
     def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
-        """Scalar loss of what the unit makes of one batch, given what the dense unit does; differentiable in the first."""
+        """Scalar loss of what the unit makes of a batch or of some of its windows, given what the dense unit does.
+
+        Differentiable in the first. A batch's is the mean of its parts' by their `weight`, up to rounding.
+        """
+
+    def weight(self, wanted: UnitOutput) -> float:
+        """How much some windows count in their batch, from what the dense unit makes of them: by default as many tokens they are.
+
+        A loss that is relative to a size of the target weighs by that size. What weighs 0 is left out.
+        """
+        return float(wanted.output.shape[:-1].numel())
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +225,7 @@ def _step(
         longest = _LONGEST * statistics.median(lengths) if lengths else found.length
         lengths.append(found.length)
         clipped += found.length > longest
-        weight = (longest / found.length if found.length > longest else 1.0) / len(batches)
+        weight = found.scale * ((longest / found.length if found.length > longest else 1.0) / len(batches))
         for parameter, gradient in zip(training.parameters, found.parts, strict=True):
             share = gradient * weight
             parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from armor_recipes.model.replay import LayerCall
 from armor_recipes.run import apply
 from tests.support.commands import Shell
 
@@ -93,6 +94,19 @@ def test_progress_and_summary_tell_the_held_out_losses(shell: Shell, file: Path,
     assert done.err.splitlines()[-1] == "verify"
 
 
+def test_the_summary_tells_of_batches_that_go_as_a_whole_only(
+    shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("armor_recipes.modifiers.kinds.refiner._PART_TOKENS", 64)
+    monkeypatch.setattr(LayerCall, "comes_apart", lambda *_: False)
+    done = shell("armor-apply", file)
+    assert done.code == 0, done.err
+    told = re.search(r"Modifier: held-out loss .* unit\(s\)(.*)$", done.out, flags=re.MULTILINE)
+    assert told
+    by_layer = "BlockRefineModifier:" in done.out  # a model takes token ids, which always come apart
+    assert (", 6 batch(es) only as a whole, on fewer cores" in told[1]) == by_layer
+
+
 def test_what_is_written_says_what_was_trained(shell: Shell, file: Path, name: str, tmp_path: Path) -> None:
     done = shell("armor-apply", file, "--json", "--quiet")
     result = json.loads(done.out)
@@ -102,12 +116,14 @@ def test_what_is_written_says_what_was_trained(shell: Shell, file: Path, name: s
     assert [row["unit"] for row in manifest["refinements"]] == units
     for row, shown in zip(manifest["refinements"], result["refinements"], strict=True):
         assert set(row) == {
-            "modifier", "unit", "modules", "norm_values", "tokens", "losses", "steps", "clipped", "stop_reason", "compute_dtype",
+            "modifier", "unit", "modules", "norm_values", "tokens", "losses", "steps", "clipped", "whole_batches", "stop_reason",
+            "compute_dtype",
         }  # fmt: skip
         assert row["compute_dtype"] == shown["compute_dtype"]
         assert (row["modifier"], row["losses"]) == (shown["modifier"], shown["losses"]) == (key, row["losses"])
         assert min(row["losses"]) < row["losses"][0]
         assert row["tokens"] == 6 * 64
+        assert row["whole_batches"] == 0
         assert row["norm_values"] == (9 * 256 if name == "DistillationModifier" else 2 * 256)
     assert {tuple(row["refined"]) for row in manifest["modules"].values()} == {(key,)}
     assert set(result["report"]["seconds_by_refinement"]) == {f"{key} {unit}" for unit in units}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from armor_recipes.errors import NumericalError
 from armor_recipes.modifiers import RefineTask, UnitOutput
 from armor_recipes.modifiers.passes import Passes, passes_of
 from armor_recipes.modifiers.threads import one_thread_each, results_in_order
 
+ALL = slice(None)
 SOON = 20.0  # seconds that a test waits for what comes at once, before it fails
 
 
@@ -101,38 +103,128 @@ def test_what_has_not_begun_when_a_pool_is_left_never_does(error: type[BaseExcep
 # --- a training's passes -------------------------------------------------------------------------------------------------------
 
 
-def squared(found: UnitOutput, wanted: UnitOutput) -> Tensor:
-    return (found.output - wanted.output).square().mean()
+class Squared:
+    """The squared error of a slope's line relative to the target's square, as a ratio of sums over the batch."""
+
+    def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
+        return (found.output - wanted.output).square().sum() / wanted.output.square().sum()
+
+    def weight(self, wanted: UnitOutput) -> float:
+        return float(wanted.output.square().sum())
 
 
 class Line:
-    """y = p · x against y = 3 · x, on batches `(B, L, 1)`; counts what is asked of it."""
+    """y = p · x against y = 3 · x and noise, on batches `(5, 7, 1)` of windows of very different size."""
 
-    def __init__(self, batches: int = 4) -> None:
+    def __init__(self, parts: Sequence[slice] = (), batches: int = 4) -> None:
         generator = torch.Generator().manual_seed(2)
-        self.inputs = [torch.randn(3, 5, 1, generator=generator) for _ in range(batches)]
+        sizes = torch.tensor([1.0, 30.0, 0.01, 3.0, 5.0]).view(5, 1, 1)
+        self.inputs = [sizes * torch.randn(5, 7, 1, generator=generator) for _ in range(batches)]
+        self.noise = [sizes * torch.randn(5, 7, 1, generator=generator) for _ in range(batches)]
         self.slope = nn.Parameter(torch.ones(1))
         self.asked: list[int] = []
-        self.task = RefineTask({}, {}, batches, self.forward, lambda batch: UnitOutput(3 * self.inputs[batch]))
+        self.task = RefineTask({}, {}, batches, self.forward, self.target, [parts] * batches if parts else ())
 
-    def forward(self, batch: int) -> UnitOutput:
+    def forward(self, batch: int, windows: slice = ALL) -> UnitOutput:
         self.asked.append(batch)
-        return UnitOutput(self.slope * self.inputs[batch])
+        return UnitOutput(self.slope * self.inputs[batch][windows])
+
+    def target(self, batch: int, windows: slice = ALL) -> UnitOutput:
+        return UnitOutput((3 * self.inputs[batch] + self.noise[batch])[windows])
+
+    def whole(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Loss and gradient of the batch."""
+        loss = Squared().loss(self.forward(batch), self.target(batch))
+        return loss.detach(), torch.autograd.grad(loss, self.slope)[0]
 
     def passes(self) -> Any:
-        return passes_of(self.task, [self.slope], squared)
+        return passes_of(self.task, [self.slope], Squared())
 
 
-def test_gradients_and_losses_are_those_of_each_batch_in_order() -> None:
-    line = Line()
+APART = [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 5)]
+
+
+@pytest.mark.parametrize("parts", [[], [ALL], APART], ids=["whole", "one part", "apart"])
+def test_gradients_and_losses_are_those_of_each_batch_in_order(parts: list[slice]) -> None:
+    line = Line(parts)
     with line.passes() as passes:
         gradients = list(passes.gradients([2, 0, 3]))
         losses = passes.losses([1, 2])
     for batch, found in zip([2, 0, 3], gradients, strict=True):
-        wanted = -4 * line.inputs[batch].square().mean()
-        torch.testing.assert_close(found.parts[0], wanted.view(1))
-        assert found.length == pytest.approx(-float(wanted))
-    assert losses == pytest.approx([4 * float(line.inputs[batch].square().mean()) for batch in (1, 2)])
+        wanted = line.whole(batch)[1]
+        torch.testing.assert_close(found.scale * found.parts[0], wanted)
+        assert found.length == pytest.approx(float(wanted.abs()), rel=1e-5)
+    assert losses == pytest.approx([float(line.whole(batch)[0]) for batch in (1, 2)], rel=1e-5)
+
+
+def test_a_batch_in_one_part_is_not_rounded_once_more() -> None:
+    line = Line()
+    with line.passes() as passes:
+        (found,) = passes.gradients([1])
+        losses = passes.losses([1])
+    loss, gradient = line.whole(1)
+    assert torch.equal(found.parts[0], gradient)
+    assert (found.scale, losses) == (1.0, [float(loss)])
+
+
+def test_windows_of_no_weight_are_left_out() -> None:
+    line = Line(APART)
+    line.inputs[1][:2] = 0
+    line.noise[1][:2] = 0  # each 0 / 0 by itself
+    with line.passes() as passes:
+        (found,) = passes.gradients([1])
+        losses = passes.losses([1])
+    loss, gradient = line.whole(1)
+    torch.testing.assert_close(found.scale * found.parts[0], gradient)
+    assert losses == pytest.approx([float(loss)], rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [[], APART], ids=["whole", "apart"])
+def test_a_batch_without_any_weight_has_no_loss(parts: list[slice]) -> None:
+    line = Line(parts)
+    line.inputs[1].zero_()
+    line.noise[1].zero_()
+    with line.passes() as passes:
+        with pytest.raises(NumericalError, match="a training loss is nan"):
+            list(passes.gradients([0, 1]))
+        with pytest.raises(NumericalError, match="a training loss is nan"):
+            passes.losses([0, 1])
+
+
+def test_gradients_that_are_one_tensor_are_summed_apart() -> None:
+    """Autograd gives both terms of a sum the very same tensor."""
+    one, two = (nn.Parameter(torch.zeros(5)) for _ in range(2))
+
+    class Sum(Squared):
+        def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
+            return ((one + two) * found.output.sum()).sum()
+
+        def weight(self, wanted: UnitOutput) -> float:
+            return 1.0
+
+    line = Line([slice(i, i + 1) for i in range(5)])
+    with passes_of(line.task, [one, two], Sum()) as passes:
+        (found,) = passes.gradients([0])
+    wanted = (line.inputs[0].sum() / 5).expand(5)
+    for part in found.parts:
+        torch.testing.assert_close(found.scale * part, wanted)
+
+
+def test_the_first_error_in_order_is_raised_whichever_comes_first() -> None:
+    line = Line(APART)
+    late = threading.Event()
+
+    def forward(batch: int, windows: slice = ALL) -> UnitOutput:
+        if (batch, windows.start) == (0, 1):
+            assert late.wait(SOON)
+        if batch == 0 and windows.start in (1, 2):
+            late.set()
+            raise NumericalError(f"window {windows.start}")
+        return line.forward(batch, windows)
+
+    line.task = replace(line.task, forward=forward)
+    with pytest.raises(NumericalError, match="window 1"), line.passes() as passes:
+        list(passes.gradients([0, 1]))
 
 
 def test_a_cpu_has_as_many_workers_as_torch_has_threads() -> None:
@@ -147,7 +239,7 @@ def test_an_interrupt_ends_passes_under_way_before_their_next_half() -> None:
     line, results = Line(), []
     begun, stopped = threading.Event(), threading.Event()
 
-    def target(batch: int) -> UnitOutput:
+    def target(batch: int, windows: slice = ALL) -> UnitOutput:
         begun.set()
         assert stopped.wait(SOON)
         return UnitOutput(line.inputs[batch])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from armor_recipes.errors import CheckpointError, NumericalError, PlanError
+from armor_recipes.model.replay import LayerCall
 from armor_recipes.modifiers import ModuleShape, Refiner, RefineTask, RefineUnit, UnitOutput, modifiers, training
 from armor_recipes.modifiers.distillation import DistillationModifier
 from armor_recipes.modifiers.distillation.modifier import relative_error
+from armor_recipes.modifiers.kinds import refiner
 from armor_recipes.modifiers.kinds.refiner import _converted
 from armor_recipes.modifiers.optimizers import root_mean_square
 from armor_recipes.modifiers.training import RefineConfig, schedule, split_batches
@@ -70,10 +73,12 @@ class Problem:
         return sum(values) / len(values)
 
 
-def problem(*, batches: int = 8, rows: int = 20, side: int = 16) -> Problem:
+def problem(
+    *, batches: int = 8, windows: int = 2, rows: int = 20, side: int = 16, parts: Sequence[slice] = ()
+) -> Problem:
     generator = torch.Generator().manual_seed(11)
     weight = torch.randn(side, 2 * side, generator=generator)
-    inputs = [torch.randn(2, rows, 2 * side, generator=generator) for _ in range(batches)]
+    inputs = [torch.randn(windows, rows, 2 * side, generator=generator) for _ in range(batches)]
     found = factorize(weight, torch.ones(2 * side), block_size=4, iterations=0, seed=0)
     factors = TrainableFactors(found.a, found.core, found.mask, found.b)
     scale = nn.Parameter(torch.ones(side))
@@ -81,8 +86,9 @@ def problem(*, batches: int = 8, rows: int = 20, side: int = 16) -> Problem:
         factors={"model.layers.0.mlp.up_proj": factors},
         vectors={"model.layers.0.norm.weight": scale},
         batches=batches,
-        forward=lambda i: UnitOutput(factors.product(inputs[i]) * scale),
-        target=lambda i: UnitOutput(inputs[i] @ weight.T),
+        forward=lambda i, part=slice(None): UnitOutput(factors.product(inputs[i][part]) * scale),
+        target=lambda i, part=slice(None): UnitOutput(inputs[i][part] @ weight.T),
+        parts=[parts] * batches if parts else (),
     )
     return Problem(task, factors, scale)
 
@@ -246,17 +252,56 @@ def test_the_seed_orders_the_batches(make: Callable[..., Any]) -> None:
     assert found[0] != found[2]
 
 
+SINGLE = [slice(i, i + 1) for i in range(5)]
+
+
 @pytest.mark.usefixtures("threads")
-def test_bits_do_not_depend_on_the_number_of_threads(make: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("accumulate", "parts"),
+    [(3, []), (1, SINGLE), (2, SINGLE), (2, [slice(0, 2), slice(2, 5)])],
+    ids=["whole", "one batch", "two batches", "uneven"],
+)
+def test_bits_do_not_depend_on_the_number_of_threads(
+    make: Callable[..., Any], accumulate: int, parts: list[slice]
+) -> None:
     states = []
-    for count in (1, 2, 4):
+    for count in (1, 2, 3, 4):
         torch.set_num_threads(count)
-        p = problem(batches=6, rows=300, side=128)  # far more numbers than torch sums on one thread
-        outcome = make(accumulate=3).refine(p.task, None)
+        # Far more numbers than torch sums on one thread, and no multiple of what it takes at once.
+        p = problem(batches=4, windows=5, rows=67, side=116, parts=parts)
+        outcome = make(accumulate=accumulate).refine(p.task, None)
         states.append((p.state(), outcome))
     for state, outcome in states[1:]:
         assert outcome == states[0][1]
         assert all(torch.equal(one, two) for one, two in zip(state, states[0][0], strict=True))
+
+
+def test_a_batch_part_by_part_is_the_batch_but_for_rounding(make: Callable[..., Any]) -> None:
+    found = []
+    for parts in ([], SINGLE, [slice(0, 2), slice(2, 5)]):
+        p = problem(windows=5, parts=parts)
+        outcome = make(epochs=2, accumulate=2).refine(p.task, None)
+        found.append((outcome, p.factors.a.detach()))
+    moved = float((found[0][1] - problem().factors.a.detach()).norm())
+    for outcome, a in found[1:]:
+        assert outcome.losses == pytest.approx(found[0][0].losses, rel=1e-4)
+        assert (outcome.steps, outcome.clipped) == (found[0][0].steps, found[0][0].clipped)
+        assert float((a - found[0][1]).norm()) <= 1e-2 * moved
+
+
+@pytest.mark.usefixtures("threads")
+def test_one_batch_at_a_time_keeps_all_threads_at_work(make: Callable[..., Any]) -> None:
+    """All windows of a batch meet in each of their passes, those of the held-out batch too."""
+    torch.set_num_threads(4)
+    p = problem(batches=2, windows=4, parts=SINGLE[:4])
+    meeting = threading.Barrier(4)
+
+    def forward(batch: int, windows: slice) -> UnitOutput:
+        meeting.wait(20)
+        return p.task.forward(batch, windows)
+
+    outcome = make(accumulate=1).refine(replace(p.task, forward=forward), None)
+    assert outcome.steps == 1
 
 
 @pytest.mark.usefixtures("threads")
@@ -478,6 +523,64 @@ def test_training_in_a_session_lowers_the_held_out_loss(llama: Path, name: str) 
     norms = sum(p.numel() for n, p in session.model.named_parameters() if is_norm(n))
     trained = sum(refinement.norm_values for refinement in session.section("refinements"))
     assert trained == (norms if REFINERS[name].scope == "model" else norms - 32)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_session_trains_part_by_part(llama: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bits that do not depend on threads, and results that are those of whole batches but for rounding."""
+    found = mapping(llama, name, accumulate=1)
+    found["calibration"] |= {"samples": 23, "batch_size": 4}
+    whole = run(found)
+    monkeypatch.setattr(refiner, "_PART_TOKENS", 16)
+    sessions = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        sessions.append(run(found))
+    first, second = (session.section("refinements") for session in sessions)
+    assert [r.to_dict() for r in first] == [r.to_dict() for r in second]
+    parameters = zip(*(session.model.named_parameters() for session in sessions), strict=True)
+    assert [one[0] for one, two in parameters if not torch.equal(one[1], two[1])] == []
+    for apart, together in zip(first, whole.section("refinements"), strict=True):
+        assert apart.losses != together.losses
+        assert apart.losses == pytest.approx(together.losses, rel=1e-3)
+        assert (apart.steps, apart.tokens, apart.whole_batches) == (together.steps, together.tokens, 0)
+
+
+def test_batches_that_a_layer_takes_as_a_whole_only_are_counted(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = mapping(llama, "BlockRefineModifier")
+    found["calibration"] |= {"samples": 23, "batch_size": 4}
+    whole = run(found)
+    monkeypatch.setattr(refiner, "_PART_TOKENS", 16)
+    tried: list[int] = []
+
+    def comes_apart(call: LayerCall, layer: nn.Module, parts: Sequence[slice]) -> bool:
+        tried.append(len(parts))
+        return len(call.hidden) == 3
+
+    monkeypatch.setattr(LayerCall, "comes_apart", comes_apart)
+    session = run(found)
+    assert tried == [4, 3] * 2
+    assert [r.whole_batches for r in session.section("refinements")] == [5, 5]
+    assert [r.whole_batches for r in whole.section("refinements")] == [0, 0]
+    assert session.section("refinements")[0].losses == pytest.approx(whole.section("refinements")[0].losses, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("windows", "tokens", "parts"),
+    [
+        (1, 16, [(0, 1)]),
+        (4, 512, [(0, 1), (1, 2), (2, 3), (3, 4)]),
+        (3, 4096, [(0, 1), (1, 2), (2, 3)]),
+        (8, 256, [(0, 2), (2, 4), (4, 6), (6, 8)]),
+        (5, 200, [(0, 5)]),
+        (7, 200, [(0, 3), (3, 7)]),
+        (8, 16, [(0, 8)]),
+    ],
+)
+def test_parts_are_of_as_few_windows_as_make_enough_tokens(windows: int, tokens: int, parts: list[Any]) -> None:
+    ids, hidden = torch.zeros(windows, tokens), torch.zeros(windows, tokens, 2)
+    assert refiner._parts([ids, hidden]) == [[slice(*pair) for pair in parts]] * 2
+    assert refiner._parts([ids.to("meta")]) == []  # as a GPU's
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])

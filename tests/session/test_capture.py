@@ -132,3 +132,107 @@ def test_hidden_states_passed_by_name() -> None:
 
     call = LayerCall.of((), {"hidden_states": torch.ones(2), "scale": 3.0})
     assert torch.equal(call.run(ByName()), torch.full((2,), 3.0))
+
+
+# --- parts of a batch --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_layer_takes_a_batch_part_by_part(kind: str, attention: str) -> None:
+    model = make_model(kind)
+    model.set_attn_implementation(attention)
+    stack = find_stacks(model).all[0]
+    stream = capture_stream(model, stack, IDS, batch_size=5, hooks=Hooks())
+    parts = [slice(0, 2), slice(2, 3), slice(3, 5)]
+    for index, layer in enumerate(stack.modules):
+        call = stream.call(index, 0)
+        assert call.comes_apart(layer, parts)
+        joined = torch.cat([call.part(windows).run(layer) for windows in parts])
+        assert torch.allclose(joined, call.run(layer), rtol=1e-4, atol=1e-5)
+        stream.advance(index)
+
+
+def test_arguments_that_are_of_the_batch_are_split_and_others_stay() -> None:
+    mask, positions, scale = torch.arange(24.0).view(4, 1, 6), torch.arange(6).view(1, 6), torch.tensor(2.0)
+    call = LayerCall(
+        torch.zeros(4, 6, 8), (mask,), {"pair": (positions, mask), "more": {"scale": scale}, "none": None}, False
+    )
+    found = call.part(slice(1, 3))
+    assert found.hidden.shape == (2, 6, 8)
+    assert torch.equal(found.args[0], mask[1:3])
+    assert torch.equal(found.kwargs["pair"][1], mask[1:3])
+    assert found.kwargs["pair"][0] is positions
+    assert found.kwargs["more"]["scale"] is scale
+    assert found.kwargs["none"] is None
+    assert isinstance(found.kwargs["pair"], tuple)
+
+
+def centred(hidden: Tensor) -> Tensor:
+    """Looks at other windows."""
+    return hidden - hidden.mean(0, keepdim=True)
+
+
+def by_position(hidden: Tensor, *, bias: Tensor) -> Tensor:
+    """Takes a bias `(L, H)` of the positions, of which there are by chance as many as windows."""
+    return hidden + bias
+
+
+def for_each_head(hidden: Tensor, *, slopes: Tensor) -> Tensor:
+    """Takes a tensor whose first dimension is windows times heads."""
+    return hidden * slopes.view(len(hidden), -1, 1)
+
+
+def by_object(hidden: Tensor, *, bias: Any) -> Tensor:
+    """Takes an object that holds a tensor of the batch."""
+    return hidden + bias.value
+
+
+class Holder:
+    value = torch.rand(4, 4, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layer", "arguments"),
+    [
+        (centred, {}),
+        (by_position, {"bias": torch.rand(4, 8)}),
+        (for_each_head, {"slopes": torch.rand(16, 1)}),
+        (by_object, {"bias": Holder}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_layer_that_does_not_come_apart_is_found(layer: Any, arguments: dict[str, Any]) -> None:
+    hidden = torch.rand(4, 4, 8, generator=torch.Generator().manual_seed(0))
+    call = LayerCall(hidden, (), arguments, by_name=False)
+    assert not call.comes_apart(layer, [slice(0, 1), slice(1, 4)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_no_difference(dtype: torch.dtype) -> None:
+    linear = nn.Linear(64, 64).to(dtype)
+    hidden = torch.rand(4, 9, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def rounded(x: Tensor) -> Tensor:
+        return x + linear(x) * (1 + torch.finfo(dtype).eps * (len(x) == 4))
+
+    assert LayerCall(hidden, (), {}, by_name=False).comes_apart(rounded, [slice(0, 2), slice(2, 4)])
+
+
+def test_memory_that_runs_out_is_no_answer() -> None:
+    def layer(hidden: Tensor) -> Tensor:
+        if len(hidden) < 4:
+            raise MemoryError
+        return hidden
+
+    def full(hidden: Tensor) -> Tensor:
+        if len(hidden) < 4:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return hidden
+
+    for function, error in ((layer, MemoryError), (full, RuntimeError)):
+        with pytest.raises(error):
+            LayerCall(torch.rand(4, 2, 3), (), {}, by_name=False).comes_apart(function, [slice(0, 2), slice(2, 4)])

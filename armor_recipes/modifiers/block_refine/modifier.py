@@ -30,3 +30,7 @@ class BlockRefineModifier(TrainingRefiner[BlockRefineConfig]):
         """Squared error of the hidden states `(B, L, H)` relative to the target's square."""
         target = wanted.output.float()
         return (found.output.float() - target).square().sum() / target.square().sum()
+
+    def weight(self, wanted: UnitOutput) -> float:
+        """The target's square: summed over windows before one is divided by the other, errors are relative to the batch's."""
+        return float(wanted.output.float().square().sum())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import CheckpointError, PlanError
 from armor_recipes.events import UnitRefined
-from armor_recipes.model.replay import feed, hidden_states
+from armor_recipes.model.replay import LayerCall, feed, hidden_states, some_of
 from armor_recipes.model.views import frozen, view
 from armor_recipes.modifiers.base import AnyModifier, C, Estimate, ModuleShape, Needs, SolveProgress
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult, StepResult, loaded_weight
@@ -32,6 +33,11 @@ from armor_recipes.modifiers.kinds.contract import (
 )
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.solver import TrainableFactors, TrainableLinear
+
+_ALL = slice(None)
+#: Tokens that a CPU computes together at least, where a batch has as many. A pass over fewer costs mostly what does not depend on
+#: their number: on the embedded model, one of 64 tokens half of its time, one of 512 a tenth.
+_PART_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ class RefineResult(StepResult):
     """One unit that was trained: held-out losses, the first before training, steps taken and gradients clipped.
 
     `unit` is a block's name, or `model`. `compute_dtype` is that of its forward and backward passes. `norm_values` counts the
-    numbers in norms that changed.
+    numbers in norms that changed, `whole_batches` the batches whose windows the block does not take one by one.
     """
 
     section: ClassVar[str] = "refinements"
@@ -68,6 +74,7 @@ class RefineResult(StepResult):
     losses: tuple[float, ...]
     steps: int
     clipped: int
+    whole_batches: int
     stop_reason: str
     compute_dtype: str
     seconds: float
@@ -95,11 +102,18 @@ class RefineUnit:
 @dataclass(frozen=True, slots=True)
 class UnitOutput:
     """What a unit makes of one batch: the layer's hidden states `(B, L, H)` or the model's logits `(B, L, V)`; and for a model
-    the outputs `(B, L, H)` of the layers that its refiner asked for.
+    the outputs `(B, L, H)` of the layers that its refiner asked for. B is less where it is of some windows of the batch.
     """
 
     output: Tensor
     hidden: tuple[Tensor, ...] = ()
+
+
+class UnitPass(Protocol):
+    """A unit's output for a batch, or for some of its windows alone. Threads may call it at once."""
+
+    def __call__(self, batch: int, windows: slice = ..., /) -> UnitOutput:
+        """The output; of all windows unless some are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +124,18 @@ class RefineTask:
         factors: what is trained, by the module's full name; modules that share a B hold the very same parameter.
         vectors: weights of norms of the unit by full name, trained on request.
         batches: how many calibration batches there are.
-        forward: the unit's output for batch i with the present factors and vectors, differentiable. Threads may call it at once.
-        target: the dense unit's output for batch i.
+        forward: the unit's output with the present factors and vectors, differentiable.
+        target: the dense unit's output.
+        parts: for each batch the windows that a CPU computes together, part by part; none where the batch goes as a whole only,
+            as all do where nothing is named.
     """
 
     factors: Mapping[str, TrainableFactors]
     vectors: Mapping[str, nn.Parameter]
     batches: int
-    forward: Callable[[int], UnitOutput]
-    target: Callable[[int], UnitOutput]
+    forward: UnitPass
+    target: UnitPass
+    parts: Sequence[Sequence[slice]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,12 +295,44 @@ def _train_block(job: _Job) -> _Trained:
     inputs, targets = context.stream(job.share, "compressed"), context.stream(job.share, "dense").hidden
     factors, vectors = _trainables(job, block, job.prefix)
 
-    def forward(batch: int) -> UnitOutput:
-        return UnitOutput(inputs.call(context.index, batch).run(_student(block, job.prefix, factors, vectors)))
+    def forward(batch: int, windows: slice = _ALL) -> UnitOutput:
+        call = inputs.call(context.index, batch).part(windows)
+        return UnitOutput(call.run(_student(block, job.prefix, factors, vectors)))
 
-    task = RefineTask(factors, vectors, len(targets), forward, lambda batch: UnitOutput(targets[batch]))
+    def target(batch: int, windows: slice = _ALL) -> UnitOutput:
+        return UnitOutput(some_of(targets[batch], windows))
+
+    parts = _parts(targets)
+    parts = _tried(block, list(inputs.calls(context.index)), parts) if parts else []
+    task = RefineTask(factors, vectors, len(targets), forward, target, parts)
     tokens = sum(t.shape[0] * t.shape[1] for t in targets)
     return _train(job, task, tokens=tokens, compute=next(block.parameters()).dtype)
+
+
+def _parts(batches: Sequence[Tensor]) -> list[list[slice]]:
+    """Parts of batches `(B, L, ...)`, each of as few windows as are worth a pass; none on a GPU, which takes batches as a whole.
+
+    They depend on the shapes alone, since the bits of a training depend on them.
+    """
+    if batches[0].device.type != "cpu":
+        return []
+    found = []
+    for batch in batches:
+        windows, tokens = batch.shape[:2]
+        count = max(1, windows // -(-_PART_TOKENS // tokens))
+        bounds = [windows * index // count for index in range(count + 1)]
+        found.append([slice(*pair) for pair in pairwise(bounds)])
+    return found
+
+
+def _tried(block: nn.Module, calls: Sequence[LayerCall], parts: list[list[slice]]) -> list[list[slice]]:
+    """The parts, and none of a batch that the block does not take part by part; tried on the first batch of each size."""
+    apart: dict[int, bool] = {}
+    for call, found in zip(calls, parts, strict=True):
+        size = len(call.hidden)
+        if size not in apart:
+            apart[size] = len(found) == 1 or call.comes_apart(block, found)
+    return [found if apart[len(call.hidden)] else [] for call, found in zip(calls, parts, strict=True)]
 
 
 def _train_model(job: _Job) -> _Trained:
@@ -303,18 +352,18 @@ def _train_model(job: _Job) -> _Trained:
     tapped = [names[index] for index in job.refiner.hidden_layers(len(names))]
     base = _converted(model, compute, but={f"{name}.weight" for name in factors})
 
-    def run(network: nn.Module, batch: int) -> UnitOutput:
+    def run(network: nn.Module, batch: int, windows: slice) -> UnitOutput:
         hidden = [_tap(network.get_submodule(name)) for name in tapped]
-        logits: Tensor = feed(network, batches[batch]).logits
+        logits: Tensor = feed(network, some_of(batches[batch], windows)).logits
         return UnitOutput(logits, tuple(taken[0] for taken in hidden))
 
-    def forward(batch: int) -> UnitOutput:
-        return run(_student(base, "", factors, vectors, copied=tapped), batch)
+    def forward(batch: int, windows: slice = _ALL) -> UnitOutput:
+        return run(_student(base, "", factors, vectors, copied=tapped), batch, windows)
 
-    def target(batch: int) -> UnitOutput:
-        return run(dense_view(base, dense, copied=tapped), batch)
+    def target(batch: int, windows: slice = _ALL) -> UnitOutput:
+        return run(dense_view(base, dense, copied=tapped), batch, windows)
 
-    task = RefineTask(factors, vectors, len(batches), forward, target)
+    task = RefineTask(factors, vectors, len(batches), forward, target, _parts(batches))
     return _train(job, task, tokens=sum(ids.numel() for ids in batches), compute=compute)
 
 
@@ -349,6 +398,7 @@ def _train(job: _Job, task: RefineTask, *, tokens: int, compute: torch.dtype) ->
         losses=outcome.losses,
         steps=outcome.steps,
         clipped=outcome.clipped,
+        whole_batches=sum(not parts for parts in task.parts),
         stop_reason=outcome.stop_reason,
         compute_dtype=str(compute).removeprefix("torch."),
         modules=len(task.factors),
