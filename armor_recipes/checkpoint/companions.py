@@ -101,7 +101,7 @@ def _with_code_that_is_there(content: bytes, there: Iterable[str]) -> bytes:
 
 def _files(folder: Path) -> Iterator[str]:
     for path in folder.iterdir():
-        if path.is_file():
+        if path.is_file() and not fnmatchcase(path.name, ".*.lock"):  # of a run whose output lies in the model's folder
             yield path.name
         elif path.is_dir() and not path.name.startswith("."):
             yield from (f"{path.name}/{inner.name}" for inner in path.iterdir() if inner.is_file())

@@ -71,6 +71,18 @@ class StoredTensors:
         return next((dtype for dtype, _ in counts.most_common()), None)
 
 
+def is_all_there(folder: Path) -> bool:
+    """Whether every file of weights that an index names is in the folder: the hub's cache may hold some of them yet."""
+    for index, single in ((INDEX_FILE, WEIGHTS_FILE), (BIN_INDEX, BIN_FILE)):
+        if (folder / index).exists() and not (folder / single).exists():
+            try:
+                names = json.loads((folder / index).read_bytes())["weight_map"].values()
+                return all((folder / name).exists() for name in set(names))
+            except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                return True  # which reading it tells
+    return True
+
+
 def _pickled(folder: Path) -> tuple[dict[str, Path], dict[str, StoredTensor]]:
     places: dict[str, Path] = {}
     tensors: dict[str, StoredTensor] = {}

@@ -23,7 +23,7 @@ from transformers import (
 
 from armor_recipes import builtin
 from armor_recipes.checkpoint.files import read_config
-from armor_recipes.checkpoint.stored import StoredTensors
+from armor_recipes.checkpoint.stored import StoredTensors, is_all_there
 from armor_recipes.errors import InputError, PlanError
 from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.names import stored_names
@@ -79,12 +79,12 @@ class ModelSource:
         return self.folder or _cached_snapshot(self.location, self.revision)
 
     def stored(self) -> StoredTensors | None:
-        """What tensors the files hold, asked of them once; None where there are none, or of another kind (GGUF).
+        """What tensors the files hold, asked of them once; None where there are none (yet), or of another kind (GGUF).
 
         Raises InputError where they are damaged.
         """
         folder = self.files
-        if folder is None:
+        if folder is None or (self.folder is None and not is_all_there(folder)):
             return None
         found = self._read.get(folder) or StoredTensors(folder)
         if not found.tensors:

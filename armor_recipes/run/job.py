@@ -30,7 +30,7 @@ from armor_recipes.report.manifest import Facts, build_manifest, calibration_row
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.checks import check_output, check_renamed, check_weights, placed, precious_paths
 from armor_recipes.run.planning import Job, prepare
-from armor_recipes.run.preflight import Ready, preflight
+from armor_recipes.run.preflight import Ready, check_disk, preflight
 from armor_recipes.run.refusals import resource_errors
 from armor_recipes.run.result import Result
 from armor_recipes.run.verify import verify_reloaded
@@ -123,7 +123,8 @@ def execute(
     with resource_errors(), locked(target):
         recover(target)
         check_output(output, job.source, job.recipe, overwrite=overwrite)  # as the run before left it
-        run = _Run.start(job, model, preflight(job, model, tokenizer, target, watch), watch)
+        ready = preflight(job, model, tokenizer, target, watch)
+        run = _Run.start(job, model, ready, target, watch)
         facts = run.compute()
         with staged(target, overwrite=overwrite, precious=precious_paths(job.source, job.recipe)) as folder:
             watch.phase("save")
@@ -161,12 +162,14 @@ class _Run:
     """Tensors of the source's files that no module of the model holds, written as they are."""
 
     @classmethod
-    def start(cls, job: Job, model: PreTrainedModel | None, ready: Ready, watch: Stopwatch) -> _Run:
+    def start(cls, job: Job, model: PreTrainedModel | None, ready: Ready, output: Path, watch: Stopwatch) -> _Run:
         """Load the weights, or take those given, and check them."""
         watch.phase("load weights")
         if model is None:
             loaded = load_model(job.source, device=job.device)
-            check_renamed(loaded, job.source)  # the files of a hub model may have come only now
+            # The files of a hub model may have come only now, onto the same disk.
+            check_renamed(loaded, job.source)
+            check_disk(output.parent, ready.nbytes)
         else:
             loaded = placed(model, job.source, job.device)
         check_weights(loaded, job.plan)

@@ -52,6 +52,8 @@ class Ready:
     data: Data
     licence: Licence
     companions: Companions
+    nbytes: int
+    """Of all tensors that will be written."""
 
     def files(self, facts: Facts, source: ModelSource) -> dict[str, bytes]:
         """What lies beside weights, tokenizer, manifest and report: name → content."""
@@ -70,7 +72,7 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
     """
     watch.phase("preflight")
     refused = Refusals()
-    licence, beside, usable = Licence(), Companions({}), False
+    licence, beside, usable, nbytes = Licence(), Companions({}), False, 0
     with tried(output) as folder:
         with refused.noted():
             _try_model(job, model, folder)
@@ -79,20 +81,20 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
         with refused.noted():
             beside = _companions(job.source, with_tokenizer=tokenizer is None)
         with refused.noted():
-            ready = Ready(tokenizer, Data({}, None), licence, beside)
-            _try_files(job, ready, folder)
+            _try_files(job, Ready(None, Data({}, None), licence, beside, 0), folder)
         with refused.noted():
             tokenizer = load_tokenizer(job.source) if tokenizer is None else tokenizer
             with _savable(f"the tokenizer of {job.source.location}", "give one that save_pretrained can save"):
                 write_beside(folder, {}, tokenizer=tokenizer)
             usable = True
         with refused.noted():
-            check_disk(folder.parent, _bytes_of_tensors(job, model))  # what is small lies there now
+            nbytes = _bytes_of_tensors(job, model)
+            check_disk(folder.parent, nbytes)  # what is small lies there now
     watch.phase("tokenize")
     data = read_data(job.recipe, job.modifiers, job.shapes, tokenizer, refused) if usable else Data({}, None)
     if refused:
         refused.tell()
-    return Ready(tokenizer, data, licence, beside)
+    return Ready(tokenizer, data, licence, beside, nbytes)
 
 
 def _try_model(job: Job, model: PreTrainedModel | None, folder: Path) -> None:
