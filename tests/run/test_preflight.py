@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from armor_recipes.checkpoint.files import read_header
 from armor_recipes.errors import CheckpointError, InputError, PlanError
+from armor_recipes.events import Event, PhaseStarted
 from armor_recipes.integrations import models
 from armor_recipes.integrations.models import open_model
 from armor_recipes.recipe.schema import ModelSpec
 from armor_recipes.run import apply, job
-from armor_recipes.session.events import Event, PhaseStarted
 from tests.support.engine import ARMOR, make_model, recipe, save_model
 
 
