@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Executor
+from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,21 @@ class BatchGradient:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one worker computes by itself: a batch, or some windows of it."""
+    """What one worker computes by itself: a batch, or its windows from `start` to before `stop`."""
 
     batch: int
-    windows: slice | None = None
+    start: int | None = None
+    stop: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the batch."""
+        return self.start is None
+
+    @property
+    def asked(self) -> tuple[Any, ...]:
+        """What the unit is asked for."""
+        return (self.batch,) if self.whole else (self.batch, slice(self.start, self.stop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +79,42 @@ class Passes:
     measure: Measure
     pool: Executor
     workers: int
+    _ahead: dict[_Part, Future[UnitOutput]] = field(default_factory=dict)
     _stopped: threading.Event = field(default_factory=threading.Event)
 
-    def gradients(self, batches: Sequence[int]) -> Iterator[BatchGradient]:
-        """Of each batch, in order. Raises NumericalError where a loss or a gradient is not finite."""
-        parts = [part for batch in batches for part in self._parts(batch)]
+    def gradients(self, batches: Sequence[int], coming: Sequence[int] = ()) -> Iterator[BatchGradient]:
+        """Of each batch, in order. Raises NumericalError where a loss or a gradient is not finite.
+
+        Workers that are left idle make targets of the batches that are coming, which no step changes: as many as are idle while
+        the last parts are computed, so that they take no more memory than a busy worker would.
+        """
+        parts, later = self._parts(batches), self._parts(coming)
         # One more than there are workers: whoever is done first need not wait until those before it are taken.
-        found = results_in_order(self.pool, self._gradient, parts, at_once=self.workers + 1)
+        found = results_in_order(self.pool, self._gradient, self._and_ahead(parts, later), at_once=self.workers + 1)
         for batch in batches:
-            yield _batch_gradient(islice(found, len(self._parts(batch))))
+            yield _batch_gradient(islice(found, len(self._parts([batch]))))
 
     def losses(self, batches: Sequence[int]) -> list[float]:
         """Of each batch, without gradients. Raises NumericalError where one is not finite."""
-        found = self.pool.map(self._value, [part for batch in batches for part in self._parts(batch)])
-        return [_batch_loss(list(islice(found, len(self._parts(batch))))) for batch in batches]
+        found = self.pool.map(self._value, self._parts(batches))
+        return [_batch_loss(list(islice(found, len(self._parts([batch]))))) for batch in batches]
 
     def stop(self) -> None:
         """Let passes under way end as soon as they can."""
         self._stopped.set()
 
-    def _parts(self, batch: int) -> list[_Part]:
-        parts = self.task.parts[batch] if self.task.parts else ()
-        return [_Part(batch, windows) for windows in parts] if len(parts) > 1 else [_Part(batch)]
+    def _parts(self, batches: Sequence[int]) -> list[_Part]:
+        found = []
+        for batch in batches:
+            parts = self.task.parts[batch] if self.task.parts else ()
+            found += [_Part(batch, part.start, part.stop) for part in parts] if len(parts) > 1 else [_Part(batch)]
+        return found
+
+    def _and_ahead(self, parts: Sequence[_Part], later: Sequence[_Part]) -> Iterator[_Part]:
+        """The parts; behind the last one targets of later parts are begun."""
+        yield from parts
+        for part in later[: -len(parts) % self.workers]:
+            self._ahead[part] = self.pool.submit(self._new_target, part)
 
     def _gradient(self, part: _Part) -> _Found:
         with torch.enable_grad():
@@ -97,7 +122,7 @@ class Passes:
             self._go_on()
             # A parameter that the part does not reach (an expert that no token went to) gets zeros.
             gradient = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
-        return _Found(float(loss.detach()), weight, gradient, _length(gradient) if part.windows is None else None)
+        return _Found(float(loss.detach()), weight, gradient, _length(gradient) if part.whole else None)
 
     def _value(self, part: _Part) -> _Found:
         with torch.no_grad():
@@ -106,13 +131,21 @@ class Passes:
 
     def _loss(self, part: _Part) -> tuple[Tensor, float]:
         """The part's loss, and its weight."""
-        asked = (part.batch,) if part.windows is None else (part.batch, part.windows)
+        target = self._target(part)
+        with torch.no_grad():
+            weight = 1.0 if part.whole else self.measure.weight(target)
+        self._go_on()
+        return self.measure.loss(self.task.forward(*part.asked), target), weight
+
+    def _target(self, part: _Part) -> UnitOutput:
+        """The one made ahead, or one of now where nobody has begun with it."""
+        begun = self._ahead.pop(part, None)
+        return self._new_target(part) if begun is None or begun.cancel() else begun.result()
+
+    def _new_target(self, part: _Part) -> UnitOutput:
         self._go_on()
         with torch.no_grad():
-            target = self.task.target(*asked)
-            weight = 1.0 if part.windows is None else self.measure.weight(target)
-        self._go_on()
-        return self.measure.loss(self.task.forward(*asked), target), weight
+            return self.task.target(*part.asked)
 
     def _go_on(self) -> None:
         if self._stopped.is_set():

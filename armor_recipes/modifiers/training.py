@@ -7,6 +7,7 @@ import statistics
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -176,9 +177,10 @@ def train(training: _Training, on_progress: SolveProgress | None) -> RefineOutco
     lengths: list[float] = []
     for _ in range(config.epochs):
         order = [trained[i] for i in torch.randperm(len(trained), generator=generator).tolist()]
-        for index in range(steps):
-            batches = order[index * config.accumulate : (index + 1) * config.accumulate]
-            clipped += _step(training, optimizer, batches, lengths, rate=config.learning_rate * schedule(step, total))
+        groups = [order[first : first + config.accumulate] for first in range(0, len(order), config.accumulate)]
+        for batches, coming in pairwise([*groups, []]):
+            rate = config.learning_rate * schedule(step, total)
+            clipped += _step(training, optimizer, batches, coming, lengths, rate=rate)
             step += 1
             if on_progress is not None:
                 on_progress(step, total, losses[-1])
@@ -217,11 +219,17 @@ def schedule(step: int, total: int) -> float:
 
 
 def _step(
-    training: _Training, optimizer: Optimizer, batches: Sequence[int], lengths: list[float], *, rate: float
+    training: _Training,
+    optimizer: Optimizer,
+    batches: Sequence[int],
+    coming: Sequence[int],
+    lengths: list[float],
+    *,
+    rate: float,
 ) -> int:
     """One step of the optimizer; adds to the `lengths` of gradients so far, and returns how many were shortened."""
     clipped = 0
-    for found in training.passes.gradients(batches):  # summed in the order of the batches
+    for found in training.passes.gradients(batches, coming):  # summed in the order of the batches
         longest = _LONGEST * statistics.median(lengths) if lengths else found.length
         lengths.append(found.length)
         clipped += found.length > longest

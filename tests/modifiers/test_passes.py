@@ -227,6 +227,90 @@ def test_the_first_error_in_order_is_raised_whichever_comes_first() -> None:
         list(passes.gradients([0, 1]))
 
 
+# --- targets ahead -----------------------------------------------------------------------------------------------------------
+
+
+class Targets:
+    """Counts the targets that are made; the last pass of batch 0 waits for as many of other batches as are expected."""
+
+    def __init__(self, line: Line, expected: int) -> None:
+        self.line, self.made, self.lock = line, list[tuple[int, int | None]](), threading.Lock()
+        self.expected, self.enough = expected, threading.Event()
+        line.task = replace(line.task, target=self.target, forward=self.forward)
+        self.forward_of_line = line.forward
+
+    def target(self, batch: int, windows: slice = ALL) -> UnitOutput:
+        with self.lock:
+            self.made.append((batch, windows.start))
+            if len([b for b, _ in self.made if b > 0]) == self.expected:
+                self.enough.set()
+        return UnitOutput((3 * self.line.inputs[batch])[windows])
+
+    def forward(self, batch: int, windows: slice = ALL) -> UnitOutput:
+        if batch == 0 and windows.start in (None, APART[-1].start):
+            assert self.enough.wait(SOON)
+        return self.forward_of_line(batch, windows)
+
+
+def test_idle_workers_make_targets_of_what_is_coming_once() -> None:
+    line = Line()
+    targets = Targets(line, expected=2)  # three workers, one of them with batch 0
+    with line.passes() as passes:
+        (first,) = passes.gradients([0], [1, 2, 3])
+        assert sorted(targets.made) == [(0, None), (1, None), (2, None)]
+        later = list(passes.gradients([1, 2, 3]))
+    assert sorted(targets.made) == [(batch, None) for batch in range(4)]
+    plain = Line()
+    plain.task = replace(plain.task, target=lambda batch: UnitOutput(3 * plain.inputs[batch]))
+    with plain.passes() as passes:
+        wanted = list(passes.gradients([0, 1, 2, 3]))
+    for one, two in zip([first, *later], wanted, strict=True):
+        assert torch.equal(one.parts[0], two.parts[0])
+        assert one.length == two.length
+
+
+def test_no_more_targets_are_made_than_workers_are_idle_at_last() -> None:
+    line = Line(APART)
+    targets = Targets(line, expected=2)  # of four parts the last one is alone
+    with line.passes() as passes:
+        list(passes.gradients([0], [1]))
+    assert [start for batch, start in targets.made if batch == 1] == [0, 1]
+
+
+def test_nothing_is_made_ahead_where_all_workers_are_busy() -> None:
+    line = Line()
+    targets = Targets(line, expected=0)
+    targets.enough.set()
+    with line.passes() as passes:
+        list(passes.gradients([0, 1, 2], [3]))
+    assert sorted(batch for batch, _ in targets.made) == [0, 1, 2]
+
+
+def test_an_error_in_a_target_made_ahead_is_raised_in_its_turn() -> None:
+    line = Line()
+    raised = threading.Event()
+
+    def target(batch: int) -> UnitOutput:
+        if batch == 2:
+            raised.set()
+            raise NumericalError("no target")
+        return UnitOutput(3 * line.inputs[batch])
+
+    def forward(batch: int) -> UnitOutput:
+        assert raised.wait(SOON)
+        return line.forward(batch)
+
+    line.task = replace(line.task, target=target, forward=forward)
+    with line.passes() as passes:
+        assert len(list(passes.gradients([0], [1, 2]))) == 1
+        assert len(list(passes.gradients([1], [2]))) == 1
+        with pytest.raises(NumericalError, match="no target"):
+            list(passes.gradients([2]))
+
+
+# --- workers -----------------------------------------------------------------------------------------------------------------
+
+
 def test_a_cpu_has_as_many_workers_as_torch_has_threads() -> None:
     with Line().passes() as passes:
         assert passes.workers == 3
