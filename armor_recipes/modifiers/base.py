@@ -102,6 +102,7 @@ class Estimate:
         stored_as: `packed` (a 2:4 core and its factors) or `dense` (one plain weight, whatever made it).
         core: what a packed core's kept values are: `float`, `int8` or `int4`.
         group_size: kept values that have one scale; None for a whole row, and where the core is float.
+        parts: how many pieces of the work a CPU may compute side by side, of which each takes `part_bytes` besides `peak_bytes`.
     """
 
     stored_bytes: int
@@ -112,6 +113,8 @@ class Estimate:
     stored_as: StoredAs = "dense"
     core: CoreType = "float"
     group_size: int | None = None
+    parts: int = 0
+    part_bytes: int = 0
 
 
 class Statistic(Protocol):

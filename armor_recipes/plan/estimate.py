@@ -14,7 +14,7 @@ from torch import nn
 
 from armor_recipes.model.facts import model_facts
 from armor_recipes.modifiers import AnyModifier
-from armor_recipes.modifiers.kinds.contract import calibration_tokens
+from armor_recipes.modifiers.kinds.contract import Row, calibration_tokens
 from armor_recipes.plan.plan import Plan
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
@@ -51,7 +51,7 @@ def estimate_run(
     places: dict[tuple[str, int, str], list[int]] = {}
     for row in plan.modules:
         places.setdefault((row.stage, row.layer, row.modifier), []).append(row.peak_bytes)
-    others = [row.peak_bytes for row in plan.rows if not row.takes]
+    others = [_with_parts(row) for row in plan.rows if not row.takes]
     parameters = sum(p.numel() for p in model.parameters())
     return RunEstimate(
         peak_bytes=estimate_peak_bytes(
@@ -64,6 +64,12 @@ def estimate_run(
 def bytes_at_once(solves: Sequence[int]) -> int:
     """Working memory of one layer's solves: of the largest, as many as a CPU solves at once."""
     return sum(sorted(solves, reverse=True)[: torch.get_num_threads()])
+
+
+def _with_parts(row: Row) -> int:
+    """Working memory of a step with as many of its parts as a CPU computes at once."""
+    parts, size = row.side_by_side
+    return row.peak_bytes + bytes_at_once([size] * parts)
 
 
 def estimate_peak_bytes(model: nn.Module, tokens: int, *, solve_bytes: int) -> int:

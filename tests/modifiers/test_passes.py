@@ -191,6 +191,24 @@ def test_a_batch_without_any_weight_has_no_loss(parts: list[slice]) -> None:
             passes.losses([0, 1])
 
 
+def test_the_length_of_a_long_gradient_does_not_depend_on_the_number_of_threads() -> None:
+    """Of one part and of several. Torch's norm happens to take one thread, where its sums take several; nothing promises that."""
+    weights = (3 * torch.randn(300_001, generator=torch.Generator().manual_seed(1))).exp()
+    vector = nn.Parameter(torch.zeros(300_001))
+
+    class Weighted(Squared):
+        def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
+            return (vector * weights).sum() * found.output.sum()
+
+    for parts in ((), APART):
+        lengths = set()
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            with passes_of(Line(parts).task, [vector], Weighted()) as passes:
+                lengths |= {found.length for found in passes.gradients([0, 1])}
+        assert len(lengths) == 2
+
+
 def test_gradients_that_are_one_tensor_are_summed_apart() -> None:
     """Autograd gives both terms of a sum the very same tensor."""
     one, two = (nn.Parameter(torch.zeros(5)) for _ in range(2))

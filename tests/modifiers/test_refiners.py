@@ -395,7 +395,7 @@ def test_hidden_layers_are_evenly_spread(asked: int | str, total: int, layers: t
 
 
 def unit(tokens: int, batch_tokens: int) -> RefineUnit:
-    return RefineUnit((ModuleShape("m", 8, 16, 2),), 200, 10_000, tokens, batch_tokens)
+    return RefineUnit((ModuleShape("m", 8, 16, 2),), 200, 10_000, 32, tokens, batch_tokens, 2)
 
 
 def test_a_plan_counts_the_passes(make: Callable[..., Any]) -> None:
@@ -405,6 +405,13 @@ def test_a_plan_counts_the_passes(make: Callable[..., Any]) -> None:
     assert two.flops == 2 * one.flops
     assert one.stored_bytes == 0
     assert one.peak_bytes > 4 * 4 * 200
+
+
+def test_a_plan_counts_the_parts_of_a_step_and_what_each_keeps(make: Callable[..., Any]) -> None:
+    one, three = (make(accumulate=count).plan(unit(64, 16)) for count in (1, 3))
+    assert (one.parts, three.parts) == (2, 6)
+    assert one.part_bytes == three.part_bytes == 4 * 200 + 8 * (6 * (8 + 16) + 12 * 32)
+    assert one.peak_bytes == three.peak_bytes
 
 
 def test_fewer_than_two_batches_are_refused(make: Callable[..., Any]) -> None:

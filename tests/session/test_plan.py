@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -323,6 +324,28 @@ def test_memory_counts_every_set_of_activations(llama: Path, monkeypatch: pytest
     for others, expected in (({}, 1), ({"DistillationModifier": {}}, 1), ({"BlockRefineModifier": {}}, 2)):
         assert sets("dense", **others) == sets("compressed", **others) == expected
         assert sets("matched", **others) == 3
+
+
+def test_memory_counts_the_parts_of_a_training_that_are_computed_at_once(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("armor_recipes.plan.estimate.resident_bytes", lambda: 0)
+    mapping = recipe(llama, ARMORModifier=armor(), DistillationModifier={"accumulate": 1})
+    mapping["calibration"] |= {"samples": 8, "sequence_length": 512, "batch_size": 3}
+    before, peaks, plans = torch.get_num_threads(), [], []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            job = make_job(mapping)
+            peaks.append(job.estimate.peak_bytes)
+            plans.append(job.plan)
+    finally:
+        torch.set_num_threads(before)
+    (row,) = plans[0].refinements
+    assert row.side_by_side == (row.parts, row.part_bytes) == (3, row.part_bytes)
+    assert [more - less for less, more in pairwise(peaks)] == [row.part_bytes, row.part_bytes, 0]
+    assert row.part_bytes > 512 * 12 * 96  # the logits'
+    assert set(plans) == {plans[0]}
 
 
 def test_the_estimate_takes_the_text_part_of_a_composite_config() -> None:

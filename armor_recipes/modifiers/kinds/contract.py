@@ -67,6 +67,11 @@ class Row:
         """Modules whose inputs feed a statistic."""
         return ()
 
+    @property
+    def side_by_side(self) -> tuple[int, int]:
+        """How many pieces of it a CPU may compute at once, and what each takes besides `peak_bytes`."""
+        return 0, 0
+
 
 @dataclass(frozen=True, slots=True)
 class Planning:

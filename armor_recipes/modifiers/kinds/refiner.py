@@ -54,6 +54,13 @@ class RefinePlan(Row):
     tokens: int
     flops: float
     peak_bytes: int
+    parts: int
+    part_bytes: int
+
+    @property
+    def side_by_side(self) -> tuple[int, int]:
+        """Parts of batches."""
+        return self.parts, self.part_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +95,19 @@ class RefineUnit:
         modules: the factorised modules.
         factor_values: numbers that are trained: A, the kept values of S, and B of all of them.
         parameters: numbers of the layer or model that a forward pass reads.
+        width: numbers that it gives for a token.
         tokens: calibration tokens.
         batch_tokens: tokens of one batch.
+        batch_parts: parts of a batch that a CPU computes side by side.
     """
 
     modules: tuple[ModuleShape, ...]
     factor_values: int
     parameters: int
+    width: int
     tokens: int
     batch_tokens: int
+    batch_parts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,12 +247,15 @@ def _plan_unit(planning: Planning, refiner: Refiner[Any], index: int | None, fou
     spec = planning.entry.config.calibration
     assert spec is not None
     part = planning.model if index is None else planning.stacks.block(index)
+    width = planning.facts.vocab_size if index is None else planning.facts.hidden_size
     unit = RefineUnit(
         modules=tuple(row.shape for row in found),
         factor_values=sum(row.factor_bytes // row.itemsize + row.d_out * row.d_in // 2 for row in found),
         parameters=sum(p.numel() for p in part.parameters()),
+        width=width or 0,
         tokens=calibration_tokens(spec),
         batch_tokens=spec.batch_size * spec.sequence_length,
+        batch_parts=len(_parts_of(spec.batch_size, spec.sequence_length)),
     )
     cost = refiner.plan(unit)
     return RefinePlan(
@@ -253,6 +267,8 @@ def _plan_unit(planning: Planning, refiner: Refiner[Any], index: int | None, fou
         tokens=unit.tokens,
         flops=cost.flops,
         peak_bytes=cost.peak_bytes,
+        parts=cost.parts,
+        part_bytes=cost.part_bytes,
     )
 
 
@@ -310,19 +326,15 @@ def _train_block(job: _Job) -> _Trained:
 
 
 def _parts(batches: Sequence[Tensor]) -> list[list[slice]]:
-    """Parts of batches `(B, L, ...)`, each of as few windows as are worth a pass; none on a GPU, which takes batches as a whole.
+    """Parts of batches `(B, L, ...)`; none on a GPU, which takes batches as a whole."""
+    return [_parts_of(*batch.shape[:2]) for batch in batches] if batches[0].device.type == "cpu" else []
 
-    They depend on the shapes alone, since the bits of a training depend on them.
-    """
-    if batches[0].device.type != "cpu":
-        return []
-    found = []
-    for batch in batches:
-        windows, tokens = batch.shape[:2]
-        count = max(1, windows // -(-_PART_TOKENS // tokens))
-        bounds = [windows * index // count for index in range(count + 1)]
-        found.append([slice(*pair) for pair in pairwise(bounds)])
-    return found
+
+def _parts_of(windows: int, tokens: int) -> list[slice]:
+    """Parts of a batch, each of as few windows as are worth a pass; they depend on shapes alone, since bits depend on them."""
+    count = max(1, windows // -(-_PART_TOKENS // tokens))
+    bounds = [windows * index // count for index in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def _tried(block: nn.Module, calls: Sequence[LayerCall], parts: list[list[slice]]) -> list[list[slice]]:
