@@ -13,8 +13,9 @@ from armor_recipes.errors import NumericalError
 
 #: Values whose squares are summed at once, so that a large batch does not need several times its memory.
 _CHUNK = 1 << 22
-#: Of those as many are float64 at once on a CPU, whole columns of the chunk: 8 MB, near enough to its caches.
-_BLOCK = 1 << 20
+#: Of those as many are float64 at once on a CPU, whole columns of the chunk: 16 MB, the last block less than twice that.
+#: Smaller ones gain little more on a quiet machine, and on a busy one threads wait for each other too often.
+_BLOCK = 1 << 21
 #: Columns of such a block are a multiple of this, and of every vector width: so a column is summed as it is in the whole chunk.
 _COLUMNS = 128
 #: Rows summed in float32 by one product of `InputGram`: its rounding error, about 1e-6, does not grow with the number of tokens.
