@@ -24,9 +24,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out."""
     if isinstance(error, MemoryError) or _os_error(error) == ENOMEM:
         return True
-    return (
-        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
-    )  # torch's own class is one, too
+    # torch.OutOfMemoryError is a RuntimeError, too
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
 def what_ran_out(error: BaseException | None) -> str:

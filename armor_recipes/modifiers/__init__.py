@@ -1,6 +1,6 @@
 """Methods that change linear modules: one folder each, a registry, the contract in `base`, and a file for each kind in `kinds`.
 
-What a method of one's own needs is here; `docs/api.md` lists it.
+What a method of one's own needs is here; CONTRIBUTING.md has two whole ones.
 """
 
 from armor_recipes.modifiers.base import (

@@ -12,8 +12,7 @@ from armor_recipes.model.blocks import Stacks, find_stacks
 from armor_recipes.model.facts import ModelFacts, model_facts
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.modifiers.kinds.contract import Planned, Planning, Row, entry_name, once
-from armor_recipes.modifiers.kinds.module import ModulePlan
-from armor_recipes.plan.plan import Plan, Totals
+from armor_recipes.plan.plan import Plan, Totals, last_of_each
 from armor_recipes.plan.serving import PackedModule, serve_problems
 from armor_recipes.plan.targets import resolve_targets
 from armor_recipes.recipe import ModifierEntry, Recipe
@@ -137,7 +136,7 @@ def _unservable(recipe: Recipe, model: nn.Module, stacks: Stacks, facts: ModelFa
     entries = {entry.key: entry for entry in recipe.modifiers}
     packed = {
         row.name: PackedModule(entries[row.modifier], (row.d_out, row.d_in), row.spec)
-        for row in _last_of_each(rows)
+        for row in last_of_each(rows).values()
         if row.spec is not None
     }
     found: dict[tuple[str, str], list[str]] = {}
@@ -147,14 +146,8 @@ def _unservable(recipe: Recipe, model: nn.Module, stacks: Stacks, facts: ModelFa
     return [f"{place}: {once(text, names)}" for (place, text), names in found.items()]
 
 
-def _last_of_each(rows: Sequence[Row]) -> list[ModulePlan]:
-    """The last row of each module, which says how it is stored."""
-    found: dict[str, Any] = {name: row for row in rows if row.section == ModulePlan.section for name in row.takes}
-    return list(found.values())
-
-
 def _totals(rows: Sequence[Row], model: nn.Module, itemsize: int) -> Totals:
-    last = _last_of_each(rows)
+    last = last_of_each(rows).values()
     before = sum(row.bytes_before for row in last)
     return Totals(
         modules=len(last),

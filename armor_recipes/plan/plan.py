@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,12 +42,17 @@ class Plan:
 
     def section(self, name: str) -> tuple[Any, ...]:
         """The rows of one section, in order."""
-        return tuple(row for row in self.rows if row.section == name)
+        return _section(self.rows, name)
 
     @property
     def modules(self) -> tuple[ModulePlan, ...]:
         """What is done to single modules."""
         return self.section(ModulePlan.section)
+
+    @property
+    def stored(self) -> dict[str, ModulePlan]:
+        """How each module ends, by name: its last row."""
+        return last_of_each(self.rows)
 
     @property
     def rearrangements(self) -> tuple[RearrangePlan, ...]:
@@ -85,7 +90,7 @@ class Plan:
         """Plain data for `--plan --json`: a list for each section."""
         sections: dict[str, list[Any]] = {kind.section: [] for kind in (ModulePlan, RefinePlan, RearrangePlan)}
         for row in self.rows:
-            sections.setdefault(row.section, []).append(_plain(row))
+            sections.setdefault(row.section, []).append(row.to_dict())
         others = {"ignored": list(self.ignored), "totals": asdict(self.totals), "notes": list(self.notes)}
         return {"model": self.model, "layers": list(self.layers), **sections, **others}
 
@@ -96,8 +101,10 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _plain(row: Any) -> Mapping[str, Any]:
-    data = asdict(row)
-    if row.section == ModulePlan.section:
-        data["overhead_percent"] = round(row.overhead_percent, 3)
-    return data
+def last_of_each(rows: Sequence[Row]) -> dict[str, ModulePlan]:
+    """The last row of each module, which says how it is stored."""
+    return {name: row for row in _section(rows, ModulePlan.section) for name in row.takes}
+
+
+def _section(rows: Sequence[Row], name: str) -> tuple[Any, ...]:
+    return tuple(row for row in rows if row.section == name)

@@ -76,7 +76,7 @@ def without_folders(name: str) -> str:
 
 def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
     """Plain data for the manifest; `tensors` are SHA-256 by name, as written."""
-    plans = {module.name: module for module in facts.plan.modules}
+    plans = facts.plan.stored
     return {
         "format_version": FORMAT_VERSION,
         "armor_recipes": __version__,

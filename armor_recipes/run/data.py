@@ -6,11 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from armor_recipes.calibration.tokens import TokenSet, build_tokens
-from armor_recipes.evaluation.perplexity import evaluation_windows, vocabulary
-from armor_recipes.model.facts import model_facts
+from armor_recipes.evaluation.perplexity import evaluation_windows
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
@@ -28,7 +25,7 @@ class Data:
 def read_data(
     recipe: Recipe,
     modifiers: Mapping[str, AnyModifier[Any]],
-    shapes: PreTrainedModel,
+    vocab_size: int,
     tokenizer: Any | None,
     refused: Refusals,
     *,
@@ -42,15 +39,14 @@ def read_data(
     for spec, entries in _by_calibration(recipe).items():
         if all(map(wanted, spec.datasets)):
             with refused.noted():
-                size = model_facts(shapes).vocab_size
-                tokens[spec] = build_tokens(spec, tokenizer=tokenizer, vocab_size=size or vocabulary(shapes) or 0)
+                tokens[spec] = build_tokens(spec, tokenizer=tokenizer, vocab_size=vocab_size)
         for entry in entries if spec in tokens else ():
             with refused.noted(f"{entry.where}: {entry.name}"):
                 modifiers[entry.key].check_windows(tokens[spec].origins)
     held_out = None
     if recipe.evaluation is not None and wanted(recipe.evaluation.perplexity.dataset):
         with refused.noted():
-            held_out = evaluation_windows(recipe.evaluation.perplexity, tokenizer, vocab_size=vocabulary(shapes))
+            held_out = evaluation_windows(recipe.evaluation.perplexity, tokenizer, vocab_size=vocab_size)
     return Data(tokens, held_out)
 
 

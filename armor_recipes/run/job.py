@@ -257,9 +257,8 @@ class _Run:
         """Write everything else but the report; the manifest comes last, since it hashes the tensors."""
         there = None if self.given else self.job.source.stored()
         self.carried = () if there is None else left_behind(folder, there)
-        if (
-            there is not None and self.carried
-        ):  # listed first: a loader refuses tensors of no module that no manifest names
+        if there is not None and self.carried:
+            # Listed first: a loader refuses tensors of no module that no manifest names.
             listed = {"format_version": FORMAT_VERSION, "carried_over": list(self.carried)}
             write_whole(folder / MANIFEST_FILE, json.dumps(listed).encode())
             carry_over(folder, there, self.carried)

@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
         check_names(recipe, plan, shapes)
     if plan is None or refused:
         with refused.noted(), resource_errors():
-            read_data(recipe, instances, shapes, load_tokenizer(source), refused, wanted=is_soon_read)
+            read_data(recipe, instances, source.vocab_size, load_tokenizer(source), refused, wanted=is_soon_read)
         refused.tell()
     estimate = estimate_run(plan, recipe, shapes, instances)
     return Job(recipe, source, shapes, instances, replace(plan, notes=narrowed(plan, source)), estimate, target)

@@ -91,7 +91,7 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
             nbytes = _bytes_of_tensors(job, model)
             check_disk(folder.parent, nbytes)  # what is small lies there now
     watch.phase("tokenize")
-    data = read_data(job.recipe, job.modifiers, job.shapes, tokenizer, refused) if usable else Data({}, None)
+    data = read_data(job.recipe, job.modifiers, job.source.vocab_size, tokenizer, refused) if usable else Data({}, None)
     if refused:
         refused.tell()
     return Ready(tokenizer, data, licence, beside, nbytes)
@@ -105,11 +105,7 @@ def _try_model(job: Job, model: PreTrainedModel | None, folder: Path) -> None:
     else:
         check_given(model, job.shapes, job.plan)
         subject = model
-    layers = {
-        row.name: row.spec
-        for row in {row.name: row for row in job.plan.modules}.values()
-        if row.spec is not None and job.packed
-    }
+    layers = {row.name: row.spec for row in job.plan.stored.values() if row.spec is not None and job.packed}
     base = job.source.files
     with _savable(f"the configuration of {job.source.location}", "correct it, or generation_config.json beside it"):
         write_configs(

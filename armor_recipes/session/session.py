@@ -68,7 +68,7 @@ class Session:
         self.weights = InMemory(model, stored_dtype=stored_dtype)
         self.stacks = find_stacks(model)
         self._readers: dict[str, str] = {}
-        self._work_done = 0.0
+        self._work, self._work_done = plan.flops or 1.0, 0.0
 
     def __enter__(self) -> Session:
         self.hooks.__enter__()
@@ -210,7 +210,7 @@ class Session:
 
     def _progress(self, flops: float) -> float:
         self._work_done += flops
-        return min(1.0, self._work_done / (self.plan.flops or 1.0))
+        return min(1.0, self._work_done / self._work)
 
 
 def _turns(shares: Sequence[Share]) -> Iterator[list[Share]]:

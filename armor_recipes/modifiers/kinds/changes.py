@@ -33,8 +33,8 @@ class StepResult:
         return {key: value for key, value in self.record().items() if key != "seconds"}
 
     def record(self) -> dict[str, Any]:
-        """All fields as plain data, from which `from_record` makes it again."""
-        plain = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "packed"}  # type: ignore[arg-type]
+        """All fields that count when two are compared, as plain data, from which `from_record` makes it again."""
+        plain = {part.name: getattr(self, part.name) for part in fields(self) if part.compare}  # type: ignore[arg-type]
         data: dict[str, Any] = json.loads(json.dumps(plain, default=lambda value: value.record()))
         return data
 

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +51,10 @@ class Row:
     layer: int | None
     flops: float
     peak_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for `--plan --json`."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]  # subclasses are dataclasses
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -94,6 +94,10 @@ class ModulePlan(Row):
             group_size=cost.group_size,
             pattern=modifier.sparsity,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the percentage."""
+        return {**asdict(self), "overhead_percent": round(self.overhead_percent, 3)}
 
     @property
     def overhead_percent(self) -> float:
