@@ -20,7 +20,7 @@ from armor_recipes.cli import apply
 from armor_recipes.cli.streams import flush, patient_output
 from armor_recipes.errors import ResourceError
 from armor_recipes.integrations.transformers import load
-from tests.support.commands import START, write_recipe
+from tests.support.commands import LISTEN, START, write_recipe
 from tests.support.engine import ARMOR
 
 FULL = Path("/dev/full")
@@ -164,10 +164,10 @@ def test_a_terminal_that_is_closed(llama: Path, tmp_path: Path, ignored: bool) -
     file = write_recipe(tmp_path, llama, **({} if ignored else {"ARMORModifier": LONG}))
     master, slave = pty.openpty()
     # The first terminal that the leader of a session opens is the one that it is told the end of.
-    prelude = "import os, signal; os.open(os.ttyname(0), os.O_RDWR); "
-    prelude += "signal.signal(signal.SIGHUP, signal.SIG_IGN); " if ignored else ""
+    prelude = "import os; os.open(os.ttyname(0), os.O_RDWR); "
+    prelude += LISTEN + ("signal.signal(signal.SIGHUP, signal.SIG_IGN); " if ignored else "")
     running = subprocess.Popen(
-        [sys.executable, "-c", prelude + START["armor-apply"], str(file)],
+        [sys.executable, "-c", prelude + START["armor-apply"].removeprefix(LISTEN), str(file)],
         stdin=slave,
         stdout=slave,
         stderr=slave,

@@ -16,8 +16,12 @@ from armor_recipes.cli import apply, main
 from tests.support.engine import recipe
 
 MAINS: dict[str, Callable[[], object]] = {"armor-apply": apply.main, "armor": main.main}
-#: A job in a background shell inherits an ignored SIGINT, and so would what it starts: these listen all the same.
-LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+#: A job in a background shell inherits an ignored SIGINT, one under `nohup` an ignored SIGHUP, and so would what it starts: these
+#: listen all the same.
+LISTEN = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+)
 START = {
     "armor-apply": LISTEN + "from armor_recipes.cli.apply import main; main()",
     "armor": LISTEN + "from armor_recipes.cli.main import main; main()",
