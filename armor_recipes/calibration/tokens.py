@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from armor_recipes.calibration.inputs import TOKENS, InputSet, Source
 from armor_recipes.calibration.pools import Part, Pool, Rule, open_pool
 from armor_recipes.calibration.windows import window_prefix, with_prefix
 from armor_recipes.errors import InputError
@@ -22,50 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """What a token set took of one dataset.
-
-    `documents` and `empty` count rows with and without text, `short` documents that are too short to be truncated, `tokens` all
-    tokens that windows are cut from (not those that every window begins with), `available` the windows they make, `taken` those
-    in the set. For random tokens, `documents` is 0 and the set takes all. Of a `stream`, rows are those that were read, tokens
-    and short documents those up to the last window, and what would be available is not known.
-    """
-
-    dataset: str
-    documents: int
-    empty: int
-    tokens: int
-    available: int | None
-    taken: int
-    stream: bool = False
-    short: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenSet:
-    """Windows of token ids `(N, L)`, int64, on the CPU; `sha256` is the hash of shape and ids (`hash_tokens`).
-
-    `asked` is the number of windows asked for; N is smaller only where the recipe says `at_most`. `origins` has for each window
-    the place of its source in `sources`. `prefix` is what every window begins with, `end_of_text` the id put after each
-    document, if any.
-    """
-
-    ids: Tensor
-    sha256: str
-    asked: int
-    sources: tuple[Source, ...]
-    origins: tuple[int, ...]
-    prefix: tuple[int, ...] = ()
-    end_of_text: int | None = None
-
-    @property
-    def dataset(self) -> str:
-        """Names of the datasets, joined by ` + `."""
-        return " + ".join(source.dataset for source in self.sources)
-
-
-def build_tokens(spec: CalibrationSpec, *, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> TokenSet:
+def build_tokens(spec: CalibrationSpec, *, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> InputSet:
     """Choose calibration windows. The same spec, data and tokenizer give the same ids; no global RNG is used.
 
     Args:
@@ -100,7 +57,7 @@ def build_tokens(spec: CalibrationSpec, *, tokenizer: PreTrainedTokenizerBase | 
     sources = tuple(_source(pool, taken) for pool, taken in zip(pools, drawn, strict=True))
     has_text = any(pool.windows is not None for pool in pools)
     end = tokenizer.eos_token_id if tokenizer is not None and has_text else None
-    return TokenSet(ids, hash_tokens(ids), asked, sources, tuple(origins.tolist()), prefix, end)
+    return InputSet({TOKENS: ids}, hash_tokens(ids), asked, sources, tuple(origins.tolist()), prefix, end)
 
 
 def shares(weights: Sequence[float], total: int) -> tuple[int, ...]:

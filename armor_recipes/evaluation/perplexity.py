@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from armor_recipes.calibration.encoding import encode
+from armor_recipes.calibration.inputs import TOKENS, InputSet, Source
 from armor_recipes.calibration.text import load_documents
-from armor_recipes.calibration.tokens import Source, TokenSet, hash_tokens
+from armor_recipes.calibration.tokens import hash_tokens
 from armor_recipes.calibration.windows import check_vocabulary, pack, window_prefix, with_prefix
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, NumericalError
@@ -65,7 +66,7 @@ def evaluate(
 
 def evaluation_windows(
     spec: PerplexitySpec, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int | None = None
-) -> TokenSet:
+) -> InputSet:
     """Cut the first `spec.windows` windows (None: all) from the text: its rows, empty ones too, joined by blank lines.
 
     Each begins with what `spec.bos` says. Raises InputError if the dataset cannot be read or is too short, or has an id that
@@ -86,7 +87,7 @@ def evaluation_windows(
         )
     ids = with_prefix(packed[:asked].clone(), prefix, length)
     source = Source(spec.dataset, documents, empty, len(stream), len(packed), len(ids))
-    return TokenSet(ids, hash_tokens(ids), asked, (source,), (0,) * asked, prefix)
+    return InputSet({TOKENS: ids}, hash_tokens(ids), asked, (source,), (0,) * asked, prefix)
 
 
 def _joined(spec: PerplexitySpec) -> tuple[str, int, int]:
@@ -96,7 +97,7 @@ def _joined(spec: PerplexitySpec) -> tuple[str, int, int]:
 
 
 def measure(
-    model: nn.Module, windows: TokenSet, *, batch_size: int = 8, on_progress: OnProgress | None = None
+    model: nn.Module, windows: InputSet, *, batch_size: int = 8, on_progress: OnProgress | None = None
 ) -> Perplexity:
     """Perplexity of a causal language model on given windows. Raises NumericalError if it is not finite."""
     nll, tokens = perplexity(model, windows.ids, batch_size=batch_size, on_progress=on_progress)
@@ -106,7 +107,7 @@ def measure(
         raise NumericalError(
             f"perplexity on {windows.dataset} overflows: the mean loss is {nll:.6g} nats a token"
         ) from error
-    return Perplexity(value, nll, tokens, len(windows.ids), windows.dataset, windows.sha256, windows.prefix)
+    return Perplexity(value, nll, tokens, len(windows), windows.dataset, windows.sha256, windows.prefix)
 
 
 def perplexity(

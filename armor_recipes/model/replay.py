@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armor_recipes.calibration.inputs import TOKENS, Batch, leading, some_of
 from armor_recipes.compute import is_out_of_memory
 from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.model.blocks import Stack
@@ -92,14 +94,14 @@ class Stream:
     full attention in turn, say), each layer's own are.
 
     Attributes:
-        ids: token ids of each batch, `(B, L)`.
+        batches: what the model was called with.
         hidden: activations of each batch at the door of the next layer, `(B, L, H)`.
     """
 
-    def __init__(self, calls: list[list[LayerCall]], stack: Stack, ids: Sequence[Tensor]) -> None:
+    def __init__(self, calls: list[list[LayerCall]], stack: Stack, batches: Sequence[Batch]) -> None:
         self._calls = [[replace(call, hidden=_NOTHING) for call in batch] for batch in calls]
         self._stack = stack
-        self.ids = tuple(ids)
+        self.batches = tuple(batches)
         self.hidden = [batch[0].hidden for batch in calls]
 
     def call(self, layer: int, batch: int) -> LayerCall:
@@ -128,37 +130,43 @@ class Stream:
             self.hidden[index] = output
 
 
-def capture_stream(model: nn.Module, stack: Stack, ids: Tensor, *, batch_size: int, hooks: Hooks) -> Stream:
-    """Take the first layer's inputs for every batch of `ids` `(N, L)`; the model's forward pass is stopped there.
+def capture_stream(model: nn.Module, stack: Stack, inputs: Batch, *, batch_size: int, hooks: Hooks) -> Stream:
+    """Take the first layer's inputs for every batch of `inputs`; the model's forward pass is stopped there.
 
-    The first window goes through the whole model once, to see whether all layers get the same arguments and whether
+    The first sample goes through the whole model once, to see whether all layers get the same arguments and whether
     running the layers one by one gives the model's own activations. Raises PlanError where it does not.
     """
-    probe, output = _probe(model, stack, ids[:1], hooks)
+    probe, output = _probe(model, stack, some_of(inputs, slice(1)), hooks)
     _check_replay(model, stack, probe, hidden_states(output))
     same = all(_same_arguments(probe[0], call) for call in probe[1:])
-    device = next(model.parameters()).device
-    parts = [batch.to(device) for batch in ids.split(batch_size)]
+    total = len(leading(inputs))
+    parts = [on_device(some_of(inputs, slice(i, i + batch_size)), model) for i in range(0, total, batch_size)]
     calls = [_run_model(model, stack, batch, hooks, through=not same)[0] for batch in parts]
     return Stream(calls, stack, parts)
 
 
-def _probe(model: nn.Module, stack: Stack, ids: Tensor, hooks: Hooks) -> tuple[list[LayerCall], Any]:
-    """The first pass of a window `(1, L)` through the whole model. Raises InputError where the model's own code fails."""
+def _probe(model: nn.Module, stack: Stack, sample: Batch, hooks: Hooks) -> tuple[list[LayerCall], Any]:
+    """The first pass of a sample through the whole model. Raises InputError where the model's own code fails."""
     try:
-        return _run_model(model, stack, ids, hooks, through=True)
+        return _run_model(model, stack, sample, hooks, through=True)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{type(model).__name__}: its forward pass fails on a window of {ids.shape[1]} tokens "
+            f"{type(model).__name__}: its forward pass fails on {_shapes(sample)} "
             f"({type(error).__name__}: {reason}): its config.json does not describe a model that runs"
         ) from error
 
 
-def input_groups(model: nn.Module, stack: Stack, names: Sequence[str], ids: Tensor, hooks: Hooks) -> dict[str, str]:
-    """For each module the first of `names` that reads the very same tensor in one pass of `ids` `(B, L)`, often itself.
+def _shapes(sample: Batch) -> str:
+    if sample.keys() == {TOKENS}:
+        return f"a window of {sample[TOKENS].shape[1]} tokens"
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sample.items())
+
+
+def input_groups(model: nn.Module, stack: Stack, names: Sequence[str], batch: Batch, hooks: Hooks) -> dict[str, str]:
+    """For each module the first of `names` that reads the very same tensor in one pass of `batch`, often itself.
 
     Modules that no pass reaches stand for themselves, as do those called more than once. They come in the order in which they
     are first called, those that are never called last. No input is kept longer than the model keeps it.
@@ -177,7 +185,7 @@ def input_groups(model: nn.Module, stack: Stack, names: Sequence[str], ids: Tens
     with hooks:
         for name in names:
             hooks.before(model.get_submodule(name), keep(name))
-        _run_model(model, stack, ids, hooks, through=True)
+        _run_model(model, stack, batch, hooks, through=True)
     first: dict[int, str] = {}
     found = {name: first.setdefault(inputs[0], name) if len(inputs) == 1 else name for name, inputs in seen.items()}
     return {name: found[name] for name in dict.fromkeys((*called, *names))}
@@ -218,14 +226,16 @@ def inputs_of(module: nn.Module, call: LayerCall, layer: nn.Module, hooks: Hooks
     return seen
 
 
-def feed(model: nn.Module, batch: Tensor) -> Any:
-    """The model's output for token ids `(B, L)` on its device. What a batch is made of is known here alone."""
-    return model(input_ids=batch, use_cache=False)
+def feed(model: nn.Module, batch: Batch) -> Any:
+    """The model's output for a batch on its device."""
+    takes_cache = "use_cache" in inspect.signature(type(model).forward).parameters
+    return model(**batch, use_cache=False) if takes_cache else model(**batch)
 
 
-def some_of(batch: Tensor, windows: slice) -> Tensor:
-    """Some windows of what `feed` takes."""
-    return batch[windows]
+def on_device(batch: Batch, model: nn.Module) -> Batch:
+    """The batch where the model is."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def hidden_states(output: Any) -> Any:
@@ -234,7 +244,7 @@ def hidden_states(output: Any) -> Any:
 
 
 def _run_model(
-    model: nn.Module, stack: Stack, ids: Tensor, hooks: Hooks, *, through: bool
+    model: nn.Module, stack: Stack, batch: Batch, hooks: Hooks, *, through: bool
 ) -> tuple[list[LayerCall], Any]:
     """Layer calls of one batch: all layers' with `through`, else the first's; with `through` the last layer's output too.
 
@@ -257,7 +267,7 @@ def _run_model(
             hooks.before(layer, before)
         hooks.after(stack.modules[-1], after)
         try:
-            feed(model, ids.to(next(model.parameters()).device))
+            feed(model, on_device(batch, model))
         except _StopForwardError:
             return calls, None
     return calls, outputs[-1]

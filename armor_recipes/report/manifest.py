@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from armor_recipes.calibration.tokens import TokenSet
+from armor_recipes.calibration.inputs import InputSet
 from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.evaluation.perplexity import Perplexity
 from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
@@ -38,7 +38,7 @@ class Facts:
     compute_dtype: torch.dtype
     device: str
     attention: str | None
-    tokens: Mapping[CalibrationSpec, TokenSet]
+    tokens: Mapping[CalibrationSpec, InputSet]
     modules: Mapping[str, ModuleResult]
     results: Sequence[StepResult]
     before: Perplexity | None
@@ -126,7 +126,7 @@ def calibration_rows(facts: Facts) -> list[dict[str, Any]]:
         {
             "modifiers": [entry.key for entry in facts.recipe.modifiers if entry.config.calibration == spec],
             "asked": tokens.asked,
-            "samples": len(tokens.ids),
+            "samples": len(tokens),
             "sequence_length": tokens.ids.shape[1],
             "documents": spec.documents,
             "bos": list(tokens.prefix),

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from armor_recipes.calibration.tokens import TokenSet, build_tokens
+from armor_recipes.calibration.inputs import InputSet
+from armor_recipes.calibration.tokens import build_tokens
 from armor_recipes.evaluation.perplexity import evaluation_windows
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.recipe import ModifierEntry, Recipe
@@ -18,8 +19,8 @@ from armor_recipes.run.refusals import Refusals
 class Data:
     """Calibration windows by their spec, and those that perplexity is measured on, where it is."""
 
-    tokens: Mapping[CalibrationSpec, TokenSet]
-    held_out: TokenSet | None
+    tokens: Mapping[CalibrationSpec, InputSet]
+    held_out: InputSet | None
 
 
 def read_data(
@@ -35,7 +36,7 @@ def read_data(
 
     What is wrong is noted in `refused`.
     """
-    tokens: dict[CalibrationSpec, TokenSet] = {}
+    tokens: dict[CalibrationSpec, InputSet] = {}
     for spec, entries in _by_calibration(recipe).items():
         if all(map(wanted, spec.datasets)):
             with refused.noted():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from armor_recipes.calibration.inputs import TOKENS, Batch, some_of
 from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, write_whole
 from armor_recipes.checkpoint.lock import locked
@@ -133,7 +134,7 @@ def execute(
             with kept_aside(folder, target):
                 run.write_rest(folder, facts)
                 watch.phase("verify")
-                verify_reloaded(folder, run.model, packed=job.packed, seed_tokens=run.probe_tokens())
+                verify_reloaded(folder, run.model, packed=job.packed, probe=run.probe())
                 report = run.report(folder, facts)
     return Result(
         plan=job.plan,
@@ -281,11 +282,11 @@ class _Run:
         write_whole(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
         return report
 
-    def probe_tokens(self) -> torch.Tensor:
-        """A calibration window, or the first token ids, to compare logits on: `(1, L)`."""
-        for tokens in self.ready.data.tokens.values():
-            return tokens.ids[:1]
-        return torch.arange(min(32, self.job.source.vocab_size))[None]
+    def probe(self) -> Batch:
+        """A calibration sample, or the first token ids, to compare outputs on."""
+        for samples in self.ready.data.tokens.values():
+            return some_of(samples.tensors, slice(1))
+        return {TOKENS: torch.arange(min(32, self.job.source.vocab_size))[None]}
 
 
 __all__ = ["Job", "apply", "builtin_recipe_dir", "execute", "prepare", "read_recipe"]

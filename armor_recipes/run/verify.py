@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from armor_recipes.calibration.inputs import Batch
 from armor_recipes.errors import InputError, VerificationError
 from armor_recipes.integrations.models import attention_of, load_dense
 from armor_recipes.integrations.transformers import load
+from armor_recipes.model.replay import feed, on_device
 
 
-def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, seed_tokens: Tensor) -> None:
+def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe: Batch) -> None:
     """Raise VerificationError unless the folder, loaded in the model's compute dtype, gives the model's logits bit for bit.
 
-    `seed_tokens` `(1, L)` are the ids to compare on; `packed` says whether the folder needs this package to load. It is loaded
+    `probe` is what to compare on; `packed` says whether the folder needs this package to load. It is loaded
     with the attention implementation that the model runs on, into aligned memory; numbers that are NaN in both are equal.
     """
     parameter = next(model.parameters())
@@ -30,9 +31,9 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, seed_
         loaded = load(folder, backend="folded", **options) if packed else load_dense(str(folder), **options)
     except InputError as error:
         raise VerificationError(f"what was written cannot be loaded again: {error}") from error
-    ids = seed_tokens.to(parameter.device)
+    batch = on_device(probe, model)
     with torch.inference_mode():
-        ours, theirs = (one(input_ids=ids, use_cache=False, return_dict=True).logits for one in (model, loaded))
+        ours, theirs = (feed(one, batch).logits for one in (model, loaded))
     equal = (ours == theirs) | (ours.isnan() & theirs.isnan())
     if not bool(equal.all()):
         worst = float((ours.float() - theirs.float()).abs().nan_to_num().max())

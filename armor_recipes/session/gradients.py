@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armor_recipes.calibration.inputs import Batch
 from armor_recipes.errors import NumericalError
 from armor_recipes.events import PhaseStarted
 from armor_recipes.model.replay import LayerCall, feed
@@ -68,9 +69,9 @@ def stage_gradients(shares: Sequence[Share], rows: Sequence[Row], context: Block
 
 
 def output_gradients(
-    model: nn.Module, first_block: str, names: Sequence[str], batches: Sequence[Tensor], *, seed: int
+    model: nn.Module, first_block: str, names: Sequence[str], batches: Sequence[Batch], *, seed: int
 ) -> OutputGradients:
-    """What the loss's gradient is at each of the named modules' outputs, by one pass over token ids `(B, L)` and back.
+    """What the loss's gradient is at each of the named modules' outputs, by one pass over the batches and back.
 
     The loss is the cross-entropy of each token's prediction, summed over a batch, of labels that are drawn from the
     prediction itself: the diagonal of the Fisher information at the outputs. Draws depend on the seed and the batch's index
@@ -97,7 +98,7 @@ class _Pass:
     """One batch forward and back through a view of the model with hooks of its own: squared gradients summed over rows."""
 
     def __init__(
-        self, model: nn.Module, first_block: str, names: Sequence[str], ids: Tensor, generator: torch.Generator
+        self, model: nn.Module, first_block: str, names: Sequence[str], batch: Batch, generator: torch.Generator
     ) -> None:
         self.sums: dict[str, Tensor] = {}
         self.rows = dict.fromkeys(names, 0)
@@ -107,7 +108,7 @@ class _Pass:
         for name in names:
             network.get_submodule(name).register_forward_hook(self._watch(name))
         with torch.enable_grad():
-            logits: Tensor = feed(network, ids).logits
+            logits: Tensor = feed(network, batch).logits
             start = self._starts.pop()
             torch.autograd.grad(logits, start, _drawn(logits.detach(), generator))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from armor_recipes.calibration.tokens import TokenSet
+from armor_recipes.calibration.inputs import InputSet
 from armor_recipes.model.blocks import Stack
 from armor_recipes.model.hooks import Hooks, feeding
 from armor_recipes.model.replay import Stream, capture_stream
@@ -17,12 +17,13 @@ from armor_recipes.recipe.schema import CalibrationSpec
 
 
 def open_streams(
-    model: nn.Module, stack: Stack, shares: Sequence[Share], tokens: Mapping[CalibrationSpec, TokenSet], hooks: Hooks
+    model: nn.Module, stack: Stack, shares: Sequence[Share], tokens: Mapping[CalibrationSpec, InputSet], hooks: Hooks
 ) -> dict[StreamKey, Stream]:
     """The activations at the door of a stack that the shares ask for, each once."""
     keys = dict.fromkeys(share.stream_key(kind) for share in shares for kind in share.modifier.needs.streams)
     return {
-        key: capture_stream(model, stack, tokens[key[0]].ids, batch_size=key[0].batch_size, hooks=hooks) for key in keys
+        key: capture_stream(model, stack, tokens[key[0]].tensors, batch_size=key[0].batch_size, hooks=hooks)
+        for key in keys
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from armor_recipes.calibration.tokens import TokenSet
+from armor_recipes.calibration.inputs import InputSet, some_of
 from armor_recipes.events import LayerStarted, Observer, PhaseStarted, ignore_events, one_at_a_time
 from armor_recipes.model.blocks import Stack, find_stacks
 from armor_recipes.model.hooks import Hooks
@@ -39,7 +39,7 @@ class Session:
 
     Args:
         model: a causal language model in its compute dtype; the planned modules' weights are replaced by Ŵ.
-        tokens: calibration windows for each modifier's calibration spec.
+        tokens: calibration samples for each modifier's calibration spec.
         stored_dtype: the dtype of the checkpoint. Applied weights are what a loader makes of the stored tensors, bit for bit.
         keep_packed: keep factors for a packed checkpoint; else they are folded into plain weights.
     """
@@ -50,7 +50,7 @@ class Session:
         plan: Plan,
         model: nn.Module,
         modifiers: Mapping[str, AnyModifier[Any]],
-        tokens: Mapping[CalibrationSpec, TokenSet],
+        tokens: Mapping[CalibrationSpec, InputSet],
         *,
         stored_dtype: torch.dtype,
         keep_packed: bool = True,
@@ -139,7 +139,7 @@ class Session:
         """Which modules read the same tensor, once in a run."""
         if streams and not self._readers:
             names = list(dict.fromkeys(name for row in self.plan.rows for name in row.takes))
-            window = self.tokens[next(iter(streams))[0]].ids[:1]
+            window = some_of(self.tokens[next(iter(streams))[0]].tensors, slice(1))
             self._readers = input_groups(self.model, stack, names, window, self.hooks)
 
     def _context(

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from armor_recipes import builtin
 from armor_recipes.calibration.encoding import encode
-from armor_recipes.calibration.tokens import TokenSet, build_tokens, hash_tokens, shares
+from armor_recipes.calibration.inputs import InputSet
+from armor_recipes.calibration.tokens import build_tokens, hash_tokens, shares
 from armor_recipes.calibration.windows import pack
 from armor_recipes.errors import InputError
 from armor_recipes.recipe.schema import AtMost, CalibrationSpec, WeightedDataset
@@ -29,7 +30,7 @@ def spec(dataset, **keys) -> CalibrationSpec:
     return CalibrationSpec(dataset=str(dataset) if isinstance(dataset, Path) else dataset, **keys)
 
 
-def build(dataset, tokenizer, *, vocab_size=VOCAB, **keys) -> TokenSet:
+def build(dataset, tokenizer, *, vocab_size=VOCAB, **keys) -> InputSet:
     return build_tokens(spec(dataset, **keys), tokenizer=tokenizer, vocab_size=vocab_size)
 
 

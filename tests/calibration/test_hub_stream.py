@@ -12,7 +12,8 @@ import pytest
 from pyarrow import parquet
 
 from armor_recipes.calibration import stream
-from armor_recipes.calibration.tokens import TokenSet, build_tokens
+from armor_recipes.calibration.inputs import InputSet
+from armor_recipes.calibration.tokens import build_tokens
 from armor_recipes.errors import InputError
 from armor_recipes.recipe.schema import AtMost, CalibrationSpec
 
@@ -20,12 +21,12 @@ VOCAB = 257
 load_dataset = datasets.load_dataset
 
 
-def build(tokenizer, **keys) -> TokenSet:
+def build(tokenizer, **keys) -> InputSet:
     keys = {"dataset": "some/where", "samples": AtMost(at_most=500), "sequence_length": 6, **keys}
     return build_tokens(CalibrationSpec(**keys), tokenizer=tokenizer, vocab_size=VOCAB)
 
 
-def texts_of(found: TokenSet, tokenizer) -> list[str]:
+def texts_of(found: InputSet, tokenizer) -> list[str]:
     return [tokenizer.decode(row) for row in found.ids]
 
 

@@ -18,9 +18,10 @@ from pyarrow import parquet
 from armor_recipes.calibration import encoding, pools, sections, stream
 from armor_recipes.calibration.encoding import encode
 from armor_recipes.calibration.files import Cell
+from armor_recipes.calibration.inputs import InputSet
 from armor_recipes.calibration.sections import Sections
 from armor_recipes.calibration.stream import Stream
-from armor_recipes.calibration.tokens import TokenSet, build_tokens, most_of, shares
+from armor_recipes.calibration.tokens import build_tokens, most_of, shares
 from armor_recipes.errors import InputError
 from armor_recipes.recipe.schema import AtMost, CalibrationSpec, WeightedDataset
 
@@ -28,7 +29,7 @@ VOCAB = 257
 SAME_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 
 
-def build(dataset, tokenizer, *, vocab_size=VOCAB, stream=True, **keys) -> TokenSet:
+def build(dataset, tokenizer, *, vocab_size=VOCAB, stream=True, **keys) -> InputSet:
     spec = CalibrationSpec(dataset=str(dataset) if isinstance(dataset, Path) else dataset, stream=stream, **keys)
     return build_tokens(spec, tokenizer=tokenizer, vocab_size=vocab_size)
 
@@ -51,7 +52,7 @@ def numbers(tmp_path) -> Path:
     return path
 
 
-def texts_of(found: TokenSet, tokenizer) -> list[str]:
+def texts_of(found: InputSet, tokenizer) -> list[str]:
     return [tokenizer.decode(row) for row in found.ids]
 
 

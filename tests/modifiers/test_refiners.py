@@ -673,7 +673,9 @@ def test_a_value_that_overflows_names_its_module(tmp_path: Path, name: str, monk
 def test_fewer_windows_than_planned_are_an_error_of_ours(llama: Path, name: str) -> None:
     job = make_job(mapping(llama, name))
     session = make_session(job)
-    session.tokens = {spec: replace(found, ids=found.ids[:2]) for spec, found in session.tokens.items()}
+    session.tokens = {
+        spec: replace(found, tensors={"input_ids": found.ids[:2]}) for spec, found in session.tokens.items()
+    }
     with session, pytest.raises(PlanError, match=rf"{name}: model.*there is 1"):
         session.run()
 

@@ -15,6 +15,7 @@ from armor_recipes.model.replay import LayerCall, capture_stream
 from tests.support.engine import MODELS, hook_count, make_model
 
 IDS = torch.randint(0, 96, (5, 12), generator=torch.Generator().manual_seed(3))
+INPUTS = {"input_ids": IDS}
 
 
 def layer_outputs(model: nn.Module, ids: Tensor) -> list[list[Tensor]]:
@@ -39,7 +40,7 @@ def test_replay_is_the_model(kind: str, attention: str) -> None:
     layers = find_stacks(model).all[0]
     with torch.no_grad():
         wanted = layer_outputs(model, IDS)
-        stream = capture_stream(model, layers, IDS, batch_size=2, hooks=hooks)
+        stream = capture_stream(model, layers, INPUTS, batch_size=2, hooks=hooks)
         for index in range(len(layers.modules)):
             stream.advance(index)
             for found, output in zip(stream.hidden, wanted[index], strict=True):
@@ -52,7 +53,7 @@ def test_arguments_are_kept_for_each_layer_only_where_they_differ(kind: str, dif
     model = make_model(kind)
     layers = find_stacks(model).all[0]
     with torch.no_grad():
-        stream = capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
+        stream = capture_stream(model, layers, INPUTS, batch_size=2, hooks=Hooks())
     assert {len(batch) for batch in stream._calls} == {len(layers.modules) if differ else 1}
 
 
@@ -62,7 +63,7 @@ def test_the_first_pass_stops_at_the_first_layer() -> None:
     passes = []
     model.lm_head.register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
-        capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
+        capture_stream(model, layers, INPUTS, batch_size=2, hooks=Hooks())
     assert len(passes) == 1  # the probe's, with one window
 
 
@@ -70,7 +71,7 @@ def test_observing_leaves_the_stream_where_it_is() -> None:
     model = make_model()
     layers = find_stacks(model).all[0]
     with torch.no_grad():
-        stream = capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
+        stream = capture_stream(model, layers, INPUTS, batch_size=2, hooks=Hooks())
         before = [hidden.clone() for hidden in stream.hidden]
         stream.observe(0)
     assert all(torch.equal(a, b) for a, b in zip(before, stream.hidden, strict=True))
@@ -114,7 +115,7 @@ def test_layers_that_cannot_be_run_one_by_one_are_refused(model: Odd) -> None:
     SharedState.notes.clear()
     layers = Stack("layers", (model.layers[0], model.layers[1]))
     with torch.no_grad(), pytest.raises(PlanError, match="share state"):
-        capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
+        capture_stream(model, layers, INPUTS, batch_size=2, hooks=Hooks())
     assert hook_count(model) == 0
 
 
@@ -122,7 +123,7 @@ def test_a_model_that_is_broken_from_the_start_says_so() -> None:
     model = make_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     with torch.no_grad(), pytest.raises(NumericalError, match="not finite before anything was changed"):
-        capture_stream(model, find_stacks(model).all[0], IDS, batch_size=2, hooks=Hooks())
+        capture_stream(model, find_stacks(model).all[0], INPUTS, batch_size=2, hooks=Hooks())
 
 
 def test_hidden_states_passed_by_name() -> None:
@@ -144,7 +145,7 @@ def test_a_layer_takes_a_batch_part_by_part(kind: str, attention: str) -> None:
     model = make_model(kind)
     model.set_attn_implementation(attention)
     stack = find_stacks(model).all[0]
-    stream = capture_stream(model, stack, IDS, batch_size=5, hooks=Hooks())
+    stream = capture_stream(model, stack, INPUTS, batch_size=5, hooks=Hooks())
     parts = [slice(0, 2), slice(2, 3), slice(3, 5)]
     for index, layer in enumerate(stack.modules):
         call = stream.call(index, 0)

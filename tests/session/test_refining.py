@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from armor_recipes.calibration.inputs import some_of
 from armor_recipes.checkpoint.reader import read_header
 from armor_recipes.errors import PlanError
 from armor_recipes.model.blocks import find_stacks
@@ -37,6 +38,7 @@ from tests.support.engine import (
 )
 
 IDS = torch.randint(0, 96, (5, 12), generator=torch.Generator().manual_seed(3))
+INPUTS = {"input_ids": IDS}
 SLIDING = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
 MORE = {
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **SLIDING, final_logit_softcapping=5.0)),
@@ -117,8 +119,8 @@ class Model(nn.Module):
 def test_a_call_takes_the_hidden_states_of_now(kind: str) -> None:
     model = make_model(kind)
     layers = find_stacks(model).all[0]
-    stream = capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
-    assert [ids.shape for ids in stream.ids] == [(2, 12), (2, 12), (1, 12)]
+    stream = capture_stream(model, layers, INPUTS, batch_size=2, hooks=Hooks())
+    assert [batch["input_ids"].shape for batch in stream.batches] == [(2, 12), (2, 12), (1, 12)]
     for index, layer in enumerate(layers.modules):
         outputs = [stream.call(index, batch).run(layer) for batch in range(3)]
         stream.advance(index)
@@ -130,7 +132,7 @@ def test_a_call_takes_the_hidden_states_of_now(kind: str) -> None:
 def test_activations_that_were_passed_are_not_kept(kind: str) -> None:
     model = make_model(kind)
     layers = find_stacks(model).all[0]
-    stream = capture_stream(model, layers, IDS, batch_size=2, hooks=Hooks())
+    stream = capture_stream(model, layers, INPUTS, batch_size=2, hooks=Hooks())
     old = [weakref.ref(hidden) for hidden in stream.hidden]
     stream.advance(0)
     assert [ref() for ref in old] == [None] * 3
@@ -144,7 +146,7 @@ def test_modules_that_read_the_same_tensor_are_found(kind: str) -> None:
     model = make_model(kind)
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     with torch.no_grad():
-        found = input_groups(model, find_stacks(model).all[0], names, IDS[:1], Hooks())
+        found = input_groups(model, find_stacks(model).all[0], names, some_of(INPUTS, slice(1)), Hooks())
     for name in names:
         layer, _, module = name.rpartition(".")
         first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(module, module)
@@ -156,7 +158,7 @@ def test_the_first_that_is_named_stands_for_all() -> None:
     model = make_model()
     names = [f"model.layers.1.self_attn.{name}_proj" for name in "vok"]
     with torch.no_grad():
-        found = input_groups(model, find_stacks(model).all[0], names, IDS[:1], Hooks())
+        found = input_groups(model, find_stacks(model).all[0], names, some_of(INPUTS, slice(1)), Hooks())
     assert [found[name] for name in names] == [names[0], names[1], names[0]]
 
 
@@ -173,7 +175,7 @@ def test_modules_that_are_called_twice_or_never_stand_for_themselves() -> None:
     model.layers = nn.ModuleList([Odd()])
     names = [f"layers.0.{name}" for name in ("linear", "same", "twice", "never")]
     with torch.no_grad():
-        found = input_groups(model, find_stacks(model).all[0], names, IDS[:1], Hooks())
+        found = input_groups(model, find_stacks(model).all[0], names, some_of(INPUTS, slice(1)), Hooks())
     assert list(found.values()) == [names[0], names[0], names[2], names[3]]
 
 
@@ -288,7 +290,7 @@ def test_block_refinement_aims_at_the_dense_layers(llama: Path, monkeypatch: pyt
         for batch in ids.split(2):
             states = session.model(input_ids=batch, output_hidden_states=True).hidden_states
             wanted[0].append(states[1])
-        stream = capture_stream(session.model, session.stacks.all[0], ids, batch_size=2, hooks=Hooks())
+        stream = capture_stream(session.model, session.stacks.all[0], {"input_ids": ids}, batch_size=2, hooks=Hooks())
         stream.advance(0)
         stream.advance(1)
         wanted[1] = [hidden.clone() for hidden in stream.hidden]

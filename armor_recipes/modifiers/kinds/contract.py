@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.calibration.tokens import TokenSet
+from armor_recipes.calibration.inputs import Batch, InputSet
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import ArmorError, PlanError
 from armor_recipes.events import Observer, SolveProgressed
 from armor_recipes.model.blocks import Stack, Stacks
 from armor_recipes.model.facts import ModelFacts
 from armor_recipes.model.hooks import Hooks
-from armor_recipes.model.replay import Stream
+from armor_recipes.model.replay import Stream, on_device
 from armor_recipes.model.store import WeightStore
 from armor_recipes.modifiers.base import AnyModifier, KnowsOrigins, ModuleShape, SolveProgress, Statistic, StreamKind
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult
@@ -212,7 +212,7 @@ class BlockContext:
     state: State
     storage: Storage
     streams: Mapping[StreamKey, Stream]
-    tokens: Mapping[CalibrationSpec, TokenSet]
+    tokens: Mapping[CalibrationSpec, InputSet]
     statistics: Mapping[str, Statistics]
     readers: Mapping[str, str]
     original: Original | None
@@ -245,10 +245,9 @@ class BlockContext:
         """The share's activations on that model."""
         return self.streams[share.stream_key(kind)]
 
-    def batches(self, spec: CalibrationSpec) -> list[Tensor]:
-        """Token ids `(B, L)` on the model's device."""
-        device = next(self.model.parameters()).device
-        return [ids.to(device) for ids in self.tokens[spec].ids.split(spec.batch_size)]
+    def batches(self, spec: CalibrationSpec) -> list[Batch]:
+        """What the model is called with, on its device."""
+        return [on_device(batch, self.model) for batch in self.tokens[spec].batches(spec.batch_size)]
 
     def statistic(self, share: Share, shape: ModuleShape) -> Statistic:
         """A new accumulator of the share's modifier, which knows where the windows to come are from."""

@@ -12,10 +12,11 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from armor_recipes.calibration.inputs import leading, some_of
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import CheckpointError, PlanError
 from armor_recipes.events import UnitRefined
-from armor_recipes.model.replay import LayerCall, feed, hidden_states, some_of
+from armor_recipes.model.replay import LayerCall, feed, hidden_states
 from armor_recipes.model.views import frozen, view
 from armor_recipes.modifiers.base import AnyModifier, C, Estimate, ModuleShape, Needs, SolveProgress
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult, StepResult, loaded_weight
@@ -316,7 +317,7 @@ def _train_block(job: _Job) -> _Trained:
         return UnitOutput(call.run(_student(block, job.prefix, factors, vectors)))
 
     def target(batch: int, windows: slice = _ALL) -> UnitOutput:
-        return UnitOutput(some_of(targets[batch], windows))
+        return UnitOutput(targets[batch][windows])
 
     parts = _parts(targets)
     parts = _tried(block, list(inputs.calls(context.index)), parts) if parts else []
@@ -375,8 +376,8 @@ def _train_model(job: _Job) -> _Trained:
     def target(batch: int, windows: slice = _ALL) -> UnitOutput:
         return run(dense_view(base, dense, copied=tapped), batch, windows)
 
-    task = RefineTask(factors, vectors, len(batches), forward, target, _parts(batches))
-    return _train(job, task, tokens=sum(ids.numel() for ids in batches), compute=compute)
+    task = RefineTask(factors, vectors, len(batches), forward, target, _parts([leading(batch) for batch in batches]))
+    return _train(job, task, tokens=sum(leading(batch).numel() for batch in batches), compute=compute)
 
 
 def _converted(model: nn.Module, dtype: torch.dtype, *, but: Collection[str]) -> nn.Module:
