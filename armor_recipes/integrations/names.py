@@ -2,20 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from armor_recipes.model.forms import fused_state, layouts
 
 
 def stored_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """Map each tensor of `model.state_dict()` → the names under which saving writes it: usually one, its own."""
-    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    """Map each tensor of the model, without linear forms → the names under which saving writes it: usually one, its own."""
+    state = fused_state(model)
     if _reverted(model, state) == state.keys():
         return {name: (name,) for name in state}
     return {name: tuple(sorted(_reverted(model, {name: tensor}))) for name, tensor in state.items()}
+
+
+def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Map each name in files → the tensors of the model, without linear forms, that loading makes of it; none for one of no module.
+
+    The model may be on the meta device. It is what `from_pretrained` does with names (`core_model_loading` of transformers).
+    """
+    state = fused_state(model)
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    prefix = model.base_model_prefix
+    found = {}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = name, None
+        targets = by_pattern[pattern].target_patterns if pattern is not None else [renamed]
+        every = [renamed] if pattern is None else [renamed.replace(targets[0], target) for target in targets]
+        found[name] = tuple(target for target in every if target in state)
+    return found
+
+
+def origins(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Map each tensor of `model.state_dict()` → the names in files that it is loaded from; none where the files hold none."""
+    made: dict[str, list[str]] = {}
+    for name, targets in loaded_as(model, names).items():
+        for target in targets:
+            made.setdefault(target, []).append(name)
+    fused = fused_of(model)
+    return {name: tuple(made.get(fused.get(name, name), ())) for name in model.state_dict()}
+
+
+def fused_of(model: PreTrainedModel) -> dict[str, str]:
+    """Map each tensor of a linear form → the fused parameter that it is a part of."""
+    return {
+        f"{name}.{part}": f"{name}.{piece.parameter}"
+        for name, layout in layouts(model).items()
+        for part, piece in layout.parts.items()
+    }
+
+
+def reads_as_named(model: PreTrainedModel, names: Collection[str]) -> bool:
+    """Whether loading takes files of these names, which are those of the model's own tensors, without changing a name or value."""
+    return all(targets == (name,) for name, targets in loaded_as(model, names).items()) and not _converted(model, names)
+
+
+def _converted(model: PreTrainedModel, names: Collection[str]) -> bool:
+    """Whether a conversion of values applies to one of the names, although it keeps the name."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    state = fused_state(model)
+    renamed = (rename_source_key(name, renamings, converters, model.base_model_prefix, state) for name in names)
+    return any(pattern is not None and target in state for target, pattern in renamed)
 
 
 def _reverted(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> set[str]:
@@ -24,14 +87,3 @@ def _reverted(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> set[
         return set(revert_weight_conversion(model, dict(state)))
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError):
         return set()
-
-
-def experts(model: nn.Module) -> list[str]:
-    """Names of parameters that hold the weights of several experts in three dimensions. Those of convolutions hold none."""
-    found = []
-    for name, module in model.named_modules():
-        if "expert" not in type(module).__name__.lower() and not hasattr(module, "num_experts"):
-            continue
-        own = module.named_parameters(prefix=name, recurse=False)
-        found += [parameter for parameter, value in own if value.ndim == 3]
-    return found
