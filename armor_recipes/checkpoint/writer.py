@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 DEFAULT_SHARD_BYTES = 5_000_000_000
 #: Keys of config.json that transformers reads and does not write, or that a run sets for itself.
 _NOT_SAVED = ("attn_implementation", "_attn_implementation", "return_dict")
+#: Where transformers keeps the conversions by which a model was loaded, which saving reverts.
+_CONVERSIONS = "_weight_conversions"
 _DECODER_LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
 
 
@@ -47,8 +48,8 @@ def write_checkpoint(
 
     Args:
         model: in memory, in any float dtype. The weights of the modules named in `layers` are not written.
-        layers: full module name → what is written in place of that module's weight. Empty: a plain dense model, without
-            `quantization_config`, as every stock loader reads it.
+        layers: full module name → what is written in place of that module's weight; all tensors then go by the model's own
+            names. Empty: a plain dense model, without `quantization_config`, under the names that every stock loader reads.
         destination: an empty folder, see `armor_recipes.checkpoint.staging`.
         dtype: what config.json names, and what the layers must be packed in.
         dtypes: of float tensors on disk, by their names in the model; those that it does not name are in `dtype`.
@@ -63,8 +64,10 @@ def write_checkpoint(
     shared = shared_input_factors({name: layers[name] for name, _ in model.named_modules() if name in layers})
     config = quantization_config(layers, _dense_linears(model, layers), shared) if layers else None
     state = _state_dict(model, layers, dtypes or {}, dtype, shared)
-    with _config_for_saving(model, config):
-        model.save_pretrained(destination, state_dict=state, max_shard_size=max_shard_bytes)
+    with _config_for_saving(model, config), _own_names(model, wanted=bool(layers)) as renamed:
+        model.save_pretrained(
+            destination, state_dict=state, max_shard_size=max_shard_bytes, save_original_format=renamed
+        )
     _finish_config(destination / CONFIG_FILE, tuple(model.config.sub_configs), dtype, base_config or {})
     check_folder(destination)
 
@@ -107,15 +110,6 @@ def write_beside(
     _without_missing_code(destination)
 
 
-def left_behind(folder: Path, source: StoredTensors) -> tuple[str, ...]:
-    """Names of the tensors that the source's files hold and a written folder does not, sorted.
-
-    Tensors of no module: further layers, heads or towers that the architecture's class leaves alone, or a tied weight that is
-    stored twice.
-    """
-    return tuple(sorted(source.tensors.keys() - StoredTensors(folder).tensors.keys()))
-
-
 def carry_over(folder: Path, source: StoredTensors, names: Sequence[str]) -> None:
     """Add tensors of the source's files to a written folder, as they are.
 
@@ -152,11 +146,6 @@ def check_layers(model: PreTrainedModel, layers: Mapping[str, object]) -> None:
     classes = {base.__name__ for module in modules.values() for base in type(module).__mro__}
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     for name in layers:
-        parameter = getattr(modules.get(name), VALUES, None)
-        if isinstance(parameter, Tensor) and parameter.dim() == 3:
-            raise PlanError(
-                f"{name} holds expert weights {tuple(parameter.shape)}; there is no layout for them: write dense"
-            )
         if not isinstance(modules.get(name), nn.Linear):
             raise PlanError(f"{name}: no linear layer of {type(model).__name__} has this name")
         if f"{name}.{VALUES}" in tied:
@@ -171,26 +160,20 @@ def shared_input_factors(layers: Mapping[str, PackedLinear]) -> dict[str, str]:
     Only layers of one decoder layer (whose names are equal up to the first number) share that are of one config group: of
     one block size, core type and group size.
     """
-    owners: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    owners: dict[tuple[object, ...], str] = {}
+    digests: dict[int, str] = {}
     shared = {}
     for name, layer in layers.items():
         decoder_layer = _DECODER_LAYER.match(name)
         if decoder_layer is None:
             continue
+        digest = digests.setdefault(id(layer.b), "") or _sha256(layer.b)  # of bytes: 0.0 and -0.0 differ
+        digests[id(layer.b)] = digest
         kind = layer.block_size, layer.core, layer.group_size
-        group = owners[decoder_layer[0], kind, layer.b.shape, layer.b.dtype]
-        owner = next((other for other in group if _equal_bytes(layers[other].b, layer.b)), None)
-        if owner is None:
-            group.append(name)
-        else:
+        owner = owners.setdefault((decoder_layer[0], kind, layer.b.shape, layer.b.dtype, digest), name)
+        if owner != name:
             shared[name] = owner
     return shared
-
-
-def _equal_bytes(first: Tensor, second: Tensor) -> bool:
-    if first is second:
-        return True
-    return torch.equal(*(tensor.contiguous().view(torch.uint8) for tensor in (first, second)))  # 0.0 and -0.0 differ
 
 
 def tensor_hashes(folder: Path) -> dict[str, str]:
@@ -200,7 +183,7 @@ def tensor_hashes(folder: Path) -> dict[str, str]:
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _dense_linears(model: PreTrainedModel, layers: Mapping[str, object]) -> list[str]:
@@ -264,6 +247,20 @@ def _config_for_saving(model: PreTrainedModel, quantization: dict[str, Any] | No
     finally:
         model.config.__dict__.clear()
         model.config.__dict__.update(before)
+
+
+@contextmanager
+def _own_names(model: PreTrainedModel, *, wanted: bool) -> Iterator[bool]:
+    """Let saving keep the model's own names where that is wanted; yields whether saving goes the way that renames."""
+    loaded = vars(model).get(_CONVERSIONS)
+    if not wanted or loaded is None:
+        yield not wanted
+        return
+    vars(model)[_CONVERSIONS] = []  # nothing to rename, and the order of tensors in shards that renaming gives
+    try:
+        yield True
+    finally:
+        vars(model)[_CONVERSIONS] = loaded
 
 
 def _without_missing_code(folder: Path) -> None:

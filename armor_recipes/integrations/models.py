@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -24,9 +22,10 @@ from transformers import (
 from armor_recipes import builtin
 from armor_recipes.checkpoint.files import read_config
 from armor_recipes.checkpoint.stored import StoredTensors, is_all_there
-from armor_recipes.errors import InputError, PlanError
+from armor_recipes.errors import ArmorError, InputError, PlanError
 from armor_recipes.exhaustion import what_ran_out
-from armor_recipes.integrations.names import stored_names
+from armor_recipes.integrations.classes import class_of
+from armor_recipes.integrations.names import origins
 from armor_recipes.model.facts import ModelFacts, facts_of
 from armor_recipes.paths import user_path
 from armor_recipes.recipe.schema import ModelSpec
@@ -207,37 +206,16 @@ def _cached_snapshot(location: str, revision: str | None) -> Path | None:
 def meta_model(source: ModelSource) -> PreTrainedModel:
     """The model on the meta device: names and shapes without a byte of weights.
 
-    Raises PlanError for what is no decoder-only language model, InputError where the configuration makes no model.
+    Raises PlanError where transformers has no class for it, InputError where the configuration makes no model.
     """
-    name = type(source.config).__name__
-    if source.facts.encoder_decoder:
-        raise PlanError(
-            f"model {source.location} ({name}) has an encoder; only decoder-only language models are supported"
-        )
-    if type(source.config) not in AutoModelForCausalLM._model_mapping:
-        raise PlanError(
-            f"model {source.location} ({name}) is no causal language model that transformers knows; give one"
-        )
+    kind = class_of(source.config, source.location)
     try:
         with torch.device("meta"):
-            model = _from_config(source.config)
+            model: PreTrainedModel = kind._from_config(source.config)
+            model.tie_weights()
     except Exception as error:  # a wrong value in config.json raises whatever the architecture's code meets first
         raise InputError(_unreadable(source.location, error)) from error
-    _refuse_other_class(source, model)
     return model
-
-
-def _refuse_other_class(source: ModelSource, model: PreTrainedModel) -> None:
-    """What config.json names must be what is loaded and written: a head or tower of another class would be lost."""
-    named = [name for name in source.config.architectures or () if isinstance(name, str)]
-    classes = {base.__name__ for base in type(model).__mro__}
-    others = [name for name in named if name not in classes and hasattr(transformers, name)]
-    if named and others and not classes & set(named):
-        raise PlanError(
-            f"model {source.location} is a {others[0]} by its config.json, and would be loaded and written as a "
-            f"{type(model).__name__}: what only the first has (a task head, a tower) would be lost. Only causal language models "
-            "are supported"
-        )
 
 
 def load_model(source: ModelSource, *, device: torch.device) -> PreTrainedModel:
@@ -260,10 +238,10 @@ def written_dtypes(model: PreTrainedModel, source: ModelSource) -> dict[str, tor
     floats = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
     there = source.stored()
     stored = {} if there is None else there.tensors
-    names = stored_names(model)
+    names = origins(model, stored)
     found = {}
     for name in floats:
-        dtypes = {stored[part].dtype for part in names[name] if part in stored}
+        dtypes = {stored[part].dtype for part in names[name]}
         dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
         if asked is not None and kept is not None:
             dtype = (dtype or torch.float32) if kept(name) else asked
@@ -313,20 +291,23 @@ def load_dense(
 
     `attention` is the implementation to run on, transformers' choice where it is None.
     """
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "dtype": dtype}
-    load: Any = AutoModelForCausalLM.from_pretrained
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
+        # `return_dict`, whatever config.json says: here outputs are read by name.
+        config = AutoConfig.from_pretrained(location, return_dict=True, **options)
+        load: Any = class_of(config, location).from_pretrained
         # Weights of the wrong shape are told by `info`, with their names, which transformers' own error leaves out.
         model, info = load(
             location,
+            config=config,
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            return_dict=True,  # whatever config.json says: here outputs are read by name
             **options,
             **attention_option(attention),
         )
     except Exception as error:
-        if what_ran_out(error):
+        if isinstance(error, ArmorError) or what_ran_out(error):
             raise
         raise InputError(_unreadable(location, error)) from error
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
@@ -420,13 +401,6 @@ def load_tokenizer(source: ModelSource) -> Any | None:
         return AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise InputError(f"the tokenizer of {source.location} cannot be read: {error}") from error
-
-
-def _from_config(config: PretrainedConfig) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    assert isinstance(model, PreTrainedModel)
-    model.tie_weights()
-    return model
 
 
 def _unreadable(name: str, error: Exception) -> str:

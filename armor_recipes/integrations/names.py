@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -28,23 +28,9 @@ def stored_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
 def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Map each name in files → the tensors of the model, without linear forms, that loading makes of it; none for one of no module.
 
-    The model may be on the meta device. It is what `from_pretrained` does with names (`core_model_loading` of transformers).
+    The model may be on the meta device.
     """
-    state = fused_state(model)
-    conversions = get_model_conversion_mapping(model)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
-    prefix = model.base_model_prefix
-    found = {}
-    for name in names:
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if renamed not in state and name in state:
-            renamed, pattern = name, None
-        targets = by_pattern[pattern].target_patterns if pattern is not None else [renamed]
-        every = [renamed] if pattern is None else [renamed.replace(targets[0], target) for target in targets]
-        found[name] = tuple(target for target in every if target in state)
-    return found
+    return {name: targets for name, targets, _ in _loads(model, names)}
 
 
 def origins(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -66,19 +52,27 @@ def fused_of(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def reads_as_named(model: PreTrainedModel, names: Collection[str]) -> bool:
-    """Whether loading takes files of these names, which are those of the model's own tensors, without changing a name or value."""
-    return all(targets == (name,) for name, targets in loaded_as(model, names).items()) and not _converted(model, names)
+def reads_as_named(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Whether loading takes tensors of these names, which are the model's own without linear forms, with name and value unchanged."""
+    return all(targets == (name,) and not converted for name, targets, converted in _loads(model, names))
 
 
-def _converted(model: PreTrainedModel, names: Collection[str]) -> bool:
-    """Whether a conversion of values applies to one of the names, although it keeps the name."""
+def _loads(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """Yield each name, what is loaded from it, and whether values are converted: as `convert_and_load_state_dict_in_model`."""
+    state = fused_state(model)
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    state = fused_state(model)
-    renamed = (rename_source_key(name, renamings, converters, model.base_model_prefix, state) for name in names)
-    return any(pattern is not None and target in state for target, pattern in renamed)
+    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = name, None
+        every = [renamed]
+        if pattern is not None:
+            targets = by_pattern[pattern].target_patterns
+            every = [renamed.replace(targets[0], target) for target in targets]
+        yield name, tuple(target for target in every if target in state), pattern is not None
 
 
 def _reverted(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> set[str]:

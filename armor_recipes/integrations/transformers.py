@@ -33,7 +33,8 @@ from armor_recipes.checkpoint.legacy import is_legacy, open_legacy
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.reader import check_folder
 from armor_recipes.compute import plain_torch
-from armor_recipes.errors import ArmorError, CheckpointError
+from armor_recipes.errors import ArmorError, CheckpointError, PlanError
+from armor_recipes.integrations.loading import wrap_quantizer
 from armor_recipes.integrations.upstream import (
     VERSIONS,
     BaseCompressor,
@@ -131,6 +132,7 @@ def register() -> None:
         BaseCompressor.register_value(ArmorCompressor, name=FORMAT)
     if hasattr(ModelCompressor, _WRAPPED):
         return
+    wrap_quantizer()
     setattr(ModelCompressor, _WRAPPED, True)
     BaseCompressor.register_value = classmethod(_gives_way(BaseCompressor.register_value.__func__))
     ModelCompressor.compress_model = _checked(ModelCompressor.compress_model)
@@ -200,21 +202,24 @@ def load(
 
 
 def _loaded(folder: Path, dtype: torch.dtype | str, attention: str | None) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    from armor_recipes.integrations.classes import class_of
     from armor_recipes.integrations.models import attention_option
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    load_class: Any = AutoModelForCausalLM
+    # `return_dict`, whatever config.json says: outputs are read by name.
+    config = AutoConfig.from_pretrained(str(folder), return_dict=True, **options)
+    try:
+        load_class: Any = class_of(config, str(folder))
+    except PlanError as error:
+        raise CheckpointError(str(error)) from error
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "use_safetensors": True, **options}
-    source["return_dict"] = True  # whatever config.json says: outputs are read by name
     quantization = read_config(folder).get("quantization_config")
     if is_legacy(quantization):
-        config = AutoConfig.from_pretrained(str(folder), return_dict=True, **options)
         state, config.quantization_config = _legacy_state(folder, quantization)
-        load_class = AutoModelForCausalLM._model_mapping[type(config)]
-        source = {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
-    source |= {"dtype": dtype, "output_loading_info": True, **attention_option(attention)}
+        source = {"pretrained_model_name_or_path": None, "state_dict": state}
+    source |= {"config": config, "dtype": dtype, "output_loading_info": True, **attention_option(attention)}
     model, info = load_class.from_pretrained(**source)
     carried = _carried_over(folder)
     left = {

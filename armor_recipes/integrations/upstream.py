@@ -29,6 +29,7 @@ try:
     from compressed_tensors.offload.module import unwrap_offload_forward
     from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
     from compressed_tensors.quantization.utils.helpers import is_module_quantized
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer as HfQuantizer
 
     USED = (
         CompressionFormat(FORMAT),
@@ -39,6 +40,8 @@ try:
         BaseCompressor.get_value_from_registry,
         QuantizationStatus.COMPRESSED,
         QuantizationStatus.DECOMPRESSED,
+        HfQuantizer._process_model_before_weight_loading,
+        HfQuantizer.update_weight_conversions,
     )
     """What is wrapped or called of these, looked at here so that it is missed here."""
 except (ImportError, AttributeError, ValueError) as error:
@@ -56,6 +59,7 @@ def release(name: str) -> None:
 
 __all__ = [
     "BaseCompressor",
+    "HfQuantizer",
     "ModelCompressor",
     "QuantizationScheme",
     "QuantizationStatus",

@@ -1,0 +1,109 @@
+"""What transformers' quantizer does before it fills a model from an ARMOR checkpoint: linear forms, packed layers, names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from armor_recipes.checkpoint.config import FORMAT
+from armor_recipes.integrations.upstream import HfQuantizer, QuantizationStatus
+from armor_recipes.model.forms import forms_of, linearise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAMES = "_armor_names_in_files"
+
+
+def wrap_quantizer() -> None:
+    """Let `from_pretrained` lay out linear forms, and take tensors that lie in files under the modules' own names as they are."""
+    HfQuantizer._process_model_before_weight_loading = _laying_out(HfQuantizer._process_model_before_weight_loading)
+    HfQuantizer.update_weight_conversions = _without_conversions(HfQuantizer.update_weight_conversions)
+
+
+def lay_out(model: PreTrainedModel, names: Collection[str]) -> tuple[str, ...]:
+    """Give a meta model the linear forms that these names of linear layers belong to; returns the names of the forms."""
+    _fuse_again(model)
+    return linearise(model, frozenset(forms_of(model, names)))
+
+
+def _fuse_again(model: PreTrainedModel) -> None:
+    """transformers takes Llama 4's experts apart for every quantised model: only those that are named may be."""
+    split = [name for name, m in model.named_modules() if type(m).__name__ == "SequentialLlama4TextExperts"]
+    if not split:
+        return
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+
+    for name in split:
+        with torch.device("meta"):
+            model.set_submodule(name, Llama4TextExperts(model.config.get_text_config()))
+
+
+def _laying_out(process: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(process)
+    def process_model(self: Any, model: PreTrainedModel, **options: Any) -> Any:
+        groups = self.compressor.quantization_config.config_groups
+        if self.quantization_config.dequantize or not any(_is_ours(group) for group in groups.values()):
+            return process(self, model, **options)
+        ignore = tuple(self.compressor.quantization_config.ignore or ())
+        targets = {target: group for group in groups.values() for target in group.targets}
+        lay_out(model, (*targets, *ignore))
+        self.__dict__[_NAMES] = _names_in(options.get("checkpoint_files"))
+        modules = dict(model.named_modules())
+        if not all(map(_is_ours, groups.values())) or not modules.keys() >= {*targets, *ignore}:
+            return process(self, model, **options)
+        _attach(modules, {target: group for target, group in targets.items() if target not in ignore})
+        self.compressor.compress_model(model=model)
+        return None
+
+    return process_model
+
+
+def _attach(modules: dict[str, nn.Module], schemes: dict[str, Any]) -> None:
+    """As `apply_quantization_config`, which compares each module with each target: hours for a mixture of many experts."""
+    for name, scheme in schemes.items():
+        module: Any = modules[name]
+        module.quantization_scheme, module.quantization_status = scheme, QuantizationStatus.COMPRESSED
+
+
+def _without_conversions(update: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(update)
+    def update_weight_conversions(self: Any, conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        if _NAMES not in self.__dict__:
+            return update(self, conversions, model)  # type: ignore[no-any-return]
+        names = self.__dict__.pop(_NAMES)
+        own = [name for name, _ in model.named_parameters() if name not in model.all_tied_weights_keys]
+        if names is not None and names.issuperset(own):
+            return []
+        return [one for one in conversions if _leads_to(one, own)]
+
+    return update_weight_conversions
+
+
+def _leads_to(conversion: Any, names: Iterable[str]) -> bool:
+    """Whether what a conversion makes can be a tensor of the model; a renaming that leads nowhere is left out by the loader."""
+    if not hasattr(conversion, "operations"):
+        return True
+    made = conversion.reverse_transform().compiled_sources
+    return any(made.search(name) for name in names)
+
+
+def _names_in(files: Iterable[str] | None) -> frozenset[str] | None:
+    """Names of the tensors in safetensors files; None where there are none, or others."""
+    files = list(files or ())
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        return None
+    found: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            found.update(opened.keys())
+    return frozenset(found)
+
+
+def _is_ours(group: Any) -> bool:
+    return group.format == FORMAT
