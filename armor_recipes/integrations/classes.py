@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformers
 from transformers import (
     AutoModel,
@@ -41,10 +43,11 @@ def class_of(config: PretrainedConfig, location: str) -> type[PreTrainedModel]:
             f"{type(config).__name__} by its model_type {config.model_type!r}: correct architectures or model_type"
         )
     for auto in _AUTO:
-        found = auto._model_mapping.get(type(config), None)
-        found = found[0] if isinstance(found, (list, tuple)) else found
-        if found is not None and _takes(found, config):
-            return found  # type: ignore[no-any-return]
+        mapped: Any = auto._model_mapping.get(type(config), None)
+        mapped = mapped[0] if isinstance(mapped, (list, tuple)) else mapped
+        if mapped is not None and _takes(mapped, config):
+            kind: type[PreTrainedModel] = mapped
+            return kind
     raise PlanError(
         f"model {location} ({type(config).__name__}, architectures {config.architectures}): transformers "
         f"{transformers.__version__} has no model class for it"

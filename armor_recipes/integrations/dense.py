@@ -13,6 +13,7 @@ from armor_recipes.compute import plain_torch
 from armor_recipes.errors import PlanError
 from armor_recipes.integrations.transformers import ArmorCompressor
 from armor_recipes.integrations.upstream import is_module_quantized
+from armor_recipes.model.forms import restore
 from armor_recipes.runtime.linear import ArmorLinear
 
 M = TypeVar("M", bound=nn.Module)
@@ -24,8 +25,8 @@ def to_dense(model: M) -> M:
     """Turn every ARMOR layer of a model, in place, into a plain `nn.Linear` that holds Ŵ in the dtype of its factors.
 
     The model is an ordinary one then, in the memory of a dense one: adapters can be merged into it, and `save_pretrained` writes a
-    folder that every stock loader reads. peft may have wrapped it, before or after: adapters stay. Without ARMOR layers nothing
-    changes.
+    folder that every stock loader reads. Experts are fused again, as their architecture has them. peft may have wrapped it, before
+    or after: adapters stay, and experts that have some stay apart. Without ARMOR layers nothing changes.
 
     Args:
         model: a loaded model, or any module that holds one.
@@ -43,6 +44,8 @@ def to_dense(model: M) -> M:
     with torch.no_grad():
         for layer in layers.values():
             _make_plain(layer)
+        if layers:
+            restore(model)
     for part in model.modules() if layers else ():
         if isinstance(part, PreTrainedModel):
             _forget_quantization(part)
@@ -78,7 +81,7 @@ def _make_plain(layer: ArmorLinear) -> None:
 
 def _forget_quantization(model: PreTrainedModel) -> None:
     """What a stock quantizer sets on a model, so that nothing claims packed layers: saving, casting, adapters, or a Trainer."""
-    for name in ("hf_quantizer", "quantization_method"):
+    for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
         model.__dict__.pop(name, None)
     model.__dict__["is_quantized"] = False
     for name in ("quantization_config", "_is_quantized"):

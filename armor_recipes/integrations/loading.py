@@ -22,8 +22,9 @@ _NAMES = "_armor_names_in_files"
 
 def wrap_quantizer() -> None:
     """Let `from_pretrained` lay out linear forms, and take tensors that lie in files under the modules' own names as they are."""
-    HfQuantizer._process_model_before_weight_loading = _laying_out(HfQuantizer._process_model_before_weight_loading)
-    HfQuantizer.update_weight_conversions = _without_conversions(HfQuantizer.update_weight_conversions)
+    quantizer: Any = HfQuantizer
+    quantizer._process_model_before_weight_loading = _laying_out(quantizer._process_model_before_weight_loading)
+    quantizer.update_weight_conversions = _without_conversions(quantizer.update_weight_conversions)
 
 
 def lay_out(model: PreTrainedModel, names: Collection[str]) -> tuple[str, ...]:
@@ -33,7 +34,7 @@ def lay_out(model: PreTrainedModel, names: Collection[str]) -> tuple[str, ...]:
 
 
 def _fuse_again(model: PreTrainedModel) -> None:
-    """transformers takes Llama 4's experts apart for every quantised model: only those that are named may be."""
+    """Transformers takes Llama 4's experts apart for every quantised model: only those that are named may be."""
     split = [name for name, m in model.named_modules() if type(m).__name__ == "SequentialLlama4TextExperts"]
     if not split:
         return
@@ -41,7 +42,8 @@ def _fuse_again(model: PreTrainedModel) -> None:
 
     for name in split:
         with torch.device("meta"):
-            model.set_submodule(name, Llama4TextExperts(model.config.get_text_config()))
+            fused: Any = Llama4TextExperts
+            model.set_submodule(name, fused(model.config.get_text_config()))
 
 
 def _laying_out(process: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,4 +108,4 @@ def _names_in(files: Iterable[str] | None) -> frozenset[str] | None:
 
 
 def _is_ours(group: Any) -> bool:
-    return group.format == FORMAT
+    return bool(group.format == FORMAT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +14,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from armor_recipes.errors import VerificationError
 from armor_recipes.model.forms import fused_state, layouts
 
 
@@ -53,8 +54,43 @@ def fused_of(model: PreTrainedModel) -> dict[str, str]:
 
 
 def reads_as_named(model: PreTrainedModel, names: Iterable[str]) -> bool:
-    """Whether loading takes tensors of these names, which are the model's own without linear forms, with name and value unchanged."""
+    """Whether loading takes tensors of these names, which are the model's own without linear forms, as they are."""
     return all(targets == (name,) and not converted for name, targets, converted in _loads(model, names))
+
+
+def left_behind(
+    model: PreTrainedModel, written: Collection[str], stored: Iterable[str], *, packed: bool
+) -> tuple[str, ...]:
+    """Names of the source's files whose tensors no written one holds, sorted.
+
+    Tensors of no module: further layers, heads or towers that the architecture's class leaves alone; a tied weight that is stored
+    twice; what the architecture never saves.
+
+    Args:
+        model: as it was written, or on the meta device.
+        written: names in the folder that was written.
+        stored: names in the source's files.
+        packed: whether the folder goes by the model's own names.
+
+    Raises:
+        VerificationError: for a tensor of the files of which a part was written, and a part was not.
+    """
+    if packed:
+        parts = fused_of(model)
+        missing = {fused for part, fused in parts.items() if part not in written}
+        held = ({parts.get(name, name) for name in written} | set(written)) - missing
+    else:
+        held = {target for targets in loaded_as(model, written).values() for target in targets}
+    left = []
+    for name, targets in loaded_as(model, stored).items():
+        there = [target in held for target in targets]
+        if name in written or (there and all(there)):
+            continue
+        if any(there):
+            lost = targets[there.index(False)]
+            raise VerificationError(f"{lost}, a part of {name} in the model's files, was not written: this is a bug")
+        left.append(name)
+    return tuple(sorted(left))
 
 
 def _loads(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:

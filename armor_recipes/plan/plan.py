@@ -29,7 +29,8 @@ class Totals:
 class Plan:
     """All rows of work, by section, stage, block and modifier order; `ignored` are linear modules that an `ignore` held back.
 
-    `layers` are the names of the blocks, by their numbers; `notes` are sentences on what comes out otherwise than it went in.
+    `layers` are the names of the blocks, by their numbers; `notes` are sentences on what comes out otherwise than it went in;
+    `forms` are the names of modules that become linear layers (fused experts, transposed layers), some of which are in `rows`.
     Plans are equal, and have equal hashes, where they say the same.
     """
 
@@ -39,6 +40,7 @@ class Plan:
     ignored: tuple[str, ...]
     totals: Totals
     notes: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
 
     def section(self, name: str) -> tuple[Any, ...]:
         """The rows of one section, in order."""
@@ -92,7 +94,8 @@ class Plan:
         for row in self.rows:
             sections.setdefault(row.section, []).append(row.to_dict())
         others = {"ignored": list(self.ignored), "totals": asdict(self.totals), "notes": list(self.notes)}
-        return {"model": self.model, "layers": list(self.layers), **sections, **others}
+        forms = {"linear_forms": list(self.forms)} if self.forms else {}
+        return {"model": self.model, "layers": list(self.layers), **sections, **others, **forms}
 
     @property
     def sha256(self) -> str:

@@ -100,6 +100,7 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
         },
         "modules": {name: _module(result, plans[name]) for name, result in facts.modules.items()},
         **sections(facts.results),
+        **({"linear_forms": list(facts.plan.forms)} if facts.plan.forms else {}),
         "tensors": dict(sorted(tensors.items())),
     }
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from armor_recipes.checkpoint.staging import check_destination
 from armor_recipes.errors import InputError, NumericalError, PlanError, RecipeError
 from armor_recipes.integrations.models import ModelSource, moved, rounded, written_dtypes
-from armor_recipes.integrations.names import experts, stored_names
+from armor_recipes.integrations.names import origins
+from armor_recipes.model.forms import linear_parts
 from armor_recipes.paths import user_path
 from armor_recipes.plan import Plan
 from armor_recipes.recipe import Recipe
@@ -35,62 +36,11 @@ def check_lengths(recipe: Recipe, source: ModelSource) -> None:
         raise PlanError("\n".join(problems))
 
 
-def check_packable(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Fused expert weights are written under other names than the model's own, which the packed layout cannot follow."""
-    fused = experts(model)
-    if fused and recipe.output.format == "compressed-tensors":
-        raise PlanError(
-            f"{recipe.model.id} has {len(fused)} fused expert weights ({fused[0]}, …), which output.format compressed-tensors "
-            "does not support yet: set output.format: dense"
-        )
+def narrowed(plan: Plan, source: ModelSource, model: PreTrainedModel) -> tuple[str, ...]:
+    """A sentence where packed weights have fewer bits than in the source's files, without anybody having asked for it.
 
-
-def check_names(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
-    """A packed layer's tensors must lie in files under the module's name, by which config.json tells loaders of them."""
-    if recipe.output.format != "compressed-tensors":
-        return
-    names = stored_names(model)
-    packed = dict.fromkeys(row.name for row in plan.modules if row.stored_as == "packed")
-    renamed = {name: names[f"{name}.weight"] for name in packed if names[f"{name}.weight"] != (f"{name}.weight",)}
-    if renamed:
-        name, there = next(iter(renamed.items()))
-        raise PlanError(
-            f"{recipe.model.id} ({type(model).__name__}): {len(renamed)} of the modules to be packed lie in its files under other "
-            f"names than in the model ({name}.weight as {', '.join(there) or 'parts of other tensors'}), which the packed layout "
-            "cannot follow yet: set output.format: dense"
-        )
-
-
-def check_renamed(model: PreTrainedModel, source: ModelSource) -> None:
-    """Raise PlanError where tensors of the source's files would be written under other names than they have there.
-
-    The model may be on the meta device.
+    `model` has the plan's linear forms, and may be on the meta device.
     """
-    there = source.stored()
-    if there is None:
-        return
-    stored, written = there.tensors.keys(), written_names(model)
-    new = written - stored - model.all_tied_weights_keys.keys() - _buffers(model)
-    lost = stored - written
-    if new and lost:
-        raise PlanError(
-            f"model {source.location}: {len(lost)} tensors of its files ({min(lost)}, …) are no tensors of the model under those "
-            f"names, and {len(new)} of the model's ({min(new)}, …) are not in its files: load it with transformers and save it "
-            "with save_pretrained, then compress that folder"
-        )
-
-
-def written_names(model: PreTrainedModel) -> set[str]:
-    """Under which names a model's tensors lie in its files."""
-    return {there for names in stored_names(model).values() for there in names}
-
-
-def _buffers(model: PreTrainedModel) -> set[str]:
-    return {name for name, _ in model.named_buffers()}
-
-
-def narrowed(plan: Plan, source: ModelSource) -> tuple[str, ...]:
-    """A sentence where packed weights have fewer bits than in the source's files, without anybody having asked for it."""
     if source.asked_dtype is not None:
         return ()
     try:
@@ -99,7 +49,8 @@ def narrowed(plan: Plan, source: ModelSource) -> tuple[str, ...]:
         return ()  # damaged files are told by preflight
     stored = {} if there is None else there.tensors
     packed = dict.fromkeys(f"{row.name}.weight" for row in plan.modules if row.stored_as == "packed")
-    dtypes = [stored[name].dtype for name in packed if name in stored]
+    files = origins(model, stored) if stored else {}
+    dtypes = [next((stored[there].dtype for there in files[name]), None) for name in packed if name in files]
     wider = [dtype for dtype in dtypes if dtype is not None and dtype.itemsize > source.stored_dtype.itemsize]
     if not wider:
         return ()
@@ -163,13 +114,16 @@ def check_given(model: PreTrainedModel, shapes: PreTrainedModel, plan: Plan) -> 
     """Raise PlanError where a caller's model is not the one that was planned, or would be written as another."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise PlanError("the model given has a PEFT adapter on it: merge it first, or load the model without it")
+    parts = linear_parts(model)
     for name, shape in plan.shapes.items():
+        planned, parameter = parts.get(name, (None, f"{name}.weight"))
         try:
-            weight = model.get_parameter(f"{name}.weight")
+            weight = model.get_parameter(parameter)
         except AttributeError as error:
             raise PlanError(f"the model given has no {name}, which {plan.model} has") from error
-        if tuple(weight.shape) != shape:
-            raise PlanError(f"the model given has {name} {tuple(weight.shape)}, planned was {shape}")
+        found = planned or tuple(weight.shape)
+        if found != shape:
+            raise PlanError(f"the model given has {name} {found}, planned was {shape}")
         if weight.is_meta:
             raise PlanError(
                 f"the model given has {name} on the meta device (offloaded, or never loaded): load it into memory"

@@ -14,22 +14,24 @@ from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import TOKENS, Batch, some_of
 from armor_recipes.checkpoint.config import FORMAT_VERSION
-from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, write_whole
+from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_header, write_whole
 from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, staged
-from armor_recipes.checkpoint.writer import carry_over, left_behind, tensor_hashes, write_beside, write_checkpoint
+from armor_recipes.checkpoint.writer import carry_over, tensor_hashes, write_beside, write_checkpoint
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import RecipeError, ResourceError
 from armor_recipes.evaluation.perplexity import Perplexity, measure
 from armor_recipes.events import EvaluationProgressed, Observer, ignore_events
 from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.models import attention_of, load_model, written_dtypes
+from armor_recipes.integrations.names import left_behind
+from armor_recipes.model.forms import linearise, restore
 from armor_recipes.modifiers import config_types
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
 from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, state_hash
 from armor_recipes.report.measure import Stopwatch
-from armor_recipes.run.checks import check_output, check_renamed, check_weights, placed, precious_paths
+from armor_recipes.run.checks import check_output, check_weights, placed, precious_paths
 from armor_recipes.run.planning import Job, prepare
 from armor_recipes.run.preflight import Ready, check_disk, preflight
 from armor_recipes.run.refusals import resource_errors
@@ -57,7 +59,8 @@ def apply(
     Args:
         recipe: a path, a built-in recipe's name, several of them, a mapping with a recipe's keys, or a `Recipe`.
         model: a hub id, folder or `builtin:` name that replaces the recipe's; or a model in memory, which is compressed in
-            place (the recipe's `model` then names where its configuration and tokenizer come from).
+            place (the recipe's `model` then names where its configuration and tokenizer come from). Fused experts that the recipe
+            takes are linear layers in it afterwards, unless the output is dense.
         tokenizer: replaces the one that comes with the model.
         overrides: `a.b.c=value`, as `--set`.
         output: replaces `output.path`.
@@ -169,10 +172,10 @@ class _Run:
         if model is None:
             loaded = load_model(job.source, device=job.device)
             # The files of a hub model may have come only now, onto the same disk.
-            check_renamed(loaded, job.source)
             check_disk(output.parent, ready.nbytes)
         else:
             loaded = placed(model, job.source, job.device)
+        linearise(loaded, job.plan.forms)
         check_weights(loaded, job.plan)
         return cls(job, loaded, ready, watch, written_dtypes(loaded, job.source), model is not None)
 
@@ -242,7 +245,9 @@ class _Run:
             raise ResourceError(f"{what}. {lost} were not written to {output}: {fate}") from error
 
     def write_weights(self, folder: Path, facts: Facts) -> None:
-        """Write what took long into an empty folder: a model that can be loaded."""
+        """Write what took long into an empty folder: a model that can be loaded. What stock loaders read has no linear forms."""
+        if not self.job.packed and restore(self.model):
+            self.dtypes = written_dtypes(self.model, self.job.source)
         layers = {name: result.packed for name, result in facts.modules.items() if result.packed is not None}
         base = self.job.source.files
         write_checkpoint(
@@ -257,7 +262,8 @@ class _Run:
     def write_rest(self, folder: Path, facts: Facts) -> None:
         """Write everything else but the report; the manifest comes last, since it hashes the tensors."""
         there = None if self.given else self.job.source.stored()
-        self.carried = () if there is None else left_behind(folder, there)
+        if there is not None:
+            self.carried = left_behind(self.model, read_header(folder), there.tensors, packed=self.job.packed)
         if there is not None and self.carried:
             # Listed first: a loader refuses tensors of no module that no manifest names.
             listed = {"format_version": FORMAT_VERSION, "carried_over": list(self.carried)}

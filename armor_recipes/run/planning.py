@@ -14,10 +14,11 @@ from armor_recipes.compute import plain_torch
 from armor_recipes.errors import RecipeError
 from armor_recipes.integrations.models import ModelSource, load_tokenizer, meta_model, open_model
 from armor_recipes.integrations.transformers import check_registered
+from armor_recipes.model.forms import forms_of, linearise, restore
 from armor_recipes.modifiers import AnyModifier, modifiers
 from armor_recipes.plan import Plan, RunEstimate, estimate_run, make_plan
 from armor_recipes.recipe import Recipe
-from armor_recipes.run.checks import check_lengths, check_names, check_packable, narrowed
+from armor_recipes.run.checks import check_lengths, narrowed
 from armor_recipes.run.data import read_data
 from armor_recipes.run.refusals import Refusals, resource_errors
 
@@ -59,16 +60,27 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
     with refused.noted():
         check_lengths(recipe, source)
     with refused.noted():
-        check_packable(recipe, shapes)
-    with refused.noted():
-        plan = make_plan(recipe, shapes, instances, itemsize=source.stored_dtype.itemsize)
-        check_names(recipe, plan, shapes)
+        plan = planned(recipe, source, shapes, instances)
     if plan is None or refused:
         with refused.noted(), resource_errors():
             read_data(recipe, instances, source.vocab_size, load_tokenizer(source), refused, wanted=is_soon_read)
         refused.tell()
     estimate = estimate_run(plan, recipe, shapes, instances)
-    return Job(recipe, source, shapes, instances, replace(plan, notes=narrowed(plan, source)), estimate, target)
+    return Job(recipe, source, shapes, instances, plan, estimate, target)
+
+
+def planned(
+    recipe: Recipe, source: ModelSource, shapes: PreTrainedModel, instances: Mapping[str, AnyModifier[Any]]
+) -> Plan:
+    """The plan on a meta model, of which all that can be is linear meanwhile; it keeps the forms that the plan takes.
+
+    Raises PlanError with every problem found.
+    """
+    every = linearise(shapes)
+    plan = make_plan(recipe, shapes, instances, itemsize=source.stored_dtype.itemsize)
+    forms = forms_of(shapes, plan.shapes)
+    restore(shapes, set(every).difference(forms))
+    return replace(plan, forms=forms, notes=narrowed(plan, source, shapes))
 
 
 def parse_device(name: str) -> torch.device:

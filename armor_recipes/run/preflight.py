@@ -31,11 +31,12 @@ from armor_recipes.integrations.models import (
     with_generation_config,
     written_dtypes,
 )
+from armor_recipes.integrations.names import left_behind
 from armor_recipes.report.card import model_card
 from armor_recipes.report.licence import Licence, base_licence
 from armor_recipes.report.manifest import Facts, build_manifest
 from armor_recipes.report.measure import Stopwatch
-from armor_recipes.run.checks import check_given, check_renamed, written_names
+from armor_recipes.run.checks import check_given
 from armor_recipes.run.data import Data, read_data
 from armor_recipes.run.planning import Job
 from armor_recipes.run.refusals import Refusals
@@ -100,7 +101,6 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
 def _try_model(job: Job, model: PreTrainedModel | None, folder: Path) -> None:
     """Names and dtypes of its tensors, and its configurations saved."""
     if model is None:
-        check_renamed(job.shapes, job.source)
         subject = with_generation_config(job.shapes, job.source)
     else:
         check_given(model, job.shapes, job.plan)
@@ -161,7 +161,7 @@ def _bytes_of_tensors(job: Job, model: PreTrainedModel | None) -> int:
 
     The latter are read once, since nobody else does before the end.
     """
-    subject = job.shapes if model is None else model
+    subject = job.shapes
     state: dict[str, Tensor] = subject.state_dict()
     dtypes = written_dtypes(subject, job.source)
     planned = {f"{row.name}.weight" for row in job.plan.modules}
@@ -169,7 +169,7 @@ def _bytes_of_tensors(job: Job, model: PreTrainedModel | None) -> int:
     nbytes: int = sum(t.numel() * (dtypes[n].itemsize if n in dtypes else t.element_size()) for n, t in rest.items())
     total: int = job.plan.totals.bytes_after + nbytes
     there = job.source.stored() if model is None else None
-    carried = [] if there is None else sorted(there.tensors.keys() - written_names(subject))
+    carried = () if there is None else left_behind(subject, set(rest) | planned, there.tensors, packed=True)
     if there is None or not carried:
         return total
     for name in carried:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import Batch
@@ -16,10 +18,11 @@ from armor_recipes.model.replay import feed, on_device
 
 
 def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe: Batch) -> None:
-    """Raise VerificationError unless the folder, loaded in the model's compute dtype, gives the model's logits bit for bit.
+    """Raise VerificationError unless the folder, loaded in the model's compute dtype, puts out what the model does, bit for bit.
 
-    `probe` is what to compare on; `packed` says whether the folder needs this package to load. It is loaded
-    with the attention implementation that the model runs on, into aligned memory; numbers that are NaN in both are equal.
+    All tensors of the output are compared. `probe` is what to compare on; `packed` says whether the folder needs this package to
+    load. It is loaded with the attention implementation that the model runs on, into aligned memory; numbers that are NaN in both
+    are equal.
     """
     parameter = next(model.parameters())
     options: dict[str, Any] = {
@@ -33,12 +36,39 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe
         raise VerificationError(f"what was written cannot be loaded again: {error}") from error
     batch = on_device(probe, model)
     with torch.inference_mode():
-        ours, theirs = (feed(one, batch).logits for one in (model, loaded))
+        ours, theirs = (_tensors(feed(one, batch)) for one in (model, loaded))
+    if ours.keys() != theirs.keys() or not ours:
+        raise VerificationError(
+            f"the model loaded again puts out {sorted(theirs) or 'no tensor'}, and the one in memory {sorted(ours) or 'none'}: "
+            "they cannot be compared"
+        )
+    for name, tensor in ours.items():
+        _compare(name, tensor, theirs[name])
+
+
+def _tensors(output: object, name: str = "") -> dict[str, Tensor]:
+    """All tensors of a model's output, by the names of their fields and their places in tuples."""
+    if isinstance(output, Tensor):
+        return {name or "output": output}
+    inner = output.items() if isinstance(output, Mapping) else enumerate(output) if isinstance(output, tuple) else ()
+    found: dict[str, Tensor] = {}
+    for key, value in inner:
+        found |= _tensors(value, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def _compare(name: str, ours: Tensor, theirs: Tensor) -> None:
+    """Raise VerificationError unless the two are equal bit for bit, or NaN in the same places."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        raise VerificationError(
+            f"the model loaded again differs from the one in memory: its {name} are {tuple(theirs.shape)} {theirs.dtype} instead "
+            f"of {tuple(ours.shape)} {ours.dtype}"
+        )
     equal = (ours == theirs) | (ours.isnan() & theirs.isnan())
     if not bool(equal.all()):
         worst = float((ours.float() - theirs.float()).abs().nan_to_num().max())
         raise VerificationError(
-            f"the model loaded again differs from the one in memory: in {int((~equal).sum())} of {equal.numel()} logits, by "
+            f"the model loaded again differs from the one in memory: in {int((~equal).sum())} of {equal.numel()} {name}, by "
             f"{worst:.3g} at most, where the largest is {float(ours.float().abs().nan_to_num().max()):.3g}. A difference near "
             "rounding means that something here computes otherwise from one run to the next; a larger one that the folder is not "
             "this model"

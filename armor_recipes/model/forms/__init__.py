@@ -1,6 +1,14 @@
-"""Linear forms: what is linear in all but its module (a transposed layer, fused expert weights) as ordinary `nn.Linear`s, and back."""
+"""Linear forms: what is linear in all but its module (transposed layers, fused experts) as ordinary `nn.Linear`s, and back."""
 
-from armor_recipes.model.forms.convert import forms_of, fused_names, fused_state, layouts, linearise, part_shape, restore
+from armor_recipes.model.forms.convert import (
+    forms_of,
+    fused_names,
+    fused_state,
+    layouts,
+    linear_parts,
+    linearise,
+    restore,
+)
 from armor_recipes.model.forms.layout import Layout, Slice
 
 __all__ = [
@@ -10,7 +18,7 @@ __all__ = [
     "fused_names",
     "fused_state",
     "layouts",
+    "linear_parts",
     "linearise",
-    "part_shape",
     "restore",
 ]

@@ -1,4 +1,4 @@
-"""Give modules their linear form in place, and put back what they were; nothing of it depends on transformers' version but by layout."""
+"""Give modules their linear form in place, and put back what they were."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Form(NamedTuple):
 
 
 def conv1d_layout(module: nn.Module) -> Layout | None:
-    """transformers' `Conv1D`: a linear layer whose weight is `(I, O)`."""
+    """Transformers' `Conv1D`: a linear layer whose weight is `(I, O)`."""
     if type(module).__name__ != "Conv1D" or not hasattr(module, "nx"):
         return None
     return Layout({"weight": tuple(module.get_parameter("weight").shape)}, {"weight": Slice("weight", transposed=True)})
@@ -59,10 +59,10 @@ def linearise(model: nn.Module, names: Collection[str] | None = None) -> tuple[s
     Returns:
         Full names of the modules that were changed, in the model's order. Those that are linear already are not among them.
     """
-    found = [(name, module, *form) for name, module, *form in _candidates(model) if names is None or name in names]
+    found = [candidate for candidate in _candidates(model) if names is None or candidate[0] in names]
     for _, module, form, layout in found:
         _convert(module, form, layout)
-    return tuple(name for name, *_ in found)
+    return tuple(name for name, _, _, _ in found)
 
 
 def restore(model: nn.Module, names: Collection[str] | None = None) -> tuple[str, ...]:
@@ -84,14 +84,15 @@ def forms_of(model: nn.Module, linears: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_modules() if name in needed)
 
 
-def part_shape(model: nn.Module, linear: str) -> tuple[int, int] | None:
-    """Weight shape `(O, I)` that a layer would have after `linearise`; None where there is none of that name."""
-    known = {name: layout for name, _, _, layout in _candidates(model)}
-    form = _form_of(linear, known)
-    if form is None:
-        return None
-    rows, columns = known[form].shape(_part(linear, form))
-    return rows, columns
+def linear_parts(model: nn.Module) -> dict[str, tuple[tuple[int, int], str]]:
+    """Map each layer that `linearise` would make → its weight's shape `(O, I)` and the full name of the fused parameter."""
+    found = {}
+    for name, _, _, layout in _candidates(model):
+        for part, piece in layout.parts.items():
+            if part.rpartition(".")[2] == "weight":
+                rows, columns = layout.shape(part)
+                found[f"{name}.{part}".rpartition(".")[0]] = (rows, columns), f"{name}.{piece.parameter}"
+    return found
 
 
 def fused_names(model: nn.Module) -> dict[str, tuple[str, ...]]:

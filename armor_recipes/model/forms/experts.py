@@ -1,4 +1,4 @@
-"""Experts whose weights transformers fuses into parameters of three dimensions, as linear layers `N.gate_proj`, `N.up_proj`, `N.down_proj`.
+"""Experts whose weights transformers fuses into one parameter, as linear layers `N.gate_proj`, `N.up_proj`, `N.down_proj`.
 
 The layout follows the flags that transformers' `use_experts_implementation` leaves on such modules (transformers 5.24,
 `integrations/moe.py`), and what its "eager" loop computes.
@@ -34,6 +34,8 @@ class LinearExperts(nn.Module):
 
     _linear_form: Converted
     num_experts: int
+    act_fn: nn.Module
+    post_expert_norm: nn.Module
 
     def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """Weighted sum of each token's experts.
@@ -69,7 +71,8 @@ class LinearExperts(nn.Module):
         """The architecture's own gate, on both halves as the fused weights give them."""
         own = getattr(self._linear_form.original, "_apply_gate", None)
         if own is None:
-            return self.act_fn(gate) * up  # type: ignore[no-any-return]
+            halves: Tensor = self.act_fn(gate) * up
+            return halves
         both = torch.cat((gate, up), -1) if _flag(self, "is_concatenated") else torch.stack((gate, up), -1).flatten(-2)
         found: Tensor = own(self, both)
         return found
@@ -89,6 +92,7 @@ class LinearLlama4Experts(nn.Module):
 
     _linear_form: Converted
     num_experts: int
+    act_fn: nn.Module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`(E·T, H)` → the same shape; an expert is called on the rows that are not zero, of which it would make zeros."""

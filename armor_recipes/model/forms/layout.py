@@ -63,8 +63,6 @@ def shape_of(fused: tuple[int, ...], piece: Slice) -> tuple[int, ...]:
     """Shape of a part of a tensor of shape `fused`."""
     index = (*piece.index, *(slice(None),) * (len(fused) - len(piece.index)))
     sizes = [
-        len(range(*where.indices(size)))
-        for size, where in zip(fused, index, strict=True)
-        if isinstance(where, slice)
+        len(range(*where.indices(size))) for size, where in zip(fused, index, strict=True) if isinstance(where, slice)
     ]
     return tuple(reversed(sizes)) if piece.transposed else tuple(sizes)
