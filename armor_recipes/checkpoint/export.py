@@ -134,7 +134,25 @@ class Source:
         return (VALUES,) if self.kind == "dense" else (*TENSOR_NAMES, SCALE)
 
 
-def export(source: Source, destination: Path, *, to: Target, ignore: Iterable[str] = ()) -> Exported:
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A tensor that is put together of several others, which are not written then."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, Callable[[Tensor, Tensor], None]]
+    """Names, as they would be written, and what puts such a tensor (second argument) in its place."""
+
+
+def export(
+    source: Source,
+    destination: Path,
+    *,
+    to: Target,
+    ignore: Iterable[str] = (),
+    merges: Iterable[Merge] = (),
+    names: Mapping[str, str] | None = None,
+) -> Exported:
     """Write `source` into the existing empty folder `destination` (see `armor_recipes.checkpoint.staging`).
 
     Args:
@@ -142,13 +160,15 @@ def export(source: Source, destination: Path, *, to: Target, ignore: Iterable[st
         destination: an empty folder.
         to: the format.
         ignore: full names of the linear layers that stay dense; for `sparse-24-bitmask` alone, whose config lists them.
+        merges: what is put together of the tensors of linear layers, for `dense` and `dense-2of4`.
+        names: under which names tensors are written, of those that get another.
 
     Raises:
         PlanError: if the source has no packed layers to convert, or factors that the format cannot hold.
         CheckpointError: if the source is damaged.
     """
     convert = _converter(source, to)
-    _write_tensors(source, destination, convert)
+    _write_tensors(source, destination, convert, tuple(merges), names or {})
     _write_config(source, destination, to, ignore)
     left_out = _copy_rest(source, destination)
     _write_manifest(source, destination, to)
@@ -206,18 +226,31 @@ def _converter(source: Source, to: Target) -> Callable[[str], dict[str, Tensor]]
             return lambda name: legacy_tensors(plain(name))
 
 
-def _write_tensors(source: Source, destination: Path, convert: Callable[[str], dict[str, Tensor]]) -> None:
-    """The files keep their names, and each layer stays in the file of its values."""
+def _write_tensors(
+    source: Source,
+    destination: Path,
+    convert: Callable[[str], dict[str, Tensor]],
+    merges: tuple[Merge, ...],
+    names: Mapping[str, str],
+) -> None:
+    """The files keep their names, and each layer stays in the file of its values; a merged tensor is in that of its first part."""
+    merge_of = {part: merge for merge in merges for part in merge.parts}
     places: dict[str, str] = {}
     total = 0
     for file in sorted({info.file for info in source.tensors.values()}):
         held: dict[str, Tensor] = {}
         for tensor in (name for name, info in source.tensors.items() if info.file == file):
             name, _, part = tensor.rpartition(".")
-            if name not in source.specs or part not in source.parts:
-                held[tensor] = read_tensor(source.tensors, tensor)
+            packed = name in source.specs and part in source.parts
+            merge = merge_of.get(f"{name}.{VALUES}" if packed else tensor)
+            if merge is not None:
+                if names.get(merge.name, merge.name) not in {*places, *held}:
+                    held[names.get(merge.name, merge.name)] = _merged(merge, source, convert)
+            elif not packed:
+                held[names.get(tensor, tensor)] = read_tensor(source.tensors, tensor)
             elif part == source.main:
-                held.update({f"{name}.{new}": made.contiguous() for new, made in convert(name).items()})
+                made = {f"{name}.{new}": value.contiguous() for new, value in convert(name).items()}
+                held.update({names.get(new, new): value for new, value in made.items()})
         if held:
             save_file(held, destination / file.name, metadata={"format": "pt"})
         places.update(dict.fromkeys(held, file.name))
@@ -225,6 +258,19 @@ def _write_tensors(source: Source, destination: Path, convert: Callable[[str], d
     if not (source.folder / WEIGHTS_FILE).exists():
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         _write_json(destination / INDEX_FILE, index)
+
+
+def _merged(merge: Merge, source: Source, convert: Callable[[str], dict[str, Tensor]]) -> Tensor:
+    """All parts in their places, from whichever files."""
+    whole: Tensor | None = None
+    for part, put in merge.parts.items():
+        name, _, kind = part.rpartition(".")
+        packed = name in source.specs and kind == VALUES
+        value = convert(name)[VALUES] if packed else read_tensor(source.tensors, part)
+        whole = value.new_empty(merge.shape) if whole is None else whole
+        put(whole, value)
+    assert whole is not None
+    return whole
 
 
 def _write_config(source: Source, destination: Path, to: Target, ignore: Iterable[str]) -> None:

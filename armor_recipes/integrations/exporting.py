@@ -6,15 +6,19 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from armor_recipes.checkpoint.export import Exported, Source, Target, export
+from armor_recipes.checkpoint.config import VALUES
+from armor_recipes.checkpoint.export import Exported, Merge, Source, Target, export
 from armor_recipes.checkpoint.files import read_config
 from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import check_destination, staged
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import PlanError, RecipeError
 from armor_recipes.integrations.models import meta_model, open_model
-from armor_recipes.integrations.names import stored_names
+from armor_recipes.integrations.loading import lay_out
+from armor_recipes.integrations.names import fused_of, loaded_as, misread, stored_names
+from armor_recipes.model.forms import fused_state, layouts
 from armor_recipes.paths import user_path
 from armor_recipes.recipe.schema import ModelSpec
 
@@ -41,7 +45,51 @@ def export_folder(folder: Path, destination: Path, *, to: Target, overwrite: boo
         source = Source.open(folder, linears)
         ignore = linears - source.specs.keys() if quantization is None else _ignored(quantization)
         with staged(destination, overwrite=overwrite, precious=precious) as staging:
-            return export(source, staging, to=to, ignore=ignore)
+            merges, names = _as_stock(folder, source, quantization, to)
+            return export(source, staging, to=to, ignore=ignore, merges=merges, names=names)
+
+
+def _as_stock(
+    folder: Path, source: Source, quantization: dict[str, object] | None, to: Target
+) -> tuple[tuple[Merge, ...], dict[str, str]]:
+    """What stock loaders have in one tensor and an ARMOR checkpoint in linear layers, and tensors that files name otherwise.
+
+    Raises PlanError where the format has no place for such layers, or a stock loader would take the tensors for others.
+    """
+    if source.kind != "armor" or quantization is None:
+        return (), {}
+    model = meta_model(open_model(ModelSpec(id=str(folder)), device=torch.device("cpu"), compressed=True))
+    forms = lay_out(model, (*source.specs, *_ignored(quantization)))
+    if forms and to not in ("dense", "dense-2of4"):
+        raise PlanError(
+            f"{folder} ({type(model).__name__}): {forms[0]} and {len(forms) - 1} more are linear layers in ARMOR checkpoints alone, "
+            f"which {to} has no place for: export to dense"
+        )
+    merges = tuple(
+        Merge(f"{form}.{fused}", shape, {f"{form}.{n}": p.write for n, p in layout.parts.items() if p.parameter == fused})
+        for form, layout in layouts(model).items()
+        for fused, shape in layout.fused.items()
+    )
+    return merges, _other_names(folder, model, source)
+
+
+def _other_names(folder: Path, model: PreTrainedModel, source: Source) -> dict[str, str]:
+    """Map tensors that a stock loader would not take under the model's own names → the names under which it does."""
+    parts = fused_of(model)
+    named = {tensor for tensor in source.tensors if tensor.rpartition(".")[0] not in source.specs}
+    own = {parts.get(n, n) for n in (*named, *(f"{name}.{VALUES}" for name in source.specs))} & fused_state(model).keys()
+    wrong = misread(model, sorted(own))
+    stored = stored_names(model) if wrong else {}
+    found = {name: stored[name][0] for name in wrong if len(stored[name]) == 1}
+    read = loaded_as(model, found.values())
+    left = [name for name in wrong if name not in found or read[found[name]] != (name,)]
+    if left:
+        raise PlanError(
+            f"{folder} ({type(model).__name__}): stock loaders take {min(left)} and {len(left) - 1} more of the model's tensors "
+            "apart, which this export does not follow: load it with armor_recipes.load, call "
+            "armor_recipes.integrations.dense.to_dense and save it with save_pretrained"
+        )
+    return found
 
 
 def _linears(folder: Path) -> frozenset[str]:

@@ -53,9 +53,9 @@ def fused_of(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def reads_as_named(model: PreTrainedModel, names: Iterable[str]) -> bool:
-    """Whether loading takes tensors of these names, which are the model's own without linear forms, as they are."""
-    return all(targets == (name,) and not converted for name, targets, converted in _loads(model, names))
+def misread(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of the model's own tensors, without linear forms, that loading would not take from files under their names as they are."""
+    return [name for name, targets, converted in _loads(model, names) if targets != (name,) or converted]
 
 
 def left_behind(
