@@ -21,6 +21,17 @@ class PlanError(ArmorError):
     exit_code = 3
 
 
+class UnfitError(PlanError):
+    """One module cannot be changed as an entry of the recipe asks; with `unfit: skip` it is left as it is, and listed.
+
+    `reason` says why; the message says after it what to do.
+    """
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(f"{reason}; {advice}" if advice else reason)
+        self.reason = reason
+
+
 class NumericalError(ArmorError):
     """A computation met non-finite values or broke a checked invariant."""
 

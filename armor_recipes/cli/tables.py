@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from rich.console import Group, RenderableType
@@ -13,22 +14,26 @@ from rich.table import Table
 from rich.text import Text
 
 from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
+from armor_recipes.modifiers.kinds.contract import Skipped, entry_name
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.plan import Plan, RunEstimate
 from armor_recipes.recipe import Recipe
 from armor_recipes.report.manifest import sections, without_folders
 from armor_recipes.run import Result
 
+#: A name, or what follows a layer's in one, around its last number.
+_LAST_NUMBER = re.compile(r"(.*\.)(\d+)((?:\.[^.\d][^.]*)*)$")
+
 
 def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
-    """Every module with shape, blocks and bytes, then totals."""
+    """Every module with shape, blocks and bytes, modules of a layer that differ by a number alone on one line; then totals."""
     table = Table(title=Text(f"Plan for {plan.model}: {len(plan.layers)} decoder layers"))
     for heading in ("module", "modifier", "shape", "block", "blocks", "stored"):
         table.add_column(heading, overflow="fold")
     for heading in ("bytes before", "after", "factors"):
         table.add_column(heading, justify="right")
-    for module in plan.modules:
-        table.add_row(*_plan_row(module))
+    for modules in _alike(plan.modules, plan.layers):
+        table.add_row(*_plan_row(modules))
     totals = plan.totals
     lines = [
         f"{totals.modules} weights: {size(totals.bytes_before)} -> {size(totals.bytes_after)} "
@@ -39,7 +44,7 @@ def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
     ]
     folded = sum(module.stored_as == "dense" and module.block_size is not None for module in plan.modules)
     for key, count in Counter(row.modifier for row in plan.rearrangements).items():
-        lines.append(f"{key.split('.', 2)[-1]}: reorders the input channels of {count} modules first; bytes stay")
+        lines.append(f"{entry_name(key)}: reorders the input channels of {count} modules first; bytes stay")
     lines += _planned_refinements(plan)
     if folded:
         lines.append(
@@ -47,7 +52,9 @@ def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
             "multiple of 8): stored as the dense product A·S·B, without factors and no smaller than before"
         )
     if plan.ignored:
-        lines.append(f"held back by ignore: {', '.join(plan.ignored)}")
+        lines.append(f"held back by ignore: {', '.join(_short(plan.ignored))}")
+    lines += skipped_lines(plan)
+    lines += _shared_lines(plan)
     lines += plan.notes
     return Group(table, Text("\n".join(lines)))
 
@@ -64,7 +71,7 @@ def _by_modifier(rows: Iterable[R]) -> dict[str, list[R]]:
     """Rows by their modifier's name in the recipe, in order."""
     found: dict[str, list[R]] = {}
     for row in rows:
-        found.setdefault(row.modifier.split(".", 2)[-1], []).append(row)
+        found.setdefault(entry_name(row.modifier), []).append(row)
     return found
 
 
@@ -77,18 +84,91 @@ def _planned_refinements(plan: Plan) -> list[str]:
     ]
 
 
-def _plan_row(module: ModulePlan) -> tuple[str, ...]:
-    block, blocks = module.block_size, module.blocks
+def _alike(rows: Iterable[ModulePlan], layers: Sequence[str]) -> list[list[ModulePlan]]:
+    """Rows that are one line: equal but for a number in the name after the layer's, as those of a layer's experts are."""
+    found: dict[tuple[object, ...], list[ModulePlan]] = {}
+    for row in rows:
+        before, _, after = _numbered(row.name, layers[row.layer])
+        kind = (
+            row.modifier,
+            row.layer,
+            before,
+            after,
+            row.shape.d_out,
+            row.shape.d_in,
+            row.block_size,
+            row.stored_as,
+            row.core,
+        )
+        found.setdefault(kind, []).append(row)
+    return list(found.values())
+
+
+def _numbered(name: str, layer: str = "") -> tuple[str, str, str]:
+    """A module's name around its last number, if it has one after the layer's name."""
+    rest = name.removeprefix(layer)
+    match = _LAST_NUMBER.match(rest)
+    if match is None:
+        return name, "", ""
+    return name[: len(name) - len(rest)] + match[1], match[2], match[3]
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names, one for those that differ by their last number alone."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        before, number, after = _numbered(name)
+        found.setdefault((before, after), []).append(number)
+    return [f"{before}{_ranges(numbers)}{after}" for (before, after), numbers in found.items()]
+
+
+def _ranges(numbers: Sequence[str]) -> str:
+    """Numbers as they are written in names: one by itself, several as `{0-3,7}`."""
+    if len(numbers) == 1:
+        return numbers[0]
+    spans: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return "{" + ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans) + "}"
+
+
+def skipped_lines(plan: Plan) -> list[str]:
+    """One line for modules that an entry leaves as they are for the same reason."""
+    found: dict[tuple[str, str, str], list[Skipped]] = {}
+    for one in plan.skipped:
+        place = entry_name(one.modifier), one.kind, one.reason.replace(one.name, "{}")
+        found.setdefault(place, []).append(one)
+    return [
+        f"left as {'it is' if len(rows) == 1 else 'they are'} by {entry}: {', '.join(_short([row.name for row in rows]))} "
+        f"({kind} {'x'.join(map(str, rows[0].shape))}): {rows[0].reason}"
+        for (entry, kind, _), rows in found.items()
+    ]
+
+
+def _shared_lines(plan: Plan) -> list[str]:
+    """Which weights are those of several modules."""
+    shared = {row.name: row.uses for row in plan.modules if row.uses}
+    return [f"one weight, changed once: {', '.join((name, *uses))}" for name, uses in shared.items()]
+
+
+def _plan_row(modules: Sequence[ModulePlan]) -> tuple[str, ...]:
+    """The cells of modules that are alike: their names as one, and their bytes together."""
+    first = modules[0]
+    block, blocks = first.block_size, first.blocks
+    before = sum(module.bytes_before for module in modules)
     return (
-        module.name,
-        module.modifier.split(".", 2)[-1],
-        f"{module.d_out}x{module.d_in}",
+        *_short([module.name for module in modules]),
+        entry_name(first.modifier),
+        f"{first.d_out}x{first.d_in}",
         "-" if block is None else f"{block[0]}x{block[1]}",
         "-" if blocks is None else f"{blocks[0]}+{blocks[1]}",
-        module.stored_as if module.core == "float" else f"{module.stored_as} {module.core}",
-        str(module.bytes_before),
-        str(module.bytes_after),
-        f"{module.overhead_percent:.1f} %",
+        first.stored_as if first.core == "float" else f"{first.stored_as} {first.core}",
+        str(before),
+        str(sum(module.bytes_after for module in modules)),
+        percent(sum(module.factor_bytes for module in modules), before),
     )
 
 
@@ -131,6 +211,7 @@ def summary(result: Result) -> RenderableType:
     lines += _rearrangement_lines(result)
     lines += _refinement_lines(result)
     lines += _change_lines(result)
+    lines += skipped_lines(result.plan)
     lines += [f"{name}: {count}" for name, count in sorted(total_counts(result).items())]
     lines.append(
         f"{totals.modules} modules in {report['seconds']:.0f} s, peak memory {size(report['peak_memory_bytes'])}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -44,6 +45,10 @@ class Stacks:
     """All stacks of a model, in the order in which the forward pass calls them."""
 
     all: tuple[Stack, ...]
+    _numbers: Mapping[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_numbers", {name: number for number, name in enumerate(self.names)})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,9 +57,12 @@ class Stacks:
 
     def block_of(self, module_name: str) -> int | None:
         """Number of the block that holds the module, or None where it is outside of all blocks."""
-        for index, name in enumerate(self.names):
-            if module_name.startswith(name + "."):
-                return index
+        end = module_name.find(".")
+        while end >= 0:
+            number = self._numbers.get(module_name[:end])
+            if number is not None:
+                return number
+            end = module_name.find(".", end + 1)
         return None
 
     def of_block(self, index: int) -> Stack:

@@ -1,17 +1,56 @@
-"""Linear modules on the module tree."""
+"""Linear modules on the module tree, and what shares their weights: found in one pass, however many there are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
 
-def tied_to(model: nn.Module, name: str) -> str | None:
-    """The first other name of a linear module, or of a parameter that is its weight; None where it stands alone."""
-    linear = model.get_submodule(name)
-    modules = model.named_modules(remove_duplicate=False)
-    parameters: Iterable[tuple[str, nn.Parameter]] = model.named_parameters(remove_duplicate=False)
-    found = [other for other, module in modules if module is linear and other != name]
-    found += [other for other, value in parameters if value is linear.weight and other != f"{name}.weight"]
-    return found[0] if found else None
+class Place(NamedTuple):
+    """Where a weight stands: the full name of the module that holds it, the module's class, and the weight's name in it."""
+
+    module: str
+    kind: str
+    parameter: str
+    linear: bool
+
+    @property
+    def described(self) -> str:
+        """The place in words."""
+        own = self.module if self.parameter == "weight" else f"{self.module}.{self.parameter}"
+        return f"{own} ({self.kind})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Linears:
+    """The linear modules of a model by name, in the model's order, and the places of those weights that have several.
+
+    A module that stands at several places has a name at each of them.
+    """
+
+    modules: Mapping[str, nn.Linear]
+    _places: Mapping[int, tuple[Place, ...]]
+
+    def places(self, name: str) -> tuple[Place, ...]:
+        """All places of a linear module's weight, in the model's order; none where it stands alone."""
+        return self._places.get(id(self.modules[name].weight), ())
+
+    def others(self, name: str) -> tuple[Place, ...]:
+        """The places of a linear module's weight besides its own."""
+        return tuple(place for place in self.places(name) if (place.module, place.parameter) != (name, "weight"))
+
+
+def find_linears(model: nn.Module) -> Linears:
+    """Look at every module once. The result holds as long as no weight is replaced."""
+    places: dict[int, list[Place]] = {}
+    modules: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            modules[name] = module
+        for own, value in module.named_parameters(recurse=False, remove_duplicate=False):
+            linear = isinstance(module, nn.Linear) and own == "weight"
+            places.setdefault(id(value), []).append(Place(name, type(module).__name__, own, linear))
+    return Linears(modules, {key: tuple(found) for key, found in places.items() if len(found) > 1})

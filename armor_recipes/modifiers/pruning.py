@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from armor_recipes.calibration.statistics import InputSecondMoment
-from armor_recipes.errors import PlanError
+from armor_recipes.errors import UnfitError
 from armor_recipes.modifiers.base import CalibratedConfig, Estimate, ModuleShape, SolveProgress
 from armor_recipes.modifiers.kinds.module import Modifier, Outcome
 from armor_recipes.solver import relative_loss
@@ -51,9 +51,9 @@ class PruningModifier(Modifier[C]):
         """Any weight whose rows are whole groups will do."""
         group = self.pattern.group
         if module.d_in % group:
-            raise PlanError(
-                f"{self.pattern} needs rows of a multiple of {group} entries, {module.name} has {module.d_in}: "
-                f"add {module.name!r} to `ignore`"
+            raise UnfitError(
+                f"{self.pattern} needs rows of a multiple of {group} entries, {module.name} has {module.d_in}",
+                f"add {module.name!r} to `ignore`",
             )
         entries = module.d_out * module.d_in
         flops, peak_bytes = 20.0 * entries, 16 * entries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -10,55 +11,113 @@ from torch import nn
 from armor_recipes.errors import PlanError
 from armor_recipes.model.blocks import Stacks, find_stacks
 from armor_recipes.model.facts import ModelFacts, model_facts
+from armor_recipes.model.linears import Linears, find_linears
 from armor_recipes.modifiers import AnyModifier
-from armor_recipes.modifiers.kinds.contract import Planned, Planning, Row, entry_name, once
+from armor_recipes.modifiers.kinds.contract import Planned, Planning, Row, Skipped, entry_name, once
 from armor_recipes.plan.plan import Plan, Totals, last_of_each
 from armor_recipes.plan.serving import PackedModule, serve_problems
-from armor_recipes.plan.targets import resolve_targets
+from armor_recipes.plan.sharing import resolve_shared
+from armor_recipes.plan.targets import Matched, not_linear, resolve_targets
 from armor_recipes.recipe import ModifierEntry, Recipe
 
 Modifiers = Mapping[str, AnyModifier[Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A model as planning sees it: what is found in it once, for all entries."""
+
+    model: nn.Module
+    stacks: Stacks
+    facts: ModelFacts
+    linears: Linears
+    modules: Sequence[tuple[str, nn.Module]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Subject:
+        modules = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+        return cls(model, find_stacks(model), model_facts(model), find_linears(model), modules)
+
+
 def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsize: int) -> Plan:
     """Resolve, check and cost the recipe on a model (meta tensors will do). All problems are raised at once as PlanError.
 
-    `modifiers` holds an instance for each entry's key; `itemsize` is the bytes of a stored weight value.
+    `modifiers` holds an instance for each entry's key; `itemsize` is the bytes of a stored weight value. The time is in proportion
+    to the number of modules.
     """
-    stacks, facts = find_stacks(model), model_facts(model)
+    subject = _Subject.of(model)
     problems: list[str] = []
     rows: list[Row] = []
+    skipped: list[Skipped] = []
     ignored: dict[str, None] = {}
     before: list[tuple[ModifierEntry, AnyModifier[Any]]] = []
     for entry in recipe.modifiers:
         modifier = modifiers[entry.key]
         try:
             _check_first(entry, modifier, before)
-            matched = resolve_targets(model, entry.config)
-            planning = Planning(
-                recipe, entry, model, stacks, facts, matched.names, tuple(rows), tuple(before), itemsize
-            )
-            found = modifier.kind.plan(planning, modifier)
+            matched = resolve_targets(subject.modules, entry.config)
+            found = _plan_entry(subject, recipe, entry, modifier, matched, rows, before, itemsize)
             if not found.rows or any(row.takes for row in found.rows):
                 ignored.update(dict.fromkeys(matched.ignored))
         except PlanError as error:
             found = Planned((), (str(error),))
         rows += found.rows
+        skipped += found.skipped
         problems += [f"{entry.where}: {entry.name}: {problem}" for problem in found.problems]
         before.append((entry, modifier))
     problems += _conflicts(recipe, rows, modifiers) + _late_dense(recipe, modifiers)
     problems += _conflicts_of_kinds(recipe, rows, modifiers)
-    problems += _unservable(recipe, model, stacks, facts, rows)
+    problems += _unservable(recipe, subject, rows)
     if problems:
         raise PlanError("\n".join(problems))
     touched = {name for row in rows for name in row.takes}
     return Plan(
         model=recipe.model.id,
-        layers=stacks.names,
+        layers=subject.stacks.names,
         rows=_in_order(recipe, rows),
         ignored=tuple(name for name in ignored if name not in touched),
         totals=_totals(rows, model, itemsize),
+        skipped=tuple(skipped),
     )
+
+
+def _plan_entry(
+    subject: _Subject,
+    recipe: Recipe,
+    entry: ModifierEntry,
+    modifier: AnyModifier[Any],
+    matched: Matched,
+    rows: Sequence[Row],
+    before: Sequence[tuple[ModifierEntry, AnyModifier[Any]]],
+    itemsize: int,
+) -> Planned:
+    """What an entry does to the modules that it matched, and which of them it cannot take."""
+    shared = resolve_shared(matched.names, set(matched.ignored), subject.linears, subject.stacks)
+    planning = Planning(
+        recipe,
+        entry,
+        subject.model,
+        subject.stacks,
+        subject.facts,
+        subject.linears,
+        shared.names,
+        shared.uses,
+        tuple(rows),
+        tuple(before),
+        itemsize,
+    )
+    unfit = {name: not_linear(name, subject.model.get_submodule(name)) for name in matched.others}
+    problems, skipped = planning.unfit(unfit if modifier.kind.chooses else {**unfit, **shared.unfit})
+    try:
+        found = modifier.kind.plan(planning, modifier)
+    except PlanError as error:
+        found = Planned((), (str(error),))
+    skipped += found.skipped
+    if skipped and not found.rows and not found.problems and not entry.config.optional:
+        problems += (
+            f"`unfit: skip` leaves out all that `targets` matches ({len(skipped)}): {skipped[0].reason}",
+        )
+    return Planned(found.rows, problems + found.problems, skipped)
 
 
 def _in_order(recipe: Recipe, rows: Sequence[Row]) -> tuple[Row, ...]:
@@ -129,7 +188,7 @@ def _late_dense(recipe: Recipe, modifiers: Modifiers) -> list[str]:
     ]
 
 
-def _unservable(recipe: Recipe, model: nn.Module, stacks: Stacks, facts: ModelFacts, rows: Sequence[Row]) -> list[str]:
+def _unservable(recipe: Recipe, subject: _Subject, rows: Sequence[Row]) -> list[str]:
     """What keeps a server from splitting packed modules as `serve` asks, as messages, one for blocks that are alike."""
     if recipe.serve is None or recipe.output.format == "dense":
         return []
@@ -139,11 +198,12 @@ def _unservable(recipe: Recipe, model: nn.Module, stacks: Stacks, facts: ModelFa
         for row in last_of_each(rows).values()
         if row.spec is not None
     }
+    names = subject.stacks.names
     found: dict[tuple[str, str], list[str]] = {}
-    for entry, name, problem in serve_problems(model, facts, packed, recipe.serve.tensor_parallel):
-        block = stacks.names[stacks.block_of(name) or 0]
+    for entry, name, problem in serve_problems(subject.model, subject.facts, packed, recipe.serve.tensor_parallel):
+        block = names[subject.stacks.block_of(name) or 0]
         found.setdefault((f"{entry.where}: {entry.name}", problem.replace(block, "{}")), []).append(block)
-    return [f"{place}: {once(text, names)}" for (place, text), names in found.items()]
+    return [f"{place}: {once(text, blocks)}" for (place, text), blocks in found.items()]
 
 
 def _totals(rows: Sequence[Row], model: nn.Module, itemsize: int) -> Totals:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from armor_recipes.modifiers.kinds.contract import Row
+from armor_recipes.modifiers.kinds.contract import Row, Skipped
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.rearranger import RearrangePlan
 from armor_recipes.modifiers.kinds.refiner import RefinePlan
@@ -29,8 +29,9 @@ class Totals:
 class Plan:
     """All rows of work, by section, stage, block and modifier order; `ignored` are linear modules that an `ignore` held back.
 
-    `layers` are the names of the blocks, by their numbers; `notes` are sentences on what comes out otherwise than it went in;
-    `forms` are the names of modules that become linear layers (fused experts, transposed layers), some of which are in `rows`.
+    `layers` are the names of the blocks, by their numbers; `skipped` are targeted modules that an entry with `unfit: skip` cannot
+    change, with the reason; `notes` are sentences on what comes out otherwise than it went in; `forms` are the names of modules
+    that become linear layers (fused experts, transposed layers), some of which are in `rows`.
     Plans are equal, and have equal hashes, where they say the same.
     """
 
@@ -41,6 +42,14 @@ class Plan:
     totals: Totals
     notes: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    _by_place: Mapping[tuple[str, int | None], tuple[Row, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found: dict[tuple[str, int | None], list[Row]] = {}
+        for row in self.rows:
+            found.setdefault((row.modifier, row.layer), []).append(row)
+        object.__setattr__(self, "_by_place", {place: tuple(rows) for place, rows in found.items()})
 
     def section(self, name: str) -> tuple[Any, ...]:
         """The rows of one section, in order."""
@@ -82,7 +91,7 @@ class Plan:
 
     def of(self, modifier: str, block: int | None) -> tuple[Row, ...]:
         """What an entry does in a block, or at the end of its stage (None), in the model's order."""
-        return tuple(row for row in self.rows if (row.modifier, row.layer) == (modifier, block))
+        return self._by_place.get((modifier, block), ())
 
     def takes(self, modifier: str) -> bool:
         """Whether the entry has anything to do."""
@@ -93,7 +102,13 @@ class Plan:
         sections: dict[str, list[Any]] = {kind.section: [] for kind in (ModulePlan, RefinePlan, RearrangePlan)}
         for row in self.rows:
             sections.setdefault(row.section, []).append(row.to_dict())
-        others = {"ignored": list(self.ignored), "totals": asdict(self.totals), "notes": list(self.notes)}
+        skipped = [asdict(one) for one in self.skipped]
+        others = {
+            "ignored": list(self.ignored),
+            "totals": asdict(self.totals),
+            "notes": list(self.notes),
+            "skipped": skipped,
+        }
         forms = {"linear_forms": list(self.forms)} if self.forms else {}
         return {"model": self.model, "layers": list(self.layers), **sections, **others, **forms}
 

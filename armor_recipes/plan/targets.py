@@ -3,60 +3,86 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compressed_tensors.utils import is_match
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
-from armor_recipes.errors import PlanError
+from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.recipe.schema import ModifierConfig
+
+#: Dimensions of weights that hold those of several experts.
+_EXPERT_DIMENSIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """Linear modules that a modifier takes, and those that `ignore` held back, in the model's order."""
+    """What `targets` matches, in the model's order; a module that stands at several places is named at each of them.
+
+    Attributes:
+        names: linear modules.
+        ignored: linear modules that `ignore` held back.
+        others: modules with weights that are not linear.
+    """
 
     names: tuple[str, ...]
     ignored: tuple[str, ...]
+    others: tuple[str, ...]
 
 
-def resolve_targets(model: nn.Module, config: ModifierConfig) -> Matched:
-    """Names of the linear modules that `targets` matches and `ignore` does not.
+def resolve_targets(modules: Sequence[tuple[str, nn.Module]], config: ModifierConfig) -> Matched:
+    """Names of what `targets` matches and `ignore` does not, of all modules of a model with their names.
 
     A pattern may pass over containers (modules without weights of their own). It is a PlanError when one of the targets
-    matches nothing (unless `optional: true`), or matches a module with a weight that is not linear.
+    matches nothing linear (unless `optional: true`).
     """
-    modules = [(name, m) for name, m in model.named_modules() if name]
-    taken: dict[str, None] = {}
-    ignored: dict[str, None] = {}
+    taken: set[str] = set()
+    ignored: set[str] = set()
+    others: set[str] = set()
     for target in config.targets:
         matched = [(name, m) for name, m in modules if is_match(name, m, target)]
         held = {name for name, m in matched if config.ignore and is_match(name, m, config.ignore)}
-        linear = [(name, m) for name, m in matched if isinstance(m, nn.Linear)]
-        _refuse_other_weights(target, [(name, m) for name, m in matched if name not in held])
-        if not linear and not config.optional:
+        linear = {name for name, m in matched if isinstance(m, nn.Linear)}
+        others |= {name for name, m in matched if name not in held | linear and _has_weights(m)}
+        if not linear and not others and not config.optional:
             raise PlanError(_nothing_matched(target, [name for name, m in modules if isinstance(m, nn.Linear)]))
-        taken.update((name, None) for name, _ in linear if name not in held)
-        ignored.update((name, None) for name, _ in linear if name in held)
-    if not taken and not config.optional:
+        taken |= linear - held
+        ignored |= linear & held
+    if not taken and not others and not config.optional:
         raise PlanError(
             f"`ignore` holds back all {len(ignored)} modules that {list(config.targets)} matches; narrow `ignore`"
         )
     order = [name for name, _ in modules]
-    return Matched(tuple(n for n in order if n in taken), tuple(n for n in order if n in ignored))
+    return Matched(*(tuple(name for name in order if name in found) for found in (taken, ignored, others)))
 
 
-def _refuse_other_weights(target: str, matched: list[tuple[str, nn.Module]]) -> None:
-    wrong = [
-        f"{name} ({type(m).__name__})"
-        for name, m in matched
-        if not isinstance(m, nn.Linear) and any(True for _ in m.parameters(recurse=False))
-    ]
-    if wrong:
-        shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise PlanError(
-            f"target {target!r} matches modules that are not nn.Linear: {shown}; narrow the pattern or add them to `ignore`"
-        )
+def not_linear(name: str, module: nn.Module) -> UnfitError:
+    """Why a module with weights of its own is no target."""
+    return UnfitError(
+        f"{name} ({type(module).__name__}) is no linear module: {_reason(module)}",
+        f"narrow the pattern, or add {name!r} to `ignore`",
+    )
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _reason(module: nn.Module) -> str:
+    """What its weights are, from its class and their shapes."""
+    shapes = {name: tuple(value.shape) for name, value in module.named_parameters(recurse=False)}
+    listed = ", ".join(f"{name} {'x'.join(map(str, shape)) or 'a number'}" for name, shape in shapes.items())
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return f"rows of an embedding are looked up, not multiplied ({listed})"
+    if isinstance(module, _ConvNd):
+        return f"a convolution ({listed})"
+    if all(len(shape) < 2 for shape in shapes.values()):
+        return f"a norm or other vectors, which hold no matrix ({listed})"
+    if any(len(shape) == _EXPERT_DIMENSIONS for shape in shapes.values()):
+        return f"weights of several experts in one tensor, of a form that is not known ({listed})"
+    return f"its matrix is multiplied by code of its own class ({listed})"
 
 
 def _nothing_matched(target: str, linear: list[str]) -> str:

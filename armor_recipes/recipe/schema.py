@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
+Unfit = Literal["error", "skip"]
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -268,6 +269,13 @@ class ModifierConfig(Strict):
     )
     optional: bool = Field(
         default=False, title="Optional", description="Whether `targets` may match no module at all without an error."
+    )
+    unfit: Unfit = Field(
+        default="error",
+        title="Unfit modules",
+        description="What becomes of a matched module that the modifier cannot change (sides that blocks or pattern do not divide, "
+        "a tied weight, a place outside of the layers, no linear weight): `error`, or `skip`, which leaves it as it is and lists "
+        "it with the reason.",
     )
     calibration: CalibrationSpec | None = Field(
         default=None,

@@ -38,7 +38,7 @@ where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `
 |---|---|---|
 | bytes of those weights | {totals.bytes_before} | {totals.bytes_after} |
 {_perplexity_row(facts.before, facts.after)}
-{_dense_note(facts)}{_refined_note(facts)}{_changed_note(facts)}
+{_dense_note(facts)}{_skipped_note(facts)}{_refined_note(facts)}{_changed_note(facts)}
 ## Use
 
 {_usage(facts)}
@@ -74,6 +74,14 @@ def _dense_note(facts: Facts) -> str:
             "and the product has no zeros, so it is no smaller and no faster than the original.\n"
         )
     return "".join(notes)
+
+
+def _skipped_note(facts: Facts) -> str:
+    """How many targeted modules were left as they are."""
+    count = len(dict.fromkeys(one.name for one in facts.plan.skipped))
+    if not count:
+        return ""
+    return f"\n{count} targeted modules were left as they are; `armor_manifest.json` says which and why, under `skipped`.\n"
 
 
 def _refined_note(facts: Facts) -> str:

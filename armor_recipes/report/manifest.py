@@ -101,12 +101,18 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
         "modules": {name: _module(result, plans[name]) for name, result in facts.modules.items()},
         **sections(facts.results),
         **({"linear_forms": list(facts.plan.forms)} if facts.plan.forms else {}),
+        **skipped_rows(facts.plan),
         "tensors": dict(sorted(tensors.items())),
     }
 
 
 def _module(result: ModuleResult, plan: ModulePlan) -> dict[str, Any]:
     return {"block_size": None if plan.block_size is None else list(plan.block_size), **result.to_dict()}
+
+
+def skipped_rows(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """Targeted modules that were left as they are, with the reasons, as `skipped`; nothing where there are none."""
+    return {"skipped": [asdict(one) for one in plan.skipped]} if plan.skipped else {}
 
 
 def sections(results: Sequence[StepResult]) -> dict[str, list[dict[str, Any]]]:

@@ -29,7 +29,7 @@ from armor_recipes.model.forms import linearise, restore
 from armor_recipes.modifiers import config_types
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
-from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, state_hash
+from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, skipped_rows, state_hash
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.checks import check_output, check_weights, placed, precious_paths
 from armor_recipes.run.planning import Job, prepare
@@ -282,6 +282,7 @@ class _Run:
             "seconds_by_refinement": {f"{r.modifier} {r.unit}": round(r.seconds, 3) for r in facts.refinements},
             "calibration": calibration_rows(facts),
             "sweep": sweep_form(job.device.type),
+            **skipped_rows(job.plan),
             "left_out": list(self.ready.companions.left_out),
             "carried_over": list(self.carried),
         }

@@ -337,7 +337,7 @@ def test_the_longest_name_counts() -> None:
 
 def test_heads_are_found() -> None:
     shapes = ModuleShape("a.o_proj", 24, 32, 2), (ModuleShape("a.v_proj", 16, 24, 2),)
-    with pytest.raises(PlanError, match=r"tells no head size for a\.o_proj: set `head_dim`"):
+    with pytest.raises(PlanError, match=r"tells no head size for a\.o_proj; set `head_dim`"):
         make().plan(Chain(*shapes, None))
     assert make(head_dim=8).plan(Chain(*shapes, None)) == make().plan(Chain(*shapes, 8))
     assert make().plan(Chain(*shapes, 8)).stored_bytes == 2 * (24 * 32 + 16 * 24)

@@ -98,8 +98,8 @@ def choices(annotation: Any) -> set[Any]:
     return set()
 
 
-#: Of no consequence to a session, or refused there: `optional` says what may match nothing.
-PASSED_OVER = {"optional"}
+#: Of no consequence to a session, or refused there: `optional` says what may match nothing, `unfit` what is not taken.
+PASSED_OVER = {"optional", "unfit"}
 
 
 @pytest.mark.parametrize("name", modifiers())

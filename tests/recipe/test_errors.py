@@ -36,7 +36,7 @@ FIELDS = [
     (
         "targets: [x], zzz: 1",
         "zzz",
-        "unknown key; valid keys: targets, ignore, optional, calibration, seed, block_size",
+        "unknown key; valid keys: targets, ignore, optional, unfit, calibration, seed, block_size",
     ),
     ("targets: [x], solver: exat", "solver", "must be 'exact' or 'adam' (value 'exat'); nearest value: exact"),
     ("targets: [x], tolerance: -1e-4", "tolerance", "must be at least 0.0 (value -1e-4)"),

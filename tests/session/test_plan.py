@@ -15,7 +15,7 @@ from transformers import BartConfig, MixtralConfig, T5Config
 
 from armor_recipes.checkpoint.reader import inspect, read_header
 from armor_recipes.errors import InputError, PlanError
-from armor_recipes.plan import make_plan
+from armor_recipes.plan import Plan, make_plan
 from armor_recipes.plan.estimate import estimate_peak_bytes, resident_bytes
 from armor_recipes.run import apply
 from armor_recipes.run.job import read_recipe
@@ -214,16 +214,61 @@ def test_all_problems_are_told_at_once(llama: Path) -> None:
     assert all(line.startswith("<") or ":" in line for line in lines)
 
 
-def test_weights_shared_between_layers_are_refused(llama: Path) -> None:
-    job = make_job(recipe(llama))
+@pytest.fixture
+def tied() -> Any:
+    """Two layers with one weight `q`, one of them also that of an embedding, and a module that stands in both."""
     model: Any = type("Tiny", (nn.Module,), {})()
-    model.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(16, 16)}) for _ in range(2))
-    model.layers[1]["q"].weight = model.layers[0]["q"].weight
-    mapping = recipe(llama, ARMORModifier=armor(targets=[r"re:layers.*q$"]))
+    parts = ("q", "k", "v")
+    model.layers = nn.ModuleList(nn.ModuleDict({n: nn.Linear(16, 16) for n in parts}) for _ in range(2))
+    first, second = model.layers
+    second["q"].weight = first["q"].weight
+    second["k"] = first["k"]
+    model.embed = nn.Embedding(16, 16)
+    model.embed.weight = second["v"].weight
+    return model
+
+
+def planned(llama: Path, model: Any, *, dense: bool = True, **fields: Any) -> Plan:
+    mapping = recipe(llama, ARMORModifier=armor(**fields))
+    mapping["output"]["format"] = "dense" if dense else "compressed-tensors"
+    return make_plan(read_recipe(mapping), model, make_job(recipe(llama, ARMORModifier=ARMOR)).modifiers, itemsize=2)
+
+
+def test_a_weight_of_several_layers_is_planned_once(llama: Path, tied: Any) -> None:
+    plan = planned(llama, tied, targets=["re:layers.*[qk]$"])
+    assert [(row.name, row.layer, row.uses) for row in plan.modules] == [
+        ("layers.0.q", 0, ("layers.1.q",)),
+        ("layers.0.k", 0, ("layers.1.k",)),
+    ]
+    assert plan.totals.bytes_before == 2 * 2 * 16 * 16
+    assert plan.to_dict()["modules"][0]["uses"] == ("layers.1.q",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"targets": [r"re:layers\.1.*q$"]},
+            "layers.1.q is tied to layers.0.q (Linear), which `targets` does not match",
+        ),
+        ({"targets": ["layers.0.k"]}, "layers.0.k is tied to layers.1.k (Linear), which `targets` does not match"),
+        (
+            {"targets": ["re:layers.*q$"], "ignore": ["layers.1.q"]},
+            "layers.0.q is tied to layers.1.q (Linear), which `ignore` holds back",
+        ),
+        ({"targets": ["re:layers.*v$"]}, "layers.1.v is tied to embed (Embedding);"),
+        (
+            {"targets": ["re:layers.*q$"], "dense": False},
+            "layers.0.q is that of layers.1.q, too, and the packed layout",
+        ),
+    ],
+)
+def test_a_weight_is_never_changed_for_a_module_that_is_not_to_change(
+    llama: Path, tied: Any, fields: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(PlanError) as caught:
-        make_plan(read_recipe(mapping), model, job.modifiers, itemsize=2)
-    assert "the weight of layers.0.q is tied to layers.1.q.weight" in str(caught.value)
-    assert "the weight of layers.1.q is tied to layers.0.q.weight" in str(caught.value)
+        planned(llama, tied, **fields)
+    assert f"the weight of {reason}" in str(caught.value)
 
 
 def test_planning_reads_no_weights(llama: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from armor_recipes.calibration.split import GramMoments, SplitGram
 from armor_recipes.calibration.statistics import InputSecondMoment
-from armor_recipes.errors import NumericalError, PlanError
+from armor_recipes.errors import NumericalError, PlanError, UnfitError
 from armor_recipes.modifiers.armor.config import ARMORConfig
 from armor_recipes.modifiers.base import Estimate, ModuleShape, SolveProgress, WithGradients
 from armor_recipes.modifiers.kinds.module import Modifier, Outcome
@@ -166,9 +166,9 @@ class ARMORModifier(Modifier[ARMORConfig]):
         """(b_o, b_i) for this module. Raises PlanError where pattern or size do not fit the weight."""
         group = parse_pattern(self.config.pattern).group
         if module.d_in % group:
-            raise PlanError(
-                f"pattern {self.config.pattern} needs rows of a multiple of {group} entries, {module.name} has "
-                f"{module.d_in}: add {module.name!r} to `ignore`"
+            raise UnfitError(
+                f"pattern {self.config.pattern} needs rows of a multiple of {group} entries, {module.name} has {module.d_in}",
+                f"add {module.name!r} to `ignore`",
             )
         asked = self.config.block_size
         sizes = AUTO_SIZES if asked == "auto" else (asked,)
@@ -179,7 +179,7 @@ class ARMORModifier(Modifier[ARMORConfig]):
                 and module.d_in % b_i == 0 == b_i % step
             ):
                 return b_o, b_i
-        raise PlanError(_no_fit(module, asked, group) + (f" (adam needs multiples of {group})" if step > 1 else ""))
+        raise _no_fit(module, asked, group, f" (adam needs multiples of {group})" if step > 1 else "")
 
     def packs(self, module: ModuleShape) -> bool:
         """Whether the checkpoint can keep core and factors: 2:4, groups that straddle no blocks, whole bytes of bitmask."""
@@ -248,9 +248,11 @@ def _pairs(name: str, seen: GramMoments, device: torch.device) -> tuple[Tensor, 
     return seen.cross.to(device), seen.dense.to(device)
 
 
-def _no_fit(module: ModuleShape, asked: object, group: int) -> str:
+def _no_fit(module: ModuleShape, asked: object, group: int, condition: str) -> UnfitError:
     out_sizes = [b for b in range(1, 513) if module.d_out % b == 0]
     in_sizes = [b for b in range(group, 513, group) if module.d_in % b == 0]
     both = [b for b in in_sizes if b in out_sizes]
     advice = f"sizes that fit both sides: {both}" if both else f"[out, in] sizes that fit: {out_sizes} x {in_sizes}"
-    return f"block_size {asked} does not fit {module.name} ({module.d_out}x{module.d_in}); {advice}"
+    return UnfitError(
+        f"block_size {asked} does not fit {module.name} ({module.d_out}x{module.d_in})", advice + condition
+    )

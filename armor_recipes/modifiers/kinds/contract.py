@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import Batch, InputSet
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.errors import ArmorError, PlanError
+from armor_recipes.errors import ArmorError, PlanError, UnfitError
 from armor_recipes.events import Observer, SolveProgressed
 from armor_recipes.model.blocks import Stack, Stacks
 from armor_recipes.model.facts import ModelFacts
 from armor_recipes.model.hooks import Hooks
+from armor_recipes.model.linears import Linears
 from armor_recipes.model.replay import Stream, on_device
 from armor_recipes.model.store import WeightStore
 from armor_recipes.modifiers.base import AnyModifier, KnowsOrigins, ModuleShape, SolveProgress, Statistic, StreamKind
@@ -83,7 +85,9 @@ class Planning:
 
     Attributes:
         model: the model on the meta device.
-        names: the targeted linear modules, in the model's order.
+        linears: its linear modules, and what shares their weights.
+        names: the targeted linear modules, in the model's order; of modules that share a weight the first.
+        uses: for each of them whose weight stands elsewhere, too, the names of the modules there.
         rows: of the entries before.
         before: the entries before, with their modifiers.
         itemsize: bytes of one stored weight value.
@@ -94,7 +98,9 @@ class Planning:
     model: nn.Module
     stacks: Stacks
     facts: ModelFacts
+    linears: Linears
     names: tuple[str, ...]
+    uses: Mapping[str, tuple[str, ...]]
     rows: tuple[Row, ...]
     before: tuple[tuple[ModifierEntry, AnyModifier[Any]], ...]
     itemsize: int
@@ -104,23 +110,60 @@ class Planning:
         return [row for row in self.rows if row.section == section]
 
     def each(self, names: Sequence[str], make: Callable[[str], Row]) -> Planned:
-        """What `make` plans for each module; what it refuses for the same reason is one problem."""
+        """What `make` plans for each module. What it refuses is a problem, one for those that are refused for the same reason; with
+        `unfit: skip` it is left as it is.
+        """
         rows: list[Row] = []
-        refused: dict[str, list[str]] = {}
+        refused: dict[str, PlanError] = {}
         for name in names:
             try:
                 rows.append(make(name))
             except PlanError as error:
-                refused.setdefault(str(error).replace(name, "{}"), []).append(name)
-        return Planned(tuple(rows), tuple(once(text, found) for text, found in refused.items()))
+                refused[name] = error
+        problems, skipped = self.unfit(refused)
+        return Planned(tuple(rows), problems, skipped)
+
+    def unfit(self, refused: Mapping[str, PlanError]) -> tuple[tuple[str, ...], tuple[Skipped, ...]]:
+        """Problems, or with `unfit: skip` what is left as it is, of modules that the entry cannot take."""
+        if self.entry.config.unfit == "skip":
+            return (), tuple(self._skipped(name, error) for name, error in refused.items())
+        alike: dict[str, list[str]] = {}
+        for name, error in refused.items():
+            alike.setdefault(str(error).replace(name, "{}"), []).append(name)
+        return tuple(
+            f"{once(text, found)}; `unfit: skip` leaves such modules as they are" for text, found in alike.items()
+        ), ()
+
+    def _skipped(self, name: str, error: PlanError) -> Skipped:
+        module = self.model.get_submodule(name)
+        shapes = [tuple(value.shape) for value in module.parameters(recurse=False)]
+        reason = error.reason if isinstance(error, UnfitError) else str(error)
+        largest = max(shapes, key=prod, default=())
+        return Skipped(name, type(module).__name__, largest, reason, self.entry.key, self.entry.stage)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A targeted module that an entry with `unfit: skip` cannot change and leaves as it is.
+
+    `kind` is the module's class, `shape` that of its weight (of its largest one where it has several), `modifier` the entry's key.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    reason: str
+    modifier: str
+    stage: str
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """Rows of one entry, and what is wrong with it."""
+    """Rows of one entry, what is wrong with it, and what it leaves as it is."""
 
     rows: tuple[Row, ...]
     problems: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +312,13 @@ class BlockContext:
 
 
 class Kind(ABC):
-    """How modifiers of one kind are planned and run."""
+    """How modifiers of one kind are planned and run.
+
+    Class attribute `chooses`: whether `targets` choose among what entries before have made, so that other linear modules that they
+    match are no matter.
+    """
+
+    chooses: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, planning: Planning, modifier: Any) -> Planned:

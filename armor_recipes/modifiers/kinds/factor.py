@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.errors import PlanError
+from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.events import ModuleFinished
 from armor_recipes.modifiers.base import (
     AnyModifier,
@@ -150,9 +150,9 @@ def _plan_change(
     made = rows.get(name)
     if made is None or made.stored_as != "packed" or made.block_size is None:
         by = "" if made is None else f" ({entry_name(made.modifier)} stores it dense)"
-        raise PlanError(
-            f"no modifier before it makes 2:4 factors for {name}{by}; put it after an ARMORModifier that takes the module, or add "
-            f"{name!r} to `ignore`"
+        raise UnfitError(
+            f"no modifier before it makes 2:4 factors for {name}{by}",
+            f"put it after an ARMORModifier that takes the module, or add {name!r} to `ignore`",
         )
     shape = made.shape
     row = ModulePlan.of(planning, modifier, shape, made.layer, modifier.plan(shape, made.block_size))

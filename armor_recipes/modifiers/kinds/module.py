@@ -10,13 +10,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from armor_recipes.checkpoint.config import LayerSpec
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.errors import PlanError
+from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.events import ModuleFinished
-from armor_recipes.model.linears import tied_to
 from armor_recipes.model.replay import inputs_of
 from armor_recipes.modifiers.base import (
     AnyModifier,
@@ -46,7 +45,8 @@ class ModulePlan(Row):
     `bytes_before` are those of the dense weight, `bytes_after` those of the weight as stored if nothing else follows.
     `stored_as`: `packed` (core and factors) or `dense` (a plain weight: masked, or the product A·S·B of what cannot be packed).
     `core` is what a packed core's kept values are, `group_size` how many of them have one scale (None: a row's), `pattern` the
-    sparsity that is brought in. A module has a row for each modifier that changes it, the last one counts.
+    sparsity that is brought in. `uses` are other modules, of this block or later ones, whose weight is this one. A module has a row
+    for each modifier that changes it, the last one counts.
     """
 
     section: ClassVar[str] = "modules"
@@ -68,6 +68,7 @@ class ModulePlan(Row):
     core: CoreType = "float"
     group_size: int | None = None
     pattern: str | None = None
+    uses: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -93,6 +94,7 @@ class ModulePlan(Row):
             core=cost.core,
             group_size=cost.group_size,
             pattern=modifier.sparsity,
+            uses=planning.uses.get(shape.name, ()),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,16 +271,18 @@ class Modifier(AnyModifier[C]):
 def _plan_module(planning: Planning, modifier: Modifier[Any], name: str) -> ModulePlan:
     layer = planning.stacks.block_of(name)
     if layer is None:
-        raise PlanError(
-            f"{name} is not inside a decoder layer, where calibration inputs are taken; add {name!r} to `ignore`"
+        raise UnfitError(
+            f"{name} is not inside a decoder layer, where calibration inputs are taken", f"add {name!r} to `ignore`"
         )
-    linear = planning.model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    other = tied_to(planning.model, name)
-    if other is not None:
-        raise PlanError(f"the weight of {name} is tied to {other}; add {name!r} to `ignore`")
+    linear = planning.linears.modules[name]
     shape = ModuleShape(name, linear.out_features, linear.in_features, planning.itemsize)
-    return ModulePlan.of(planning, modifier, shape, layer, modifier.plan(shape))
+    row = ModulePlan.of(planning, modifier, shape, layer, modifier.plan(shape))
+    if row.uses and row.stored_as == "packed" and planning.recipe.output.format != "dense":
+        raise UnfitError(
+            f"the weight of {name} is that of {', '.join(row.uses)}, too, and the packed layout has no weights of several modules",
+            f"set output.format: dense, or add {name!r} to `ignore`",
+        )
+    return row
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,14 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.errors import NumericalError, PlanError
+from armor_recipes.errors import NumericalError, PlanError, UnfitError
 from armor_recipes.events import ChannelsReordered
-from armor_recipes.model.linears import tied_to
 from armor_recipes.model.views import view
 from armor_recipes.modifiers.base import AnyModifier, C, Estimate, ModuleShape, Needs, Statistic, fed_with_inputs
 from armor_recipes.modifiers.kinds.changes import Changes, StepResult
@@ -113,9 +113,8 @@ class Rearranging(Kind):
 
     def plan(self, planning: Planning, modifier: Rearranger[Any]) -> Planned:
         """A chain for each targeted consumer."""
-        rows = [_plan_chain(planning, modifier, (name, *modifier.producers(name))) for name in planning.names]
-        _check_untouched(rows, planning.rows)
-        return Planned(tuple(rows))
+        changed = {name: row for row in planning.rows for name in row.takes}
+        return planning.each(planning.names, partial(_plan_chain, planning, modifier, changed))
 
     def conflicts(self, where: Mapping[str, str], rows: Sequence[Row]) -> list[str]:
         """Modules whose rows or columns two chains would reorder."""
@@ -181,35 +180,46 @@ class Rearranger(AnyModifier[C]):
         """New orders for the consumer's weight `(O, I)`, given the statistic that `statistic` made. Raises NumericalError."""
 
 
-def _plan_chain(planning: Planning, rearranger: Rearranger[Any], names: tuple[str, ...]) -> RearrangePlan:
+def _plan_chain(
+    planning: Planning, rearranger: Rearranger[Any], changed: Mapping[str, Row], consumer: str
+) -> RearrangePlan:
+    names = (consumer, *rearranger.producers(consumer))
     shapes = [_linear_shape(planning, name, names[0]) for name in names]
     found = {planning.stacks.block_of(name) for name in names}
     block = found.pop()
     if block is None or found:
-        raise PlanError(f"{', '.join(names)} are not inside one decoder layer; add {names[0]!r} to `ignore`")
+        raise UnfitError(f"{', '.join(names)} are not inside one decoder layer", f"add {consumer!r} to `ignore`")
+    _check_untouched(names, changed)
     chain = Chain(shapes[0], tuple(shapes[1:]), planning.facts.head_dim)
     cost = rearranger.plan(chain)
     return RearrangePlan(planning.entry.key, planning.entry.stage, block, chain, cost.flops, cost.peak_bytes)
 
 
 def _linear_shape(planning: Planning, name: str, consumer: str) -> ModuleShape:
-    module = dict(planning.model.named_modules()).get(name)
-    if not isinstance(module, nn.Linear):
-        what = "there is no such module" if module is None else f"it is a {type(module).__name__}"
-        raise PlanError(f"{name} is to make the inputs of {consumer}, but {what}; correct `producers`")
-    other = tied_to(planning.model, name)
-    if other is not None:
-        raise PlanError(f"the weight of {name} is tied to {other}; add {consumer!r} to `ignore`")
+    module = planning.linears.modules.get(name)
+    if module is None:
+        what = _what_is(planning.model, name)
+        raise UnfitError(f"{name} is to make the inputs of {consumer}, but {what}", "correct `producers`")
+    others = planning.linears.others(name)
+    if others:
+        raise UnfitError(f"the weight of {name} is tied to {others[0].described}", f"add {consumer!r} to `ignore`")
     return ModuleShape(name, module.out_features, module.in_features, planning.itemsize)
 
 
-def _check_untouched(chains: Sequence[RearrangePlan], rows: Sequence[Row]) -> None:
-    """Raise PlanError where an earlier stage changed a module to be reordered: its mask and factors have the old order."""
-    changed = {name: row for row in rows for name in row.takes}
-    for name in (name for row in chains for name in row.chain.names if name in changed):
+def _what_is(model: nn.Module, name: str) -> str:
+    try:
+        return f"it is a {type(model.get_submodule(name)).__name__}"
+    except AttributeError:
+        return "there is no such module"
+
+
+def _check_untouched(names: Sequence[str], changed: Mapping[str, Row]) -> None:
+    """Raise UnfitError where an earlier stage changed a module to be reordered: its mask and factors have the old order."""
+    for name in (name for name in names if name in changed):
         by = changed[name]
-        raise PlanError(
-            f"{name} is changed by {entry_name(by.modifier)} in {by.stage}, before it is to be reordered; put the reordering first"
+        raise UnfitError(
+            f"{name} is changed by {entry_name(by.modifier)} in {by.stage}, before it is to be reordered",
+            "put the reordering first",
         )
 
 

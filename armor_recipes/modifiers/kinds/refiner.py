@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import leading, some_of
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.errors import CheckpointError, PlanError
+from armor_recipes.errors import CheckpointError, PlanError, UnfitError
 from armor_recipes.events import UnitRefined
 from armor_recipes.model.replay import LayerCall, feed, hidden_states
 from armor_recipes.model.views import frozen, view
@@ -166,19 +166,17 @@ class RefineOutcome:
 class Refining(Kind):
     """Trains one block, or the model, with its factors as parameters."""
 
+    chooses = True
+
     def plan(self, planning: Planning, modifier: Refiner[Any]) -> Planned:
         """One unit a block, or one for the model, of the targeted modules that this stage factorised before."""
         wanted = set(planning.names)
         made: list[ModulePlan] = [row for row in planning.made(ModulePlan.section) if row.name in wanted]
-        fixed = next((row for row in made if row.core != "float"), None)
-        if fixed is not None:
-            raise PlanError(
-                f"{entry_name(fixed.modifier)} makes the core of {fixed.name} {fixed.core} before it, and a refiner trains and "
-                "stores float cores; put it before that"
-            )
+        refused = {row.name: error for row in made if (error := _unfit(row)) is not None}
+        problems, skipped = planning.unfit(refused)
         stage = planning.entry.stage
-        taken = [row for row in made if row.stage == stage and row.stored_as == "packed"]
-        if planning.names and not taken:
+        taken = [row for row in made if row.stage == stage and row.stored_as == "packed" and row.name not in refused]
+        if planning.names and not taken and not refused:
             raise PlanError(
                 f"no modifier before it in {stage} makes 2:4 factors for a module of its targets; put it after an "
                 "ARMORModifier of the same stage"
@@ -187,7 +185,8 @@ class Refining(Kind):
         for row in taken:
             by_block.setdefault(row.layer if modifier.scope == "layer" else None, []).append(row)
         units = sorted(by_block.items(), key=lambda item: item[0] or 0)
-        return Planned(tuple(_plan_unit(planning, modifier, index, found) for index, found in units))
+        rows = tuple(_plan_unit(planning, modifier, index, found) for index, found in units)
+        return Planned(rows, problems, skipped)
 
     def run(self, unit: Unit, context: BlockContext) -> Changes:
         """Train, and round what was trained as it is stored."""
@@ -242,6 +241,22 @@ class Refiner(AnyModifier[C]):
     @abstractmethod
     def refine(self, task: RefineTask, on_progress: SolveProgress | None) -> RefineOutcome:
         """Train the task's factors in place. Raises NumericalError."""
+
+
+def _unfit(row: ModulePlan) -> UnfitError | None:
+    """Why factors that were made before cannot be trained; None where they can."""
+    if row.core != "float":
+        return UnfitError(
+            f"{entry_name(row.modifier)} makes the core of {row.name} {row.core} before it, and a refiner trains and stores float "
+            "cores",
+            "put it before that",
+        )
+    if row.uses:
+        return UnfitError(
+            f"the weight of {row.name} is that of {', '.join(row.uses)}, too, and factors are trained at one place",
+            f"add {row.name!r} to `ignore`",
+        )
+    return None
 
 
 def _plan_unit(planning: Planning, refiner: Refiner[Any], index: int | None, found: Sequence[ModulePlan]) -> RefinePlan:

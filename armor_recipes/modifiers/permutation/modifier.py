@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from torch import Tensor
 
 from armor_recipes.calibration.statistics import InputSecondMoment
-from armor_recipes.errors import PlanError
+from armor_recipes.errors import UnfitError
 from armor_recipes.modifiers.base import CalibratedConfig, Estimate, ModuleShape
 from armor_recipes.modifiers.kinds.rearranger import Chain, Rearrangement, Rearranger
 from armor_recipes.modifiers.registry import register
@@ -100,9 +100,9 @@ class ChannelPermutationModifier(Rearranger[ChannelPermutationConfig]):
         """Full names of the modules that make the consumer's inputs, from the longest name that fits."""
         fitting = [key for key, _ in self.config.producers if _ends_with(consumer, key)]
         if not fitting:
-            raise PlanError(
-                f"`producers` does not say what makes the inputs of {consumer}: give it there as "
-                f"{{{consumer.rsplit('.', 1)[-1]}: [NAME, …]}}, or add {consumer!r} to `ignore`"
+            raise UnfitError(
+                f"`producers` does not say what makes the inputs of {consumer}",
+                f"give it there as {{{consumer.rsplit('.', 1)[-1]}: [NAME, …]}}, or add {consumer!r} to `ignore`",
             )
         key = max(fitting, key=len)
         return tuple(consumer.removesuffix(key) + name for name in dict(self.config.producers)[key])
@@ -112,13 +112,13 @@ class ChannelPermutationModifier(Rearranger[ChannelPermutationConfig]):
         width, heads, readers = self._layout(chain)
         group = self.pattern.group
         if width % group:
-            raise PlanError(
-                f"{self.pattern} needs a multiple of {group} channels to permute, {chain.consumer.name} has {width}: "
-                f"add {chain.consumer.name!r} to `ignore`"
+            raise UnfitError(
+                f"{self.pattern} needs a multiple of {group} channels to permute, {chain.consumer.name} has {width}",
+                f"add {chain.consumer.name!r} to `ignore`",
             )
         block = self.config.block_size
         if block and (block % group or (width % block and block % width)):
-            raise PlanError(
+            raise UnfitError(
                 f"block_size {block} must be a multiple of {group} that divides, or is a multiple of, the {width} channels of "
                 f"{chain.consumer.name}"
             )
@@ -161,19 +161,20 @@ class ChannelPermutationModifier(Rearranger[ChannelPermutationConfig]):
         consumer, rows = chain.consumer, {producer.d_out for producer in chain.producers}
         shapes = ", ".join(f"{p.name} {p.d_out}x{p.d_in}" for p in (consumer, *chain.producers))
         if len(rows) > 1:
-            raise PlanError(f"the producers differ in their rows: {shapes}; correct `producers`")
+            raise UnfitError(f"the producers differ in their rows: {shapes}", "correct `producers`")
         made = rows.pop()
         if not any(_ends_with(consumer.name, key) for key in self.config.within_heads):
             if made != consumer.d_in:
-                raise PlanError(f"the producers' rows are not the consumer's columns: {shapes}; correct `producers`")
+                raise UnfitError(f"the producers' rows are not the consumer's columns: {shapes}", "correct `producers`")
             return made, 1, 1
         width = self.config.head_dim or chain.head_dim
         if width is None:
-            raise PlanError(f"the model's config tells no head size for {consumer.name}: set `head_dim`")
+            raise UnfitError(f"the model's config tells no head size for {consumer.name}", "set `head_dim`")
         if made % width or consumer.d_in % made:
-            raise PlanError(
+            raise UnfitError(
                 f"heads of {width} channels do not fit {shapes}: the producer's rows must be whole heads, and the consumer's "
-                "columns a multiple of them; correct `head_dim` or `producers`"
+                "columns a multiple of them",
+                "correct `head_dim` or `producers`",
             )
         return width, made // width, consumer.d_in // made
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from armor_recipes.calibration.statistics import InputGram, InputSecondMoment
-from armor_recipes.errors import PlanError
+from armor_recipes.errors import UnfitError
 from armor_recipes.modifiers.base import Estimate, ModuleShape, SolveProgress
 from armor_recipes.modifiers.kinds.factor import FactorModifier, FactorOutcome
 from armor_recipes.modifiers.registry import register
@@ -95,16 +95,16 @@ class QuantizationModifier(FactorModifier[QuantizationConfig]):
         config, (b_o, b_i) = self.config, block_size
         kept = module.d_in // 2
         if config.num_bits == 4 and kept % 8:
-            raise PlanError(
-                f"int4 needs rows of a multiple of 16 entries, {module.name} has {module.d_in}: set num_bits: 8, or add "
-                f"{module.name!r} to `ignore`"
+            raise UnfitError(
+                f"int4 needs rows of a multiple of 16 entries, {module.name} has {module.d_in}",
+                f"set num_bits: 8, or add {module.name!r} to `ignore`",
             )
         group = config.group_size or kept
         if kept % group:
             sizes = [size for size in range(8, kept + 1, 8) if kept % size == 0]
-            raise PlanError(
-                f"group_size {group} does not divide the {kept} kept values in a row of {module.name}; sizes that fit: {sizes}, "
-                "or strategy: channel"
+            raise UnfitError(
+                f"group_size {group} does not divide the {kept} kept values in a row of {module.name}",
+                f"sizes that fit: {sizes}, or strategy: channel",
             )
         entries = module.d_out * module.d_in
         factor_bytes = (module.d_out * b_o + module.d_in * b_i) * module.itemsize
