@@ -15,8 +15,8 @@ from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import check_destination, staged
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import PlanError, RecipeError
-from armor_recipes.integrations.models import meta_model, open_model
 from armor_recipes.integrations.loading import lay_out
+from armor_recipes.integrations.models import meta_model, open_model
 from armor_recipes.integrations.names import fused_of, loaded_as, misread, stored_names
 from armor_recipes.model.forms import fused_state, layouts
 from armor_recipes.paths import user_path
@@ -62,11 +62,13 @@ def _as_stock(
     forms = lay_out(model, (*source.specs, *_ignored(quantization)))
     if forms and to not in ("dense", "dense-2of4"):
         raise PlanError(
-            f"{folder} ({type(model).__name__}): {forms[0]} and {len(forms) - 1} more are linear layers in ARMOR checkpoints alone, "
-            f"which {to} has no place for: export to dense"
+            f"{folder} ({type(model).__name__}): {forms[0]} and {len(forms) - 1} more are linear layers in ARMOR checkpoints "
+            f"alone, which {to} has no place for: export to dense"
         )
     merges = tuple(
-        Merge(f"{form}.{fused}", shape, {f"{form}.{n}": p.write for n, p in layout.parts.items() if p.parameter == fused})
+        Merge(
+            f"{form}.{fused}", shape, {f"{form}.{n}": p.write for n, p in layout.parts.items() if p.parameter == fused}
+        )
         for form, layout in layouts(model).items()
         for fused, shape in layout.fused.items()
     )
@@ -77,7 +79,9 @@ def _other_names(folder: Path, model: PreTrainedModel, source: Source) -> dict[s
     """Map tensors that a stock loader would not take under the model's own names → the names under which it does."""
     parts = fused_of(model)
     named = {tensor for tensor in source.tensors if tensor.rpartition(".")[0] not in source.specs}
-    own = {parts.get(n, n) for n in (*named, *(f"{name}.{VALUES}" for name in source.specs))} & fused_state(model).keys()
+    own = {parts.get(n, n) for n in (*named, *(f"{name}.{VALUES}" for name in source.specs))} & fused_state(
+        model
+    ).keys()
     wrong = misread(model, sorted(own))
     stored = stored_names(model) if wrong else {}
     found = {name: stored[name][0] for name in wrong if len(stored[name]) == 1}

@@ -54,7 +54,7 @@ def fused_of(model: PreTrainedModel) -> dict[str, str]:
 
 
 def misread(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Those of the model's own tensors, without linear forms, that loading would not take from files under their names as they are."""
+    """Those of the own tensors, without linear forms, that loading would not take as they are from files under their names."""
     return [name for name, targets, converted in _loads(model, names) if targets != (name,) or converted]
 
 

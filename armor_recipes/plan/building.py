@@ -114,9 +114,7 @@ def _plan_entry(
         found = Planned((), (str(error),))
     skipped += found.skipped
     if skipped and not found.rows and not found.problems and not entry.config.optional:
-        problems += (
-            f"`unfit: skip` leaves out all that `targets` matches ({len(skipped)}): {skipped[0].reason}",
-        )
+        problems += (f"`unfit: skip` leaves out all that `targets` matches ({len(skipped)}): {skipped[0].reason}",)
     return Planned(found.rows, problems + found.problems, skipped)
 
 

@@ -67,7 +67,9 @@ def test_modules_of_other_kinds_are_told_with_their_class_and_weights(gqa: Path)
 
 def test_nothing_left_is_an_error_unless_it_may_be(gqa: Path) -> None:
     fields = {**ARMOR, "targets": ["lm_head"], **SKIP}
-    with pytest.raises(PlanError, match=r"`unfit: skip` leaves out all that `targets` matches \(1\): the weight of lm_head is tied"):
+    with pytest.raises(
+        PlanError, match=r"`unfit: skip` leaves out all that `targets` matches \(1\): the weight of lm_head is tied"
+    ):
         make_job(recipe(gqa, ARMORModifier=fields))
     plan = make_job(recipe(gqa, ARMORModifier={**fields, "optional": True}, NoWagModifier={"targets": [MLP]})).plan
     assert (len(plan.skipped), len(plan.modules)) == (1, 6)
