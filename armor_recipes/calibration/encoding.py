@@ -57,18 +57,18 @@ def encoded(
     return (np.append(_without(ids, prefix), tail) for ids in _encoded(texts, tokenizer))
 
 
-def special_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that the tokenizer by itself puts before every text: normally one beginning-of-text token, or none.
+def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids that the tokenizer by itself puts before every text (normally one beginning-of-text token, or none) and after it.
 
     Raises InputError if they cannot be told from the text's own.
     """
     for probe in _PROBES:
         plain, full = _probe(tokenizer, probe, special=False), _probe(tokenizer, probe, special=True)
         if full == plain:
-            return ()
+            return (), ()
         places = [i for i in range(len(full)) if plain and full[i : i + len(plain)] == plain]
         if places:
-            return tuple(full[: places[0]])
+            return tuple(full[: places[0]]), tuple(full[places[0] + len(plain) :])
     raise InputError(
         f"the tokenizer writes {probe!r} as {full} with its special tokens and as {plain} without them, so that those before a "
         "text cannot be told; write `bos: never`"

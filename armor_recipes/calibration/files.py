@@ -13,6 +13,8 @@ from armor_recipes.errors import InputError
 
 TEXT = (".txt", ".md")
 SUFFIXES = (*TEXT, ".jsonl", ".json", ".parquet")
+#: Files of named tensors, which have no rows.
+TENSORS = (".safetensors",)
 
 Footer = Callable[[Path], object]
 

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from armor_recipes.errors import InputError
+
+if TYPE_CHECKING:
+    from armor_recipes.calibration.random_inputs import RandomInput
 
 #: Named arguments of a model's forward pass; the first dimension of each is the sample's.
 Batch: TypeAlias = Mapping[str, Tensor]
 
 #: The name of token ids among them, `(N, L)` int64.
 TOKENS = "input_ids"
+#: Images as patches, `(N, P, D)` with P of them in each sample, and the grid `(N, 3)` of frames, rows and columns that they lie in.
+PIXELS, GRIDS = "pixel_values", "image_grid_thw"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """What an input set took of one dataset.
 
-    `documents` and `empty` count rows with and without text, `short` documents that are too short to be truncated, `tokens` all
-    tokens that windows are cut from (not those that every window begins with), `available` the windows they make, `taken` those
-    in the set. For random tokens, `documents` is 0 and the set takes all. Of a `stream`, rows are those that were read, tokens
-    and short documents those up to the last window, and what would be available is not known.
+    Of text, `documents` and `empty` count rows with and without it, `short` documents that are too short to be truncated, `tokens`
+    all tokens that windows are cut from (not those that every window begins or ends with), `available` the windows they make,
+    `taken` those in the set. Of all else, `documents` are the samples or rows that there are, `available` those that can be taken,
+    `tokens` the token ids in those that were. For random numbers, `documents` is 0 and the set takes all. Of a `stream`, rows are
+    those that were read, tokens and short documents those up to the last window, and what would be available is not known.
     """
 
     dataset: str
@@ -41,7 +52,7 @@ class InputSet:
 
     `sha256` is the hash of shapes and values. `asked` is the number of samples asked for; N is smaller only where the recipe says
     `at_most`. `origins` has for each sample the place of its source in `sources`. `prefix` is what every window of text begins
-    with, `end_of_text` the id put after each document, if any.
+    with, `suffix` what it ends with, `end_of_text` the id put after each document, if any.
     """
 
     tensors: Batch
@@ -51,9 +62,15 @@ class InputSet:
     origins: tuple[int, ...]
     prefix: tuple[int, ...] = ()
     end_of_text: int | None = None
+    suffix: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(leading(self.tensors))
+
+    @property
+    def is_windows(self) -> bool:
+        """Whether samples are windows of token ids and nothing else."""
+        return self.tensors.keys() == {TOKENS}
 
     @property
     def ids(self) -> Tensor:
@@ -70,9 +87,72 @@ class InputSet:
         return [some_of(self.tensors, slice(start, start + size)) for start in range(0, len(self), size)]
 
 
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """What a model can be called with.
+
+    Attributes:
+        name: the model's class, for messages.
+        vocab_size: rows of the token embedding; None for a model that embeds no tokens.
+        arguments: names that the forward pass takes, in its order; empty where they are not known, and nothing is checked.
+        encoder_decoder: whether an encoder goes before the decoder.
+        decoder_start: the id that the decoder's tokens begin with, None where there is none.
+        padding: the id that fills sequences up, None where there is none.
+        closes: whether windows of text end with what the tokenizer puts after a text: of encoders, which never write on.
+        random: the arguments to draw for samples of so many tokens; raises InputError where that is not known.
+    """
+
+    name: str = "the model"
+    vocab_size: int | None = None
+    arguments: tuple[str, ...] = ()
+    encoder_decoder: bool = False
+    decoder_start: int | None = None
+    padding: int | None = None
+    closes: bool = False
+    random: Callable[[int], tuple[RandomInput, ...]] | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding. Raises InputError where there is none."""
+        if self.vocab_size is None:
+            raise InputError(
+                f"{self.name} embeds no tokens (its config.json names no vocab_size), so that text cannot be used; give images by "
+                "`image_column`, a .safetensors file of its inputs, or builtin:random-inputs"
+            )
+        return self.vocab_size
+
+
+def hash_inputs(tensors: Batch) -> str:
+    """sha256 in hex of named tensors; of windows of tokens alone it is `hash_tokens`.
+
+    Of each, sorted by name: name, dtype and shape as a line of text, then its values, row by row and little-endian.
+    """
+    if tensors.keys() == {TOKENS}:
+        return hash_tokens(tensors[TOKENS])
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hash_tokens(ids: Tensor) -> str:
+    """sha256 in hex of N, L and the ids `(N, L)` row by row, each as a little-endian 64-bit integer."""
+    digest = hashlib.sha256(np.asarray(ids.shape, dtype="<i8").tobytes())
+    digest.update(ids.cpu().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
 def leading(batch: Batch) -> Tensor:
     """What tells the size of a batch: its token ids `(B, L)` if there are any, else its first tensor."""
     return batch[TOKENS] if TOKENS in batch else next(iter(batch.values()))
+
+
+def arguments(batch: Batch) -> Batch:
+    """A batch as a forward pass takes it: models that read grids want the patches of all samples in one list `(N·P, D)`."""
+    if GRIDS not in batch or batch[PIXELS].ndim < 3:
+        return batch
+    return {**batch, PIXELS: batch[PIXELS].flatten(0, 1)}
 
 
 def some_of(batch: Batch, samples: slice) -> Batch:

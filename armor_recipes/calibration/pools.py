@@ -1,17 +1,37 @@
-"""The windows that a dataset gives, or the first of them that a stream's documents make."""
+"""The samples that a dataset gives: windows of text, or the first of them that a stream's documents make; named tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor
 
 from armor_recipes.calibration.encoding import Ids, encoded, join
+from armor_recipes.calibration.inputs import TOKENS, Batch, ModelInputs
+from armor_recipes.calibration.random_inputs import draw
 from armor_recipes.calibration.stream import open_stream
-from armor_recipes.calibration.text import BUILTIN, RANDOM_TOKENS, load_documents, local_path, no_text
-from armor_recipes.calibration.windows import check_vocabulary, pack
+from armor_recipes.calibration.tensors import (
+    LABELS,
+    TensorFiles,
+    check_arguments,
+    check_values,
+    is_tensors,
+    load_tensors,
+)
+from armor_recipes.calibration.text import (
+    BUILTIN,
+    RANDOM_INPUTS,
+    RANDOM_TOKENS,
+    load_documents,
+    local_path,
+    no_text,
+)
+from armor_recipes.calibration.windows import check_vocabulary, pack, with_prefix
 from armor_recipes.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,18 +57,19 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How windows are made: `length` tokens that begin with `prefix`, every id below `vocab_size`; `seed` orders a stream."""
+    """How samples are made: windows of `length` tokens that begin with `prefix` and end with `suffix`; `seed` orders a stream."""
 
     length: int
     prefix: tuple[int, ...]
     documents: Literal["packed", "truncated"]
     seed: int
-    vocab_size: int
+    inputs: ModelInputs
+    suffix: tuple[int, ...] = ()
 
     @property
     def room(self) -> int:
         """Tokens of text in a window."""
-        return self.length - len(self.prefix)
+        return self.length - len(self.prefix) - len(self.suffix)
 
     @property
     def characters(self) -> int:
@@ -58,15 +79,23 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:
-    """Windows of one dataset `(N, room)`; None for random tokens, of which there is no end. Counts are as in `Source`."""
+    """Samples of one dataset: `count` of them, None where there is no end. Other counts are as in `Source`.
+
+    `draw` gives so many of them, drawn without replacement by the generator; in the order of the draw, which a stream has already.
+    `found` says for messages what there is.
+    """
 
     dataset: str
-    windows: Tensor | None
+    count: int | None
+    draw: Callable[[int, Generator], Batch]
     documents: int = 0
     empty: int = 0
     short: int = 0
     tokens: int = 0
     stream: bool = False
+    found: str = "samples"
+    advice: str = "name more"
+    is_text: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,18 +105,102 @@ class _Cut:
     short: int = 0
 
 
-def open_pool(part: Part, tokenizer: PreTrainedTokenizerBase | None, rule: Rule, needed: int) -> Pool:
-    """Make all windows of a dataset, or of a stream the first `needed` and no more.
+def is_windows(part: Part) -> bool:
+    """Whether the samples of a dataset are windows of tokens."""
+    return part.dataset != RANDOM_INPUTS and tensors_path(part.dataset) is None
 
-    Raises InputError if the dataset cannot be read or makes no window, or the tokenizer does not fit the model.
+
+def tensors_path(dataset: str) -> Path | None:
+    """The path of a dataset of safetensors files; None for any other."""
+    path = None if dataset.startswith(BUILTIN) else local_path(dataset)
+    return path if path is not None and is_tensors(path) else None
+
+
+def open_pool(part: Part, tokenizer: PreTrainedTokenizerBase | None, rule: Rule, needed: int) -> Pool:
+    """Make all samples of a dataset, or of a stream the first `needed` and no more.
+
+    Raises InputError if the dataset cannot be read or has no sample, or does not fit the model.
     """
+    if part.dataset == RANDOM_INPUTS:
+        return _random_inputs(part.dataset, rule)
+    if (path := tensors_path(part.dataset)) is not None:
+        return _stored(load_tensors(part.dataset, path), rule, stream=part.stream is True)
     if part.dataset == RANDOM_TOKENS:
-        return Pool(part.dataset, None)
-    pool = _streamed(part, tokenizer, rule, needed) if _is_stream(part) else _whole(part, tokenizer, rule)
-    assert pool.windows is not None
-    if not len(pool.windows):
-        raise _no_window(pool, rule)
-    return pool
+        return Pool(part.dataset, None, partial(_random_tokens, rule))
+    return _streamed(part, tokenizer, rule, needed) if _is_stream(part) else _whole(part, tokenizer, rule)
+
+
+def _random_tokens(rule: Rule, samples: int, generator: Generator) -> Batch:
+    ids = torch.randint(rule.inputs.vocabulary, (samples, rule.length), generator=generator)
+    return _around(ids, rule)
+
+
+def _random_inputs(dataset: str, rule: Rule) -> Pool:
+    if rule.inputs.random is None:
+        raise InputError(
+            f"{dataset} needs a model whose inputs are known, here is none; use {RANDOM_TOKENS} or a .safetensors file of inputs"
+        )
+    inputs = rule.inputs.random(rule.length)
+    return Pool(dataset, None, partial(draw, inputs))
+
+
+def _stored(files: TensorFiles, rule: Rule, *, stream: bool) -> Pool:
+    """Samples of safetensors files, of which only those that are drawn are read."""
+    if stream:
+        raise InputError(
+            f"{files.dataset} needs no `stream: true`: of safetensors files only the samples that are drawn are read; take it out"
+        )
+    names = [name for name in files.names if name != LABELS]
+    check_arguments(names, rule.inputs, files.dataset)
+    if not names:
+        raise InputError(
+            f"{files.dataset} holds {LABELS} alone; write the arguments of the model's forward pass beside them"
+        )
+
+    def taken(samples: int, generator: Generator) -> Batch:
+        numbers = torch.randperm(len(files), generator=generator)[:samples].tolist()
+        tensors = {name: tensor for name, tensor in files.rows(numbers).items() if name != LABELS}
+        check_values(tensors, rule.inputs, files.dataset)
+        return tensors
+
+    return Pool(files.dataset, len(files), taken, len(files))
+
+
+def _around(windows: Tensor, rule: Rule) -> Batch:
+    return {TOKENS: with_prefix(windows, rule.prefix, rule.length, rule.suffix)}
+
+
+def _windows(windows: Tensor, rule: Rule, samples: int, generator: Generator) -> Batch:
+    """Windows `(samples, L)` of those `(N, room)`, drawn."""
+    return _around(windows[torch.randperm(len(windows), generator=generator)[:samples]], rule)
+
+
+def _first_windows(windows: Tensor, rule: Rule, samples: int, _: Generator) -> Batch:
+    """The first windows of a stream, which are drawn already."""
+    return _around(windows[:samples], rule)
+
+
+def _pool_of(dataset: str, cut: _Cut, rule: Rule, *, documents: int, empty: int, stream: bool) -> Pool:
+    """The pool of windows that were cut. Raises InputError if there are none."""
+    count = len(cut.windows)
+    if not count:
+        raise _no_window(dataset, cut, rule)
+    found = f"windows of {rule.length} tokens ({cut.tokens} tokens)"
+    if rule.documents == "truncated":
+        found = f"documents of {rule.length} tokens or more ({cut.short} are shorter)"
+    return Pool(
+        dataset,
+        count,
+        partial(_first_windows if stream else _windows, cut.windows, rule),
+        documents,
+        empty,
+        cut.short,
+        cut.tokens,
+        stream,
+        found,
+        "name more text, a smaller `sequence_length`",
+        is_text=True,
+    )
 
 
 def _is_stream(part: Part) -> bool:
@@ -109,7 +222,7 @@ def _whole(part: Part, tokenizer: PreTrainedTokenizerBase | None, rule: Rule) ->
     if rule.documents == "truncated":
         texts = [text[: rule.characters] for text in texts]
     cut = _cut([texts], tokenizer, rule, part.dataset, None)
-    return Pool(part.dataset, cut.windows, len(texts), found.empty, cut.short, cut.tokens)
+    return _pool_of(part.dataset, cut, rule, documents=len(texts), empty=found.empty, stream=False)
 
 
 def _streamed(part: Part, tokenizer: PreTrainedTokenizerBase | None, rule: Rule, needed: int) -> Pool:
@@ -125,7 +238,7 @@ def _streamed(part: Part, tokenizer: PreTrainedTokenizerBase | None, rule: Rule,
     cut = _cut(stream.batches(rule.seed), tokenizer, rule, part.dataset, needed)
     if not stream.documents:
         raise no_text(f"{part.dataset}, as far as it was read,", stream.empty, part.messages_column)
-    return Pool(part.dataset, cut.windows, stream.documents, stream.empty, cut.short, cut.tokens, stream=True)
+    return _pool_of(part.dataset, cut, rule, documents=stream.documents, empty=stream.empty, stream=True)
 
 
 def _cut(
@@ -140,7 +253,7 @@ def _cut(
     if rule.documents == "truncated":
         return _beginnings(ids, rule, dataset, needed)
     stream = join(ids if needed is None else _first(ids, needed * rule.room))
-    check_vocabulary(stream, rule.vocab_size, dataset)
+    check_vocabulary(stream, rule.inputs.vocabulary, dataset)
     return _Cut(pack(stream, rule.room), len(stream))
 
 
@@ -167,17 +280,17 @@ def _beginnings(documents: Iterable[Ids], rule: Rule, dataset: str, needed: int 
         if needed is not None and (len(rows) == needed or in_a_row == _TOO_SHORT):
             break
     windows = join(rows).view(len(rows), rule.room)
-    check_vocabulary(windows, rule.vocab_size, dataset)
+    check_vocabulary(windows, rule.inputs.vocabulary, dataset)
     return _Cut(windows, windows.numel(), short)
 
 
-def _no_window(pool: Pool, rule: Rule) -> InputError:
+def _no_window(dataset: str, cut: _Cut, rule: Rule) -> InputError:
     if rule.documents == "truncated":
         return InputError(
-            f"{pool.dataset} has no document of {rule.length} tokens or more ({pool.short} are shorter); name longer ones, a "
+            f"{dataset} has no document of {rule.length} tokens or more ({cut.short} are shorter); name longer ones, a "
             "smaller `sequence_length`, or `documents: packed`"
         )
     return InputError(
-        f"{pool.dataset} has only {pool.tokens} tokens, less than one window; "
+        f"{dataset} has only {cut.tokens} tokens, less than one window; "
         f"name more text, or a `sequence_length` smaller than {rule.length}"
     )

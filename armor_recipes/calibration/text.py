@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from armor_recipes import builtin
 from armor_recipes.calibration.chat import is_left_out, messages_of
-from armor_recipes.calibration.files import SUFFIXES, Cell, Column, read_path, shown
+from armor_recipes.calibration.files import SUFFIXES, TENSORS, Cell, Column, read_path, shown
 from armor_recipes.calibration.hub import read_hub
 from armor_recipes.errors import InputError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin:"
 RANDOM_TOKENS = "builtin:random-tokens"
+RANDOM_INPUTS = "builtin:random-inputs"
 _SOON_READ = 100_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -124,7 +125,9 @@ def local_path(dataset: str) -> Path | None:
         raise InputError(f"{dataset!r} is an address, which is not read; download the file and name it")
     try:
         path = Path(dataset).expanduser()
-        looks_local = dataset.startswith((".", "~")) or path.is_absolute() or path.suffix.lower() in SUFFIXES
+        looks_local = (
+            dataset.startswith((".", "~")) or path.is_absolute() or path.suffix.lower() in (*SUFFIXES, *TENSORS)
+        )
         return path if looks_local or path.exists() else None
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, an unknown home folder
         reason = error.strerror if isinstance(error, OSError) else error
@@ -137,6 +140,8 @@ def builtin_rows(dataset: str, column: Column) -> Iterator[Cell]:
         raise InputError(
             f"{RANDOM_TOKENS} is tokens without text and serves for calibration only; name a text such as builtin:pydoc"
         )
+    if dataset == RANDOM_INPUTS:
+        raise InputError(f"{RANDOM_INPUTS} is numbers without text; name a text such as builtin:pydoc")
     column.check_plain(dataset)
     texts = builtin.documents(dataset.removeprefix(BUILTIN))
     return (Cell(text, f"{dataset}, document {number}") for number, text in enumerate(texts, start=1))

@@ -1,20 +1,17 @@
-"""Windows of tokens, chosen by a seed and hashed. `docs/calibration.md` states the rule."""
+"""Samples to calibrate on, chosen by a seed and hashed. `docs/calibration.md` states the rule."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from armor_recipes.calibration.inputs import TOKENS, InputSet, Source
-from armor_recipes.calibration.pools import Part, Pool, Rule, open_pool
-from armor_recipes.calibration.windows import window_prefix, with_prefix
+from armor_recipes.calibration.inputs import TOKENS, Batch, InputSet, ModelInputs, Source, hash_inputs, leading
+from armor_recipes.calibration.pools import Part, Pool, Rule, is_windows, open_pool, tensors_path
+from armor_recipes.calibration.windows import window_ends
 from armor_recipes.errors import InputError
 from armor_recipes.recipe.schema import CalibrationSpec
 
@@ -23,41 +20,71 @@ if TYPE_CHECKING:
 
 
 def build_tokens(spec: CalibrationSpec, *, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> InputSet:
-    """Choose calibration windows. The same spec, data and tokenizer give the same ids; no global RNG is used.
+    """Choose calibration samples for a language model of which nothing is known but `vocab_size`, rows of its embedding.
+
+    Else as `build_inputs`.
+    """
+    return build_inputs(spec, ModelInputs(vocab_size=vocab_size), tokenizer=tokenizer)
+
+
+def has_length(spec: CalibrationSpec) -> bool:
+    """Whether `sequence_length` says how long the texts of some dataset become; files of tensors have lengths of their own."""
+    try:
+        return any(tensors_path(part.dataset) is None for part in _parts(spec))
+    except InputError:
+        return True  # which reading it tells
+
+
+def build_inputs(
+    spec: CalibrationSpec, inputs: ModelInputs, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> InputSet:
+    """Choose calibration samples. The same spec, data, model and tokenizer give the same ones; no global RNG is used.
 
     Args:
         spec: the `calibration` section, complete.
-        tokenizer: the model's; None will do for `builtin:random-tokens`.
-        vocab_size: rows of the model's embedding; every id is below it.
+        inputs: what the model can be called with.
+        tokenizer: the model's; None will do where there is no text.
 
     Raises:
-        InputError: a dataset cannot be read or is too short, or the tokenizer does not fit the model.
+        InputError: a dataset cannot be read or is too short, or does not fit the model or the other datasets.
 
     """
-    length = spec.sequence_length
-    prefix = window_prefix(spec.bos, tokenizer, length=length, vocab_size=vocab_size)
-    rule = Rule(length, prefix, spec.documents, spec.seed, vocab_size)
-    asked = spec.samples if isinstance(spec.samples, int) else spec.samples.at_most
     parts = _parts(spec)
+    rule = _rule(spec, parts, inputs, tokenizer)
+    asked = spec.samples if isinstance(spec.samples, int) else spec.samples.at_most
     weights = [part.weight for part in parts]
     needed = most_of(weights, asked)
     pools = [open_pool(part, tokenizer, rule, most) for part, most in zip(parts, needed, strict=True)]
     total = asked if isinstance(spec.samples, int) else _fitting(weights, asked, pools)
     counts = shares(weights, total)
     for pool, count in zip(pools, counts, strict=True):
-        _check_count(pool, count, total, rule)
+        _check_count(pool, count, total)
     generator = torch.Generator().manual_seed(spec.seed)
-    drawn = [_draw(pool, count, generator, (vocab_size, length)) for pool, count in zip(pools, counts, strict=True)]
-    drawn = [with_prefix(windows, prefix, length) for windows in drawn]
-    ids = torch.cat(drawn)
+    drawn = [pool.draw(count, generator) for pool, count in zip(pools, counts, strict=True)]
+    _check_alike(pools, drawn)
+    tensors = {name: torch.cat([batch[name] for batch in drawn]) for name in drawn[0]}
     origins = torch.arange(len(drawn)).repeat_interleave(torch.tensor(counts))
     if len(drawn) > 1:
         order = torch.randperm(total, generator=generator)
-        ids, origins = ids[order], origins[order]
+        tensors, origins = {name: tensor[order] for name, tensor in tensors.items()}, origins[order]
     sources = tuple(_source(pool, taken) for pool, taken in zip(pools, drawn, strict=True))
-    has_text = any(pool.windows is not None for pool in pools)
+    has_text = any(pool.is_text for pool in pools)
     end = tokenizer.eos_token_id if tokenizer is not None and has_text else None
-    return InputSet({TOKENS: ids}, hash_tokens(ids), asked, sources, tuple(origins.tolist()), prefix, end)
+    return InputSet(
+        tensors, hash_inputs(tensors), asked, sources, tuple(origins.tolist()), rule.prefix, end, rule.suffix
+    )
+
+
+def _rule(
+    spec: CalibrationSpec, parts: Sequence[Part], inputs: ModelInputs, tokenizer: PreTrainedTokenizerBase | None
+) -> Rule:
+    """How samples are made; what windows begin and end with is asked of the tokenizer only where there are windows."""
+    length = spec.sequence_length
+    if not any(map(is_windows, parts)):
+        return Rule(length, (), spec.documents, spec.seed, inputs)
+    size = inputs.vocabulary
+    prefix, suffix = window_ends(spec.bos, tokenizer, length=length, vocab_size=size, closes=inputs.closes)
+    return Rule(length, prefix, spec.documents, spec.seed, inputs, suffix)
 
 
 def shares(weights: Sequence[float], total: int) -> tuple[int, ...]:
@@ -75,13 +102,6 @@ def most_of(weights: Sequence[float], total: int) -> tuple[int, ...]:
     """What the shares of no smaller total exceed: each quota of `total`, rounded up."""
     whole = sum(map(Fraction, weights))
     return tuple(math.ceil(Fraction(weight) * total / whole) for weight in weights)
-
-
-def hash_tokens(ids: Tensor) -> str:
-    """sha256 in hex of N, L and the ids `(N, L)` row by row, each as a little-endian 64-bit integer."""
-    digest = hashlib.sha256(np.asarray(ids.shape, dtype="<i8").tobytes())
-    digest.update(ids.cpu().numpy().astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def _parts(spec: CalibrationSpec) -> tuple[Part, ...]:
@@ -104,46 +124,57 @@ def _fitting(weights: Sequence[float], at_most: int, pools: Sequence[Pool]) -> i
     """Find the largest total up to `at_most` whose shares all exist, so that the mix keeps its proportions."""
     whole = sum(map(Fraction, weights))
     limits = [
-        math.ceil((len(pool.windows) + 1) * whole / Fraction(weight))  # share ≥ ⌊total·weight/whole⌋
+        math.ceil((pool.count + 1) * whole / Fraction(weight))  # share ≥ ⌊total·weight/whole⌋
         for weight, pool in zip(weights, pools, strict=True)
-        if pool.windows is not None
+        if pool.count is not None
     ]
     for total in range(min([at_most, *limits]), 0, -1):
         counts = shares(weights, total)
-        if all(p.windows is None or len(p.windows) >= c for p, c in zip(pools, counts, strict=True)):
+        if all(p.count is None or p.count >= c for p, c in zip(pools, counts, strict=True)):
             return total
     return 1
 
 
-def _check_count(pool: Pool, count: int, total: int, rule: Rule) -> None:
+def _check_count(pool: Pool, count: int, total: int) -> None:
     if count == 0:
         raise InputError(
             f"{pool.dataset} gets none of the {total} samples by its weight; "
             "raise `samples` or its `weight`, or take it out of the list"
         )
-    if pool.windows is None or len(pool.windows) >= count:
+    if pool.count is None or pool.count >= count:
         return
-    found = f"windows of {rule.length} tokens ({pool.tokens} tokens)"
-    if rule.documents == "truncated":
-        found = f"documents of {rule.length} tokens or more ({pool.short} are shorter)"
     raise InputError(
-        f"{pool.dataset} has {len(pool.windows)} {found}, but {count} are asked for; name more text, a smaller `sequence_length` "
+        f"{pool.dataset} has {pool.count} {pool.found}, but {count} are asked for; {pool.advice} "
         f"or fewer `samples`, or write `samples: {{at_most: {total}}}`"
     )
 
 
-def _draw(pool: Pool, count: int, generator: torch.Generator, size: tuple[int, int]) -> Tensor:
-    """Draw `count` windows without replacement, in the order of the draw, which a stream has already; `size` is (vocabulary, L)."""
-    vocab_size, length = size
-    if pool.windows is None:
-        return torch.randint(vocab_size, (count, length), generator=generator)
-    if pool.stream:
-        return pool.windows[:count]
-    return pool.windows[torch.randperm(len(pool.windows), generator=generator)[:count]]
+def _check_alike(pools: Sequence[Pool], drawn: Sequence[Batch]) -> None:
+    """Raise InputError where the samples of a mix are not of one form."""
+    forms = [{name: (tuple(x.shape[1:]), x.dtype) for name, x in batch.items()} for batch in drawn]
+    for pool, form in zip(pools, forms, strict=True):
+        if form != forms[0]:
+            raise InputError(
+                f"the samples of {pool.dataset} ({_described(form)}) are not of the same form as those of {pools[0].dataset} "
+                f"({_described(forms[0])}); a mix needs the same tensors, equal in shape and dtype: give each a modifier of its "
+                "own, or make them alike"
+            )
 
 
-def _source(pool: Pool, taken: Tensor) -> Source:
-    if pool.windows is None:
-        return Source(pool.dataset, 0, 0, taken.numel(), len(taken), len(taken))
-    available = None if pool.stream else len(pool.windows)
-    return Source(pool.dataset, pool.documents, pool.empty, pool.tokens, available, len(taken), pool.stream, pool.short)
+def _described(form: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(
+        f"{name} {list(shape)} {str(dtype).removeprefix('torch.')}" for name, (shape, dtype) in form.items()
+    )
+
+
+def _source(pool: Pool, taken: Batch) -> Source:
+    samples = len(leading(taken))
+    if pool.count is None:
+        return Source(pool.dataset, 0, 0, _ids_in(taken), samples, samples)
+    tokens = pool.tokens if pool.is_text else _ids_in(taken)
+    available = None if pool.stream else pool.count
+    return Source(pool.dataset, pool.documents, pool.empty, tokens, available, samples, pool.stream, pool.short)
+
+
+def _ids_in(batch: Batch) -> int:
+    return batch[TOKENS].numel() if TOKENS in batch else 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from armor_recipes.calibration.encoding import special_prefix
+from armor_recipes.calibration.encoding import special_ends
 from armor_recipes.errors import InputError
 from armor_recipes.recipe.schema import Bos
 
@@ -22,23 +22,36 @@ def window_prefix(
 
     Raises InputError if they leave no room for text, or one is not below `vocab_size`.
     """
-    prefix = special_prefix(tokenizer) if bos == "auto" and tokenizer is not None else ()
-    if length <= len(prefix):
+    return window_ends(bos, tokenizer, length=length, vocab_size=vocab_size, closes=False)[0]
+
+
+def window_ends(
+    bos: Bos, tokenizer: PreTrainedTokenizerBase | None, *, length: int, vocab_size: int | None, closes: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids that every window begins with, and with `closes` those that it ends with: what the tokenizer puts around a text.
+
+    Raises InputError as `window_prefix` does.
+    """
+    prefix, suffix = special_ends(tokenizer) if bos == "auto" and tokenizer is not None else ((), ())
+    suffix = suffix if closes else ()
+    if length <= len(prefix) + len(suffix):
+        around = f"{list(prefix)} and {list(suffix)}" if suffix else f"{list(prefix)}"
+        place = "around" if suffix else "before"
         raise InputError(
-            f"`sequence_length` {length} leaves no room for text after the ids {list(prefix)} that the tokenizer puts before it; "
+            f"`sequence_length` {length} leaves no room for text after the ids {around} that the tokenizer puts {place} it; "
             "raise it, or write `bos: never`"
         )
     if vocab_size is not None:
-        check_vocabulary(torch.tensor(prefix), vocab_size, "the start of a text")
-    return prefix
+        check_vocabulary(torch.tensor(prefix + suffix), vocab_size, "the start of a text")
+    return prefix, suffix
 
 
-def with_prefix(windows: Tensor, prefix: tuple[int, ...], length: int) -> Tensor:
-    """Windows `(N, length)` that begin with `prefix` and go on with the last ids of each row of `windows`."""
-    if not prefix:
+def with_prefix(windows: Tensor, prefix: tuple[int, ...], length: int, suffix: tuple[int, ...] = ()) -> Tensor:
+    """Windows `(N, length)` that begin with `prefix`, go on with the last ids of each row of `windows`, and end with `suffix`."""
+    if not prefix and not suffix:
         return windows
-    head = torch.tensor(prefix, dtype=torch.int64).expand(len(windows), -1)
-    return torch.cat([head, windows[:, len(prefix) - length :]], dim=1)
+    head, tail = (torch.tensor(ids, dtype=torch.int64).expand(len(windows), -1) for ids in (prefix, suffix))
+    return torch.cat([head, windows[:, len(prefix) + len(suffix) - length :], tail], dim=1)
 
 
 def pack(stream: Tensor, length: int) -> Tensor:

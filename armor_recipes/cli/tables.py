@@ -221,7 +221,7 @@ def summary(result: Result) -> RenderableType:
 
 
 def _calibration_line(row: Mapping[str, Any]) -> str:
-    """Windows and datasets of one calibration set, with what was passed over and windows that were not to be had."""
+    """Samples and datasets of one calibration set, with what was passed over and samples that were not to be had."""
     parts = []
     for source in row["sources"]:
         notes = ["a stream"] if source["stream"] else []
@@ -229,7 +229,11 @@ def _calibration_line(row: Mapping[str, Any]) -> str:
         notes += [f"{source['short']} documents too short"] if source["short"] else []
         parts.append(f"{source['taken']} of {source['dataset']}" + (f" ({', '.join(notes)})" if notes else ""))
     short = f", {row['asked']} asked for at most" if row["samples"] < row["asked"] else ""
-    return f"calibrated on {row['samples']} windows of {row['sequence_length']} tokens{short}: {', '.join(parts)}"
+    what = f"windows of {row['sequence_length']} tokens"
+    if "inputs" in row:
+        shapes = (f"{name} {'×'.join(map(str, each['shape']))}" for name, each in row["inputs"].items())
+        what = f"samples of {', '.join(shapes)}"
+    return f"calibrated on {row['samples']} {what}{short}: {', '.join(parts)}"
 
 
 def _rearrangement_lines(result: Result) -> list[str]:

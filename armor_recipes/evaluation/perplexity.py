@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from armor_recipes.calibration.encoding import encode
-from armor_recipes.calibration.inputs import TOKENS, InputSet, Source
+from armor_recipes.calibration.inputs import TOKENS, InputSet, Source, hash_tokens
 from armor_recipes.calibration.text import load_documents
-from armor_recipes.calibration.tokens import hash_tokens
 from armor_recipes.calibration.windows import check_vocabulary, pack, window_prefix, with_prefix
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, NumericalError

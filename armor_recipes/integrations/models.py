@@ -57,16 +57,6 @@ class ModelSource:
         return facts_of(self.config)
 
     @property
-    def vocab_size(self) -> int:
-        """Rows of the token embedding. Raises InputError where the config does not tell."""
-        found = self.facts.vocab_size
-        if found is None:
-            raise InputError(
-                f"model {self.location}: its config.json names no vocab_size; give one that belongs to a language model"
-            )
-        return found
-
-    @property
     def folder(self) -> Path | None:
         """The local folder, or None for a hub id."""
         path = Path(self.location)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,141 @@ class ModelFacts:
     quantized: bool
 
 
+@dataclass(frozen=True, slots=True)
+class InputFacts:
+    """What a config says of a model's inputs, by transformers' common names; None, or empty, where it does not tell.
+
+    Attributes:
+        vocab_size: rows of the embedding of `input_ids`.
+        decoder_start: the id that a decoder's tokens begin with after an encoder.
+        padding: the id that fills sequences up.
+        end: the id that ends a text.
+        special: ids that stand for something else than text, sorted, all below `vocab_size`.
+        image_token: the id in a text that stands for a part of an image.
+        image_size: height and width of images, in pixels.
+        channels: of images.
+        frames: images that make a video.
+        image_tokens: tokens that stand for an image, where a config says how many.
+        patch: pixels in a patch of an image; `patch_time` frames in it, `merge` such patches in a row that make one token.
+        patch_time: see `patch`.
+        merge: see `patch`.
+        tiles: parts that an image is cut into at most, where that is a dimension.
+        mel_bins: values of a frame of audio, one entry for each name that configs have for it, with the most frames or None.
+        audio_stride: samples of sound for each frame.
+        audio_channels: of sound; None where a model takes one and has no dimension for it.
+    """
+
+    vocab_size: int | None
+    decoder_start: int | None
+    padding: int | None
+    end: int | None
+    special: tuple[int, ...]
+    image_token: int | None
+    image_size: tuple[int, int] | None
+    channels: int | None
+    frames: int | None
+    image_tokens: int | None
+    patch: int | None
+    patch_time: int | None
+    merge: int | None
+    tiles: int | None
+    mel_bins: int | None
+    mel_frames: int | None
+    audio_stride: int | None
+    audio_channels: int | None
+
+
+def input_facts(config: Any) -> InputFacts:
+    """The facts of a config and its parts: of images what its vision part says, of sound its audio part, else itself."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    texts = [config, text, *(part for name, part in _sections(config) if _TEXT.search(name))]
+    images = [part for name, part in _sections(config) if _IMAGE.search(name)] + [config]
+    sounds = [part for name, part in _sections(config) if _SOUND.search(name)] + [config]
+    vocabulary = _first(texts[1:] + texts[:1], "vocab_size")
+    return InputFacts(
+        vocab_size=vocabulary,
+        decoder_start=_id(texts, "decoder_start_token_id"),
+        padding=_id(texts, "pad_token_id"),
+        end=_id(texts, "eos_token_id"),
+        special=_special(config, vocabulary or 0),
+        image_token=_id([config, *(part for _, part in _sections(config))], "image_token_id", "image_token_index"),
+        image_size=_pair(images, "image_size", "img_size"),
+        channels=_first(images, "num_channels", "in_channels", "in_chans", "num_input_channels"),
+        frames=_first(images, "num_frames", "frames_per_clip"),
+        image_tokens=_first(
+            [part for _, part in _sections(config)] + [config], "mm_tokens_per_image", "resampler_n_latents"
+        ),
+        patch=_first(images, "patch_size"),
+        patch_time=_first(images, "temporal_patch_size"),
+        merge=_first(images, "spatial_merge_size", "scale_factor"),
+        tiles=_first(images, "max_num_tiles"),
+        mel_bins=_first(sounds, "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "input_dim"),
+        mel_frames=_first(sounds, "max_source_positions", "max_length"),
+        audio_stride=_product(sounds, "conv_stride", "upsampling_ratios", "downsampling_ratios"),
+        audio_channels=_first(sounds, "audio_channels"),
+    )
+
+
+_TEXT, _IMAGE, _SOUND = (
+    re.compile("text|decoder"),
+    re.compile("vision|image|vit"),
+    re.compile("audio|speech|sound|encoder"),
+)
+
+
+def _sections(config: Any) -> list[tuple[str, Any]]:
+    """A config's parts, theirs too, with the name of each."""
+    names = getattr(config, "sub_configs", {})
+    parts = [(name, getattr(config, name, None)) for name in names]
+    found = [(name, part) for name, part in parts if part is not None and not isinstance(part, dict)]
+    return [inner for name, part in found for inner in ((name, part), *_sections(part))]
+
+
+def _first(configs: list[Any], *names: str) -> int | None:
+    numbers = (_number(config, name) for config in configs for name in names)
+    return next((number for number in numbers if number is not None), None)
+
+
+def _id(configs: list[Any], *names: str) -> int | None:
+    ids = (_value(config, name) for config in configs for name in names)
+    return next((value for value in ids if type(value) is int and value >= 0), None)
+
+
+def _pair(configs: list[Any], *names: str) -> tuple[int, int] | None:
+    for value in (_value(config, name) for config in configs for name in names):
+        if type(value) is int:
+            return value, value
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(side) is int for side in value):
+            return value[0], value[1]
+    return None
+
+
+def _product(configs: list[Any], *names: str) -> int | None:
+    for value in (_value(config, name) for config in configs for name in names):
+        if isinstance(value, (list, tuple)) and value and all(type(each) is int for each in value):
+            return math.prod(value)
+    return None
+
+
+def _special(config: Any, vocabulary: int) -> tuple[int, ...]:
+    """Ids below `vocabulary` that a config or a part of it calls a token's."""
+    configs = [config, *(part for _, part in _sections(config))]
+    named = {name for each in configs for name in vars(each) if _TOKEN_ID.fullmatch(name)}
+    ids = (_value(each, name) for each in configs for name in sorted(named))
+    return tuple(sorted({value for value in ids if type(value) is int and 0 <= value < vocabulary}))
+
+
+_TOKEN_ID = re.compile(r".*_token_(id|index)")
+
+
+def _value(config: Any, name: str) -> Any:
+    """A config's value; None for one that layers differ in."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers' error for it has no public class
+        return None
+
+
 def facts_of(config: Any) -> ModelFacts:
     """The facts of a config; of None, none. Numbers are those of the text model where there are several."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -66,5 +203,5 @@ def model_facts(model: nn.Module) -> ModelFacts:
 
 
 def _number(config: Any, name: str) -> int | None:
-    value = getattr(config, name, None)
+    value = _value(config, name)
     return value if isinstance(value, int) and value > 0 else None

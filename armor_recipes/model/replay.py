@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.calibration.inputs import TOKENS, Batch, leading, some_of
+from armor_recipes.calibration.inputs import TOKENS, Batch, arguments, leading, some_of
 from armor_recipes.compute import is_out_of_memory
 from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.model.blocks import Stack
@@ -229,13 +229,15 @@ def inputs_of(module: nn.Module, call: LayerCall, layer: nn.Module, hooks: Hooks
 def feed(model: nn.Module, batch: Batch) -> Any:
     """The model's output for a batch on its device."""
     takes_cache = "use_cache" in inspect.signature(type(model).forward).parameters
-    return model(**batch, use_cache=False) if takes_cache else model(**batch)
+    named = arguments(batch)
+    return model(**named, use_cache=False) if takes_cache else model(**named)
 
 
 def on_device(batch: Batch, model: nn.Module) -> Batch:
-    """The batch where the model is."""
+    """The batch where the model is, its floats in the dtype that the model computes in."""
     device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), None)
+    return {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in batch.items()}
 
 
 def hidden_states(output: Any) -> Any:

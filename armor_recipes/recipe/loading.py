@@ -19,7 +19,7 @@ from armor_recipes.recipe.validation import validate
 
 Registry = Mapping[str, type[ModifierConfig]]
 
-DATA_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
+DATA_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet", ".safetensors")
 DATA_PREFIXES = ("./", "../", "/", "~/")
 _ADD_DATASET = "name the text to calibrate on, for example `dataset: builtin:pydoc`"
 _MISSING_SECTION = {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from armor_recipes.calibration.inputs import InputSet
+from armor_recipes.calibration.inputs import TOKENS, InputSet
 from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.evaluation.perplexity import Perplexity
 from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
@@ -126,23 +126,33 @@ def sections(results: Sequence[StepResult]) -> dict[str, list[dict[str, Any]]]:
 def calibration_rows(facts: Facts) -> list[dict[str, Any]]:
     """What was calibrated on: for each set who used it, how many windows came of how many asked, and what each dataset gave.
 
-    `bos` are the ids that every window begins with, `end_of_text` is the one put after each document, or null; each source says
-    whether it was a `stream`. Local files go by their names alone, so that nothing depends on the folder.
+    `bos` are the ids that every window begins with, `suffix` those that it ends with, if any, `end_of_text` is the one put after
+    each document, or null; where samples are more than token ids, `inputs` are dtype and shape of one. Each source says whether it
+    was a `stream`. Local files go by their names alone, so that nothing depends on the folder.
     """
     return [
         {
             "modifiers": [entry.key for entry in facts.recipe.modifiers if entry.config.calibration == spec],
             "asked": tokens.asked,
             "samples": len(tokens),
-            "sequence_length": tokens.ids.shape[1],
+            "sequence_length": tokens.ids.shape[1] if TOKENS in tokens.tensors else None,
             "documents": spec.documents,
             "bos": list(tokens.prefix),
+            **({"suffix": list(tokens.suffix)} if tokens.suffix else {}),
             "end_of_text": tokens.end_of_text,
+            **({} if tokens.is_windows else {"inputs": _inputs(tokens)}),
             "sha256": tokens.sha256,
             "sources": [{**asdict(source), "dataset": without_folders(source.dataset)} for source in tokens.sources],
         }
         for spec, tokens in facts.tokens.items()
     ]
+
+
+def _inputs(samples: InputSet) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape[1:])}
+        for name, x in sorted(samples.tensors.items())
+    }
 
 
 def _perplexity(measured: Perplexity | None) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from armor_recipes.calibration.tokens import has_length
 from armor_recipes.checkpoint.staging import check_destination
 from armor_recipes.errors import InputError, NumericalError, PlanError, RecipeError
 from armor_recipes.integrations.models import ModelSource, moved, rounded, written_dtypes
@@ -24,7 +25,7 @@ def check_lengths(recipe: Recipe, source: ModelSource) -> None:
     """Windows longer than the model's positions end in an index error (learned positions) or in text it never learned."""
     longest = source.facts.positions
     specs = {f"{entry.where}: {entry.name}: calibration": entry.config.calibration for entry in recipe.modifiers}
-    lengths = {where: spec.sequence_length for where, spec in specs.items() if spec is not None}
+    lengths = {where: spec.sequence_length for where, spec in specs.items() if spec is not None and has_length(spec)}
     if recipe.evaluation is not None:
         lengths["evaluation.perplexity"] = recipe.evaluation.perplexity.sequence_length
     problems = [

@@ -1,4 +1,4 @@
-"""The text that a recipe names, as tokens: read before any weight is, so that what is wrong with it is told first."""
+"""The data that a recipe names, as inputs of the model: read before any weight is, so that what is wrong with it is told first."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from armor_recipes.calibration.inputs import InputSet
-from armor_recipes.calibration.tokens import build_tokens
+from armor_recipes.calibration.inputs import InputSet, ModelInputs
+from armor_recipes.calibration.tokens import build_inputs
 from armor_recipes.evaluation.perplexity import evaluation_windows
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.recipe import ModifierEntry, Recipe
@@ -17,7 +17,7 @@ from armor_recipes.run.refusals import Refusals
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Calibration windows by their spec, and those that perplexity is measured on, where it is."""
+    """Calibration samples by their spec, and those that perplexity is measured on, where it is."""
 
     tokens: Mapping[CalibrationSpec, InputSet]
     held_out: InputSet | None
@@ -26,13 +26,13 @@ class Data:
 def read_data(
     recipe: Recipe,
     modifiers: Mapping[str, AnyModifier[Any]],
-    vocab_size: int,
+    inputs: ModelInputs,
     tokenizer: Any | None,
     refused: Refusals,
     *,
     wanted: Callable[[str], bool] = lambda _: True,
 ) -> Data:
-    """Read the datasets that are `wanted`, by name; each modifier is asked whether the windows that came are enough for it.
+    """Read the datasets that are `wanted`, by name; each modifier is asked whether the samples that came are enough for it.
 
     What is wrong is noted in `refused`.
     """
@@ -40,14 +40,14 @@ def read_data(
     for spec, entries in _by_calibration(recipe).items():
         if all(map(wanted, spec.datasets)):
             with refused.noted():
-                tokens[spec] = build_tokens(spec, tokenizer=tokenizer, vocab_size=vocab_size)
+                tokens[spec] = build_inputs(spec, inputs, tokenizer=tokenizer)
         for entry in entries if spec in tokens else ():
             with refused.noted(f"{entry.where}: {entry.name}"):
                 modifiers[entry.key].check_windows(tokens[spec].origins)
     held_out = None
     if recipe.evaluation is not None and wanted(recipe.evaluation.perplexity.dataset):
         with refused.noted():
-            held_out = evaluation_windows(recipe.evaluation.perplexity, tokenizer, vocab_size=vocab_size)
+            held_out = evaluation_windows(recipe.evaluation.perplexity, tokenizer, vocab_size=inputs.vocabulary)
     return Data(tokens, held_out)
 
 

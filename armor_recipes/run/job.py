@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from armor_recipes.calibration.inputs import TOKENS, Batch, some_of
+from armor_recipes.calibration.inputs import Batch, some_of
+from armor_recipes.calibration.random_inputs import draw
 from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_header, write_whole
 from armor_recipes.checkpoint.lock import locked
@@ -26,6 +27,7 @@ from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.models import attention_of, load_model, written_dtypes
 from armor_recipes.integrations.names import left_behind
 from armor_recipes.model.forms import linearise, restore
+from armor_recipes.model.inputs import random_inputs
 from armor_recipes.modifiers import config_types
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
@@ -39,6 +41,9 @@ from armor_recipes.run.result import Result
 from armor_recipes.run.verify import verify_reloaded
 from armor_recipes.session import Session
 from armor_recipes.solver.sweep import sweep_form
+
+#: Tokens of a sample that outputs are compared on where a recipe calibrates on none.
+_PROBED = 32
 
 RecipeLike = Recipe | str | Path | Mapping[str, object] | Sequence[str | Path]
 
@@ -290,10 +295,11 @@ class _Run:
         return report
 
     def probe(self) -> Batch:
-        """A calibration sample, or the first token ids, to compare outputs on."""
+        """A calibration sample, or random inputs, to compare outputs on."""
         for samples in self.ready.data.tokens.values():
             return some_of(samples.tensors, slice(1))
-        return {TOKENS: torch.arange(min(32, self.job.source.vocab_size))[None]}
+        length = min(_PROBED, self.job.source.facts.positions or _PROBED)
+        return draw(random_inputs(self.job.shapes, length), 1, torch.Generator().manual_seed(0))
 
 
 __all__ = ["Job", "apply", "builtin_recipe_dir", "execute", "prepare", "read_recipe"]

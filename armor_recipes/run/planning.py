@@ -15,6 +15,7 @@ from armor_recipes.errors import RecipeError
 from armor_recipes.integrations.models import ModelSource, load_tokenizer, meta_model, open_model
 from armor_recipes.integrations.transformers import check_registered
 from armor_recipes.model.forms import forms_of, linearise, restore
+from armor_recipes.model.inputs import model_inputs
 from armor_recipes.modifiers import AnyModifier, modifiers
 from armor_recipes.plan import Plan, RunEstimate, estimate_run, make_plan
 from armor_recipes.recipe import Recipe
@@ -63,7 +64,7 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
         plan = planned(recipe, source, shapes, instances)
     if plan is None or refused:
         with refused.noted(), resource_errors():
-            read_data(recipe, instances, source.vocab_size, load_tokenizer(source), refused, wanted=is_soon_read)
+            read_data(recipe, instances, model_inputs(shapes), load_tokenizer(source), refused, wanted=is_soon_read)
         refused.tell()
     estimate = estimate_run(plan, recipe, shapes, instances)
     return Job(recipe, source, shapes, instances, plan, estimate, target)

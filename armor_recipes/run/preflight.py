@@ -32,6 +32,7 @@ from armor_recipes.integrations.models import (
     written_dtypes,
 )
 from armor_recipes.integrations.names import left_behind
+from armor_recipes.model.inputs import model_inputs
 from armor_recipes.report.card import model_card
 from armor_recipes.report.licence import Licence, base_licence
 from armor_recipes.report.manifest import Facts, build_manifest
@@ -92,7 +93,8 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
             nbytes = _bytes_of_tensors(job, model)
             check_disk(folder.parent, nbytes)  # what is small lies there now
     watch.phase("tokenize")
-    data = read_data(job.recipe, job.modifiers, job.source.vocab_size, tokenizer, refused) if usable else Data({}, None)
+    inputs = model_inputs(job.shapes)
+    data = read_data(job.recipe, job.modifiers, inputs, tokenizer, refused) if usable else Data({}, None)
     if refused:
         refused.tell()
     return Ready(tokenizer, data, licence, beside, nbytes)

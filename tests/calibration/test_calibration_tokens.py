@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from armor_recipes import builtin
 from armor_recipes.calibration.encoding import encode
-from armor_recipes.calibration.inputs import InputSet
-from armor_recipes.calibration.tokens import build_tokens, hash_tokens, shares
+from armor_recipes.calibration.inputs import InputSet, hash_tokens
+from armor_recipes.calibration.tokens import build_tokens, shares
 from armor_recipes.calibration.windows import pack
 from armor_recipes.errors import InputError
 from armor_recipes.recipe.schema import AtMost, CalibrationSpec, WeightedDataset

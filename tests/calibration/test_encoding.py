@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from armor_recipes.calibration import encoding
-from armor_recipes.calibration.encoding import encode, encode_in_pieces, special_prefix
+from armor_recipes.calibration.encoding import encode, encode_in_pieces, special_ends
 from armor_recipes.errors import InputError
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -309,18 +309,18 @@ def template(single: str | None, *, vocabulary: str = "abcA0") -> PreTrainedToke
 def test_the_prefix_is_what_comes_before_the_text_by_itself(single, expected):
     tokenizer = template(single)
     assert tokenizer.bos_token is None
-    assert special_prefix(tokenizer) == expected
+    assert special_ends(tokenizer)[0] == expected
 
 
 def test_the_prefix_of_a_slow_tokenizer():
-    assert special_prefix(Slow()) == (1,)
+    assert special_ends(Slow())[0] == (1,)
 
 
 def test_a_probe_that_the_tokenizer_does_not_know():
-    assert special_prefix(template("<s> $A </s>", vocabulary="CGT0")) == (0,)
-    assert special_prefix(template("$A", vocabulary="xyz")) == ()
+    assert special_ends(template("<s> $A </s>", vocabulary="CGT0"))[0] == (0,)
+    assert special_ends(template("$A", vocabulary="xyz")) == ((), ())
     with pytest.raises(InputError, match=r"as \[0, 1\] with its special tokens and as \[\] without.*`bos: never`"):
-        special_prefix(template("<s> $A </s>", vocabulary="xyz"))
+        special_ends(template("<s> $A </s>", vocabulary="xyz"))
 
 
 def test_a_text_that_begins_with_the_prefix_gives_it_up():
@@ -337,5 +337,5 @@ def test_the_beginning_spelled_for_a_tokenizer_that_puts_a_space_before_texts():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", bos)]
     )
-    assert special_prefix(tokenizer) == (bos,)
+    assert special_ends(tokenizer)[0] == (bos,)
     assert encode(["<s>the cat"], tokenizer, end=False, prefix=(bos,)).tolist() == whole("the cat", tokenizer)
