@@ -1,0 +1,383 @@
+"""One family through the whole tool: apply, load here and in a stock process, generate, save again, export, and what became of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import armor_recipes
+from armor_recipes.errors import ArmorError
+from armor_recipes.integrations.exporting import export_folder
+from armor_recipes.recipe.schema import ModifierConfig
+from armor_recipes.run import apply, job
+from tests.families.stock import StockProcess
+from tests.support.families import main_class, tiny_config, tiny_model
+from tests.support.family_inputs import Inputs, inputs_for, tensors_of
+
+BLOCK_SIZE = 8
+STORED = torch.bfloat16
+#: How far outputs may be from those in memory where factors are multiplied one after the other instead of folded.
+NEAR = 1e-4
+
+
+@dataclass(slots=True)
+class Record:
+    """What became of one model type.
+
+    Attributes:
+        outcome: `right`; `skip` (right with `unfit: skip`); `refused`; `failed`; `WRONG` (no error, and something lost or other);
+            `unavailable` (transformers itself cannot make, run or read it).
+        step: where it ended, where it did not end right.
+        reason: the error's or difference's one line.
+        parameters, taken: numbers in matrices of repeated blocks, and how many of them were packed.
+        steps: what each step found.
+    """
+
+    model_type: str
+    model_class: str = ""
+    outcome: str = "failed"
+    step: str = ""
+    reason: str = ""
+    parameters: int = 0
+    taken: int = 0
+    inputs: tuple[str, ...] = ()
+    untaken: tuple[str, ...] = ()
+    steps: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """The part of the matrices' numbers that was taken."""
+        return self.taken / self.parameters if self.parameters else 0.0
+
+
+class Ended(Exception):
+    """A structure went no further: `outcome` is why."""
+
+    def __init__(self, outcome: str, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome, self.reason = outcome, reason
+
+
+def run_family(model_type: str, folder: Path, stock: StockProcess, kind: type[PreTrainedModel] | None = None) -> Record:
+    """Take one model type through the tool, in an empty folder; never raises but for what no family is to blame for."""
+    record = Record(model_type)
+    run = _Family(record, folder, stock, kind)
+    for step in (run.make, run.read_back, run.apply, run.lost, run.load, run.stock_load, run.generate, run.again, run.export):
+        record.step = step.__name__
+        try:
+            record.steps[step.__name__] = step() or "ok"
+        except Ended as ended:
+            record.outcome, record.reason = ended.outcome, ended.reason
+            return record
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            record.outcome = "unavailable" if step in (run.make, run.read_back) else "failed"
+            record.reason = f"{_line(error)} ({Path(where.filename).name}:{where.lineno})"
+            return record
+    record.step = ""
+    record.outcome = "skip" if run.skipping else "right"
+    return record
+
+
+class _Family:
+    """The steps; each raises Ended or what it meets, or returns a word for the record."""
+
+    def __init__(self, record: Record, folder: Path, stock: StockProcess, kind: type[PreTrainedModel] | None) -> None:
+        self.record, self.folder, self.stock, self.kind = record, folder, stock, kind
+        self.source, self.out, self.dense = folder / "source", folder / "out", folder / "dense"
+        self.skipping = False
+        self.in_memory: list[Tensor] = []
+        self.rounded: list[Tensor] = []
+        self.generated: Tensor | None = None
+
+    def make(self) -> str | None:
+        """The model, its inputs and its folder."""
+        try:
+            kind = self.kind or main_class(self.record.model_type)
+        except ImportError as error:
+            raise Ended("unavailable", _line(error)) from error
+        if kind is None:
+            raise Ended("unavailable", "no class of its own: a part of other models")
+        self.kind, self.record.model_class = kind, kind.__name__
+        model = tiny_model(kind, tiny_config(self.record.model_type))
+        self.blocks = matrices(model)
+        self.record.parameters = sum(self.blocks.values())
+        if not self.record.parameters:
+            raise Ended("unavailable", "no linear weights in repeated blocks")
+        self.ignore = outside(model, self.blocks)
+        self.inputs: Inputs = inputs_for(model)
+        self.record.inputs = tuple(self.inputs)
+        cast: nn.Module = model
+        cast.to(STORED)
+        model.save_pretrained(self.source)
+        return None
+
+    def read_back(self) -> str | None:
+        """Whether transformers reads its own folder."""
+        assert self.kind is not None
+        model, info = self.kind.from_pretrained(self.source, dtype=torch.float32, output_loading_info=True)
+        if info["missing_keys"] or info["mismatched_keys"]:
+            raise Ended("unavailable", f"transformers does not read what it wrote: {sorted(info['missing_keys'])[:3]}")
+        self.before = outputs(model, self.inputs)
+        if not all(bool(t.isfinite().all()) for t in self.before):
+            return "outputs with numbers that are not finite"
+        self.can_generate = self._generates(model)
+        return None
+
+    def _generates(self, model: PreTrainedModel) -> bool:
+        if not (self.kind and self.kind.can_generate()):
+            return False
+        try:
+            generated(model, self.inputs)
+        except Exception:  # transformers' own; then it is no step here
+            return False
+        return True
+
+    def apply(self) -> str | None:
+        """The recipe, first as it is and then with `unfit: skip`."""
+        for self.skipping in (False, True):
+            try:
+                with memory(self._remember):
+                    result = apply(self.recipe(), overwrite=True)
+                break
+            except ArmorError as error:
+                if self.skipping or "unfit" not in ModifierConfig.model_fields or type(error).__name__ != "PlanError":
+                    kind = "refused" if type(error).__name__ in ("PlanError", "InputError", "RecipeError") else "failed"
+                    raise Ended(kind, f"{type(error).__name__}: {_line(error)}") from error
+                first = error
+        self.packed = tuple(dict.fromkeys(row.name for row in result.plan.modules if row.stored_as == "packed"))
+        self.record.taken = sum(row.shape.d_out * row.shape.d_in for row in _once(result.plan.modules))
+        self.record.untaken = tuple(name for name in self.blocks if not any(p == name or p.startswith(name + ".") for p in self.packed))
+        return f"with unfit: skip, else: {_line(first)}" if self.skipping else None
+
+    def _remember(self, model: PreTrainedModel) -> None:
+        self.in_memory = outputs(model, self.inputs)
+        self.generated = generated(model, self.inputs) if self.can_generate else None
+
+    def recipe(self) -> dict[str, Any]:
+        """ARMOR on every linear module of repeated blocks."""
+        file = self.folder / "inputs.safetensors"
+        save_file({name: value.contiguous() for name, value in sampled(self.inputs).items()}, file)
+        armor = {"targets": ["Linear"], "ignore": self.ignore, "block_size": BLOCK_SIZE, "iterations": 1}
+        return {
+            "model": str(self.source),
+            "calibration": self.calibration(file),
+            "prune_stage": {"armor_modifiers": {"ARMORModifier": {**armor, **({"unfit": "skip"} if self.skipping else {})}}},
+            "output": {"path": str(self.out)},
+        }
+
+    def calibration(self, file: Path) -> dict[str, Any]:
+        """These inputs; windows of random tokens where they are token ids and nothing else."""
+        if self.inputs.keys() == {"input_ids"} and self.inputs["input_ids"].dim() == 2:
+            return {"dataset": "builtin:random-tokens", "samples": 2, "sequence_length": 16, "batch_size": 2}
+        return {"dataset": str(file), "samples": 2, "batch_size": 2}
+
+    def lost(self) -> str | None:
+        """Every tensor of the source is written as it was, or is a weight that was packed."""
+        before, after = tensors(self.source), tensors(self.out)
+        packed = [name for name in before if name not in after]
+        gone = [name for name in packed if not any(covers(name, p) for p in self.packed)]
+        other = [n for n in before.keys() & after.keys() if not same(before[n], after[n]) and n.removesuffix(".weight") not in self.packed]
+        if gone or other:
+            raise Ended("WRONG", f"lost: {gone[:4]}; changed: {sorted(other)[:4]}")
+        return f"{len(after)} tensors, {len(self.packed)} packed modules"
+
+    def load(self) -> str | None:
+        """`armor_recipes.load` gives what was in memory, bit for bit."""
+        model = armor_recipes.load(self.out, dtype=torch.float32, backend="folded")
+        self.kind_is(model)
+        equal(outputs(model, self.inputs), self.in_memory, "load")
+        with torch.no_grad():
+            for name in self.packed:  # as the dense export stores them
+                weight = model.get_submodule(name).to_dense().weight
+                weight.copy_(weight.to(STORED))
+        self.rounded = outputs(model, self.inputs)
+        return None
+
+    def kind_is(self, model: nn.Module) -> None:
+        """The class that config.json names is what is loaded."""
+        if type(model).__name__ != self.record.model_class:
+            raise Ended("WRONG", f"{self.record.model_class} is loaded as {type(model).__name__}")
+
+    def stock_load(self) -> str | None:
+        """`from_pretrained` of the class in config.json, with the package imported."""
+        assert self.kind is not None
+        loaded, info = self.kind.from_pretrained(self.out, dtype=torch.float32, output_loading_info=True)
+        problems = {key: sorted(map(str, value))[:3] for key, value in info.items() if value and key in ("missing_keys", "mismatched_keys")}
+        if problems:
+            raise Ended("WRONG", f"from_pretrained: {problems}")
+        far = distance(outputs(loaded, self.inputs), self.in_memory)
+        if far > NEAR:
+            raise Ended("WRONG", f"from_pretrained differs by {far:.2g}")
+        return f"{far:.1g}"
+
+    def generate(self) -> str | None:
+        """What is loaded generates what the model in memory does."""
+        if self.generated is None:
+            return "no generation"
+        found = generated(armor_recipes.load(self.out, dtype=torch.float32, backend="folded"), self.inputs)
+        if not torch.equal(found, self.generated):
+            raise Ended("WRONG", "other tokens are generated")
+        return None
+
+    def again(self) -> str | None:
+        """Loaded in its own dtypes and saved again, it is the same tensors."""
+        assert self.kind is not None
+        self.kind.from_pretrained(self.out, dtype="auto").save_pretrained(self.folder / "again")
+        before, after = tensors(self.out), tensors(self.folder / "again")
+        lost, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
+        changed = [n for n in before.keys() & after.keys() if not same(before[n], after[n])]
+        if lost or new or changed:
+            raise Ended("WRONG", f"saved again: lost {lost[:3]}, new {new[:3]}, changed {changed[:3]}")
+        return None
+
+    def export(self) -> str | None:
+        """Exported dense, a process without this package gives the same."""
+        export_folder(self.out, self.dense, to="dense")
+        before, after = tensors(self.source), tensors(self.dense)
+        if {n: (t.shape, t.dtype) for n, t in before.items()} != {n: (t.shape, t.dtype) for n, t in after.items()}:
+            lost, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
+            raise Ended("WRONG", f"exported: lost {lost[:3]}, new {new[:3]}, or another shape or dtype")
+        found = self.stock.outputs(self.dense, self.record.model_class, self.inputs)
+        equal(found, self.rounded, "exported and read by transformers alone")
+        return None
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------------
+
+
+def matrices(model: nn.Module) -> dict[str, int]:
+    """Numbers in the matrices of repeated blocks, by module (of fused experts: the module that holds them)."""
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if not in_block(model, name):
+            continue
+        for parameter in module.parameters(recurse=False):
+            wanted = parameter.dim() == 2 if is_linear(module) else parameter.dim() == 3 and is_experts(module)
+            if wanted and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[name] = found.get(name, 0) + parameter.numel()
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it multiplies by a matrix: `nn.Linear`, or transformers' transposed `Conv1D`."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it holds the stacked matrices of experts."""
+    return "expert" in type(module).__name__.lower() and "conv" not in type(module).__name__.lower()
+
+
+def in_block(model: nn.Module, name: str) -> bool:
+    """Whether a module is inside of a list of at least two modules of one class that hold matrices."""
+    parts = name.split(".")
+    for at, part in enumerate(parts):
+        if part.isdigit() and at:
+            parent = model.get_submodule(".".join(parts[:at]))
+            if isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(m) for m in parent}) < len(parent):
+                return True
+    return False
+
+
+def outside(model: nn.Module, blocks: dict[str, int]) -> list[str]:
+    """Linear modules that are no part of a block, for `ignore`."""
+    return [name for name, m in model.named_modules() if is_linear(m) and name not in blocks]
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """All float tensors of a forward pass."""
+    model.eval()
+    return [tensor.detach().clone() for tensor in tensors_of(model(**inputs))]
+
+
+@torch.no_grad()
+def generated(model: Any, inputs: Inputs) -> Tensor:
+    """Ids of three more tokens, chosen greedily."""
+    given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    found = model.generate(**given, max_new_tokens=3, do_sample=False)
+    tokens: Tensor = found if isinstance(found, Tensor) else found.sequences
+    return tokens
+
+
+def equal(found: list[Tensor], wanted: list[Tensor], what: str) -> None:
+    """Raise Ended where outputs are not the same bits; numbers that are NaN in both are equal."""
+    if len(found) != len(wanted) or not all(map(same, found, wanted)):
+        raise Ended("WRONG", f"{what}: outputs differ by {distance(found, wanted):.2g}")
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same shape, dtype and numbers."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool(torch.equal(one, other) or ((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest difference, relative to the largest number of its tensor; infinite where shapes differ."""
+    if [t.shape for t in found] != [t.shape for t in wanted]:
+        return float("inf")
+    pairs = zip(found, wanted, strict=True)
+    return max((float((a - b).abs().nan_to_num().max() / b.abs().nan_to_num().max().clamp(min=1e-9)) for a, b in pairs if a.numel()), default=0.0)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files."""
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def covers(name: str, packed: str) -> bool:
+    """Whether a tensor of the source is the weight of that packed module, or one parameter that it is a part of."""
+    return name == f"{packed}.weight" or packed.startswith(re.sub(r"\.[^.]+$", ".", name))
+
+
+def sampled(inputs: Inputs) -> dict[str, Tensor]:
+    """The same with the sample as the first dimension of all: patches of images are counted by their grids."""
+    grids = next((inputs[n] for n in ("image_grid_thw", "grid_thw") if n in inputs), None)
+    if grids is None:
+        return dict(inputs)
+    rows = int(grids[0].prod())
+    return {name: v.unflatten(0, (len(grids), rows)) if len(v) == rows * len(grids) else v for name, v in inputs.items()}
+
+
+@contextmanager
+def memory(look: Callable[[PreTrainedModel], None]) -> Iterator[None]:
+    """Show the compressed model in memory to `look`, before the checkpoint is verified."""
+    verify = job.verify_reloaded
+
+    def watched(folder: Path, model: PreTrainedModel, **options: Any) -> None:
+        look(model)
+        verify(folder, model, **options)
+
+    with patch.object(job, "verify_reloaded", watched):
+        yield
+
+
+def _once(rows: Any) -> list[Any]:
+    return list({row.name: row for row in rows}.values())
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def write_record(record: Record, folder: Path) -> None:
+    """One JSON a structure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{record.model_type}--{record.model_class or 'none'}.json"
+    (folder / name).write_text(json.dumps(asdict(record), indent=1) + "\n")
