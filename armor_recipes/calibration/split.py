@@ -71,6 +71,16 @@ class SplitGram:
         """Input rows seen so far."""
         return sum(part.tokens for part in self._parts.values()) if self._found is None else self._found.tokens
 
+    @property
+    def full_bytes(self) -> int:
+        """Memory of its sums once it has seen windows of both parts; several datasets are up to four."""
+        return 2 * self._empty().full_bytes
+
+    @property
+    def enough_tokens(self) -> int:
+        """As of an `InputGram`."""
+        return self._empty().enough_tokens
+
     def update(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Take inputs `(B, L, I)`, a window an entry of B, or rows `(..., I)` as one window; and the dense model's beside them."""
         self._check_open()

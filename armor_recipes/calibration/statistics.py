@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Self
 
@@ -23,6 +24,9 @@ _GRAM_ROWS = 2048
 #: Rows of a Gram matrix that are averaged with the transpose at once, so that no second float64 matrix is made for it.
 _READ_ROWS = 256
 
+#: Tokens from which on the mean squares of a few inputs are better for these than those of many others.
+ENOUGH_TOKENS = 128
+
 
 class _InputMean(ABC):
     """A mean over a module's input rows, accumulated in float64 on the device of the inputs.
@@ -41,6 +45,16 @@ class _InputMean(ABC):
     def tokens(self) -> int:
         """Input rows seen so far."""
         return self._tokens
+
+    @property
+    def full_bytes(self) -> int:
+        """Memory of its sum once it has seen a row."""
+        return 8 * math.prod(self._shape())
+
+    @property
+    def enough_tokens(self) -> int:
+        """From how many tokens on an expert's own is better than that of all experts of its layer, by measurement (experts.md)."""
+        return ENOUGH_TOKENS
 
     def update(self, x: Tensor) -> None:
         """Take inputs `(..., I)` of any floating dtype. Raises ValueError if the last dimension is not `d_in`."""
@@ -159,6 +173,11 @@ class InputGram(_InputMean):
     Products are float32 over at most 2048 rows of one call of `update`, and summed in float64. Rows are not kept back to
     fill a chunk: the same calls give the same bits, another grouping into batches differs by float32 rounding.
     """
+
+    @property
+    def enough_tokens(self) -> int:
+        """One for each channel."""
+        return max(ENOUGH_TOKENS, self.d_in)
 
     def _shape(self) -> tuple[int, ...]:
         return (self.d_in, self.d_in)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from rich.console import Group, RenderableType
@@ -15,9 +16,13 @@ from rich.text import Text
 
 from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
 from armor_recipes.modifiers.kinds.contract import Skipped, entry_name
+from armor_recipes.modifiers.kinds.experts import ExpertBelow
 from armor_recipes.modifiers.kinds.module import ModulePlan
+from armor_recipes.modifiers.kinds.refiner import UnitLeftOut
 from armor_recipes.plan import Plan, RunEstimate
+from armor_recipes.plan.experts import ExpertsPlan
 from armor_recipes.recipe import Recipe
+from armor_recipes.report.experts import totals_done
 from armor_recipes.report.manifest import sections, without_folders
 from armor_recipes.run import Result
 
@@ -45,7 +50,7 @@ def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
     folded = sum(module.stored_as == "dense" and module.block_size is not None for module in plan.modules)
     for key, count in Counter(row.modifier for row in plan.rearrangements).items():
         lines.append(f"{entry_name(key)}: reorders the input channels of {count} modules first; bytes stay")
-    lines += _planned_refinements(plan)
+    lines += _planned_refinements(plan) + _planned_experts(plan)
     if folded:
         lines.append(
             f"{folded} factorised weights cannot be packed (that needs 2:4, blocks of a multiple of 4 columns, and rows of a "
@@ -154,6 +159,26 @@ def _shared_lines(plan: Plan) -> list[str]:
     return [f"one weight, changed once: {', '.join((name, *uses))}" for name, uses in shared.items()]
 
 
+def _planned_experts(plan: Plan) -> list[str]:
+    """One line for all layers of experts that are alike: how many experts are taken, and how many tokens each can expect."""
+    alike: dict[ExpertsPlan, list[str]] = {}
+    for layer in plan.experts:
+        alike.setdefault(replace(layer, layer=""), []).append(layer.layer)
+    lines = []
+    for like, layers in alike.items():
+        tokens = "an unknown number" if like.expected_tokens is None else f"about {like.expected_tokens}"
+        lines.append(
+            f"{entry_name(like.modifier)}: {like.experts} of {like.total} experts in {len(layers)} layer(s), "
+            f"{layers[0]}{f' to {layers[-1]}' if len(layers) > 1 else ''}; {tokens} of its calibration tokens reach each"
+            + (
+                f", fewer than the {like.minimum_tokens} of moe.minimum_tokens (below: {like.below})"
+                if like.too_few
+                else ""
+            )
+        )
+    return lines
+
+
 def _plan_row(modules: Sequence[ModulePlan]) -> tuple[str, ...]:
     """The cells of modules that are alike: their names as one, and their bytes together."""
     first = modules[0]
@@ -197,7 +222,7 @@ def summary(result: Result) -> RenderableType:
         size(small),
         "?" if large is None else f"{small / large:.3f}",
     )
-    totals = result.plan.totals
+    totals = totals_done(result.plan, result.modules, result.results)
     table.add_row(
         "pruned weights",
         size(totals.bytes_before),
@@ -210,14 +235,42 @@ def summary(result: Result) -> RenderableType:
     lines += [_calibration_line(row) for row in report["calibration"]]
     lines += _rearrangement_lines(result)
     lines += _refinement_lines(result)
-    lines += _change_lines(result)
+    lines += _change_lines(result) + _expert_lines(result)
     lines += skipped_lines(result.plan)
     lines += [f"{name}: {count}" for name, count in sorted(total_counts(result).items())]
     lines.append(
         f"{totals.modules} modules in {report['seconds']:.0f} s, peak memory {size(report['peak_memory_bytes'])}"
     )
     lines.append(f"checkpoint: {result.output}")
-    return Group(table, Text("\n".join(lines)))
+    experts = [_experts_table(report["experts"])] if report["experts"] else []
+    return Group(table, *experts, Text("\n".join(lines)))
+
+
+def _experts_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line for each layer of experts: calibration tokens of one, and how many saw too few."""
+    table = Table(title="Calibration tokens of an expert")
+    table.add_column("experts", overflow="fold")
+    table.add_column("for", overflow="fold")
+    for heading in ("number", "fewest", "median", "most", "too few"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        numbers = [f"{row[key]:g}" for key in ("experts", "fewest", "median", "most", "below")]
+        table.add_row(row["layer"], ", ".join(map(entry_name, row["modifiers"])), *numbers)
+    return table
+
+
+def _expert_lines(result: Result) -> list[str]:
+    """What was done with experts that too few tokens reached, and units of training that they left nothing of."""
+    lines = []
+    for name, rows in _by_modifier(r for r in result.results if isinstance(r, ExpertBelow)).items():
+        done = {"skip": "left as they were", "layer-moment": "calibrated on what all experts of their layer saw"}
+        lines.append(
+            f"{name}: {len(rows)} modules of experts saw fewer than {max(row.minimum for row in rows)} calibration tokens and were "
+            f"{done[rows[0].done]}"
+        )
+    for name, units in _by_modifier(r for r in result.results if isinstance(r, UnitLeftOut)).items():
+        lines.append(f"{name}: {len(units)} unit(s) not trained: all of their modules were left dense")
+    return lines
 
 
 def _calibration_line(row: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ class ModelFacts:
         attention: the attention implementation in use; None where transformers chose none.
         encoder_decoder: whether an encoder goes before the decoder.
         quantized: whether the config describes quantised or compressed weights.
+        experts_per_token: experts of a layer that a router gives a token to, in a mixture of experts.
     """
 
     hidden_size: int | None
@@ -38,6 +39,7 @@ class ModelFacts:
     attention: str | None
     encoder_decoder: bool
     quantized: bool
+    experts_per_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,16 @@ def facts_of(config: Any) -> ModelFacts:
         attention=attention if isinstance(attention, str) else None,
         encoder_decoder=getattr(config, "is_encoder_decoder", False) is True,
         quantized=getattr(config, "quantization_config", None) is not None,
+        experts_per_token=_experts_per_token(text),
     )
+
+
+def _experts_per_token(text: Any) -> int | None:
+    """By the names that configs have for it, some in a section of their own."""
+    sections = (text, getattr(text, "ffn_config", None))
+    names = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_topk", "moe_k", "num_selected_experts")
+    found = (_number(section, name) for section in sections for name in names)
+    return next((number for number in found if number is not None), None)
 
 
 def model_facts(model: nn.Module) -> ModelFacts:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from armor_recipes.model.experts import in_parts
+
 
 class Hooks:
     """A depth-counted context manager. Hooks added inside a `with` belong to that depth and go when it is left.
@@ -58,10 +60,11 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs["input"]
 
 
-def feeding(statistic: Any) -> Any:
-    """A forward pre-hook that gives a module's input to the statistic's `update`."""
+def feeding(statistic: Any, name: str) -> Any:
+    """A forward pre-hook that gives the input of the module of that name to the statistic's `update`."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        statistic.update(input_of(args, kwargs))
+        for (rows,) in in_parts(name, input_of(args, kwargs)):
+            statistic.update(rows)
 
     return hook

@@ -153,6 +153,19 @@ class KnowsOrigins(Protocol):
         """
 
 
+@runtime_checkable
+class KnowsItsSize(Protocol):
+    """A statistic that says what it takes, for the plan's estimate and for experts that few tokens reach."""
+
+    @property
+    def full_bytes(self) -> int:
+        """Memory of its sums once it has seen enough of each kind."""
+
+    @property
+    def enough_tokens(self) -> int:
+        """From how many tokens on an expert's own is better than that of all experts of its layer."""
+
+
 @dataclass(frozen=True, slots=True)
 class WithGradients:
     """A module's input statistic, and g `(O,)`: the mean square of the gradient of the model's loss at each output, float32.

@@ -14,6 +14,7 @@ from armor_recipes.model.facts import ModelFacts, model_facts
 from armor_recipes.model.linears import Linears, find_linears
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.modifiers.kinds.contract import Planned, Planning, Row, Skipped, entry_name, once
+from armor_recipes.plan.experts import expert_notes, expert_problems, plan_experts
 from armor_recipes.plan.plan import Plan, Totals, last_of_each
 from armor_recipes.plan.serving import PackedModule, serve_problems
 from armor_recipes.plan.sharing import resolve_shared
@@ -67,9 +68,11 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
         before.append((entry, modifier))
     problems += _conflicts(recipe, rows, modifiers) + _late_dense(recipe, modifiers)
     problems += _conflicts_of_kinds(recipe, rows, modifiers)
+    problems += expert_problems(recipe, model, rows, modifiers)
     problems += _unservable(recipe, subject, rows)
     if problems:
         raise PlanError("\n".join(problems))
+    experts = plan_experts(recipe, model, subject.facts, rows, modifiers)
     touched = {name for row in rows for name in row.takes}
     return Plan(
         model=recipe.model.id,
@@ -78,6 +81,8 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
         ignored=tuple(name for name in ignored if name not in touched),
         totals=_totals(rows, model, itemsize),
         skipped=tuple(skipped),
+        notes=tuple(expert_notes(recipe, experts)),
+        experts=experts,
     )
 
 

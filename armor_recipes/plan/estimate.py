@@ -15,6 +15,7 @@ from torch import nn
 from armor_recipes.model.facts import model_facts
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.modifiers.kinds.contract import Row, calibration_tokens
+from armor_recipes.plan.experts import held_bytes
 from armor_recipes.plan.plan import Plan
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
@@ -55,7 +56,9 @@ def estimate_run(
     parameters = sum(p.numel() for p in model.parameters())
     return RunEstimate(
         peak_bytes=estimate_peak_bytes(
-            model, tokens, solve_bytes=max([0, *map(bytes_at_once, places.values()), *others])
+            model,
+            tokens,
+            solve_bytes=max([0, *map(bytes_at_once, places.values()), *others]) + held_bytes(plan.rows, modifiers),
         ),
         seconds=estimate_seconds(plan.flops, parameters, passed),
     )

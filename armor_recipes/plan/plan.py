@@ -12,6 +12,7 @@ from armor_recipes.modifiers.kinds.contract import Row, Skipped
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.rearranger import RearrangePlan
 from armor_recipes.modifiers.kinds.refiner import RefinePlan
+from armor_recipes.plan.experts import ExpertsPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Plan:
 
     `layers` are the names of the blocks, by their numbers; `skipped` are targeted modules that an entry with `unfit: skip` cannot
     change, with the reason; `notes` are sentences on what comes out otherwise than it went in; `forms` are the names of modules
-    that become linear layers (fused experts, transposed layers), some of which are in `rows`.
+    that become linear layers (fused experts, transposed layers), some of which are in `rows`;
+    `experts` is what the experts of mixtures are calibrated on.
     Plans are equal, and have equal hashes, where they say the same.
     """
 
@@ -43,6 +45,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    experts: tuple[ExpertsPlan, ...] = ()
     _by_place: Mapping[tuple[str, int | None], tuple[Row, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -110,7 +113,8 @@ class Plan:
             "skipped": skipped,
         }
         forms = {"linear_forms": list(self.forms)} if self.forms else {}
-        return {"model": self.model, "layers": list(self.layers), **sections, **others, **forms}
+        experts = {"experts": [asdict(layer) for layer in self.experts]} if self.experts else {}
+        return {"model": self.model, "layers": list(self.layers), **sections, **others, **forms, **experts}
 
     @property
     def sha256(self) -> str:

@@ -12,7 +12,7 @@ from armor_recipes.recipe.composition import Files, apply_overrides, passable, s
 from armor_recipes.recipe.problems import Mark, Problems
 from armor_recipes.recipe.python_source import read_mapping
 from armor_recipes.recipe.recipe import ModifierEntry, Recipe
-from armor_recipes.recipe.schema import ModifierConfig, Sections
+from armor_recipes.recipe.schema import ModifierConfig, MoeSpec, Sections
 from armor_recipes.recipe.stages import SECTIONS, STAGE, Placed, Stages, listed_names
 from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, is_null, merge, plain
 from armor_recipes.recipe.validation import validate
@@ -123,6 +123,7 @@ def _check(table: Table, registry: Registry, problems: Problems) -> Recipe:
         output=sections.output,
         evaluation=sections.evaluation,
         serve=sections.serve,
+        moe=sections.moe or MoeSpec(),
         resolved=_resolved(table),
     )
 

@@ -15,6 +15,7 @@ from armor_recipes.recipe.schema import (
     EvaluationSpec,
     ModelSpec,
     ModifierConfig,
+    MoeSpec,
     OutputSpec,
     ServeSpec,
 )
@@ -59,6 +60,7 @@ class Recipe:
     output: OutputSpec
     evaluation: EvaluationSpec | None
     serve: ServeSpec | None
+    moe: MoeSpec
     resolved: dict[str, Any]
     files: tuple[Path, ...] = ()
 

@@ -17,6 +17,7 @@ from armor_recipes.recipe.schema import (
     EvaluationSpec,
     ModelSpec,
     ModifierConfig,
+    MoeSpec,
     OutputSpec,
     PerplexitySpec,
     Sections,
@@ -34,6 +35,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("evaluation.perplexity", PerplexitySpec),
     ("output", OutputSpec),
     ("serve", ServeSpec),
+    ("moe", MoeSpec),
 )
 
 

@@ -176,6 +176,12 @@ class CalibrationSpec(Strict):
     bos: Bos = "auto"
     batch_size: Count = Field(default=8, title="Batch size", description="Windows in one forward pass.")
     seed: Seed = Field(default=0, title="Seed", description="Seed of the choice of windows.")
+    experts: Literal["routed", "all"] = Field(
+        default="routed",
+        title="Experts",
+        description="What an expert of a mixture is calibrated on: `routed`, the tokens that the router gives it; `all`, all "
+        "tokens, while outputs stay those of the routed ones.",
+    )
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -233,6 +239,23 @@ class ServeSpec(Strict):
     )
 
 
+class MoeSpec(Strict):
+    """What becomes of experts that too few calibration tokens reach."""
+
+    minimum_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto",
+        title="Fewest tokens",
+        description="Calibration tokens that each targeted module of an expert is to see; 0 asks for none. `auto`: 128, or as many "
+        "as the module has input channels where products of channels are asked for (`hessian`, SparseGPT).",
+    )
+    below: Literal["error", "layer-moment", "skip"] = Field(
+        default="layer-moment",
+        title="Below it",
+        description="What is done with an expert that sees fewer: `layer-moment`, it is calibrated on what all targeted experts of "
+        "its layer see; `skip`, it is left as it is; `error`, the run ends. The summary and the report count them.",
+    )
+
+
 class Sections(Strict):
     """The sections of a recipe beside its stages."""
 
@@ -248,6 +271,11 @@ class Sections(Strict):
     )
     serve: ServeSpec | None = Field(
         default=None, title="Serve", description="What the plan checks for a server; left out, nothing."
+    )
+    moe: MoeSpec | None = Field(
+        default=None,
+        title="Mixtures of experts",
+        description="What becomes of experts that too few calibration tokens reach; left out, the defaults of its keys.",
     )
 
 

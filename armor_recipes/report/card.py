@@ -23,7 +23,7 @@ def model_card(facts: Facts, licence: Licence, *, base_model: str | None) -> str
         "library_name": "transformers",
         "tags": ["armor", *patterns, "sparse", "compressed-tensors"],
     }
-    totals = facts.plan.totals
+    totals = facts.totals
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---

@@ -18,9 +18,10 @@ from armor_recipes.evaluation.perplexity import Perplexity
 from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.refiner import RefineResult
-from armor_recipes.plan import Plan
+from armor_recipes.plan import Plan, Totals
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
+from armor_recipes.report.experts import expert_rows, totals_done
 from armor_recipes.solver.sweep import sweep_form
 from armor_recipes.version import __version__
 
@@ -50,6 +51,16 @@ class Facts:
         return tuple(result for result in self.results if isinstance(result, RefineResult))
 
     @property
+    def totals(self) -> Totals:
+        """Of what was done: the plan's, less experts that were left alone."""
+        return totals_done(self.plan, self.modules, self.results)
+
+    @property
+    def experts(self) -> list[dict[str, Any]]:
+        """How many calibration tokens the experts of each layer saw; empty without experts."""
+        return expert_rows(self.recipe, self.modules, self.results)
+
+    @property
     def model_name(self) -> str:
         """The model as others may read of it: a path of this machine by its last part."""
         return without_folders(self.recipe.model.id)
@@ -76,7 +87,7 @@ def without_folders(name: str) -> str:
 
 def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
     """Plain data for the manifest; `tensors` are SHA-256 by name, as written."""
-    plans = facts.plan.stored
+    plans, totals, experts = facts.plan.stored, facts.totals, facts.experts
     return {
         "format_version": FORMAT_VERSION,
         "armor_recipes": __version__,
@@ -93,12 +104,13 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
         "calibration": calibration_rows(facts),
         "evaluation": {"before": _perplexity(facts.before), "after": _perplexity(facts.after)},
         "totals": {
-            "modules": facts.plan.totals.modules,
-            "bytes_before": facts.plan.totals.bytes_before,
-            "bytes_after": facts.plan.totals.bytes_after,
-            "factor_bytes": facts.plan.totals.factor_bytes,
+            "modules": totals.modules,
+            "bytes_before": totals.bytes_before,
+            "bytes_after": totals.bytes_after,
+            "factor_bytes": totals.factor_bytes,
         },
         "modules": {name: _module(result, plans[name]) for name, result in facts.modules.items()},
+        **({"experts": experts} if experts else {}),
         **sections(facts.results),
         **({"linear_forms": list(facts.plan.forms)} if facts.plan.forms else {}),
         **skipped_rows(facts.plan),

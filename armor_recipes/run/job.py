@@ -286,6 +286,7 @@ class _Run:
             **self.watch.report(folder, source=job.source.folder, estimate=job.estimate, modules=facts.modules),
             "seconds_by_refinement": {f"{r.modifier} {r.unit}": round(r.seconds, 3) for r in facts.refinements},
             "calibration": calibration_rows(facts),
+            "experts": facts.experts,
             "sweep": sweep_form(job.device.type),
             **skipped_rows(job.plan),
             "left_out": list(self.ready.companions.left_out),

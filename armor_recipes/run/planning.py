@@ -81,7 +81,7 @@ def planned(
     plan = make_plan(recipe, shapes, instances, itemsize=source.stored_dtype.itemsize)
     forms = forms_of(shapes, plan.shapes)
     restore(shapes, set(every).difference(forms))
-    return replace(plan, forms=forms, notes=narrowed(plan, source, shapes))
+    return replace(plan, forms=forms, notes=(*plan.notes, *narrowed(plan, source, shapes)))
 
 
 def parse_device(name: str) -> torch.device:

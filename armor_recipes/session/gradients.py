@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from armor_recipes.calibration.inputs import Batch
 from armor_recipes.errors import NumericalError
 from armor_recipes.events import PhaseStarted
+from armor_recipes.model.experts import expert_of
 from armor_recipes.model.replay import LayerCall, feed
 from armor_recipes.model.views import frozen, view
 from armor_recipes.modifiers.kinds.contract import BlockContext, Row, Share, located
+from armor_recipes.modifiers.kinds.experts import minimum_tokens
 from armor_recipes.modifiers.seeding import module_seed
 from armor_recipes.modifiers.threads import one_thread_each
-from armor_recipes.recipe.schema import CalibrationSpec
+from armor_recipes.recipe.schema import CalibrationSpec, MoeSpec
 
 #: Tokens whose probabilities are taken at once: the vocabulary is large.
 _ROWS = 64
@@ -47,6 +49,27 @@ class OutputGradients:
             )
         return mean
 
+    def of_enough(self, moe: MoeSpec) -> OutputGradients:
+        """The same, but of experts that fewer rows than the minimum reached what the same module of all experts of the layer has.
+
+        Where the recipe says `below: error` all stay as they are: the statistics of inputs say so.
+        """
+        least = minimum_tokens(moe)
+        poor = [name for name, rows in self.rows.items() if rows < least and expert_of(name)]
+        if moe.below == "error" or not poor:
+            return self
+        peers: dict[tuple[str, str], list[str]] = {}
+        for name, expert in ((name, expert_of(name)) for name in self.rows):
+            if expert is not None:
+                peers.setdefault((expert.layer, expert.part), []).append(name)
+        sums, rows = dict(self.sums), dict(self.rows)
+        for names in peers.values():
+            shared = [self.sums[name] for name in names if name in self.sums]
+            for name in (name for name in names if self.rows[name] < least):
+                rows[name] = sum(self.rows[other] for other in names)
+                sums |= {name: torch.stack(shared).sum(0)} if shared else {}
+        return OutputGradients(sums, rows)
+
 
 def stage_gradients(shares: Sequence[Share], rows: Sequence[Row], context: BlockContext) -> dict[str, Tensor]:
     """Each module's g `(O,)`, of those whose modifiers ask for it: on their calibration, from the model as the stage finds it."""
@@ -61,6 +84,7 @@ def stage_gradients(shares: Sequence[Share], rows: Sequence[Row], context: Block
         context.observer(PhaseStarted("gradients of the outputs"))
         first = context.stack.names[0]
         found = output_gradients(context.model, first, list(takers), context.batches(spec), seed=seed)
+        found = found.of_enough(context.moe)
         for name, share in takers.items():
             weight = context.weights.read(f"{name}.weight")
             with located(share.entry, name):

@@ -10,6 +10,7 @@ from torch import nn
 
 from armor_recipes.calibration.inputs import InputSet
 from armor_recipes.model.blocks import Stack
+from armor_recipes.model.experts import every_expert
 from armor_recipes.model.hooks import Hooks, feeding
 from armor_recipes.model.replay import Stream, capture_stream
 from armor_recipes.modifiers.kinds.contract import BlockContext, Original, Share, Statistics, StreamKey
@@ -40,7 +41,8 @@ def observe(stream: Stream, shares: Sequence[Share], context: BlockContext, *, a
 
     With `advance` the stream goes on to the next block.
     """
-    with context.hooks:
+    every = any(share.every_expert for share in shares)  # those that read one stream share their calibration
+    with every_expert(context.module, wanted=every), context.hooks:
         collected = {share.entry.key: _statistics(share, context) for share in shares}
         if advance:
             stream.advance(context.index)
@@ -54,9 +56,9 @@ def _statistics(share: Share, context: BlockContext) -> Statistics:
     found: dict[str, Any] = {}
     statistics = {}
     for shape in (shape for row in share.rows for shape in row.observed):
-        reader = context.reader(shape.name)
+        reader = context.fed_with(shape.name, share)
         if reader not in found:
             found[reader] = context.statistic(share, shape)
-            context.hooks.before(context.model.get_submodule(shape.name), feeding(found[reader]))
+            context.hooks.before(context.model.get_submodule(shape.name), feeding(found[reader], shape.name))
         statistics[shape.name] = found[reader]
     return statistics

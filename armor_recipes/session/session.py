@@ -12,6 +12,7 @@ from torch import nn
 from armor_recipes.calibration.inputs import InputSet, some_of
 from armor_recipes.events import LayerStarted, Observer, PhaseStarted, ignore_events, one_at_a_time
 from armor_recipes.model.blocks import Stack, find_stacks
+from armor_recipes.model.experts import every_expert, readers_within_experts
 from armor_recipes.model.hooks import Hooks
 from armor_recipes.model.replay import Stream, input_groups
 from armor_recipes.model.store import InMemory
@@ -68,6 +69,7 @@ class Session:
         self.weights = InMemory(model, stored_dtype=stored_dtype)
         self.stacks = find_stacks(model)
         self._readers: dict[str, str] = {}
+        self._layer_readers: dict[str, str] = {}
         self._work, self._work_done = plan.flops or 1.0, 0.0
 
     def __enter__(self) -> Session:
@@ -140,7 +142,9 @@ class Session:
         if streams and not self._readers:
             names = list(dict.fromkeys(name for row in self.plan.rows for name in row.takes))
             window = some_of(self.tokens[next(iter(streams))[0]].tensors, slice(1))
-            self._readers = input_groups(self.model, stack, names, window, self.hooks)
+            with every_expert(self.model):  # one window may not be routed to all of them
+                self._layer_readers = input_groups(self.model, stack, names, window, self.hooks)
+            self._readers = readers_within_experts(self._layer_readers)
 
     def _context(
         self,
@@ -161,6 +165,8 @@ class Session:
             tokens=self.tokens,
             statistics=statistics or {},
             readers=self._readers,
+            layer_readers=self._layer_readers,
+            moe=self.recipe.moe,
             original=original,
             keep_factors=any(modifier.needs.factors for modifier in self.modifiers.values()),
             hooks=self.hooks,

@@ -97,7 +97,7 @@ SECTIONS = [
     ("model: m", "model: {}", "1: model.id: required, but missing; add `id: NAME`"),
     ("model: m", "model: [a]", "1: model: must be a mapping (value ['a'])"),
     ("model: m", "model: null", "1: model: must be a mapping (value null)"),
-    ("model: m", "model: m\nmodle: m", "2: modle: unknown key; nearest valid key: model"),
+    ("model: m", "model: m\nmodle: m", "2: modle: unknown key; nearest valid keys: model, moe"),
     ("model: m", "model: {id: m, dtype: bfloat}", "1: model.dtype: must be 'auto', 'bfloat16', 'float16' or 'float32'"),
     ("model: m", "model: {id: m, compute_dtype: int8}", "1: model.compute_dtype: must be 'auto'"),
     ("model: m", "model: {id: m, revison: x}", "1: model.revison: unknown key; nearest valid key: revision"),
@@ -145,7 +145,7 @@ SECTIONS = [
     (
         "a_stage:",
         "foo: 1\na_stage:",
-        "3: foo: unknown key; valid keys: model, calibration, output, evaluation, serve, extends, NAME_stage",
+        "3: foo: unknown key; valid keys: model, calibration, output, evaluation, serve, moe, extends, NAME_stage",
     ),
     (
         "a_stage:",
@@ -430,7 +430,7 @@ MAPPINGS = [
     ({3: 4}, "a key must be text (key 3)"),
     ({"model": {"id": b"x"}}, "model.id: no recipe can hold this bytes"),
     ([1], "must be a mapping (value [1])"),
-    ({"modle": "m"}, "modle: unknown key; nearest valid key: model"),
+    ({"modle": "m"}, "modle: unknown key; nearest valid keys: model, moe"),
 ]
 
 
@@ -460,5 +460,5 @@ def test_messages_print_on_one_line_each(tmp_path: Path) -> None:
     found = errors(tmp_path, HEAD + STAGE + '"a\\nb\\e": 1\n')
     assert found == [
         "recipe.yaml:6: a\\nb\\x1b: unknown key; "
-        "valid keys: model, calibration, output, evaluation, serve, extends, NAME_stage"
+        "valid keys: model, calibration, output, evaluation, serve, moe, extends, NAME_stage"
     ]

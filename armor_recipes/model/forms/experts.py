@@ -36,6 +36,8 @@ class LinearExperts(nn.Module):
     num_experts: int
     act_fn: nn.Module
     post_expert_norm: nn.Module
+    every_expert: bool = False
+    """Whether each expert is called on all tokens, so that hooks see them; what is not routed to it is left out of the sum."""
 
     def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """Weighted sum of each token's experts.
@@ -51,12 +53,12 @@ class LinearExperts(nn.Module):
         index, weights = (*routing, *named.values())
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         total = torch.zeros_like(tokens, dtype=torch.promote_types(tokens.dtype, weights.dtype))
-        for number in index.unique().tolist():
+        for number in range(self.num_experts) if self.every_expert else index.unique().tolist():
             if number >= self.num_experts:
                 continue
-            slot, token = torch.where((index == number).T)
-            found = self._expert(number, tokens[token]) * weights[token, slot, None]
-            total.index_add_(0, token, found.to(total.dtype))
+            token, slot = torch.where(index == number)  # in the order of the tokens, as statistics expect rows
+            found = self._expert(number, tokens)[token] if self.every_expert else self._expert(number, tokens[token])
+            total.index_add_(0, token, (found * weights[token, slot, None]).to(total.dtype))
         return total.to(hidden_states.dtype).view(hidden_states.shape)
 
     def _expert(self, number: int, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from armor_recipes.model.store import WeightStore
 from armor_recipes.modifiers.base import AnyModifier, KnowsOrigins, ModuleShape, SolveProgress, Statistic, StreamKind
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult
 from armor_recipes.recipe import ModifierEntry, Recipe
-from armor_recipes.recipe.schema import AtMost, CalibrationSpec
+from armor_recipes.recipe.schema import AtMost, CalibrationSpec, MoeSpec
 
 #: One stream of activations for each distinct calibration set and model that it runs through.
 StreamKey = tuple[CalibrationSpec, StreamKind]
@@ -179,6 +179,12 @@ class Share:
         """Modules that are taken."""
         return {name for row in self.rows for name in row.takes}
 
+    @property
+    def every_expert(self) -> bool:
+        """Whether every expert is calibrated on all tokens."""
+        spec = self.entry.config.calibration
+        return spec is not None and spec.experts == "all"
+
     def stream_key(self, kind: StreamKind) -> StreamKey:
         """Of its calibration set on that model."""
         spec = self.entry.config.calibration
@@ -243,6 +249,8 @@ class BlockContext:
         streams: activations at the door of the block.
         statistics: by entry and module, of entries whose `needs.feeds` says so.
         readers: for each module the first that reads the same tensor, in the order in which modules are called.
+        layer_readers: the same, where all experts of a layer read one tensor because every one is called on all tokens.
+        moe: what becomes of experts that too few tokens reach.
         original: the block as it was, where a modifier needs it.
         keep_factors: whether a modifier of the recipe reads factors.
         progress: adds finished work, in operations, and returns the share that is done.
@@ -258,6 +266,8 @@ class BlockContext:
     tokens: Mapping[CalibrationSpec, InputSet]
     statistics: Mapping[str, Statistics]
     readers: Mapping[str, str]
+    layer_readers: Mapping[str, str]
+    moe: MoeSpec
     original: Original | None
     keep_factors: bool
     hooks: Hooks
@@ -283,6 +293,10 @@ class BlockContext:
     def reader(self, name: str) -> str:
         """The first module that reads what this one reads."""
         return self.readers.get(name, name)
+
+    def fed_with(self, name: str, share: Share) -> str:
+        """The first module that reads what this one is calibrated on."""
+        return (self.layer_readers if share.every_expert else self.readers).get(name, name)
 
     def stream(self, share: Share, kind: StreamKind) -> Stream:
         """The share's activations on that model."""

@@ -37,6 +37,7 @@ from armor_recipes.modifiers.kinds.contract import (
     entry_name,
     located,
 )
+from armor_recipes.modifiers.kinds.experts import ExpertBelow, Fed, fed, left_alone
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.pool import in_order
 from armor_recipes.solver.result import SparseFactors
@@ -75,11 +76,8 @@ class ChangingFactors(Kind):
     def run(self, unit: Unit, context: BlockContext) -> Changes:
         """Change the factors of the unit's modules."""
         (share,) = unit.shares
-        groups: dict[str, list[ModulePlan]] = {}
-        for row in share.rows:
-            groups.setdefault(context.state.sharing[row.name], []).append(row)
-        tasks = [_task(share, owner, rows, context) for owner, rows in groups.items()]
         flops = {row.name: row.flops for row in share.rows}
+        tasks, below = _tasks(share, context)
         changed: list[_Changed] = []
         for found in in_order(
             [partial(_change, task, context) for task in tasks], next(context.model.parameters()).device
@@ -88,6 +86,10 @@ class ChangingFactors(Kind):
         for one in changed:
             done, change = context.progress(flops[one.name]), one.change
             context.observer(ModuleFinished(one.name, change.losses[0], change.stored_loss, change.seconds, done))
+        names = {one.name for one in changed}
+        for row in share.rows:
+            if row.name not in names:
+                context.progress(row.flops)
         results = context.state.modules
         return Changes(
             step=unit.key,
@@ -98,6 +100,7 @@ class ChangingFactors(Kind):
                 one.name: replace(results[one.name], changes=(*results[one.name].changes, one.change))
                 for one in changed
             },
+            results=below,
         )
 
 
@@ -167,6 +170,7 @@ class _Task:
     shapes: tuple[ModuleShape, ...]
     packed: tuple[PackedLinear, ...]
     statistic: Statistic | None
+    tokens: int
     counts: Mapping[str, int]
 
 
@@ -180,14 +184,27 @@ class _Changed:
     factors: PackedLinear
 
 
-def _task(share: Share, owner: str, rows: Sequence[ModulePlan], context: BlockContext) -> _Task:
+def _tasks(share: Share, context: BlockContext) -> tuple[list[_Task], tuple[ExpertBelow, ...]]:
+    """One for each B, and experts that too few tokens reach. Those that were skipped before have no factors."""
+    without = left_alone(context.state)
+    rows = [row for row in share.rows if row.name not in without]
+    given = fed(share, [row.shape for row in rows], context.statistics.get(share.entry.key, {}), context)
+    groups: dict[str, list[ModulePlan]] = {}
+    for row in rows:
+        if row.name not in given.skipped:
+            groups.setdefault(context.state.sharing[row.name], []).append(row)
+    return [_task(share, owner, found, given, context) for owner, found in groups.items()], given.below
+
+
+def _task(share: Share, owner: str, rows: Sequence[ModulePlan], given: Fed, context: BlockContext) -> _Task:
     """A B that only some of its modules change is stored for them, too: that is counted."""
     sharers = [name for name, first in context.state.sharing.items() if first == owner]
     return _Task(
         share,
         tuple(row.shape for row in rows),
         tuple(context.state.factors[row.name] for row in rows),
-        context.statistics.get(share.entry.key, {}).get(rows[0].name),
+        given.statistics.get(rows[0].name),
+        given.tokens.get(rows[0].name, 0),
         {} if len(sharers) == len(rows) else {"input_factors_no_longer_shared": 1},
     )
 
@@ -209,7 +226,7 @@ def _change(task: _Task, context: BlockContext, stoppable: Callable[[SolveProgre
         core=packed[0].core,
         losses=outcome.losses,
         stored_loss=modifier.loss(before.dense(), task.statistic, stored),
-        tokens=0 if task.statistic is None else task.statistic.tokens,
+        tokens=task.tokens,
         iterations=outcome.iterations,
         stop_reason=outcome.stop_reason,
         counts={**outcome.counts, **task.counts},

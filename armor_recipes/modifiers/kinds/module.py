@@ -16,6 +16,7 @@ from armor_recipes.checkpoint.config import LayerSpec
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.events import ModuleFinished
+from armor_recipes.model.experts import every_expert, in_parts
 from armor_recipes.model.replay import inputs_of
 from armor_recipes.modifiers.base import (
     AnyModifier,
@@ -34,6 +35,7 @@ from armor_recipes.modifiers.base import (
 )
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult, loaded_weight
 from armor_recipes.modifiers.kinds.contract import BlockContext, Kind, Planned, Planning, Row, Share, Unit, located
+from armor_recipes.modifiers.kinds.experts import ExpertBelow, fed
 from armor_recipes.modifiers.kinds.pool import in_order
 from armor_recipes.solver import Factorization, relative_error
 
@@ -192,7 +194,8 @@ class Solving(Kind):
     @torch.no_grad()
     def run(self, unit: Unit, context: BlockContext) -> Changes:
         """Solve the unit's modules and round them as they are stored."""
-        tasks = [task for share in unit.shares for task in _tasks(share, context)]
+        worked = [_tasks(share, context) for share in unit.shares]
+        tasks = [task for work in worked for task in work.tasks]
         flops = {row.name: row.flops for share in unit.shares for row in share.rows}
         solved: list[_Solved] = []
         for found in in_order(
@@ -204,6 +207,9 @@ class Solving(Kind):
                     ModuleFinished(result.name, result.losses[0], result.stored_loss, result.seconds, share)
                 )
             solved += found
+        below = tuple(one for work in worked for one in work.below)
+        for left in (expert for expert in below if expert.done == "skip"):
+            context.progress(flops[left.name])
         keep = context.storage.packed or context.keep_factors
         return Changes(
             step=unit.key,
@@ -212,6 +218,7 @@ class Solving(Kind):
             packed=context.storage.packed,
             sharing={shape.name: task.shapes[0].name for task in tasks for shape in task.shapes},
             modules={one.result.name: one.result for one in solved},
+            results=below,
         )
 
 
@@ -292,6 +299,15 @@ class _Task:
     share: Share
     shapes: tuple[ModuleShape, ...]
     statistic: Any
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A share's tasks, and experts that too few tokens reach."""
+
+    tasks: tuple[_Task, ...]
+    below: tuple[ExpertBelow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,17 +319,27 @@ class _Solved:
     factors: PackedLinear | None
 
 
-def _tasks(share: Share, context: BlockContext) -> list[_Task]:
+def _tasks(share: Share, context: BlockContext) -> _Work:
     """One for each module, or for all that the modifier groups."""
     modifier: Any = share.modifier
     shapes = [row.shape for row in share.rows]
-    groups = modifier.groups([(shape, context.reader(shape.name)) for shape in shapes])
     if share.modifier.needs.dense == "block":
         statistic = _observe_pairs(share, context)
         statistics: Mapping[str, Statistic] = dict.fromkeys((shape.name for shape in shapes), statistic)
     else:
         statistics = context.statistics.get(share.entry.key, {})
-    return [_Task(share, tuple(group), _statistic(share, group, statistics, context)) for group in groups]
+    given = fed(share, shapes, statistics, context)
+    groups = modifier.groups([(s, context.reader(s.name)) for s in shapes if s.name not in given.skipped])
+    tasks = [
+        _Task(
+            share,
+            tuple(group),
+            _statistic(share, group, given.statistics, context),
+            given.tokens.get(group[0].name, 0),
+        )
+        for group in groups
+    ]
+    return _Work(tuple(tasks), given.below)
 
 
 def _statistic(
@@ -337,15 +363,18 @@ def _observe_pairs(share: Share, context: BlockContext) -> Statistic:
     once = False
     for batch, hidden in enumerate(original.hidden[share.stream_key("dense")]):
         call = replace(dense.call(context.index, batch), hidden=hidden)
-        wanted = inputs_of(twin, call, original.block, context.hooks, once=once)
-        found = inputs_of(module, compressed.call(context.index, batch), context.module, context.hooks, once=once)
+        with every_expert(original.block, context.module, wanted=share.every_expert):
+            wanted = inputs_of(twin, call, original.block, context.hooks, once=once)
+            found = inputs_of(module, compressed.call(context.index, batch), context.module, context.hooks, once=once)
         if [x.shape for x in found] != [x.shape for x in wanted]:
             raise PlanError(
                 f"{share.entry.where}: {share.entry.name}: {name}: other tokens reach it than reach the dense model's module, so "
-                f"there is nothing to match; choose another `propagate` for it, or add {name!r} to `ignore`"
+                f"there is nothing to match; choose another `propagate` for it, or add {name!r} to `ignore` (experts: or set "
+                "`calibration.experts: all`)"
             )
         for x, target in zip(found, wanted, strict=True):
-            take_pair(x, target)
+            for pair in in_parts(name, x, target):
+                take_pair(*pair)
         once = len(found) == 1
     return statistic
 
@@ -365,11 +394,11 @@ def _solve(task: _Task, context: BlockContext, stoppable: Callable[[SolveProgres
         given = task.statistic
         statistics = given.split(rows) if modifier.needs.gradients else [given] * len(rows)
         parts = zip(task.shapes, weights, statistics, outcome.split(rows), strict=True)
-        return [_stored(task.share, context, *part, seconds) for part in parts]
+        return [_stored(task, context, *part, seconds) for part in parts]
 
 
 def _stored(
-    share: Share,
+    task: _Task,
     context: BlockContext,
     shape: ModuleShape,
     weight: Tensor,
@@ -378,7 +407,7 @@ def _stored(
     seconds: float,
 ) -> _Solved:
     """What the checkpoint will hold, and the weight in compute dtype that a loader makes of it."""
-    storage, modifier = context.storage, share.modifier
+    storage, modifier = context.storage, task.share.modifier
     found = outcome.factorization
     factors = None if found is None else PackedLinear.from_factorization(found, storage.factor_dtype)
     if factors is not None and storage.packed:
@@ -388,11 +417,11 @@ def _stored(
     measure: Any = modifier
     result = ModuleResult(
         name=shape.name,
-        modifier=share.entry.key,
+        modifier=task.share.entry.key,
         losses=outcome.losses,
         stored_loss=measure.loss(weight, statistic, stored),
         error=relative_error(weight, stored),
-        tokens=0 if statistic is None else statistic.tokens,
+        tokens=task.tokens,
         iterations=outcome.iterations,
         stop_reason=outcome.stop_reason,
         counts=outcome.counts if bool(weight.any()) else {**outcome.counts, "zero_weight": 1},

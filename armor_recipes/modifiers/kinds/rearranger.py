@@ -29,6 +29,7 @@ from armor_recipes.modifiers.kinds.contract import (
     entry_name,
     located,
 )
+from armor_recipes.modifiers.kinds.experts import Fed, fed
 
 #: A reordered module or block must give its output again up to this share of the output's norm, in float32.
 _TOLERANCE = 1e-4
@@ -138,15 +139,22 @@ class Rearranging(Kind):
         (share,) = unit.shares
         weights: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
-        results = []
+        results: list[StepResult] = []
+        consumers = [row.chain.consumer for row in share.rows]
+        given = fed(share, consumers, context.statistics.get(share.entry.key, {}), context)
         for row in share.rows:
+            if row.chain.consumer.name in given.skipped:
+                context.progress(row.flops)
+                continue
             with located(share.entry, row.chain.consumer.name):
-                result = _rearrange(share, row.chain, context, weights, gradients)
+                result = _rearrange(share, row.chain, given, context, weights, gradients)
             results.append(result)
             kept = result.kept_before, result.kept_after
             done = context.progress(row.flops)
             context.observer(ChannelsReordered(result.consumer, *kept, result.seconds, done))
-        return Changes(step=unit.key, weights=weights, gradients=gradients, results=tuple(results), same_function=True)
+        return Changes(
+            step=unit.key, weights=weights, gradients=gradients, results=(*results, *given.below), same_function=True
+        )
 
 
 class Rearranger(AnyModifier[C]):
@@ -224,12 +232,17 @@ def _check_untouched(names: Sequence[str], changed: Mapping[str, Row]) -> None:
 
 
 def _rearrange(
-    share: Share, chain: Chain, context: BlockContext, weights: dict[str, Tensor], gradients: dict[str, Tensor]
+    share: Share,
+    chain: Chain,
+    given: Fed,
+    context: BlockContext,
+    weights: dict[str, Tensor],
+    gradients: dict[str, Tensor],
 ) -> RearrangeResult:
     """Find one chain's order and add what it gives to `weights` and `gradients`, which hold those of the chains before."""
     started = time.perf_counter()
     rearranger: Any = share.modifier
-    statistic = context.statistics[share.entry.key][chain.consumer.name]
+    statistic = given.statistics[chain.consumer.name]
     found: Rearrangement = rearranger.rearrange(
         chain, _read(f"{chain.consumer.name}.weight", context, weights), statistic
     )
@@ -251,7 +264,7 @@ def _rearrange(
         kept_after=found.kept[1],
         moved=int((order != torch.arange(len(order))).sum()),
         order_sha256=hashlib.sha256(order.numpy().astype("<i8").tobytes()).hexdigest(),
-        tokens=statistic.tokens,
+        tokens=given.tokens[chain.consumer.name],
         seconds=time.perf_counter() - started,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -32,6 +32,7 @@ from armor_recipes.modifiers.kinds.contract import (
     entry_name,
     located,
 )
+from armor_recipes.modifiers.kinds.experts import left_alone
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.solver import TrainableFactors, TrainableLinear
 
@@ -86,6 +87,18 @@ class RefineResult(StepResult):
     stop_reason: str
     compute_dtype: str
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnitLeftOut(StepResult):
+    """A unit in which there was nothing to train, since all of its experts saw too few tokens and were skipped."""
+
+    section: ClassVar[str] = "refinements_left_out"
+
+    modifier: str
+    unit: str
+    reason: str
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +206,9 @@ class Refining(Kind):
         (share,) = unit.shares
         (row,) = share.rows
         job = _Job.of(share, row, context)
+        if not job.packed:
+            context.progress(row.flops)
+            return Changes(unit.key, results=(UnitLeftOut(share.entry.key, row.unit, "its modules were left dense"),))
         trained = _train_model(job) if context.block is None else _train_block(job)
         changes = _rounded(trained, unit.key, context)
         result, done = trained.result, context.progress(row.flops)
@@ -302,7 +318,8 @@ class _Job:
     @classmethod
     def of(cls, share: Share, row: RefinePlan, context: BlockContext) -> _Job:
         refiner: Any = share.modifier
-        packed = {name: context.state.factors[name] for name in row.modules}
+        without = left_alone(context.state)
+        packed = {name: context.state.factors[name] for name in row.modules if name not in without}
         module = context.model if context.block is None else context.module
         return cls(share, refiner, packed, row.unit, module, context)
 
