@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := pyproject.toml setup.py $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check test-slow test-lowest test-llm-compressor test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-embedded clean
+.PHONY: quickstart test check test-slow test-lowest test-llm-compressor test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -49,6 +49,10 @@ fetch-gemma3: .venv-dev/.ready
 # The sentence encoder all-MiniLM-L6-v2.
 fetch-minilm: .venv-dev/.ready
 	.venv-dev/bin/python tools/fetch_minilm.py --output models/all-minilm-l6-v2
+
+# A small vision transformer, trained here (some minutes on one core).
+train-vit: .venv-dev/.ready
+	.venv-dev/bin/python tools/train_vit.py --output models/digits-vit
 
 # Trains the embedded model again (about an hour on 2 cores).
 train-embedded: .venv-dev/.ready

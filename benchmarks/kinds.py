@@ -1,0 +1,212 @@
+"""What plain 2:4, ARMOR and refinement leave of models that predict no text: a sentence encoder and a vision transformer.
+
+    make fetch-minilm train-vit
+    python benchmarks/kinds.py --task sentences [--block 32] [--rows '2:4,armor'] [--results benchmarks/results/kinds]
+    python benchmarks/kinds.py --task digits
+
+A row is one `armor-apply` run in a process of its own, and one JSON file with its recipe; rows that exist are not run again. The
+row `dense` is what a run measures before it changes anything. `of the loss` is the share of what plain 2:4 loses that a row loses.
+
+`sentences`: all-MiniLM-L6-v2, calibrated on windows of 128 tokens, three kinds of text in equal parts. A query is the first half
+of a paragraph of a book that it was not calibrated on (`builtin:rustbook`), the document its second half, among those of all.
+`digits`: the model of tools/train_vit.py, calibrated on images that it was trained on; accuracy on others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from armor_recipes.builtin import documents
+
+Section = dict[str, Any]
+#: Paragraphs are halved at the end of a sentence; each half has so many characters at least.
+HALF, PAIRS = 100, 400
+#: The row whose loss the others' are compared with.
+BASE = "2:4"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A model, what it is calibrated on, what is measured, and the first of the figures, by which a loss is told."""
+
+    model: str
+    targets: str
+    calibration: Section
+    evaluation: Callable[[Path], Section]
+    figure: str
+
+
+def halves(paragraph: str) -> tuple[str, str] | None:
+    """The paragraph's sentences in two parts, as equal as they can be; None where one would be short."""
+    ends = [i + 1 for i in range(len(paragraph) - 1) if paragraph[i : i + 2] == ". "]
+    middle = min(ends, key=lambda end: abs(2 * end - len(paragraph)), default=0)
+    first, second = paragraph[:middle].strip(), paragraph[middle:].strip()
+    return (first, second) if min(len(first), len(second)) >= HALF else None
+
+
+def pairs() -> list[dict[str, str]]:
+    """`PAIRS` halved paragraphs, evenly spread over the book."""
+    found = [both for text in documents("rustbook") for p in text.split("\n\n") if (both := halves(p)) is not None]
+    picked = [found[i * len(found) // PAIRS] for i in range(PAIRS)]
+    return [{"query": query, "document": document} for query, document in picked]
+
+
+def sentences(folder: Path) -> Section:
+    """Retrieval on the pairs, and how near hidden states are to the dense ones."""
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs()), encoding="utf-8")
+    return {
+        "retrieval": {"dataset": str(file.resolve()), "sequence_length": 256, "batch_size": 32},
+        "fidelity": {"dataset": "builtin:rustbook", "split": "train", "samples": 64, "sequence_length": 128},
+    }
+
+
+def digits(_: Path) -> Section:
+    """Accuracy, and how near logits are to the dense ones."""
+    held_out = str(Path("models/digits-vit/heldout.safetensors").resolve())
+    images = str(Path("models/digits-vit/calibration.safetensors").resolve())
+    return {
+        "classification": {"dataset": held_out, "batch_size": 64},
+        "fidelity": {"dataset": images, "split": "train", "samples": 256},
+    }
+
+
+TASKS: dict[str, Task] = {
+    "sentences": Task(
+        "models/all-minilm-l6-v2",
+        r"re:encoder\.layer\..*",
+        {
+            "dataset": [{"dataset": f"builtin:{text}", "weight": 1} for text in ("pydoc", "jargon", "speeches")],
+            "samples": 96,
+            "sequence_length": 128,
+        },
+        sentences,
+        "recall_at_1",
+    ),
+    "digits": Task(
+        "models/digits-vit",
+        r"re:vit\.layers\..*",
+        {"dataset": str(Path("models/digits-vit/calibration.safetensors").resolve()), "samples": 512, "batch_size": 32},
+        digits,
+        "top1_accuracy",
+    ),
+}
+
+
+def rows(block: int) -> dict[str, Section]:
+    """The modifiers of each row; their targets are the task's."""
+    armor = {"block_size": block, "propagate": "dense"}
+    refine = {"epochs": 8, "calibration": {"batch_size": 8}}
+    return {
+        "2:4 by magnitude": {"MagnitudeModifier": {}},
+        "2:4": {"NoWagModifier": {}},
+        "armor": {"ARMORModifier": armor},
+        "armor + refinement": {"ARMORModifier": armor, "BlockRefineModifier": refine},
+    }
+
+
+def recipe_of(task: Task, modifiers: Section, folder: Path, output: Path) -> Section:
+    """The recipe of a row."""
+    own = {
+        name: fields if "Refine" in name else {"targets": [task.targets], **fields}
+        for name, fields in modifiers.items()
+    }
+    return {
+        "model": task.model,
+        "calibration": task.calibration,
+        "prune_stage": {"row_modifiers": own},
+        "output": {"path": str(output)},
+        "evaluation": task.evaluation(folder),
+    }
+
+
+def run_row(row: str, recipe: Section, output: Path) -> dict[str, Any]:
+    """Apply the recipe in a process of its own; what its manifest and report say."""
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("armor-apply")), str(file), "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"row {row!r} failed ({done.returncode}): {done.stderr.strip()}")
+    manifest, timed = (json.loads((output / f).read_text()) for f in ("armor_manifest.json", "report.json"))
+    kept = {name: manifest[name] for name in ("evaluation", "totals", "refinements")}
+    return {"row": row, "recipe": recipe, **kept, "seconds": timed["seconds"]}
+
+
+def report(found: Mapping[str, Mapping[str, Any]], figure: str) -> str:
+    """The table as Markdown: each figure with its 95 % interval, and the share of what `2:4` loses that a row loses."""
+    if not found:
+        return "no table yet: there is no row"
+    dense = figures(next(iter(found.values())), "before")
+    values = {"dense": dense, **{name: figures(row, "after") for name, row in found.items()}}
+    names = list(dict.fromkeys(name for row in values.values() for name in row))
+    lines = [f"| row | {' | '.join(name.replace('_', ' ') for name in names)} | of the loss | bytes | seconds |"]
+    lines.append("|---" * (len(names) + 4) + "|")
+    for row, own in values.items():
+        cells = [cell(own.get(name)) for name in names]
+        totals = found[row]["totals"] if row in found else {}
+        size = f"{totals['bytes_after'] / totals['bytes_before']:.3f}" if totals else "-"
+        seconds = f"{found[row]['seconds']:.0f}" if row in found else "-"
+        lines.append("| " + " | ".join([row, *cells, share(values, row, figure), size, seconds]) + " |")
+    return "\n".join(lines)
+
+
+def figures(row: Mapping[str, Any], when: str) -> dict[str, Mapping[str, Any]]:
+    """Figures by name, of all measures."""
+    measured = [both[when] for both in row["evaluation"].values() if isinstance(both, dict) and both.get(when)]
+    return {name: value for one in measured for name, value in one.items() if isinstance(value, dict)}
+
+
+def cell(value: Mapping[str, Any] | None) -> str:
+    """A figure as the table shows it."""
+    if value is None:
+        return "-"
+    low, high = value["interval"] or (value["value"], value["value"])
+    return f"{value['value']:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def share(values: Mapping[str, Mapping[str, Any]], row: str, figure: str) -> str:
+    """What a row loses of the figure, of what plain 2:4 loses."""
+    if BASE not in values:
+        return "-"
+    dense, base, own = (float(values[name][figure]["value"]) for name in ("dense", BASE, row))
+    return f"{(dense - own) / (dense - base):.2f}" if dense != base else "-"
+
+
+def main() -> None:
+    """Run the rows that are missing, then print the table of all that exist."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--rows", help="names, separated by commas; left out, all; `none` only prints")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/kinds"))
+    options = parser.parse_args()
+    task, known = TASKS[options.task], rows(options.block)
+    folder = options.results / f"{options.task}-block{options.block}"
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [] if options.rows == "none" else options.rows.split(",") if options.rows else list(known)
+    for row in wanted:
+        file = folder / f"{row.replace(' ', '-').replace(':', '-')}.json"
+        if file.exists():
+            continue
+        print(f"{row} …", flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            output = Path(scratch) / "checkpoint"
+            found = run_row(row, recipe_of(task, known[row], folder, output), output)
+        file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    found = {r["row"]: r for r in (json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("*.json"))}
+    print(report({name: found[name] for name in known if name in found}, task.figure))
+
+
+if __name__ == "__main__":
+    main()
