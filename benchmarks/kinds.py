@@ -84,7 +84,7 @@ def digits(_: Path) -> Section:
 TASKS: dict[str, Task] = {
     "sentences": Task(
         "models/all-minilm-l6-v2",
-        r"re:encoder\.layer\..*",
+        r"re:encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|(attention\.)?(output|intermediate)\.dense)$",
         {
             "dataset": [{"dataset": f"builtin:{text}", "weight": 1} for text in ("pydoc", "jargon", "speeches")],
             "samples": 96,
@@ -95,7 +95,7 @@ TASKS: dict[str, Task] = {
     ),
     "digits": Task(
         "models/digits-vit",
-        r"re:vit\.layers\..*",
+        r"re:vit\.layers\.\d+\.(attention|mlp)\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)$",
         {"dataset": str(Path("models/digits-vit/calibration.safetensors").resolve()), "samples": 512, "batch_size": 32},
         digits,
         "top1_accuracy",
