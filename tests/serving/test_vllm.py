@@ -94,7 +94,7 @@ def serve(
     """What vLLM makes of the folders, and everything it printed."""
     job = {"folders": list(map(str, served)), "tensor_parallel": tensor_parallel, "dtype": dtype, "eager": eager}
     inherited = {key: value for key, value in os.environ.items() if key != "ARMOR_BACKEND"}
-    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "serve_tokens.py"), json.dumps(job)]
+    command = [sys.executable, "-P", str(Path(__file__).parents[1] / "support" / "serve_tokens.py"), json.dumps(job)]
     ran = subprocess.run(command, capture_output=True, text=True, env={**inherited, **environment}, check=False)
     results = [
         json.loads(line.removeprefix("RESULT ")) for line in ran.stdout.splitlines() if line.startswith("RESULT ")

@@ -231,6 +231,36 @@ class FusedLinear:
         )
 
 
+class PlainLinear:
+    """A layer of modules that are dense, beside packed ones of its kind: `weight` `(O, I)`, filled module by module."""
+
+    def __init__(self, names: Sequence[str], rows: Sequence[Share], columns: Share, dtype: torch.dtype) -> None:
+        self.names, self.rows, self.columns = tuple(names), tuple(rows), columns
+        self.weight = torch.empty(sum(share.count for share in rows), columns.count, dtype=dtype)
+        self._missing = set(range(len(rows)))
+
+    def load(self, tensor: str, whole: Tensor, shard: object = None) -> None:
+        """Copy what this process holds of a module's weight. Raises `CheckpointError` if it does not fit."""
+        (index,) = [i for i in range(len(self.names)) if shard in (None, i)]
+        rows, columns = self.rows[index], self.columns
+        if tensor != VALUES or tuple(whole.shape) != (rows.size, columns.size) or not whole.is_floating_point():
+            raise CheckpointError(
+                f"{self.names[index]}.{tensor} is {tuple(whole.shape)} {whole.dtype}; by config.json the module is dense, with a "
+                f"weight {(rows.size, columns.size)}: the tensor is damaged, or config.json does not belong to it"
+            )
+        part = whole.narrow(0, rows.start, rows.count).narrow(1, columns.start, columns.count)
+        start = sum(share.count for share in self.rows[:index])
+        self.weight.narrow(0, start, rows.count).copy_(part)
+        self._missing.discard(index)
+
+    def loaded(self) -> Tensor:
+        """The weight. Raises `CheckpointError` where a module's was not in the checkpoint."""
+        if self._missing:
+            names = ", ".join(f"{self.names[index]}.{VALUES}" for index in sorted(self._missing))
+            raise CheckpointError(f"the checkpoint holds no {names}: it is damaged")
+        return self.weight
+
+
 class InputFactors:
     """Brings each B to all layers that use it, whatever order the files have. One for a model."""
 

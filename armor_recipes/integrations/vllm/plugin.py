@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import vllm.envs
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -24,14 +25,17 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from armor_recipes.checkpoint.config import FORMAT, QUANT_METHOD, LayerSpec, layer_specs
+from armor_recipes.checkpoint.config import FORMAT, QUANT_METHOD, VALUES, LayerSpec, layer_specs
 from armor_recipes.checkpoint.legacy import is_legacy
 from armor_recipes.checkpoint.packing import PACKABLE_DTYPES
 from armor_recipes.checkpoint.reader import check_folder
 from armor_recipes.checkpoint.serving import group_problem
 from armor_recipes.errors import CheckpointError
-from armor_recipes.integrations.vllm.parts import COMPRESS_AGAIN, FusedLinear, InputFactors, Piece, Share, lay_out
-from armor_recipes.runtime.backends import BACKEND_VARIABLE, Backend, choose_backend
+from armor_recipes.integrations.vllm.experts import ArmorExpertsMethod
+from armor_recipes.integrations.vllm.names import take_our_names
+from armor_recipes.integrations.vllm.parts import COMPRESS_AGAIN, FusedLinear, InputFactors, Share, lay_out
+from armor_recipes.integrations.vllm.running import Prepared, folded, folds
+from armor_recipes.runtime.backends import BACKEND_VARIABLE, choose_backend
 from armor_recipes.runtime.kernel import kernel_available
 
 NAME = "armor"
@@ -89,10 +93,11 @@ class ArmorConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(
         self,
         model_name: str,
-        hf_config: Any = None,  # noqa: ARG002 - theirs
+        hf_config: Any = None,
         revision: str | None = None,  # noqa: ARG002 - theirs
     ) -> None:
         """Check a local folder's headers against its config before anything is built. Raises `CheckpointError`."""
+        take_our_names(hf_config)
         if Path(model_name).is_dir():
             check_folder(Path(model_name))
 
@@ -100,7 +105,8 @@ class ArmorConfig(QuantizationConfig):  # type: ignore[misc]
         """Take over the names that vLLM gives to the modules of some models."""
 
         def renamed(name: str) -> str:
-            return str(next(iter(hf_to_vllm_mapper.apply_list([name])), name))
+            weight = next(iter(hf_to_vllm_mapper.apply_list([f"{name}.{VALUES}"])), f"{name}.{VALUES}")
+            return str(weight).removesuffix(f".{VALUES}")
 
         self.specs = {
             renamed(name): replace(spec, input_factor=spec.input_factor and renamed(spec.input_factor))
@@ -117,10 +123,12 @@ class ArmorConfig(QuantizationConfig):  # type: ignore[misc]
             members = self._members(prefix)
             return ArmorLinearMethod(self.factors, members) if members else UnquantizedLinearMethod()
         packed = next((name for name in self.specs if name == prefix or name.startswith(f"{prefix}.")), None)
+        if packed is not None and isinstance(layer, RoutedExperts):
+            return ArmorExpertsMethod(layer.moe_config, self.factors, self.specs, prefix)
         if packed is not None:
             raise CheckpointError(
-                f"{packed} is packed, and vLLM runs it in a {type(layer).__name__}: only linear layers are served packed, not "
-                "experts, embeddings or the output layer; add it to `ignore` in the recipe, or serve what `armor export FOLDER "
+                f"{packed} is packed, and vLLM runs it in a {type(layer).__name__}: only linear layers and experts are served "
+                "packed, not embeddings or the output layer; add it to `ignore` in the recipe, or serve what `armor export FOLDER "
                 "OUT --to dense` makes of it"
             )
         return None
@@ -138,24 +146,6 @@ class ArmorConfig(QuantizationConfig):  # type: ignore[misc]
         if problem is not None:
             raise CheckpointError(f"{problem}; {COMPRESS_AGAIN}")
         return {name: spec for name, spec in found.items() if spec is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """How a layer runs: each piece by a backend of this package, from what that prepared."""
-
-    backend: Backend
-    pieces: tuple[Piece, ...]
-    prepared: tuple[Any, ...]
-
-    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute `(..., O)` from x `(..., I)`."""
-        outputs = []
-        for piece, prepared in zip(self.pieces, self.prepared, strict=True):
-            traced = torch.compiler.is_compiling() and self.backend.traced(piece.packed)
-            part = None if bias is None else bias[piece.rows]
-            outputs.append(self.backend.run(x, None if traced else prepared, piece.packed, part))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
 class ArmorLinearMethod(LinearMethodBase):  # type: ignore[misc]
@@ -206,16 +196,15 @@ class ArmorLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.factors.forget()
         fused: FusedLinear = layer.__dict__.pop("armor_parts")
         pieces, backend = fused.pieces(), choose_backend()
-        if _folds(backend, pieces):
-            weight = torch.cat([piece.packed.fold(piece.packed.dtype, name=piece.name) for piece in pieces])
+        if folds(backend, pieces):
+            weight = folded(pieces)
             for name in list(fused.tensors):
                 delattr(layer, name)
                 del fused.tensors[name]  # which refers to `fused` by its loader
             layer.weight = nn.Parameter(weight, requires_grad=False)
             self.dense.process_weights_after_loading(layer)
             return
-        prepared = tuple(backend.prepare(piece.packed, piece.name) for piece in pieces)
-        layer.armor = Prepared(backend, tuple(pieces), prepared)
+        layer.armor = Prepared.of(backend, pieces)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute `(..., O)` of this process from x `(..., I)`; of a layer split by columns, its part of the sum."""
@@ -241,13 +230,6 @@ def _load(
 ) -> None:
     """What vLLM calls with each tensor that it reads."""
     fused.load(name, loaded, shard)
-
-
-def _folds(backend: Backend, pieces: list[Piece]) -> bool:
-    """Whether nothing better than the folded weight can run the pieces, which vLLM's own method then does."""
-    on_cpu = all(piece.packed.values.device.type == "cpu" for piece in pieces)
-    kernel = all(backend.traced(piece.packed) for piece in pieces)
-    return backend.name == "folded" or (backend.name == "auto" and not (on_cpu and kernel))
 
 
 # vLLM keeps compiled models by the variables it knows; what the graph of a layer is depends on these two things besides.
