@@ -16,7 +16,7 @@ from armor_recipes.modifiers import AnyModifier
 from armor_recipes.modifiers.kinds.contract import Planned, Planning, Row, Skipped, entry_name, once
 from armor_recipes.plan.experts import expert_notes, expert_problems, plan_experts
 from armor_recipes.plan.plan import Plan, Totals, last_of_each
-from armor_recipes.plan.serving import PackedModule, serve_problems
+from armor_recipes.plan.serving import PackedModule, serve_problems, straddling
 from armor_recipes.plan.sharing import resolve_shared
 from armor_recipes.plan.targets import Matched, not_linear, resolve_targets
 from armor_recipes.recipe import ModifierEntry, Recipe
@@ -81,7 +81,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
         ignored=tuple(name for name in ignored if name not in touched),
         totals=_totals(rows, model, itemsize),
         skipped=tuple(skipped),
-        notes=tuple(expert_notes(recipe, experts)),
+        notes=(*_straddling(subject, rows), *expert_notes(recipe, experts)),
         experts=experts,
     )
 
@@ -203,10 +203,25 @@ def _unservable(recipe: Recipe, subject: _Subject, rows: Sequence[Row]) -> list[
     }
     names = subject.stacks.names
     found: dict[tuple[str, str], list[str]] = {}
-    for entry, name, problem in serve_problems(subject.model, subject.facts, packed, recipe.serve.tensor_parallel):
+    for entry, name, problem in serve_problems(subject.linears, subject.facts, packed, recipe.serve.tensor_parallel):
         block = names[subject.stacks.block_of(name) or 0]
         found.setdefault((f"{entry.where}: {entry.name}", problem.replace(block, "{}")), []).append(block)
     return [f"{place}: {once(text, blocks)}" for (place, text), blocks in found.items()]
+
+
+def _straddling(subject: _Subject, rows: Sequence[Row]) -> tuple[str, ...]:
+    """A sentence on fused layers whose blocks lie in two of their parts, one for blocks that are alike."""
+    names = subject.stacks.names
+    sizes = {
+        row.name: row.block_size
+        for row in last_of_each(rows).values()
+        if row.stored_as == "packed" and row.block_size is not None
+    }
+    found: dict[str, list[str]] = {}
+    for name, sentence in straddling(subject.linears, subject.facts, sizes):
+        block = names[subject.stacks.block_of(name) or 0]
+        found.setdefault(sentence.replace(block, "{}"), []).append(block)
+    return tuple(once(text, blocks) for text, blocks in found.items())
 
 
 def _totals(rows: Sequence[Row], model: nn.Module, itemsize: int) -> Totals:

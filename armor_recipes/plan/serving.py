@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
+from math import gcd
 from typing import NamedTuple
-
-from torch import nn
 
 from armor_recipes.checkpoint.config import LayerSpec
 from armor_recipes.checkpoint.serving import FUSED, KEY_VALUE, SIDES, group_problem, split_problem
 from armor_recipes.model.facts import ModelFacts
+from armor_recipes.model.fused import RowsOf, fused_layers
+from armor_recipes.model.linears import Linears
 from armor_recipes.recipe import ModifierEntry
+
+#: The largest block size that a message proposes.
+_LARGEST = 512
 
 
 class PackedModule(NamedTuple):
@@ -22,12 +26,14 @@ class PackedModule(NamedTuple):
 
 
 def serve_problems(
-    model: nn.Module, facts: ModelFacts, packed: Mapping[str, PackedModule], tensor_parallel: tuple[int, ...]
+    linears: Linears, facts: ModelFacts, packed: Mapping[str, PackedModule], tensor_parallel: tuple[int, ...]
 ) -> Iterator[tuple[ModifierEntry, str, str]]:
     """Yield (entry, module, what is wrong) for all packed modules; the names of modules are those of `packed`."""
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    fused = fused_layers(linears, facts)
     for name, module in packed.items():
-        if name.rpartition(".")[2] not in SIDES:
+        last = name.rpartition(".")[2]
+        parts = fused.get(name) if last in FUSED else None
+        if last not in SIDES and parts is None:
             known = ", ".join(SIDES)
             yield (
                 module.entry,
@@ -37,16 +43,19 @@ def serve_problems(
             )
             continue
         for ways in tensor_parallel:
-            problem = _heads_problem(name, facts, ways) or _split(name, module, facts, ways)
+            problem = _heads_problem(name, facts, ways)
+            problem = problem or (
+                _parts_split(name, module, parts, facts, ways) if parts else _split(name, module, facts, ways)
+            )
             if problem is not None:
                 yield module.entry, name, f"serve.tensor_parallel {ways}: {problem}"
-    for name, members in _groups(packed, linear):
+    for name, members in _groups(packed, linears.modules):
         problem = group_problem({member: packed[member].spec if member in packed else None for member in members})
         if problem is not None:
             yield packed[name].entry, name, f"serve: {problem}; give them one modifier, or add all of them to `ignore`"
 
 
-def _groups(packed: Mapping[str, PackedModule], linear: set[str]) -> Iterator[tuple[str, list[str]]]:
+def _groups(packed: Mapping[str, PackedModule], linear: Container[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield a packed module of each group that a server runs as one layer, and the linear modules of the group."""
     parents = dict.fromkeys(name.rpartition(".")[0] for name in packed)
     for parent in parents:
@@ -67,9 +76,46 @@ def _split(name: str, module: PackedModule, facts: ModelFacts, ways: int) -> str
     return problem and f"{problem}; choose a block size (and group size) that fits, or add {name!r} to `ignore`"
 
 
+def _parts_split(name: str, module: PackedModule, parts: Sequence[RowsOf], facts: ModelFacts, ways: int) -> str | None:
+    """A fused layer is split part by part, so each part is whole blocks for each process, one process or several."""
+    for part, rows in parts:
+        over = min(ways, _heads(facts)[1]) if part in ("key", "value") else ways
+        problem = split_problem(f"{name} ({part})", rows, module.spec, side="rows", ways=over)
+        if problem is not None:
+            sizes = sizes_that_fit(parts, over)
+            advice = f"choose an output block size of {sizes}, or add {name!r} to `ignore`"
+            return f"{problem}; its parts are {described(parts)}: {advice}"
+    return None
+
+
+def straddling(linears: Linears, facts: ModelFacts, blocks: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    """Yield (module, sentence) for each fused layer with blocks of A that lie in two of its parts; `blocks` are sizes by module.
+
+    That is right as long as the layer runs as it is, and no server can split it.
+    """
+    for name, parts in fused_layers(linears, facts).items():
+        if name in blocks and any(rows % blocks[name][0] for _, rows in parts):
+            yield (
+                name,
+                f"{name}: blocks of {blocks[name][0]} rows lie in two of its parts ({described(parts)}); it runs as it is, but no "
+                f"server can run its parts apart: output block sizes that fit are {sizes_that_fit(parts, 1)}",
+            )
+
+
+def described(parts: Sequence[RowsOf]) -> str:
+    """The parts of a fused layer in words."""
+    return ", ".join(f"{part} {rows} rows" for part, rows in parts)
+
+
+def sizes_that_fit(parts: Sequence[RowsOf], ways: int) -> list[int]:
+    """Output block sizes that divide each part over so many processes."""
+    common = gcd(*(rows for _, rows in parts)) // ways
+    return [size for size in range(1, min(common, _LARGEST) + 1) if common % size == 0]
+
+
 def _heads_problem(name: str, facts: ModelFacts, ways: int) -> str | None:
     """Attention is split by heads."""
-    if name.rpartition(".")[2] not in FUSED["qkv_proj"]:
+    if name.rpartition(".")[2] not in ("qkv_proj", *FUSED["qkv_proj"]):
         return None
     heads, key_value = _heads(facts)
     if heads % ways == 0 and (key_value % ways == 0 or ways % key_value == 0):

@@ -74,7 +74,17 @@ def run_family(model_type: str, folder: Path, stock: StockProcess, kind: type[Pr
     """Take one model type through the tool, in an empty folder; never raises but for what no family is to blame for."""
     record = Record(model_type)
     run = _Family(record, folder, stock, kind)
-    for step in (run.make, run.read_back, run.apply, run.lost, run.load, run.stock_load, run.generate, run.again, run.export):
+    for step in (
+        run.make,
+        run.read_back,
+        run.apply,
+        run.lost,
+        run.load,
+        run.stock_load,
+        run.generate,
+        run.again,
+        run.export,
+    ):
         record.step = step.__name__
         try:
             record.steps[step.__name__] = step() or "ok"
@@ -159,7 +169,9 @@ class _Family:
                 first = error
         self.packed = tuple(dict.fromkeys(row.name for row in result.plan.modules if row.stored_as == "packed"))
         self.record.taken = sum(row.shape.d_out * row.shape.d_in for row in _once(result.plan.modules))
-        self.record.untaken = tuple(name for name in self.blocks if not any(p == name or p.startswith(name + ".") for p in self.packed))
+        self.record.untaken = tuple(
+            name for name in self.blocks if not any(p == name or p.startswith(name + ".") for p in self.packed)
+        )
         return f"with unfit: skip, else: {_line(first)}" if self.skipping else None
 
     def _remember(self, model: PreTrainedModel) -> None:
@@ -174,7 +186,9 @@ class _Family:
         return {
             "model": str(self.source),
             "calibration": self.calibration(file),
-            "prune_stage": {"armor_modifiers": {"ARMORModifier": {**armor, **({"unfit": "skip"} if self.skipping else {})}}},
+            "prune_stage": {
+                "armor_modifiers": {"ARMORModifier": {**armor, **({"unfit": "skip"} if self.skipping else {})}}
+            },
             "output": {"path": str(self.out)},
         }
 
@@ -189,7 +203,11 @@ class _Family:
         before, after = tensors(self.source), tensors(self.out)
         packed = [name for name in before if name not in after]
         gone = [name for name in packed if not any(covers(name, p) for p in self.packed)]
-        other = [n for n in before.keys() & after.keys() if not same(before[n], after[n]) and n.removesuffix(".weight") not in self.packed]
+        other = [
+            n
+            for n in before.keys() & after.keys()
+            if not same(before[n], after[n]) and n.removesuffix(".weight") not in self.packed
+        ]
         if gone or other:
             raise Ended("WRONG", f"lost: {gone[:4]}; changed: {sorted(other)[:4]}")
         return f"{len(after)} tensors, {len(self.packed)} packed modules"
@@ -215,7 +233,11 @@ class _Family:
         """`from_pretrained` of the class in config.json, with the package imported."""
         assert self.kind is not None
         loaded, info = self.kind.from_pretrained(self.out, dtype=torch.float32, output_loading_info=True)
-        problems = {key: sorted(map(str, value))[:3] for key, value in info.items() if value and key in ("missing_keys", "mismatched_keys")}
+        problems = {
+            key: sorted(map(str, value))[:3]
+            for key, value in info.items()
+            if value and key in ("missing_keys", "mismatched_keys")
+        }
         if problems:
             raise Ended("WRONG", f"from_pretrained: {problems}")
         far = distance(outputs(loaded, self.inputs), self.in_memory)
@@ -333,7 +355,14 @@ def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     if [t.shape for t in found] != [t.shape for t in wanted]:
         return float("inf")
     pairs = zip(found, wanted, strict=True)
-    return max((float((a - b).abs().nan_to_num().max() / b.abs().nan_to_num().max().clamp(min=1e-9)) for a, b in pairs if a.numel()), default=0.0)
+    return max(
+        (
+            float((a - b).abs().nan_to_num().max() / b.abs().nan_to_num().max().clamp(min=1e-9))
+            for a, b in pairs
+            if a.numel()
+        ),
+        default=0.0,
+    )
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -352,7 +381,9 @@ def sampled(inputs: Inputs) -> dict[str, Tensor]:
     if grids is None:
         return dict(inputs)
     rows = int(grids[0].prod())
-    return {name: v.unflatten(0, (len(grids), rows)) if len(v) == rows * len(grids) else v for name, v in inputs.items()}
+    return {
+        name: v.unflatten(0, (len(grids), rows)) if len(v) == rows * len(grids) else v for name, v in inputs.items()
+    }
 
 
 @contextmanager

@@ -25,7 +25,9 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 def run(folder: str, model_class: str, given: str, found: str) -> str:
     """Load, run, write; a sentence where something is wrong."""
-    model, info = getattr(transformers, model_class).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = getattr(transformers, model_class).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     wrong = {key: sorted(map(str, value))[:3] for key, value in info.items() if value and key != "error_msgs"}
     if wrong:
         return f"loading: {wrong}"

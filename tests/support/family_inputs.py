@@ -109,8 +109,14 @@ def _pictures(model: PreTrainedModel, names: set[str], draw: _Draw) -> Iterator[
         for side in dict.fromkeys((size, IMAGE, 64, 224)):
             yield {"pixel_values": draw.floats(n, channels, side, side)}
         if "image_sizes" in names:
-            yield {"pixel_values": draw.floats(n, 2, channels, size, size), "image_sizes": torch.tensor([[size, size]] * n)}
-            yield {"pixel_values": draw.floats(n, channels, size, size), "image_sizes": torch.tensor([[size, size]] * n)}
+            yield {
+                "pixel_values": draw.floats(n, 2, channels, size, size),
+                "image_sizes": torch.tensor([[size, size]] * n),
+            }
+            yield {
+                "pixel_values": draw.floats(n, channels, size, size),
+                "image_sizes": torch.tensor([[size, size]] * n),
+            }
         yield {"pixel_values": draw.floats(n, _first(config, "num_frames") or 2, channels, size, size)}
         yield {"pixel_values": draw.floats(n, 1, channels, size, size)}
     if {"hidden_states", "grid_thw"} <= names:
@@ -118,7 +124,11 @@ def _pictures(model: PreTrainedModel, names: set[str], draw: _Draw) -> Iterator[
         width = channels * (_first(config, "temporal_patch_size") or 1) * patch * patch
         yield {"hidden_states": draw.floats(16 * n, width), "grid_thw": torch.tensor([[1, 4, 4]] * n)}
     if "pixel_values_videos" in names and "pixel_values" not in names:
-        yield {"pixel_values_videos": draw.floats(n, _first(config, "frames_per_clip", "num_frames") or 2, channels, size, size)}
+        yield {
+            "pixel_values_videos": draw.floats(
+                n, _first(config, "frames_per_clip", "num_frames") or 2, channels, size, size
+            )
+        }
     if "flattened_patches" in names:
         yield {"flattened_patches": draw.floats(n, 8, 2 + channels * PATCH * PATCH)}
 
@@ -129,10 +139,19 @@ def _sounds(model: PreTrainedModel, names: set[str], draw: _Draw) -> Iterator[In
     frames = 2 * (_first(config, "max_source_positions") or 64)
     for name in ("input_features", "input_values", "audio_values", "inputs"):
         if name in names:
-            for shape in ((n, mels, frames), (n, 64, mels), (n, 1, 64, mels), (n, 1600), (n, 1, 1600), (n, frames, mels)):
+            for shape in (
+                (n, mels, frames),
+                (n, 64, mels),
+                (n, 1, 64, mels),
+                (n, 1600),
+                (n, 1, 1600),
+                (n, frames, mels),
+            ):
                 value = {name: draw.floats(*shape)}
                 yield value
-                mask = next((m for m in (f"{name}_mask", "feature_attention_mask", "attention_mask") if m in names), None)
+                mask = next(
+                    (m for m in (f"{name}_mask", "feature_attention_mask", "attention_mask") if m in names), None
+                )
                 if mask is not None and mask != "attention_mask":
                     yield {**value, mask: torch.ones(n, shape[-1] if shape[1] == mels else shape[1], dtype=torch.long)}
 
@@ -148,7 +167,7 @@ def _first(config: PreTrainedConfig, *names: str, kinds: tuple[type, ...] = (int
         for section in _sections(config):
             try:
                 value = getattr(section, name, None)
-            except Exception:  # noqa: BLE001 - layers differ in it
+            except Exception:
                 continue
             if isinstance(value, kinds) and not isinstance(value, bool):
                 return value
