@@ -12,7 +12,7 @@ from torch import nn
 
 from armor_recipes.checkpoint.config import FORMAT
 from armor_recipes.integrations.upstream import HfQuantizer, QuantizationStatus
-from armor_recipes.model.forms import forms_of, linearise
+from armor_recipes.model.forms import forms_of, layouts, linearise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,19 @@ def wrap_quantizer() -> None:
 def lay_out(model: PreTrainedModel, names: Collection[str]) -> tuple[str, ...]:
     """Give a meta model the linear forms that these names of linear layers belong to; returns the names of the forms."""
     _fuse_again(model)
-    return linearise(model, frozenset(forms_of(model, names)))
+    forms = linearise(model, frozenset(forms_of(model, names)))
+    _leave_alone(model, forms)
+    return forms
+
+
+def _leave_alone(model: PreTrainedModel, forms: Collection[str]) -> None:
+    """Keep the architecture from initialising fused parameters that are gone, where it looks for them from a module beside them."""
+    known = layouts(model)
+    holders = {f"{form}.{fused}".rpartition(".")[0] for form in forms for fused in known[form].fused}
+    for name in {*(form.rpartition(".")[0] for form in forms), *holders.difference(forms)}:
+        module: Any = model.get_submodule(name)
+        if not any(True for _ in module.parameters(recurse=False)):  # it has nothing else to initialise
+            module._is_hf_initialized = True
 
 
 def _fuse_again(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from transformers.core_model_loading import (
 )
 
 from armor_recipes.errors import VerificationError
-from armor_recipes.model.forms import fused_state, layouts
+from armor_recipes.model.forms import fused_keys, fused_state, layouts
 
 
 def stored_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
@@ -95,7 +95,7 @@ def left_behind(
 
 def _loads(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """Yield each name, what is loaded from it, and whether values are converted: as `convert_and_load_state_dict_in_model`."""
-    state = fused_state(model)
+    state = dict.fromkeys(fused_keys(model), True)
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]

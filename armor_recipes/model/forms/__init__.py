@@ -2,6 +2,7 @@
 
 from armor_recipes.model.forms.convert import (
     forms_of,
+    fused_keys,
     fused_names,
     fused_state,
     layouts,
@@ -15,6 +16,7 @@ __all__ = [
     "Layout",
     "Slice",
     "forms_of",
+    "fused_keys",
     "fused_names",
     "fused_state",
     "layouts",

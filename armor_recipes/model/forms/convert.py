@@ -114,6 +114,16 @@ def fused_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def fused_keys(model: nn.Module) -> dict[str, None]:
+    """Names of `fused_state`, in no order that means anything."""
+    keys = dict.fromkeys(model.state_dict())
+    for name, layout in layouts(model).items():
+        for part in layout.parts:
+            del keys[f"{name}.{part}"]
+        keys |= dict.fromkeys(f"{name}.{fused}" for fused in layout.fused)
+    return keys
+
+
 def _record(module: nn.Module) -> Converted | None:
     return cast("Converted | None", module.__dict__.get(_RECORD))
 
@@ -154,12 +164,17 @@ def _convert(module: nn.Module, form: _Form, layout: Layout) -> None:
     module.__class__ = form.becomes
     for part, piece in layout.parts.items():
         fused = held[piece.parameter]
-        value = piece.read(fused).clone(memory_format=torch.contiguous_format)
+        # On the meta device without views, of which a mixture of many experts has a hundred thousand.
+        value = fused.new_empty(layout.shape(part)) if fused.is_meta else _copy(piece.read(fused))
         path, _, last = part.rpartition(".")
         linear = _linear_at(module, path)
         linear.register_parameter(last, nn.Parameter(value, requires_grad=fused.requires_grad))
         if last == "weight":
             linear.out_features, linear.in_features = value.shape  # type: ignore[assignment]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _linear_at(module: nn.Module, path: str) -> nn.Module:
