@@ -79,13 +79,17 @@ def write_configs(
     *,
     dtype: torch.dtype,
     base_config: Mapping[str, Any] | None = None,
+    shapes: PreTrainedModel | None = None,
 ) -> None:
     """Write what `write_checkpoint` does but for the weights, of which none is read: the model may be on the meta device.
 
+    `shapes` is the model with its linear forms, where `model` was not given them yet.
+
     Raises as it does for the layers, and whatever transformers raises for a configuration that it does not save.
     """
-    check_layers(model, layers)
-    config = quantization_config(layers, _dense_linears(model, layers)) if layers else None
+    structure = model if shapes is None else shapes
+    check_layers(structure, layers)
+    config = quantization_config(layers, _dense_linears(structure, layers)) if layers else None
     with _config_for_saving(model, config):
         model.config.save_pretrained(destination)
         if model.can_generate():

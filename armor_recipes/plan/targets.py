@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from armor_recipes.errors import PlanError, UnfitError
+from armor_recipes.model.forms import fused_names
 from armor_recipes.recipe.schema import ModifierConfig
 
 #: Dimensions of weights that hold those of several experts.
@@ -47,7 +48,7 @@ def resolve_targets(modules: Sequence[tuple[str, nn.Module]], config: ModifierCo
         linear = {name for name, m in matched if isinstance(m, nn.Linear)}
         others |= {name for name, m in matched if name not in held | linear and _has_weights(m)}
         if not linear and not others and not config.optional:
-            raise PlanError(_nothing_matched(target, [name for name, m in modules if isinstance(m, nn.Linear)]))
+            raise PlanError(_fused(target, modules) or _nothing_matched(target, modules))
         taken |= linear - held
         ignored |= linear & held
     if not taken and not others and not config.optional:
@@ -85,7 +86,20 @@ def _reason(module: nn.Module) -> str:
     return f"its matrix is multiplied by code of its own class ({listed})"
 
 
-def _nothing_matched(target: str, linear: list[str]) -> str:
+def _fused(target: str, modules: Sequence[tuple[str, nn.Module]]) -> str | None:
+    """What a target is told that names a parameter in which linear layers are fused."""
+    named = ((name, parts) for name, parts in fused_names(modules).items() if is_match(name, nn.Module(), target))
+    name, parts = next(named, ("", ()))
+    if not parts:
+        return None
+    return (
+        f"target {target!r} matches {name}, in which {len(parts)} linear modules are fused; they are planned by names of their own: "
+        f"{', '.join(parts[:3])}, …. Name those"
+    )
+
+
+def _nothing_matched(target: str, modules: Sequence[tuple[str, nn.Module]]) -> str:
+    linear = [name for name, module in modules if isinstance(module, nn.Linear)]
     wanted = target.removeprefix("re:").replace("\\", "").replace(".*", "").rstrip("$")
     tails = {name.rsplit(".", 1)[-1]: name for name in reversed(linear)}
     near = difflib.get_close_matches(wanted, linear, n=3, cutoff=0.3)

@@ -116,6 +116,7 @@ def _try_model(job: Job, model: PreTrainedModel | None, folder: Path) -> None:
             folder,
             dtype=job.source.stored_dtype,
             base_config={} if base is None else read_config(base),
+            shapes=job.shapes,
         )
 
 

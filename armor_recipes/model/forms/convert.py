@@ -95,11 +95,12 @@ def linear_parts(model: nn.Module) -> dict[str, tuple[tuple[int, int], str]]:
     return found
 
 
-def fused_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Map full name of a fused parameter → the linear layers that stand for it, of modules in linear form."""
+def fused_names(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[str, ...]]:
+    """Map full name of a fused parameter → the linear layers that stand for it, of those modules that are in linear form."""
     found: dict[str, list[str]] = {}
-    for name, layout in layouts(model).items():
-        for part, piece in layout.parts.items():
+    for name, module in modules:
+        record = _record(module)
+        for part, piece in record.layout.parts.items() if record else ():
             linear = f"{name}.{part}".rpartition(".")[0]
             found.setdefault(f"{name}.{piece.parameter}", []).append(linear)
     return {name: tuple(parts) for name, parts in found.items()}
