@@ -69,10 +69,11 @@ class ChannelsReordered:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationProgressed:
-    """Windows evaluated so far."""
+    """Windows or samples that a measure has evaluated so far."""
 
     done: int
     total: int
+    measure: str = ""
 
 
 Event = (

@@ -22,8 +22,9 @@ from armor_recipes.modifiers.kinds.refiner import UnitLeftOut
 from armor_recipes.plan import Plan, RunEstimate
 from armor_recipes.plan.experts import ExpertsPlan
 from armor_recipes.recipe import Recipe
+from armor_recipes.report.evaluation import evaluation_json, evaluation_rows
 from armor_recipes.report.experts import totals_done
-from armor_recipes.report.manifest import sections, without_folders
+from armor_recipes.report.manifest import sections
 from armor_recipes.run import Result
 
 #: A name, or what follows a layer's in one, around its last number.
@@ -211,10 +212,9 @@ def summary(result: Result) -> RenderableType:
     table.add_column("")
     for heading in ("before", "after", "ratio"):
         table.add_column(heading, justify="right")
-    before, after, report = result.perplexity_before, result.perplexity_after, result.report
-    if before is not None and after is not None:
-        name = escape(f"perplexity ({before.tokens} tokens of {without_folders(before.dataset)})")
-        table.add_row(name, f"{before.value:.3f}", f"{after.value:.3f}", f"{after.value / before.value:.3f}")
+    report = result.report
+    for row in evaluation_rows(result.evaluations):
+        table.add_row(*map(escape, row))
     small, large = report["size_after_bytes"], report["size_before_bytes"]
     table.add_row(
         "size on disk",
@@ -231,7 +231,7 @@ def summary(result: Result) -> RenderableType:
     )
     firsts, lasts = _mean_losses(result)
     table.add_row("mean relative loss", f"{firsts:.5f}", f"{lasts:.5f}", f"{lasts / firsts:.3f}" if firsts else "-")
-    lines = [] if before is not None else ["perplexity: not measured, the recipe has no `evaluation`"]
+    lines = [] if result.evaluations else ["perplexity: not measured, the recipe has no `evaluation`"]
     lines += [_calibration_line(row) for row in report["calibration"]]
     lines += _rearrangement_lines(result)
     lines += _refinement_lines(result)
@@ -349,6 +349,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "output": str(result.output),
         "perplexity_before": None if before is None else before.value,
         "perplexity_after": None if after is None else after.value,
+        "evaluation": evaluation_json(result.evaluations),
         "modules": {name: _timed(module) for name, module in result.modules.items()},
         **{name: [_timed(row) for row in result.results if row.section == name] for name in sections(result.results)},
         "report": dict(result.report),

@@ -81,8 +81,8 @@ class LiveView:
                 )
             case ModuleFinished(share=share) | UnitRefined(share=share) | ChannelsReordered(share=share):
                 update(self.whole, completed=share, note=self.clock.left(share))
-            case EvaluationProgressed(done, total):
-                update(self.now, total=total, completed=done)
+            case EvaluationProgressed(done, total, measure):
+                update(self.now, total=total, completed=done, note=measure)
 
 
 class PlainView:

@@ -1,5 +1,22 @@
-"""Evaluation: how well a model still predicts text."""
+"""Evaluation: what a model still does as before."""
 
+from armor_recipes.evaluation.contract import Evaluation, Measure, Measured, Measurement, Reading, Room, Value
 from armor_recipes.evaluation.perplexity import Perplexity, evaluate, evaluation_windows, measure, perplexity
+from armor_recipes.evaluation.registry import MEASURES, asked
 
-__all__ = ["Perplexity", "evaluate", "evaluation_windows", "measure", "perplexity"]
+__all__ = [
+    "MEASURES",
+    "Evaluation",
+    "Measure",
+    "Measured",
+    "Measurement",
+    "Perplexity",
+    "Reading",
+    "Room",
+    "Value",
+    "asked",
+    "evaluate",
+    "evaluation_windows",
+    "measure",
+    "perplexity",
+]

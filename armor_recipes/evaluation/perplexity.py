@@ -7,10 +7,8 @@ special tokens that the tokenizer puts before a text. The tail of the text is dr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,10 @@ from armor_recipes.calibration.inputs import TOKENS, InputSet, Source, hash_toke
 from armor_recipes.calibration.text import load_documents
 from armor_recipes.calibration.windows import check_vocabulary, pack, window_prefix, with_prefix
 from armor_recipes.compute import plain_torch
-from armor_recipes.errors import InputError, NumericalError
+from armor_recipes.errors import InputError, NumericalError, PlanError
+from armor_recipes.evaluation.contract import Measure, OnProgress, Reading, Room, Value
+from armor_recipes.evaluation.outputs import evaluating, parameters_of, vocabulary
+from armor_recipes.model.facts import model_facts
 from armor_recipes.recipe.schema import PerplexitySpec
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 #: Values of logits in one forward pass.
 LOGITS_AT_MOST = 1 << 26
-#: Called after each batch with (windows done, windows in all).
-OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +46,70 @@ class Perplexity:
     dataset: str
     sha256: str
     bos: tuple[int, ...] = ()
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """The perplexity, which has no interval here."""
+        return (Value("perplexity", self.value, form=".3f"),)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The text's name."""
+        return (self.dataset,)
+
+    @property
+    def size(self) -> str:
+        """The number of predicted tokens, in words."""
+        return f"{self.tokens} tokens"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "perplexity": self.value,
+            "nll": self.nll,
+            "tokens": self.tokens,
+            "windows": self.windows,
+            "bos": list(self.bos),
+            "sha256": self.sha256,
+        }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PerplexityMeasure(Measure[PerplexitySpec]):
+    """Perplexity on windows of held-out text."""
+
+    name: ClassVar[str] = "perplexity"
+    windows: InputSet
+
+    @classmethod
+    def check(cls, model: nn.Module) -> None:
+        """Only a model that predicts the next token of a text has a perplexity."""
+        reason = why_none(model)
+        if reason:
+            raise PlanError(
+                f"evaluation.perplexity: {type(model).__name__} {reason}, so that it has no perplexity; measure `fidelity` to the "
+                "dense model instead"
+            )
+
+    @classmethod
+    def read(cls, spec: PerplexitySpec, reading: Reading) -> Self:
+        """Cut the windows."""
+        return cls(evaluation_windows(spec, reading.tokenizer, vocab_size=reading.vocab_size))
+
+    def after(self, model: nn.Module, room: Room) -> Perplexity:
+        """Perplexity on the windows."""
+        return measure(model, self.windows, on_progress=room.on_progress)
+
+
+def why_none(model: nn.Module) -> str:
+    """Why a model has no perplexity, as the end of a sentence; nothing where it has one."""
+    if model_facts(model).encoder_decoder:
+        return "writes a target text for a source text"
+    if "input_ids" not in parameters_of(model):
+        return "reads no tokens"
+    if not getattr(model, "can_generate", lambda: True)():
+        return "predicts no next token"
+    return ""
 
 
 @plain_torch()
@@ -137,7 +200,7 @@ def window_losses(
     if vocab_size is not None:
         check_vocabulary(windows, vocab_size, "the evaluation text")
     losses = []
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         for batch in torch.split(windows, fitting_batch(batch_size, length, vocab_size)):
             losses.append(_batch_losses(model, batch.to(_device(model))))
             if on_progress is not None:
@@ -166,25 +229,6 @@ def _batch_losses(model: nn.Module, ids: Tensor) -> Tensor:
     return torch.stack(sums)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _device(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-def vocabulary(model: nn.Module) -> int | None:
-    """Rows of the input embedding; None for a model that does not tell."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    weight = getattr(embeddings, "weight", None)
-    return int(weight.shape[0]) if isinstance(weight, Tensor) else None

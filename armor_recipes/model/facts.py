@@ -216,3 +216,9 @@ def model_facts(model: nn.Module) -> ModelFacts:
 def _number(config: Any, name: str) -> int | None:
     value = _value(config, name)
     return value if isinstance(value, int) and value > 0 else None
+
+
+def class_numbers(config: Any) -> dict[str, int]:
+    """The numbers of a classifier's classes by their names; `LABEL_0` and so on where a config names none."""
+    names = getattr(config, "id2label", None) or {}
+    return {str(name): int(number) for number, name in names.items()}

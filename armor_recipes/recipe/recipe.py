@@ -68,7 +68,7 @@ class Recipe:
     def datasets(self) -> tuple[str, ...]:
         """All datasets that calibration and evaluation name, each once."""
         specs = [entry.config.calibration for entry in self.modifiers]
-        named = [self.evaluation.perplexity.dataset] if self.evaluation is not None else []
+        named = list(self.evaluation.datasets) if self.evaluation is not None else []
         named += [dataset for spec in specs if spec is not None for dataset in spec.datasets]
         return tuple(dict.fromkeys(named))
 

@@ -11,7 +11,7 @@ import re
 import warnings
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Unfit = Literal["error", "skip"]
@@ -207,10 +207,120 @@ class PerplexitySpec(Strict):
     )
 
 
-class EvaluationSpec(Strict):
-    """What is measured before and after; without this section nothing is, and the summary says so."""
+class FidelitySpec(CalibrationSpec):
+    """The inputs on which outputs are compared with those of the dense model; keys are those of `calibration`, and `output`."""
 
-    perplexity: PerplexitySpec = Field(title="Perplexity", description="Token-level perplexity on held-out text.")
+    split: Name = Field(default="test", title="Split", description="Split of a hub dataset.")
+    samples: Count | AtMost = Field(
+        default=16,
+        title="Samples",
+        description="Number of samples; fewer in the data is an error unless written `{at_most: N}`. The dense model's outputs for "
+        "them lie on the disk meanwhile.",
+    )
+    output: Name | None = Field(
+        default=None,
+        title="Output",
+        description="Which of the model's outputs is compared; left out, `logits`, else `last_hidden_state`, else embeddings, else "
+        "the first.",
+    )
+
+
+class ClassificationSpec(Strict):
+    """The labelled samples on which a classifier's accuracy is measured before and after."""
+
+    dataset: Name = Field(
+        title="Dataset",
+        description="JSON, JSONL or parquet file (relative to this file) or hub id, with a text and a label in each row; or a "
+        "safetensors file with the model's inputs and the labels, a row for each sample.",
+    )
+    split: Name = Field(default="test", title="Split", description="Split of a hub dataset.")
+    text_column: Name = Field(default="text", title="Text column", description="Column that holds the text.")
+    label_column: Name = Field(
+        default="label",
+        title="Label column",
+        description="Column (or tensor) that holds the class: its number, or its name in the model's config.",
+    )
+    samples: Count | None = Field(
+        default=None, title="Samples", description="Number of samples, from the start; left out, all."
+    )
+    sequence_length: Length = Field(
+        default=512, title="Sequence length", description="Longer texts are cut to so many tokens, and counted."
+    )
+    batch_size: Count = Field(default=8, title="Batch size", description="Samples in one forward pass, at most.")
+
+
+class RetrievalSpec(Strict):
+    """The pairs of a query and its document on which embeddings are measured before and after."""
+
+    dataset: Name = Field(
+        title="Dataset",
+        description="JSON, JSONL or parquet file (relative to this file) or hub id, with a query and its document in each row.",
+    )
+    split: Name = Field(default="test", title="Split", description="Split of a hub dataset.")
+    query_column: Name = Field(default="query", title="Query column", description="Column that holds the query.")
+    document_column: Name = Field(
+        default="document", title="Document column", description="Column that holds the query's document."
+    )
+    query_prompt: str = Field(default="", title="Query prompt", description="Text put before every query.")
+    document_prompt: str = Field(default="", title="Document prompt", description="Text put before every document.")
+    pooling: Literal["mean", "cls", "last"] = Field(
+        default="mean",
+        title="Pooling",
+        description="What of the last hidden states is the embedding: their mean, that of the first token, or of the last.",
+    )
+    samples: Count | None = Field(
+        default=None, title="Samples", description="Number of pairs, from the start; left out, all."
+    )
+    sequence_length: Length = Field(
+        default=512, title="Sequence length", description="Longer texts are cut to so many tokens, and counted."
+    )
+    batch_size: Count = Field(default=8, title="Batch size", description="Texts in one forward pass, at most.")
+
+
+class EvaluationSpec(Strict):
+    """What is measured before and after, one or more of these; without this section nothing is, and the summary says so."""
+
+    perplexity: PerplexitySpec | None = Field(
+        default=None, title="Perplexity", description="Token-level perplexity on held-out text."
+    )
+    fidelity: FidelitySpec | None = Field(
+        default=None,
+        title="Fidelity",
+        description="How near outputs are to those of the dense model, of any kind of model.",
+    )
+    classification: ClassificationSpec | None = Field(
+        default=None, title="Classification", description="Accuracy of a classifier on labelled samples."
+    )
+    retrieval: RetrievalSpec | None = Field(
+        default=None,
+        title="Retrieval",
+        description="Whether embeddings of queries are nearest to those of their documents.",
+    )
+
+    @model_validator(mode="after")
+    def _measure_something(self) -> EvaluationSpec:
+        if not self.measures:
+            raise ValueError(f"names nothing to measure; give one or more of {', '.join(type(self).model_fields)}")
+        return self
+
+    @property
+    def measures(self) -> dict[str, Strict]:
+        """The sections that are there, by their keys."""
+        found = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: spec for name, spec in found.items() if spec is not None}
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """All datasets that are named, each once."""
+        return tuple(dict.fromkeys(name for spec in self.measures.values() for name in datasets_of(spec)))
+
+
+def datasets_of(spec: Strict) -> tuple[str, ...]:
+    """The datasets that a section names."""
+    if isinstance(spec, CalibrationSpec):
+        return spec.datasets
+    dataset = getattr(spec, "dataset", None)
+    return (dataset,) if isinstance(dataset, str) else ()
 
 
 class OutputSpec(Strict):

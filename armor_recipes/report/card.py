@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import yaml
 
-from armor_recipes.evaluation.perplexity import Perplexity
+from armor_recipes.report.evaluation import evaluation_rows
 from armor_recipes.report.licence import Licence
-from armor_recipes.report.manifest import Facts, sections, without_folders
+from armor_recipes.report.manifest import Facts, sections
 
 
 def model_card(facts: Facts, licence: Licence, *, base_model: str | None) -> str:
@@ -37,7 +37,7 @@ where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `
 | | dense | this checkpoint |
 |---|---|---|
 | bytes of those weights | {totals.bytes_before} | {totals.bytes_after} |
-{_perplexity_row(facts.before, facts.after)}
+{_evaluation(facts)}
 {_dense_note(facts)}{_skipped_note(facts)}{_refined_note(facts)}{_changed_note(facts)}
 ## Use
 
@@ -55,11 +55,13 @@ where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `
 """
 
 
-def _perplexity_row(before: Perplexity | None, after: Perplexity | None) -> str:
-    if before is None or after is None:
+def _evaluation(facts: Facts) -> str:
+    """Rows of what was measured before and after."""
+    if not facts.evaluations:
         return "\nNothing was evaluated: the recipe has no `evaluation`."
-    where = f"{before.tokens} tokens of {without_folders(before.dataset)}"
-    return f"| perplexity ({where}) | {before.value:.3f} | {after.value:.3f} |"
+    return "\n".join(
+        f"| {name} | {before} | {after} |" for name, before, after, _ in evaluation_rows(facts.evaluations)
+    )
 
 
 def _dense_note(facts: Facts) -> str:

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +13,16 @@ from torch import nn
 
 from armor_recipes.calibration.inputs import TOKENS, InputSet
 from armor_recipes.checkpoint.config import FORMAT_VERSION
-from armor_recipes.evaluation.perplexity import Perplexity
+from armor_recipes.evaluation import Evaluation
 from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.refiner import RefineResult
 from armor_recipes.plan import Plan, Totals
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
+from armor_recipes.report.evaluation import evaluation_dict
 from armor_recipes.report.experts import expert_rows, totals_done
+from armor_recipes.report.names import without_folders
 from armor_recipes.solver.sweep import sweep_form
 from armor_recipes.version import __version__
 
@@ -42,8 +43,7 @@ class Facts:
     tokens: Mapping[CalibrationSpec, InputSet]
     modules: Mapping[str, ModuleResult]
     results: Sequence[StepResult]
-    before: Perplexity | None
-    after: Perplexity | None
+    evaluations: Sequence[Evaluation]
 
     @property
     def refinements(self) -> tuple[RefineResult, ...]:
@@ -78,13 +78,6 @@ def _shared(value: Any) -> Any:
     return without_folders(value) if isinstance(value, str) else value
 
 
-def without_folders(name: str) -> str:
-    """A dataset's, model's or output's name; an absolute path or one below a home folder by its last part alone."""
-    if name.startswith("~") or (Path(name).is_absolute() and len(Path(name).parts) > 1):
-        return Path(name).name
-    return name
-
-
 def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
     """Plain data for the manifest; `tensors` are SHA-256 by name, as written."""
     plans, totals, experts = facts.plan.stored, facts.totals, facts.experts
@@ -102,7 +95,7 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
         "recipe_sha256": facts.recipe.hash(),
         "model": {"id": facts.model_name, "revision": facts.recipe.model.revision, "sha256": facts.source_sha256},
         "calibration": calibration_rows(facts),
-        "evaluation": {"before": _perplexity(facts.before), "after": _perplexity(facts.after)},
+        "evaluation": evaluation_dict(facts.evaluations),
         "totals": {
             "modules": totals.modules,
             "bytes_before": totals.bytes_before,
@@ -164,19 +157,6 @@ def _inputs(samples: InputSet) -> dict[str, dict[str, Any]]:
     return {
         name: {"dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape[1:])}
         for name, x in sorted(samples.tensors.items())
-    }
-
-
-def _perplexity(measured: Perplexity | None) -> dict[str, Any] | None:
-    if measured is None:
-        return None
-    return {
-        "perplexity": measured.value,
-        "nll": measured.nll,
-        "tokens": measured.tokens,
-        "windows": measured.windows,
-        "bos": list(measured.bos),
-        "sha256": measured.sha256,
     }
 
 

@@ -8,19 +8,20 @@ from typing import Any
 
 from armor_recipes.calibration.inputs import InputSet, ModelInputs
 from armor_recipes.calibration.tokens import build_inputs
-from armor_recipes.evaluation.perplexity import evaluation_windows
+from armor_recipes.evaluation import Measure, Reading, asked
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.recipe import ModifierEntry, Recipe
-from armor_recipes.recipe.schema import CalibrationSpec
+from armor_recipes.recipe.schema import CalibrationSpec, datasets_of
+from armor_recipes.run.evaluating import Measures
 from armor_recipes.run.refusals import Refusals
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Calibration samples by their spec, and those that perplexity is measured on, where it is."""
+    """Calibration samples by their spec, and the measures of the evaluation with their data."""
 
     tokens: Mapping[CalibrationSpec, InputSet]
-    held_out: InputSet | None
+    measures: Measures = ()
 
 
 def read_data(
@@ -31,24 +32,31 @@ def read_data(
     refused: Refusals,
     *,
     wanted: Callable[[str], bool] = lambda _: True,
+    labels: Mapping[str, int] | None = None,
 ) -> Data:
     """Read the datasets that are `wanted`, by name; each modifier is asked whether the samples that came are enough for it.
 
     What is wrong is noted in `refused`.
     """
+
+    def samples(spec: CalibrationSpec) -> InputSet:
+        return build_inputs(spec, inputs, tokenizer=tokenizer)
+
     tokens: dict[CalibrationSpec, InputSet] = {}
     for spec, entries in _by_calibration(recipe).items():
         if all(map(wanted, spec.datasets)):
             with refused.noted():
-                tokens[spec] = build_inputs(spec, inputs, tokenizer=tokenizer)
+                tokens[spec] = samples(spec)
         for entry in entries if spec in tokens else ():
             with refused.noted(f"{entry.where}: {entry.name}"):
                 modifiers[entry.key].check_windows(tokens[spec].origins)
-    held_out = None
-    if recipe.evaluation is not None and wanted(recipe.evaluation.perplexity.dataset):
-        with refused.noted():
-            held_out = evaluation_windows(recipe.evaluation.perplexity, tokenizer, vocab_size=inputs.vocabulary)
-    return Data(tokens, held_out)
+    reading = Reading(tokenizer, inputs.vocab_size, samples, labels or {})
+    measures: list[Measure[Any]] = []
+    for measure, spec in asked(recipe.evaluation):
+        if all(map(wanted, datasets_of(spec))):
+            with refused.noted():
+                measures.append(measure.read(spec, reading))
+    return Data(tokens, measures)
 
 
 def _by_calibration(recipe: Recipe) -> dict[CalibrationSpec, list[ModifierEntry]]:

@@ -21,8 +21,7 @@ from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, s
 from armor_recipes.checkpoint.writer import carry_over, tensor_hashes, write_beside, write_checkpoint
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import RecipeError, ResourceError
-from armor_recipes.evaluation.perplexity import Perplexity, measure
-from armor_recipes.events import EvaluationProgressed, Observer, ignore_events
+from armor_recipes.events import Observer, ignore_events
 from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.models import attention_of, load_model, written_dtypes
 from armor_recipes.integrations.names import left_behind
@@ -34,6 +33,7 @@ from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
 from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, skipped_rows, state_hash
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.checks import check_output, check_weights, placed, precious_paths
+from armor_recipes.run.evaluating import measured
 from armor_recipes.run.planning import Job, prepare
 from armor_recipes.run.preflight import Ready, check_disk, preflight
 from armor_recipes.run.refusals import resource_errors
@@ -150,8 +150,7 @@ def execute(
         estimate=job.estimate,
         modules=facts.modules,
         results=facts.results,
-        perplexity_before=facts.before,
-        perplexity_after=facts.after,
+        evaluations=facts.evaluations,
         report=report,
     )
 
@@ -163,6 +162,7 @@ class _Run:
     job: Job
     model: PreTrainedModel
     ready: Ready
+    output: Path
     watch: Stopwatch
     dtypes: dict[str, torch.dtype]
     given: bool
@@ -182,14 +182,15 @@ class _Run:
             loaded = placed(model, job.source, job.device)
         linearise(loaded, job.plan.forms)
         check_weights(loaded, job.plan)
-        return cls(job, loaded, ready, watch, written_dtypes(loaded, job.source), model is not None)
+        return cls(job, loaded, ready, output, watch, written_dtypes(loaded, job.source), model is not None)
 
     def compute(self) -> Facts:
         """Everything that takes long."""
         job = self.job
-        before = self.evaluate("evaluate before")
-        source_hash = state_hash(self.model, self.dtypes, job.source.stored_dtype)
-        session = self.compress()
+        with measured(self.ready.data.measures, self.model, self.watch, self.output) as measured_again:
+            source_hash = state_hash(self.model, self.dtypes, job.source.stored_dtype)
+            session = self.compress()
+            evaluations = measured_again()
         return Facts(
             recipe=job.recipe,
             plan=job.plan,
@@ -201,21 +202,8 @@ class _Run:
             tokens=self.ready.data.tokens,
             modules=session.results,
             results=session.state.results,
-            before=before,
-            after=self.evaluate("evaluate after"),
+            evaluations=evaluations,
         )
-
-    def evaluate(self, phase: str) -> Perplexity | None:
-        """Perplexity on the recipe's held-out text, or None where it names none."""
-        windows = self.ready.data.held_out
-        if windows is None:
-            return None
-        self.watch.phase(phase)
-
-        def progress(done: int, total: int) -> None:
-            self.watch.observer(EvaluationProgressed(done, total))
-
-        return measure(self.model, windows, on_progress=progress)
 
     def compress(self) -> Session:
         """Run a session to its end; it holds the results."""

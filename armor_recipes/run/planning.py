@@ -14,6 +14,7 @@ from armor_recipes.compute import plain_torch
 from armor_recipes.errors import RecipeError
 from armor_recipes.integrations.models import ModelSource, load_tokenizer, meta_model, open_model
 from armor_recipes.integrations.transformers import check_registered
+from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.forms import forms_of, linearise, restore
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.modifiers import AnyModifier, modifiers
@@ -21,6 +22,7 @@ from armor_recipes.plan import Plan, RunEstimate, estimate_run, make_plan
 from armor_recipes.recipe import Recipe
 from armor_recipes.run.checks import check_lengths, narrowed
 from armor_recipes.run.data import read_data
+from armor_recipes.run.evaluating import check_measures
 from armor_recipes.run.refusals import Refusals, resource_errors
 
 
@@ -60,11 +62,20 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
     plan, refused = None, Refusals()
     with refused.noted():
         check_lengths(recipe, source)
+    check_measures(recipe, shapes, refused)
     with refused.noted():
         plan = planned(recipe, source, shapes, instances)
     if plan is None or refused:
         with refused.noted(), resource_errors():
-            read_data(recipe, instances, model_inputs(shapes), load_tokenizer(source), refused, wanted=is_soon_read)
+            read_data(
+                recipe,
+                instances,
+                model_inputs(shapes),
+                load_tokenizer(source),
+                refused,
+                wanted=is_soon_read,
+                labels=class_numbers(source.config),
+            )
         refused.tell()
     estimate = estimate_run(plan, recipe, shapes, instances)
     return Job(recipe, source, shapes, instances, plan, estimate, target)

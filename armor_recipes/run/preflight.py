@@ -22,6 +22,7 @@ from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config
 from armor_recipes.checkpoint.staging import tried
 from armor_recipes.checkpoint.writer import DEFAULT_SHARD_BYTES, write_beside, write_configs
 from armor_recipes.errors import ArmorError, InputError, ResourceError
+from armor_recipes.evaluation.room import check_room
 from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.models import (
     ModelSource,
@@ -32,6 +33,7 @@ from armor_recipes.integrations.models import (
     written_dtypes,
 )
 from armor_recipes.integrations.names import left_behind
+from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.report.card import model_card
 from armor_recipes.report.licence import Licence, base_licence
@@ -83,7 +85,7 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
         with refused.noted():
             beside = _companions(job.source, with_tokenizer=tokenizer is None)
         with refused.noted():
-            _try_files(job, Ready(None, Data({}, None), licence, beside, 0), folder)
+            _try_files(job, Ready(None, Data({}), licence, beside, 0), folder)
         with refused.noted():
             tokenizer = load_tokenizer(job.source) if tokenizer is None else tokenizer
             with _savable(f"the tokenizer of {job.source.location}", "give one that save_pretrained can save"):
@@ -93,11 +95,19 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
             nbytes = _bytes_of_tensors(job, model)
             check_disk(folder.parent, nbytes)  # what is small lies there now
     watch.phase("tokenize")
-    inputs = model_inputs(job.shapes)
-    data = read_data(job.recipe, job.modifiers, inputs, tokenizer, refused) if usable else Data({}, None)
+    data = _read(job, tokenizer, refused, output) if usable else Data({})
     if refused:
         refused.tell()
     return Ready(tokenizer, data, licence, beside, nbytes)
+
+
+def _read(job: Job, tokenizer: Any | None, refused: Refusals, output: Path) -> Data:
+    """The data, and whether the disk takes what evaluation keeps of the dense model until weights are written."""
+    labels = class_numbers(job.source.config)
+    data = read_data(job.recipe, job.modifiers, model_inputs(job.shapes), tokenizer, refused, labels=labels)
+    with refused.noted():
+        check_room(output.parent, sum(measure.dense_bytes(job.shapes) for measure in data.measures))
+    return data
 
 
 def _try_model(job: Job, model: PreTrainedModel | None, folder: Path) -> None:
@@ -140,8 +150,7 @@ def _try_files(job: Job, ready: Ready, folder: Path) -> None:
         tokens={},
         modules={},
         results=(),
-        before=None,
-        after=None,
+        evaluations=(),
     )
     manifest = json.dumps(build_manifest(facts, {})).encode()
     write_beside(folder, {**ready.files(facts, job.source), MANIFEST_FILE: manifest})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from armor_recipes.evaluation.perplexity import Perplexity
+from armor_recipes.evaluation import Evaluation, Perplexity
 from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
 from armor_recipes.modifiers.kinds.rearranger import RearrangeResult
 from armor_recipes.modifiers.kinds.refiner import RefineResult
@@ -24,8 +24,7 @@ class Result:
         output: the folder of the checkpoint.
         modules: by full name, in the order in which they were solved.
         results: what was measured besides modules, in order.
-        perplexity_before: of the dense model; None where the recipe has no `evaluation`.
-        perplexity_after: of the compressed model, as a loader of the folder gives it.
+        evaluations: what was measured of the dense model, and of the compressed one as a loader of the folder gives it.
         report: everything that is not a function of the inputs: seconds by phase, peak memory, sizes, host.
     """
 
@@ -34,9 +33,18 @@ class Result:
     output: Path
     modules: Mapping[str, ModuleResult]
     results: Sequence[StepResult]
-    perplexity_before: Perplexity | None
-    perplexity_after: Perplexity | None
+    evaluations: Sequence[Evaluation]
     report: Mapping[str, Any]
+
+    @property
+    def perplexity_before(self) -> Perplexity | None:
+        """Of the dense model; None where the recipe does not ask for it."""
+        return next((e.before for e in self.evaluations if isinstance(e.before, Perplexity)), None)
+
+    @property
+    def perplexity_after(self) -> Perplexity | None:
+        """Of the compressed model."""
+        return next((e.after for e in self.evaluations if isinstance(e.after, Perplexity)), None)
 
     @property
     def rearrangements(self) -> tuple[RearrangeResult, ...]:

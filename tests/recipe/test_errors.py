@@ -130,7 +130,7 @@ SECTIONS = [
         "calibration: {dataset: d, sample: 1}\na_stage:",
         "3: calibration.sample: unknown key; nearest valid key: samples",
     ),
-    ("a_stage:", "evaluation: {}\na_stage:", "3: evaluation.perplexity: required, but missing"),
+    ("a_stage:", "evaluation: {}\na_stage:", "3: evaluation: names nothing to measure"),
     ("a_stage:", "evaluation: {perplexity: {}}\na_stage:", "3: evaluation.perplexity.dataset: required, but missing"),
     (
         "a_stage:",

@@ -1,0 +1,150 @@
+"""Accuracy on labelled samples: the class with the largest logit against the label."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from armor_recipes.calibration.files import Cell
+from armor_recipes.compute import plain_torch
+from armor_recipes.errors import InputError, NumericalError, PlanError
+from armor_recipes.evaluation.contract import Measure, Measurement, Reading, Room, Value
+from armor_recipes.evaluation.intervals import wilson
+from armor_recipes.evaluation.outputs import inference, outputs
+from armor_recipes.evaluation.samples import Rows, Samples, Texts, column, text_of, tokenised
+from armor_recipes.recipe.problems import nearest
+from armor_recipes.recipe.schema import ClassificationSpec
+
+_CLASSIFIER = re.compile("For(?!Token)[A-Za-z]*Classification")
+#: Top 5 says something of more classes than these.
+_FEW_CLASSES = 5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Classification(Measure[ClassificationSpec]):
+    """Top-1 and top-5 accuracy; `labels` `(N,)` int64 are those of the samples."""
+
+    name: ClassVar[str] = "classification"
+    samples: Samples
+    labels: Tensor
+    dataset: str
+    batch_size: int
+    cut: int
+
+    @classmethod
+    def check(cls, model: nn.Module) -> None:
+        """Only a model with a classification head has classes."""
+        if not _CLASSIFIER.search(type(model).__name__):
+            raise PlanError(
+                f"evaluation.classification: {type(model).__name__} has no classification head, so that there is no class to "
+                "compare with a label; give a model of a class such as …ForSequenceClassification or …ForImageClassification"
+            )
+
+    @classmethod
+    def read(cls, spec: ClassificationSpec, reading: Reading) -> Self:
+        """Read samples and labels."""
+        if Path(spec.dataset).suffix == ".safetensors":
+            rows, labels = _from_tensors(spec, len(reading.labels))
+            return cls(rows, labels, spec.dataset, spec.batch_size, 0)
+        cells = column(spec.dataset, spec.split, spec.text_column, "text_column", spec.samples)
+        marks = column(spec.dataset, spec.split, spec.label_column, "label_column", spec.samples)
+        texts = tokenised(
+            [text_of(cell, "text_column") for cell in cells], reading, length=spec.sequence_length, dataset=spec.dataset
+        )
+        assert reading.tokenizer is not None
+        # Without a padding token a classifier finds the last token of single texts only.
+        size = spec.batch_size if reading.tokenizer.pad_token_id is not None else 1
+        labels = torch.tensor([label_of(cell, reading) for cell in marks])
+        return cls(texts, labels, spec.dataset, size, texts.cut)
+
+    @plain_torch()
+    def after(self, model: nn.Module, room: Room) -> Measurement:
+        """Rank every label among the classes."""
+        ranks = torch.zeros(len(self.samples), dtype=torch.int64)
+        classes, done = 0, 0
+        with inference(model):
+            for places, batch in self.samples.batches(self.batch_size):
+                logits = self._logits(model, batch, places)
+                ranks[places] = ranks_of(logits, self.labels[places])
+                classes, done = logits.shape[1], done + len(places)
+                if room.on_progress is not None:
+                    room.on_progress(done, len(self.samples))
+        tops = (1, 5) if classes > _FEW_CLASSES else (1,)
+        return Measurement(
+            tuple(rate(f"top{k}_accuracy", int((ranks <= k).sum()), len(ranks)) for k in tops),
+            (self.dataset,),
+            len(ranks),
+            self.samples.hash(),
+            {"classes": classes, "texts_cut": self.cut} if isinstance(self.samples, Texts) else {"classes": classes},
+        )
+
+    def _logits(self, model: nn.Module, batch: object, places: Sequence[int]) -> Tensor:
+        logits = outputs(model, batch).get("logits")  # type: ignore[arg-type]
+        if logits is None or logits.ndim != 2 or len(logits) != len(places):
+            shape = "none" if logits is None else tuple(logits.shape)
+            raise InputError(f"{type(model).__name__} gives no logits of classes for each sample (shape {shape})")
+        if not bool(logits.isfinite().all()):
+            raise NumericalError(f"{self.dataset}: logits of a sample among {places[0]}…{places[-1]} are not finite")
+        return logits.float().cpu()
+
+
+def ranks_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """The place, from 1, of each label `(N,)` among the logits `(N, C)` of its row; equal logits count as before it."""
+    own = logits.gather(1, labels[:, None])
+    return (logits >= own).sum(1)
+
+
+def rate(name: str, hits: int, count: int) -> Value:
+    """A rate with Wilson's interval."""
+    return Value(name, hits / count, wilson(hits, count))
+
+
+def label_of(cell: Cell, reading: Reading) -> int:
+    """A label as a number of a class: itself, or by its name in the model's config. Raises InputError."""
+    value, known = cell.value, reading.labels
+    if isinstance(value, str):
+        if value not in known:
+            raise InputError(
+                f"{cell.where}: `label_column` holds {value!r}, no class of the model; {nearest(value, known, noun='class')}"
+            )
+        return known[value]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{cell.where}: `label_column` holds {value!r:.80}, neither a class's number nor its name")
+    if not 0 <= value < len(known):
+        raise InputError(f"{cell.where}: `label_column` holds {value}; the model's classes are 0 to {len(known) - 1}")
+    return value
+
+
+def _from_tensors(spec: ClassificationSpec, classes: int) -> tuple[Rows, Tensor]:
+    """The tensors of a file but the labels, and these."""
+    try:
+        tensors = load_file(Path(spec.dataset))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {spec.dataset}: {error}; check the path, or write the file again") from error
+    labels = tensors.pop(spec.label_column, None)
+    if labels is None:
+        raise InputError(
+            f"{spec.dataset} has no tensor {spec.label_column!r}; set `label_column` to one of: {', '.join(tensors)}"
+        )
+    sizes = {tuple(tensor.shape[:1]) for tensor in (labels, *tensors.values())}
+    if not tensors or len(sizes) > 1 or labels.ndim != 1 or labels.dtype.is_floating_point:
+        raise InputError(
+            f"{spec.dataset}: `{spec.label_column}` must hold a whole number for each sample, beside tensors with as many rows; it "
+            f"is {tuple(labels.shape)} {labels.dtype}, and the rows are {sorted(sizes)}"
+        )
+    count = len(labels) if spec.samples is None else spec.samples
+    if not 0 < count <= len(labels):
+        raise InputError(f"{spec.dataset} has {len(labels)} rows, but {count} are asked for; lower `samples`")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise InputError(
+            f"{spec.dataset}: labels {int(labels.min())} to {int(labels.max())}; the classes are 0 to {classes - 1}"
+        )
+    return Rows({name: tensor[:count] for name, tensor in tensors.items()}), labels[:count].long()

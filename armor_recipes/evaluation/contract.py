@@ -1,0 +1,158 @@
+"""What a measure is: it reads its data, looks at the dense model, and measures the compressed one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+from torch import nn
+
+from armor_recipes.calibration.inputs import InputSet
+from armor_recipes.recipe.schema import CalibrationSpec, Strict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SpecT = TypeVar("SpecT", bound=Strict)
+#: Called after each batch with (samples done, samples in all).
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One figure: a mean or a rate over samples, with its 95 % interval; None where one sample has none."""
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None = None
+    form: str = ".4f"
+
+    def text(self) -> str:
+        """As tables show it: `0.9123 [0.8990, 0.9241]`."""
+        if self.interval is None:
+            return format(self.value, self.form)
+        low, high = (format(bound, self.form) for bound in self.interval)
+        return f"{self.value:{self.form}} [{low}, {high}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"value": self.value, "interval": None if self.interval is None else list(self.interval)}
+
+
+class Measured(Protocol):
+    """What was measured of one model, on which data."""
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """The figures, in the order in which they are shown."""
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """What it was measured on, as the recipe names it."""
+
+    @property
+    def size(self) -> str:
+        """How much of that, in words: `128 samples`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that is a function of the inputs and names no place of this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Figures of one model on `samples` samples; `sha256` is the hash of those, `details` what else there is to say, in order."""
+
+    values: tuple[Value, ...]
+    datasets: tuple[str, ...]
+    samples: int
+    sha256: str
+    details: Mapping[str, int | str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> str:
+        """The number of samples, and the details, in words."""
+        said = [f"{name.replace('_', ' ')} {value}" for name, value in self.details.items() if value]
+        return f"{self.samples} samples" + (f" ({', '.join(said)})" if said else "")
+
+    def __getitem__(self, name: str) -> Value:
+        return next(value for value in self.values if value.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "samples": self.samples,
+            **self.details,
+            "sha256": self.sha256,
+            **{value.name: value.to_dict() for value in self.values},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One measure of the dense and of the compressed model; `before` is None where the dense model is what is compared with."""
+
+    name: str
+    before: Measured | None
+    after: Measured
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What data are read with.
+
+    Attributes:
+        tokenizer: the model's, where it has one.
+        vocab_size: rows of its token embedding, where it has one.
+        inputs: chooses the samples that a `calibration` section describes.
+        labels: the numbers of its classes by their names.
+
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int | None
+    inputs: Callable[[CalibrationSpec], InputSet]
+    labels: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A folder for what a measure keeps of the dense model until the compressed one is measured, and whom it tells of progress."""
+
+    folder: Path
+    on_progress: OnProgress | None = None
+
+
+class Measure(ABC, Generic[SpecT]):
+    """One thing that is measured of a model: a file of this folder, a line in `MEASURES`, and a key of `evaluation`.
+
+    `name` is that key. A measure that `keeps` something of the dense model gets a folder for it.
+    """
+
+    name: ClassVar[str]
+    keeps: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def check(cls, model: nn.Module) -> None:
+        """Raise PlanError where it cannot be measured of such a model, which may be on the meta device."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, spec: SpecT, reading: Reading) -> Self:
+        """The measure with its data. Raises InputError."""
+
+    def dense_bytes(self, model: nn.Module) -> int:
+        """What it will keep of the dense model, as far as shapes tell; the model may be on the meta device."""
+        del model  # nothing is kept of any
+        return 0
+
+    def before(self, model: nn.Module, room: Room) -> Measured | None:
+        """Measure the dense model, or keep of it what `after` compares with. Raises InputError and NumericalError."""
+        return self.after(model, room)
+
+    @abstractmethod
+    def after(self, model: nn.Module, room: Room) -> Measured:
+        """Measure the compressed model. Raises InputError and NumericalError."""

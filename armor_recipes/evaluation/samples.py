@@ -1,0 +1,139 @@
+"""Samples that are measured one by one: texts as they are tokenised, each with its own length, or rows of tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+
+from armor_recipes.calibration.files import Cell, Column, read_path
+from armor_recipes.calibration.hub import read_hub
+from armor_recipes.calibration.inputs import TOKENS, Batch, leading, some_of
+from armor_recipes.calibration.text import BUILTIN, builtin_rows, is_empty, local_path
+from armor_recipes.calibration.windows import check_vocabulary
+from armor_recipes.errors import InputError
+from armor_recipes.evaluation.contract import Reading
+
+#: Texts handed to the tokenizer at once.
+_AT_ONCE = 512
+
+
+class Samples(Protocol):
+    """N samples, in batches."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int) -> Iterator[tuple[list[int], Batch]]:
+        """At most `size` samples at a time: their places, and what the model is called with."""
+
+    def hash(self) -> str:
+        """sha256 in hex of all samples."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Texts:
+    """Token ids of texts, and what else the tokenizer gives with them; `cut` of them were longer and lost their end.
+
+    Texts of equal length are batched, so that nothing is ever padded: a figure does not depend on which texts stand together.
+    """
+
+    rows: tuple[dict[str, list[int]], ...]
+    cut: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, size: int) -> Iterator[tuple[list[int], Batch]]:
+        """Texts of one length, the shortest first, at most `size` at a time."""
+
+        def length(place: int) -> int:
+            return len(self.rows[place][TOKENS])
+
+        for _, group in groupby(sorted(range(len(self.rows)), key=length), key=length):
+            places = list(group)
+            for start in range(0, len(places), size):
+                some = places[start : start + size]
+                names = self.rows[some[0]]
+                yield some, {name: torch.tensor([self.rows[place][name] for place in some]) for name in names}
+
+    def hash(self) -> str:
+        """Of the number of texts, and of the length and the ids of each, as little-endian 64-bit integers."""
+        digest = hashlib.sha256(len(self.rows).to_bytes(8, "little"))
+        for row in self.rows:
+            for number in (len(row[TOKENS]), *row[TOKENS]):
+                digest.update(number.to_bytes(8, "little"))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Rows of named tensors `(N, …)`."""
+
+    tensors: Batch
+
+    def __len__(self) -> int:
+        return len(leading(self.tensors))
+
+    def batches(self, size: int) -> Iterator[tuple[list[int], Batch]]:
+        """Rows in order."""
+        for start in range(0, len(self), size):
+            some = slice(start, min(start + size, len(self)))
+            yield list(range(len(self)))[some], some_of(self.tensors, some)
+
+    def hash(self) -> str:
+        """Of name, shape, dtype and bytes of each tensor, by name."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def tokenised(texts: Sequence[str], reading: Reading, *, length: int, dataset: str) -> Texts:
+    """Texts as the tokenizer writes them with its special tokens, cut to `length` tokens. Raises InputError."""
+    if reading.tokenizer is None:
+        raise InputError(f"{dataset}: the model has no tokenizer, so that text cannot be used; add one")
+    rows: list[dict[str, list[int]]] = []
+    cut = 0
+    for start in range(0, len(texts), _AT_ONCE):
+        part = list(texts[start : start + _AT_ONCE])
+        whole: Any = reading.tokenizer(part, verbose=False)[TOKENS]
+        found: Any = reading.tokenizer(part, truncation=True, max_length=length, verbose=False)
+        cut += sum(len(ids) > length for ids in whole)
+        rows += [{name: values[place] for name, values in found.items()} for place in range(len(part))]
+    for place, row in enumerate(rows):
+        if not row[TOKENS]:
+            raise InputError(f"{dataset}: the tokenizer makes no token of text {place} (from 0); remove it")
+        if reading.vocab_size is not None:
+            check_vocabulary(torch.tensor(row[TOKENS]), reading.vocab_size, dataset)
+    return Texts(tuple(rows), cut)
+
+
+def column(dataset: str, split: str, name: str, key: str, at_most: int | None) -> list[Cell]:
+    """The first values of a dataset's column (None: all), which the recipe's key `key` names. Raises InputError."""
+    wanted = Column(name, key)
+    cells = _cells(dataset, split, wanted)
+    found = [cell for _, cell in zip(range(at_most), cells, strict=False)] if at_most is not None else list(cells)
+    if not found or (at_most is not None and len(found) < at_most):
+        raise InputError(f"{dataset} has {len(found)} rows, but {at_most or 'some'} are asked for; lower `samples`")
+    return found
+
+
+def _cells(dataset: str, split: str, wanted: Column) -> Iterable[Cell]:
+    if dataset.startswith(BUILTIN):
+        return builtin_rows(dataset, wanted)
+    path = local_path(dataset)
+    return read_hub(dataset, split, wanted) if path is None else read_path(path, wanted)
+
+
+def text_of(cell: Cell, key: str) -> str:
+    """The cell's text. Raises InputError for anything else, and for an empty one."""
+    if not isinstance(cell.value, str):
+        raise InputError(f"{cell.where}: `{key}` holds {cell.value!r:.80}, not text; correct or remove the row")
+    if is_empty(cell.value):
+        raise InputError(f"{cell.where}: `{key}` holds an empty text; correct or remove the row")
+    return cell.value
