@@ -21,7 +21,7 @@ from armor_recipes.evaluation.intervals import wilson
 from armor_recipes.evaluation.outputs import inference, outputs
 from armor_recipes.evaluation.samples import Rows, Samples, Texts, column, text_of, tokenised
 from armor_recipes.recipe.problems import nearest
-from armor_recipes.recipe.schema import ClassificationSpec
+from armor_recipes.recipe.schema import ClassificationSpec, Strict
 
 _CLASSIFIER = re.compile("For(?!Token)[A-Za-z]*Classification")
 #: Top 5 says something of more classes than these.
@@ -33,6 +33,7 @@ class Classification(Measure[ClassificationSpec]):
     """Top-1 and top-5 accuracy; `labels` `(N,)` int64 are those of the samples."""
 
     name: ClassVar[str] = "classification"
+    spec_type: ClassVar[type[Strict]] = ClassificationSpec
     samples: Samples
     labels: Tensor
     dataset: str

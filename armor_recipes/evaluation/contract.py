@@ -128,10 +128,11 @@ class Room:
 class Measure(ABC, Generic[SpecT]):
     """One thing that is measured of a model: a file of this folder, a line in `MEASURES`, and a key of `evaluation`.
 
-    `name` is that key. A measure that `keeps` something of the dense model gets a folder for it.
+    `name` is that key, and `spec_type` what it may say. A measure that `keeps` something of the dense model gets a folder for it.
     """
 
     name: ClassVar[str]
+    spec_type: ClassVar[type[Strict]]
     keeps: ClassVar[bool] = False
 
     @classmethod

@@ -32,7 +32,7 @@ from armor_recipes.evaluation.outputs import chosen, counted, head_rows, inferen
 from armor_recipes.evaluation.perplexity import fitting_batch
 from armor_recipes.evaluation.room import check_room
 from armor_recipes.model.facts import model_facts
-from armor_recipes.recipe.schema import FidelitySpec
+from armor_recipes.recipe.schema import FidelitySpec, Strict
 
 #: Values of one output that are compared at once, in float64.
 _AT_ONCE = 1 << 22
@@ -54,6 +54,7 @@ class Fidelity(Measure[FidelitySpec]):
     """Fidelity on a set of inputs. The dense model's outputs lie in files meanwhile, in the dtype in which it gave them."""
 
     name: ClassVar[str] = "fidelity"
+    spec_type: ClassVar[type[Strict]] = FidelitySpec
     keeps: ClassVar[bool] = True
     inputs: InputSet
     output: str | None

@@ -23,7 +23,7 @@ from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.evaluation.contract import Measure, OnProgress, Reading, Room, Value
 from armor_recipes.evaluation.outputs import evaluating, parameters_of, vocabulary
 from armor_recipes.model.facts import model_facts
-from armor_recipes.recipe.schema import PerplexitySpec
+from armor_recipes.recipe.schema import PerplexitySpec, Strict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +79,7 @@ class PerplexityMeasure(Measure[PerplexitySpec]):
     """Perplexity on windows of held-out text."""
 
     name: ClassVar[str] = "perplexity"
+    spec_type: ClassVar[type[Strict]] = PerplexitySpec
     windows: InputSet
 
     @classmethod

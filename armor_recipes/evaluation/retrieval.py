@@ -22,7 +22,7 @@ from armor_recipes.evaluation.intervals import bootstrap
 from armor_recipes.evaluation.outputs import inference, outputs, parameters_of
 from armor_recipes.evaluation.samples import Texts, column, text_of, tokenised
 from armor_recipes.model.facts import model_facts
-from armor_recipes.recipe.schema import RetrievalSpec
+from armor_recipes.recipe.schema import RetrievalSpec, Strict
 
 Pooling = Literal["mean", "cls", "last"]
 #: Recall among 10 says something of more documents than these.
@@ -35,6 +35,7 @@ class Retrieval(Measure[RetrievalSpec]):
     """Recall and mean reciprocal rank; `relevant` `(Q,)` int64 are the places of the queries' documents."""
 
     name: ClassVar[str] = "retrieval"
+    spec_type: ClassVar[type[Strict]] = RetrievalSpec
     queries: Texts
     documents: Texts
     relevant: Tensor

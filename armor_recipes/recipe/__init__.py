@@ -2,18 +2,21 @@
 
 from armor_recipes.recipe.composition import builtin_recipes
 from armor_recipes.recipe.json_schema import json_schema
-from armor_recipes.recipe.loading import load_recipe, load_recipe_mapping
+from armor_recipes.recipe.loading import load_recipe, load_recipe_mapping, load_section
 from armor_recipes.recipe.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.reference import reference_markdown
 from armor_recipes.recipe.schema import (
     AtMost,
     CalibrationSpec,
+    ClassificationSpec,
     EvaluationSpec,
+    FidelitySpec,
     ModelSpec,
     ModifierConfig,
     MoeSpec,
     OutputSpec,
     PerplexitySpec,
+    RetrievalSpec,
     ServeSpec,
     WeightedDataset,
 )
@@ -21,7 +24,9 @@ from armor_recipes.recipe.schema import (
 __all__ = [
     "AtMost",
     "CalibrationSpec",
+    "ClassificationSpec",
     "EvaluationSpec",
+    "FidelitySpec",
     "ModelSpec",
     "ModifierConfig",
     "ModifierEntry",
@@ -29,11 +34,13 @@ __all__ = [
     "OutputSpec",
     "PerplexitySpec",
     "Recipe",
+    "RetrievalSpec",
     "ServeSpec",
     "WeightedDataset",
     "builtin_recipes",
     "json_schema",
     "load_recipe",
     "load_recipe_mapping",
+    "load_section",
     "reference_markdown",
 ]

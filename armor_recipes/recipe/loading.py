@@ -15,7 +15,7 @@ from armor_recipes.recipe.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import ModifierConfig, MoeSpec, Sections
 from armor_recipes.recipe.stages import SECTIONS, STAGE, Placed, Stages, listed_names
 from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, is_null, merge, plain
-from armor_recipes.recipe.validation import validate
+from armor_recipes.recipe.validation import Model, validate
 
 Registry = Mapping[str, type[ModifierConfig]]
 
@@ -83,6 +83,23 @@ def load_recipe_mapping(
         problems.raise_if_any()
     recipe = _finish(table, overrides, {"model": model, "output": output}, registry, problems)
     return replace(recipe, files=tuple(files.opened))
+
+
+def load_section(
+    model: type[Model], path: tuple[str, ...], mapping: Mapping[str, object], *, overrides: Sequence[str] = ()
+) -> Model:
+    """Return one section by itself, checked: what stands at `path` in a recipe, with `key=value` overrides laid over `mapping`.
+
+    Raises RecipeError with all problems at once.
+    """
+    problems = Problems()
+    table = apply_overrides(read_mapping(mapping, problems), overrides, problems)
+    missing: dict[tuple[str, ...], str] = {("dataset",): "name it with --dataset"}
+    data = typed_data(table)
+    section = validate(model, table, data=data, path=path, problems=problems, mark=table.mark, missing=missing)
+    problems.raise_if_any()
+    assert section is not None, "without a section a problem was noted"
+    return section
 
 
 def _finish(

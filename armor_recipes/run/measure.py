@@ -3,33 +3,99 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
+from armor_recipes.calibration.inputs import InputSet
+from armor_recipes.calibration.tokens import build_tokens
 from armor_recipes.checkpoint.reader import read_config
 from armor_recipes.compute import plain_torch
-from armor_recipes.evaluation.perplexity import Perplexity, evaluate
-from armor_recipes.integrations.models import load_model, load_tokenizer, open_model
+from armor_recipes.errors import RecipeError
+from armor_recipes.evaluation import MEASURES, Evaluation, Measure, Reading, Room
+from armor_recipes.integrations.models import ModelSource, load_model, load_tokenizer, meta_model, open_model
 from armor_recipes.integrations.transformers import load
+from armor_recipes.model.facts import class_numbers
 from armor_recipes.paths import user_path
-from armor_recipes.recipe.schema import ModelSpec, PerplexitySpec
+from armor_recipes.recipe import load_section
+from armor_recipes.recipe.schema import CalibrationSpec, ModelSpec
 from armor_recipes.run.planning import parse_device
 from armor_recipes.run.refusals import resource_errors
 from armor_recipes.runtime.backends import BACKEND_VARIABLE
 
 
-@plain_torch()
-def evaluate_model(model: str, spec: PerplexitySpec, *, device: str = "cpu") -> Perplexity:
-    """Perplexity of a checkpoint folder of ours or of a dense model, computed in float32 on a CPU.
+def evaluate_model(
+    model: str,
+    name: str,
+    keys: Mapping[str, object],
+    *,
+    overrides: Sequence[str] = (),
+    against: str | None = None,
+    device: str = "cpu",
+) -> Evaluation:
+    """Take one measure of a checkpoint folder of ours or of a dense model, computed in float32 on a CPU.
 
-    Raises InputError where the model or the text cannot be read.
+    Args:
+        model: a folder, a hub id, or `builtin:NAME`.
+        name: of the measure, as in a recipe's `evaluation`.
+        keys: its keys there.
+        overrides: `key=value`, laid over them.
+        against: the dense model, which is measured before.
+        device: where to compute.
+
+    Raises:
+        RecipeError: there is no such measure, its keys are wrong, or it needs a dense model to compare with.
+        PlanError: it cannot be measured of the model.
+        InputError: a model or the data cannot be read.
+
     """
-    target = parse_device(device)
-    packed = user_path(model).is_dir() and read_config(user_path(model)).get("quantization_config") is not None
-    source = open_model(ModelSpec(id=model), device=target, compressed=packed)
-    with resource_errors():
-        if packed:
-            # Never `auto`: it may take another way, and give other bits, on every machine and from run to run.
-            backend = os.environ.get(BACKEND_VARIABLE) or "folded"
-            loaded = load(model, backend=backend, dtype=source.compute_dtype, device=target)
-        else:
-            loaded = load_model(source, device=target)
-        return evaluate(loaded, spec, load_tokenizer(source))
+    known = {measure.name: measure for measure in MEASURES}
+    if name not in known:
+        raise RecipeError(f"--measure {name}: there is no such measure; give one of {', '.join(known)}")
+    measure = known[name]
+    spec = load_section(measure.spec_type, ("evaluation", name), keys, overrides=overrides)
+    if measure.keeps and against is None:
+        raise RecipeError(f"{name} compares a model with the dense one: name that with --against MODEL")
+    return _evaluate(model, measure, spec, against, parse_device(device))
+
+
+@plain_torch()
+def _evaluate(
+    model: str, measure: type[Measure[Any]], spec: Any, against: str | None, device: torch.device
+) -> Evaluation:
+    source = _opened(model, device)
+    measure.check(meta_model(source))
+    with resource_errors(), tempfile.TemporaryDirectory(prefix="armor-eval-") as folder:
+        ready, room = measure.read(spec, _reading(source)), Room(Path(folder))
+        before = None if against is None else ready.before(_loaded(against, device), room)
+        return Evaluation(measure.name, before, ready.after(_loaded(model, device), room))
+
+
+def _reading(source: ModelSource) -> Reading:
+    tokenizer = load_tokenizer(source)
+
+    def inputs(spec: CalibrationSpec) -> InputSet:
+        return build_tokens(spec, tokenizer=tokenizer, vocab_size=source.vocab_size)
+
+    return Reading(tokenizer, source.facts.vocab_size, inputs, class_numbers(source.config))
+
+
+def _is_packed(model: str) -> bool:
+    return user_path(model).is_dir() and read_config(user_path(model)).get("quantization_config") is not None
+
+
+def _opened(model: str, device: torch.device) -> ModelSource:
+    return open_model(ModelSpec(id=model), device=device, compressed=_is_packed(model))
+
+
+def _loaded(model: str, device: torch.device) -> PreTrainedModel:
+    source = _opened(model, device)
+    if not _is_packed(model):
+        return load_model(source, device=device)
+    # Never `auto`: it may take another way, and give other bits, on every machine and from run to run.
+    backend = os.environ.get(BACKEND_VARIABLE) or "folded"
+    return load(model, backend=backend, dtype=source.compute_dtype, device=device)
