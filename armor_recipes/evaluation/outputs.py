@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from armor_recipes.calibration.inputs import Batch
 from armor_recipes.errors import ArmorError, InputError
 from armor_recipes.exhaustion import what_ran_out
-from armor_recipes.model.replay import on_device
+from armor_recipes.model.replay import feed, on_device
 
 #: Outputs by what they say of a model, the most telling first; then whatever comes first.
 PREFERRED = ("logits", "last_hidden_state", "image_embeds", "text_embeds", "pooler_output")
@@ -49,11 +49,10 @@ def outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     Raises InputError where the model refuses the batch.
     """
     takes = parameters_of(model)
-    options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
-    if "return_dict" in takes or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values()):
-        options["return_dict"] = True
+    by_name = "return_dict" in takes or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
+    given: dict[str, Any] = {**on_device(batch, model), **({"return_dict": True} if by_name else {})}
     try:
-        found = model(**on_device(batch, model), **options)
+        found = feed(model, given)
     except Exception as error:
         if isinstance(error, ArmorError) or what_ran_out(error):
             raise

@@ -13,13 +13,18 @@ _FIRST = "perplexity"
 
 
 def evaluation_rows(evaluations: Sequence[Evaluation]) -> Iterator[tuple[str, str, str, str]]:
-    """For each figure what it is and on what, before, after, and the ratio; of figures with intervals `0.91 [0.89, 0.93]`."""
+    """For each figure its name, before, after, and the ratio; of figures with intervals `0.91 [0.89, 0.93]`.
+
+    The first of a measure says what was measured on.
+    """
     for found in evaluations:
         dense = {} if found.before is None else {value.name: value for value in found.before.values}
+        where = f" ({on_what(found.after)})"
         for value in found.after.values:
             before = dense.get(value.name)
             ratio = f"{value.value / before.value:.3f}" if before is not None and before.value else ""
-            name = f"{value.name.replace('_', ' ')} ({on_what(found.after)})"
+            name = value.name.replace("_", " ") + where
+            where = ""
             yield name, "" if before is None else before.text(), value.text(), ratio
 
 

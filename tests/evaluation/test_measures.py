@@ -17,7 +17,10 @@ from armor_recipes.evaluation.perplexity import PerplexityMeasure
 from armor_recipes.events import EvaluationProgressed, Event, PhaseStarted
 from armor_recipes.recipe import EvaluationSpec
 from armor_recipes.run import evaluating
+from tests.evaluation.test_classification import bert
+from tests.evaluation.test_retrieval import WORDS
 from tests.support.engine import make_model, recipe
+from tests.support.tokenizers import byte_tokenizer
 
 TINY: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 RANDOM = {"dataset": "builtin:random-tokens", "samples": 3, "sequence_length": 8}
@@ -135,6 +138,41 @@ class _Huge:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.zeros(1, dtype=torch.int64).expand(10**12)}
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small BERT with seven classes and a tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    bert(classes=7).save_pretrained(folder)
+    return folder
+
+
+def encoder_recipe(model: Path, folder: Path, **evaluation: Any) -> dict[str, Any]:
+    modifiers = {"NoWagModifier": {"targets": [r"re:.*layer\.0\..*(query|key|value|dense)$"]}}
+    return {**recipe(model, folder / "out", **modifiers), "evaluation": evaluation}
+
+
+def test_an_encoder_is_measured_by_all_but_perplexity(classifier: Path, tmp_path: Path) -> None:
+    rows = [{"text": word, "label": place % 7, "query": word, "document": word * 2} for place, word in enumerate(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"dataset": str(tmp_path / "rows.jsonl"), "sequence_length": 16}
+    result = apply(encoder_recipe(classifier, tmp_path, fidelity=RANDOM, classification=data, retrieval=data))
+    figures = {found.name: [value.name for value in found.after.values] for found in result.evaluations}
+    assert figures == {
+        "fidelity": ["cosine", "relative_difference", "top1_agreement", "kl_divergence"],
+        "classification": ["top1_accuracy", "top5_accuracy"],
+        "retrieval": ["recall_at_1", "recall_at_10", "mean_reciprocal_rank"],
+    }
+    assert all(found.before is not None for found in result.evaluations[1:])
+    text = {"dataset": "builtin:pydoc-heldout", "sequence_length": 8}
+    with pytest.raises(
+        PlanError, match=r"evaluation\.perplexity: BertForSequenceClassification predicts no next token"
+    ):
+        apply(encoder_recipe(classifier, tmp_path / "other", perplexity=text))
 
 
 def test_who_has_no_perplexity() -> None:
