@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from armor_recipes.plan.serving import PackedModule, serve_problems, straddling
 from armor_recipes.plan.sharing import resolve_shared
 from armor_recipes.plan.targets import Matched, not_linear, resolve_targets
 from armor_recipes.recipe import ModifierEntry, Recipe
+
+#: The number of one of many in a module's name.
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 Modifiers = Mapping[str, AnyModifier[Any]]
 
@@ -202,11 +206,15 @@ def _unservable(recipe: Recipe, subject: _Subject, rows: Sequence[Row]) -> list[
         if row.spec is not None
     }
     names = subject.stacks.names
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, str, str], list[str]] = {}
     for entry, name, problem in serve_problems(subject.linears, subject.facts, packed, recipe.serve.tensor_parallel):
         block = names[subject.stacks.block_of(name) or 0]
-        found.setdefault((f"{entry.where}: {entry.name}", problem.replace(block, "{}")), []).append(block)
-    return [f"{place}: {once(text, blocks)}" for (place, text), blocks in found.items()]
+        inside = name.removeprefix(block)
+        alike = _NUMBER.sub(".{}", inside)
+        told = block if alike == inside else name  # one of many in a block, as experts are
+        place = f"{entry.where}: {entry.name}", problem.replace(told, "{}"), alike
+        found.setdefault(place, []).append(told)
+    return [f"{place}: {once(text, told)}" for (place, text, _), told in found.items()]
 
 
 def _straddling(subject: _Subject, rows: Sequence[Row]) -> tuple[str, ...]:

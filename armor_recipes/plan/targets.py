@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,8 @@ def resolve_targets(modules: Sequence[tuple[str, nn.Module]], config: ModifierCo
         matched = [(name, m) for name, m in modules if is_match(name, m, target)]
         held = {name for name, m in matched if config.ignore and is_match(name, m, config.ignore)}
         linear = {name for name, m in matched if isinstance(m, nn.Linear)}
-        others |= {name for name, m in matched if name not in held | linear and _has_weights(m)}
+        passed = held | linear
+        others |= {name for name, m in matched if name not in passed and _has_weights(m)}
         if not linear and not others and not config.optional:
             raise PlanError(_fused(target, modules) or _nothing_matched(target, modules))
         taken |= linear - held
@@ -100,6 +102,7 @@ def _fused(target: str, modules: Sequence[tuple[str, nn.Module]]) -> str | None:
 
 def _nothing_matched(target: str, modules: Sequence[tuple[str, nn.Module]]) -> str:
     linear = [name for name, module in modules if isinstance(module, nn.Linear)]
+    linear = list({_of_block(name): name for name in reversed(linear)}.values())[::-1]
     wanted = target.removeprefix("re:").replace("\\", "").replace(".*", "").rstrip("$")
     tails = {name.rsplit(".", 1)[-1]: name for name in reversed(linear)}
     near = difflib.get_close_matches(wanted, linear, n=3, cutoff=0.3)
@@ -109,3 +112,10 @@ def _nothing_matched(target: str, modules: Sequence[tuple[str, nn.Module]]) -> s
         f"target {target!r} matches no linear module; nearest: {nearest}. Correct the pattern (it is matched from the start "
         "of the full name), or say `optional: true`"
     )
+
+
+def _of_block(name: str) -> str:
+    """A name with its numbers after the first left out, alike for all experts of a layer: comparing each would take long."""
+    first = re.match(r".*?\.\d+(?=\.|$)", name)
+    end = first.end() if first else 0
+    return name[:end] + re.sub(r"\.\d+(?=\.|$)", ".", name[end:])

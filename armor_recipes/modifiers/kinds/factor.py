@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -193,19 +194,19 @@ def _tasks(share: Share, context: BlockContext) -> tuple[list[_Task], tuple[Expe
     for row in rows:
         if row.name not in given.skipped:
             groups.setdefault(context.state.sharing[row.name], []).append(row)
-    return [_task(share, owner, found, given, context) for owner, found in groups.items()], given.below
+    sharers = Counter(context.state.sharing.values())
+    return [_task(share, found, given, context, sharers[owner]) for owner, found in groups.items()], given.below
 
 
-def _task(share: Share, owner: str, rows: Sequence[ModulePlan], given: Fed, context: BlockContext) -> _Task:
-    """A B that only some of its modules change is stored for them, too: that is counted."""
-    sharers = [name for name, first in context.state.sharing.items() if first == owner]
+def _task(share: Share, rows: Sequence[ModulePlan], given: Fed, context: BlockContext, sharers: int) -> _Task:
+    """A B that only some of its modules (`sharers` of them) change is stored for them, too: that is counted."""
     return _Task(
         share,
         tuple(row.shape for row in rows),
         tuple(context.state.factors[row.name] for row in rows),
         given.statistics.get(rows[0].name),
         given.tokens.get(rows[0].name, 0),
-        {} if len(sharers) == len(rows) else {"input_factors_no_longer_shared": 1},
+        {} if sharers == len(rows) else {"input_factors_no_longer_shared": 1},
     )
 
 
