@@ -95,7 +95,7 @@ def _fused(target: str, modules: Sequence[tuple[str, nn.Module]]) -> str | None:
     if not parts:
         return None
     return (
-        f"target {target!r} matches {name}, in which {len(parts)} linear modules are fused; they are planned by names of their own: "
+        f"target {target!r} matches {name}, in which {len(parts)} linear modules are fused, planned by names of their own: "
         f"{', '.join(parts[:3])}, …. Name those"
     )
 

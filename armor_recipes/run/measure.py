@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import InputSet
-from armor_recipes.calibration.tokens import build_tokens
+from armor_recipes.calibration.tokens import build_inputs
 from armor_recipes.checkpoint.reader import read_config
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import RecipeError
@@ -20,6 +20,7 @@ from armor_recipes.evaluation import MEASURES, Evaluation, Measure, Reading, Roo
 from armor_recipes.integrations.models import ModelSource, load_model, load_tokenizer, meta_model, open_model
 from armor_recipes.integrations.transformers import load
 from armor_recipes.model.facts import class_numbers
+from armor_recipes.model.inputs import model_inputs
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import load_section
 from armor_recipes.recipe.schema import CalibrationSpec, ModelSpec
@@ -68,20 +69,21 @@ def _evaluate(
     model: str, measure: type[Measure[Any]], spec: Any, against: str | None, device: torch.device
 ) -> Evaluation:
     source = _opened(model, device)
-    measure.check(meta_model(source))
+    shapes = meta_model(source)
+    measure.check(shapes)
     with resource_errors(), tempfile.TemporaryDirectory(prefix="armor-eval-") as folder:
-        ready, room = measure.read(spec, _reading(source)), Room(Path(folder))
+        ready, room = measure.read(spec, _reading(source, shapes)), Room(Path(folder))
         before = None if against is None else ready.before(_loaded(against, device), room)
         return Evaluation(measure.name, before, ready.after(_loaded(model, device), room))
 
 
-def _reading(source: ModelSource) -> Reading:
-    tokenizer = load_tokenizer(source)
+def _reading(source: ModelSource, shapes: PreTrainedModel) -> Reading:
+    tokenizer, inputs = load_tokenizer(source), model_inputs(shapes)
 
-    def inputs(spec: CalibrationSpec) -> InputSet:
-        return build_tokens(spec, tokenizer=tokenizer, vocab_size=source.vocab_size)
+    def samples(spec: CalibrationSpec) -> InputSet:
+        return build_inputs(spec, inputs, tokenizer=tokenizer)
 
-    return Reading(tokenizer, source.facts.vocab_size, inputs, class_numbers(source.config))
+    return Reading(tokenizer, inputs.vocab_size, samples, class_numbers(source.config))
 
 
 def _is_packed(model: str) -> bool:
