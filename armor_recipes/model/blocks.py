@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from armor_recipes.errors import PlanError
-
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Blocks that are called one after the other, each on what the one before gave; a language model's decoder layers.
+    """Blocks that are called one after the other, each on what the one before gave; a language model's decoder layers, say.
 
-    Blocks are numbered through all stacks of a model in the order of the forward pass: those of this one from `first` on.
+    Blocks are numbered through all stacks of a model: those of this one from `first` on. `keys` are the blocks' names in the stack
+    where they are not 0, 1, …; a linear module outside of all lists of blocks is a stack of its own, whose only key is empty.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
     first: int = 0
+    keys: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Full names of the blocks, in order."""
-        return tuple(f"{self.name}.{i}" for i in range(len(self.modules)))
+        keys = self.keys or tuple(map(str, range(len(self.modules))))
+        return tuple(f"{self.name}.{key}".strip(".") for key in keys)
 
     @property
     def indices(self) -> range:
@@ -37,63 +39,118 @@ class Stack:
 
     def block_name(self, index: int) -> str:
         """Full name of the block of that number."""
-        return f"{self.name}.{index - self.first}"
+        return self.names[index - self.first]
 
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """All stacks of a model, in the order in which the forward pass calls them."""
+    """All stacks of a model, in the order of the module tree: an encoder before the decoder, a tower before the text model.
+
+    Attributes:
+        all: the lists of blocks.
+        outside: linear modules outside of them, each a stack of one block, numbered after all others: projectors, poolers, heads.
+    """
 
     all: tuple[Stack, ...]
+    outside: tuple[Stack, ...] = ()
     _numbers: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_numbers", {name: number for number, name in enumerate(self.names)})
+        numbers = {
+            name: number for stack in self.every for name, number in zip(stack.names, stack.indices, strict=True)
+        }
+        object.__setattr__(self, "_numbers", numbers)
+
+    @property
+    def every(self) -> tuple[Stack, ...]:
+        """Lists of blocks, then the modules outside of them."""
+        return self.all + self.outside
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Full names of all blocks, by their numbers."""
+        """Full names of the blocks of all lists, by their numbers."""
         return tuple(name for stack in self.all for name in stack.names)
 
+    def names_to(self, last: int) -> tuple[str, ...]:
+        """`names`, and those of the modules outside where the block `last` is one of them."""
+        names = self.names
+        return names if last < len(names) else tuple(self._numbers)
+
     def block_of(self, module_name: str) -> int | None:
-        """Number of the block that holds the module, or None where it is outside of all blocks."""
-        end = module_name.find(".")
-        while end >= 0:
-            number = self._numbers.get(module_name[:end])
-            if number is not None:
-                return number
-            end = module_name.find(".", end + 1)
-        return None
+        """Number of the block that holds the module or is it, or None where it is outside of all blocks."""
+        parts = module_name.split(".")
+        names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        return next((self._numbers[name] for name in names if name in self._numbers), None)
 
     def of_block(self, index: int) -> Stack:
         """The stack that holds the block of that number."""
-        return next(stack for stack in self.all if index in stack.indices)
+        every = self.every
+        return every[bisect_right([stack.first for stack in every], index) - 1]
 
     def block(self, index: int) -> nn.Module:
         """The block of that number."""
         return self.of_block(index).block(index)
 
+    def block_name(self, index: int) -> str:
+        """Full name of the block of that number."""
+        return self.of_block(index).block_name(index)
+
 
 def find_stacks(model: nn.Module) -> Stacks:
-    """The one `nn.ModuleList` whose members transformers must not split, or else the largest list of equals.
+    """Every outermost list of modules with weight matrices in them, and what matrices there are outside of those lists.
 
-    Raises PlanError where no list or more than one qualifies (an encoder and a decoder, say).
+    Blocks are found by their shapes and their place on the tree alone: one that is made linear is the block that it was.
     """
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    unsplit = set(getattr(model, "_no_split_modules", None) or ())
-    found = [(name, m) for name, m in lists if all(type(layer).__name__ in unsplit for layer in m)]
-    if not found:
-        found = _largest([(name, m) for name, m in lists if len({type(layer) for layer in m}) == 1])
-    if len(found) != 1:
-        names = ", ".join(name for name, _ in found) or "none"
-        raise PlanError(
-            f"{type(model).__name__}: expected one list of decoder layers on the module tree, found {names}; "
-            "only decoder-only language models are supported"
-        )
-    name, layers = found[0]
-    return Stacks((Stack(name, tuple(layers)),))
+    lists: list[tuple[str, nn.Module]] = []
+    outside: list[tuple[str, nn.Module]] = []
+    for name, module in _outermost(model, ""):
+        (outside if _is_matrix(module) else lists).append((name, module))
+    first = 0
+    stacks = []
+    for name, module in lists:
+        children = dict(module.named_children())
+        stacks.append(Stack(name, tuple(children.values()), first, _keys(children)))
+        first += len(children)
+    singles: dict[int, Stack] = {}
+    for name, module in outside:
+        singles.setdefault(id(module), Stack(name, (module,), first + len(singles), ("",)))
+    return Stacks(tuple(stacks), tuple(singles.values()))
 
 
-def _largest(lists: list[tuple[str, nn.ModuleList]]) -> list[tuple[str, nn.ModuleList]]:
-    sizes = [sum(p.numel() for p in m.parameters()) for _, m in lists]
-    return [entry for entry, size in zip(lists, sizes, strict=True) if size == max(sizes) and size > 0][:1]
+def inner_name(block: str, module: str) -> str:
+    """A module's name from its block; empty where it is the block."""
+    return "" if module == block else module.removeprefix(f"{block}.")
+
+
+def _keys(children: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    keys = tuple(children)
+    return () if keys == tuple(map(str, range(len(keys)))) else keys
+
+
+def _outermost(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Lists of blocks, and matrices outside of them, in the tree's order."""
+    if _is_matrix(module) or (isinstance(module, (nn.ModuleList, nn.Sequential)) and any(map(_is_block, module))):
+        yield name, module
+        return
+    for key, child in module.named_children():
+        yield from _outermost(child, f"{name}.{key}".strip("."))
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether there are matrices in the module; one that is a matrix itself is a part of something."""
+    return not _is_matrix(module) and any(map(_holds_matrix, module.modules()))
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether a linear module stands here, or what can be made one: its weight is a matrix and no table."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 2 and _multiplies(module)
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    """Whether the module itself, not one in it, has a matrix or several fused into one parameter."""
+    return _multiplies(module) and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+
+
+def _multiplies(module: nn.Module) -> bool:
+    return not isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd))

@@ -25,6 +25,7 @@ class ModelFacts:
         dtype: of the weights, by the config.
         attention: the attention implementation in use; None where transformers chose none.
         encoder_decoder: whether an encoder goes before the decoder.
+        caches: whether it keeps what it read for the next token, unless it is told not to.
         quantized: whether the config describes quantised or compressed weights.
         experts_per_token: experts of a layer that a router gives a token to, in a mixture of experts.
     """
@@ -38,6 +39,7 @@ class ModelFacts:
     dtype: torch.dtype | None
     attention: str | None
     encoder_decoder: bool
+    caches: bool
     quantized: bool
     experts_per_token: int | None = None
 
@@ -195,6 +197,7 @@ def facts_of(config: Any) -> ModelFacts:
         dtype=next((dtype for dtype in dtypes if isinstance(dtype, torch.dtype)), None),
         attention=attention if isinstance(attention, str) else None,
         encoder_decoder=getattr(config, "is_encoder_decoder", False) is True,
+        caches=any(getattr(section, "use_cache", False) is True for section in (config, text)),
         quantized=getattr(config, "quantization_config", None) is not None,
         experts_per_token=_experts_per_token(text),
     )

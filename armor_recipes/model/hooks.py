@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from armor_recipes.model.experts import in_parts
@@ -49,6 +49,10 @@ class Hooks:
         """Call `hook(module, args, output)` after each forward of `module`, until the scope is left."""
         self._own(lambda: module.register_forward_hook(hook))
 
+    def changing(self, module: nn.Module, change: Callable[[Any], Any]) -> None:
+        """Put `change(output)` in the place of each output of `module`, until the scope is left."""
+        self._own(lambda: module.register_forward_hook(lambda _, __, output: change(output)))
+
     def _own(self, add: Callable[[], RemovableHandle]) -> None:
         if not self._scopes:
             raise RuntimeError("a hook was added outside `with hooks:`; nothing would remove it")
@@ -60,11 +64,12 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs["input"]
 
 
-def feeding(statistic: Any, name: str) -> Any:
-    """A forward pre-hook that gives the input of the module of that name to the statistic's `update`."""
+def feeding(statistic: Any, name: str, pieces: Callable[[Tensor], Iterable[Tensor]] = lambda x: (x,)) -> Any:
+    """A forward pre-hook that gives the pieces of the named module's input, by default all of it, to the statistic's `update`."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for (rows,) in in_parts(name, input_of(args, kwargs)):
-            statistic.update(rows)
+        for piece in pieces(input_of(args, kwargs)):
+            for (rows,) in in_parts(name, piece):
+                statistic.update(rows)
 
     return hook

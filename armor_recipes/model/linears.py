@@ -54,3 +54,10 @@ def find_linears(model: nn.Module) -> Linears:
             linear = isinstance(module, nn.Linear) and own == "weight"
             places.setdefault(id(value), []).append(Place(name, type(module).__name__, own, linear))
     return Linears(modules, {key: tuple(found) for key, found in places.items() if len(found) > 1})
+
+
+def linears_that_share(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each linear module whose weight is another linear module's too, or that stands at several places, all of their names."""
+    linears = find_linears(model)
+    found = {name: tuple(place.module for place in linears.places(name) if place.linear) for name in linears.modules}
+    return {name: places for name, places in found.items() if len(places) > 1}

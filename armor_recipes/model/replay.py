@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,145 +15,201 @@ from armor_recipes.calibration.inputs import TOKENS, Batch, arguments, leading, 
 from armor_recipes.compute import is_out_of_memory
 from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.model.blocks import Stack
+from armor_recipes.model.calls import CALL_ERRORS, REPLAY_TOLERANCE, LayerCall, hidden_states, relative_difference
+from armor_recipes.model.facts import model_facts
 from armor_recipes.model.hooks import Hooks, input_of
+from armor_recipes.model.padding import NO_PADDING, Padding, padding_of, reads_of
 
-#: A replayed layer must reproduce the model's own activations up to this share of their norm.
-_REPLAY_TOLERANCE = 1e-3
+__all__ = ["Activations", "LayerCall", "Stream", "capture_stream", "feed", "hidden_states", "on_device"]
+
 #: In the place of hidden states that are not kept.
 _NOTHING = torch.empty(0)
+#: In the place of one that has none.
+_NO_CALL = LayerCall(_NOTHING, (), {})
+#: By how much the first block's output is changed, to see whether what later blocks are called with depends on it.
+_NUDGE = 1.0625
 
 
-class _StopForwardError(Exception):
-    """Raised by a hook once the inputs that are asked for are in hand; never leaves this module."""
+class StopForwardError(Exception):
+    """Raised by a hook once what is asked for is in hand; never leaves this room."""
 
 
-@dataclass(frozen=True, slots=True)
-class LayerCall:
-    """One call of a decoder layer: its arguments without the hidden states, and those `(B, L, H)` by themselves."""
+class Activations(Protocol):
+    """What one calibration set brings to the blocks of a stack, in one model."""
 
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    by_name: bool
+    batches: tuple[Batch, ...]
 
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
-        """Split a layer's arguments as the model passes them: hidden states first, or by the name `hidden_states`."""
-        if args:
-            return cls(args[0], args[1:], dict(kwargs), by_name=False)
-        rest = dict(kwargs)
-        return cls(rest.pop("hidden_states"), (), rest, by_name=True)
+    @property
+    def padding(self) -> Padding:
+        """Of the batch that is passing."""
 
-    def run(self, layer: Callable[..., Any]) -> Tensor:
-        """The layer's output hidden states `(B, L, H)`."""
-        if self.by_name:
-            out = layer(hidden_states=self.hidden, **self.kwargs)
-        else:
-            out = layer(self.hidden, *self.args, **self.kwargs)
-        hidden = hidden_states(out)
-        assert isinstance(hidden, Tensor)
-        return hidden
+    def uses(self, block: int) -> Iterator[tuple[LayerCall, ...]]:
+        """For each batch the calls of a block: one, unless the model calls it several times."""
 
-    def part(self, windows: slice) -> LayerCall:
-        """The call for some windows of the batch: their share of each tensor of the arguments whose first dimension is the batch's.
+    def outputs(self, block: int) -> Iterator[tuple[Tensor, ...]]:
+        """For each batch what each call of a block gave, once `advance` has passed it."""
 
-        Which tensors these are is a guess by their shape; `comes_apart` says whether it is right.
-        """
-        batch = len(self.hidden)
+    def paddings(self, block: int) -> Iterator[Padding]:
+        """For each batch its padding at a block."""
 
-        def part(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value[windows] if batch > 1 and value.ndim and len(value) == batch else value
-            if type(value) is dict:
-                return {key: part(inner) for key, inner in value.items()}
-            return type(value)(map(part, value)) if type(value) in (tuple, list) else value
+    def observe(self, block: int) -> None:
+        """Run a block on every batch for its hooks' sake."""
 
-        return LayerCall(part(self.hidden), part(self.args), part(self.kwargs), self.by_name)
-
-    def comes_apart(self, layer: Callable[..., Any], parts: Sequence[slice]) -> bool:
-        """Whether the layer gives for these parts of the batch what it gives for all of it, token by token but for rounding."""
-        whole = self.run(layer)
-        try:
-            joined = torch.cat([self.part(windows).run(layer) for windows in parts])
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-            if is_out_of_memory(error):
-                raise
-            return False
-        if joined.shape != whole.shape:
-            return False
-        tolerance = max(_REPLAY_TOLERANCE, 4 * torch.finfo(whole.dtype).eps)
-        errors, sizes = (x.float().norm(dim=-1) for x in (joined - whole, whole))
-        return bool((errors <= tolerance * sizes).all())
+    def advance(self, block: int) -> None:
+        """Go on to the next block."""
 
 
 class Stream:
-    """The activations of one calibration set: what every batch brings to the next layer, with the arguments that go along.
+    """The activations of one calibration set: what every batch brings to the next block, with the arguments that go along.
 
-    Most models pass every layer the same arguments; then only the first layer's are kept. Where they differ (sliding and
-    full attention in turn, say), each layer's own are.
+    Most models pass every block the same arguments; then only the first block's are kept. Where they differ (sliding and
+    full attention in turn, say), each block's own are.
 
     Attributes:
         batches: what the model was called with.
-        hidden: activations of each batch at the door of the next layer, `(B, L, H)`.
+        hidden: activations of each batch at the door of the next block, `(B, L, H)`.
+        padding: of the batch that is passing.
     """
 
-    def __init__(self, calls: list[list[LayerCall]], stack: Stack, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        calls: list[list[LayerCall]],
+        stack: Stack,
+        batches: Sequence[Batch],
+        paddings: Sequence[Padding] | None = None,
+    ) -> None:
         self._calls = [[replace(call, hidden=_NOTHING) for call in batch] for batch in calls]
         self._stack = stack
+        self._paddings = paddings or [NO_PADDING] * len(calls)
+        self.padding = NO_PADDING
         self.batches = tuple(batches)
         self.hidden = [batch[0].hidden for batch in calls]
 
-    def call(self, layer: int, batch: int) -> LayerCall:
-        """What layer `layer` is called with for a batch; `hidden` must have come as far as that layer."""
+    def call(self, block: int, batch: int) -> LayerCall:
+        """What a block is called with for a batch; `hidden` must have come as far as that block."""
         calls = self._calls[batch]
-        return replace(calls[min(layer - self._stack.first, len(calls) - 1)], hidden=self.hidden[batch])
+        return replace(calls[min(block - self._stack.first, len(calls) - 1)], hidden=self.hidden[batch])
 
-    def calls(self, layer: int) -> Iterator[LayerCall]:
-        """`call` for each batch in turn."""
+    def uses(self, block: int) -> Iterator[tuple[LayerCall, ...]]:
+        """`call` for each batch in turn, by itself."""
         for batch in range(len(self.hidden)):
-            yield self.call(layer, batch)
+            yield (self.call(block, batch),)
 
-    def run(self, layer: int) -> Iterator[Tensor]:
-        """Run layer `layer` on every batch; yields its outputs and leaves the stream where it is."""
-        for call in self.calls(layer):
-            yield call.run(self._stack.block(layer))
+    def outputs(self, block: int) -> Iterator[tuple[Tensor, ...]]:  # noqa: ARG002 - the stream is behind that block
+        """The activations, for each batch by themselves."""
+        for hidden in self.hidden:
+            yield (hidden,)
 
-    def observe(self, layer: int) -> None:
-        """Run layer `layer` on every batch for its hooks' sake."""
-        for _ in self.run(layer):
+    def paddings(self, block: int) -> Iterator[Padding]:  # noqa: ARG002 - the same at all blocks
+        """Of each batch."""
+        yield from self._paddings
+
+    def run(self, block: int) -> Iterator[Tensor]:
+        """Run a block on every batch; yields its outputs and leaves the stream where it is."""
+        for batch, padding in enumerate(self._paddings):
+            self.padding = padding
+            yield self.call(block, batch).run(self._stack.block(block))
+
+    def observe(self, block: int) -> None:
+        """Run a block on every batch for its hooks' sake."""
+        for _ in self.run(block):
             pass
 
-    def advance(self, layer: int) -> None:
-        """Replace the activations by layer `layer`'s outputs."""
-        for index, output in enumerate(self.run(layer)):
+    def advance(self, block: int) -> None:
+        """Replace the activations by a block's outputs."""
+        for index, output in enumerate(self.run(block)):
             self.hidden[index] = output
 
 
-def capture_stream(model: nn.Module, stack: Stack, inputs: Batch, *, batch_size: int, hooks: Hooks) -> Stream:
-    """Take the first layer's inputs for every batch of `inputs`; the model's forward pass is stopped there.
+@dataclass(frozen=True, slots=True)
+class StackProbe:
+    """What one sample's pass through the whole model tells of a stack.
 
-    The first sample goes through the whole model once, to see whether all layers get the same arguments and whether
-    running the layers one by one gives the model's own activations. Raises PlanError where it does not.
+    Attributes:
+        same: whether all blocks are called with the same arguments.
+        problem: why the blocks cannot be run one by one, as the end of a sentence; empty where they can.
     """
-    probe, output = _probe(model, stack, some_of(inputs, slice(1)), hooks)
-    _check_replay(model, stack, probe, hidden_states(output))
-    same = all(_same_arguments(probe[0], call) for call in probe[1:])
+
+    same: bool
+    problem: str = ""
+
+
+def probe_stack(model: nn.Module, stack: Stack, inputs: Batch, hooks: Hooks) -> StackProbe:
+    """Send the first sample through the whole model, and through the blocks one by one.
+
+    Raises InputError where the model's own code fails, NumericalError where what the last block gives is not finite.
+    """
+    sample = some_of(inputs, slice(1))
+    with forward_errors(model, sample):
+        seen = _watch(model, stack, sample, hooks)
+    output = seen.outputs[-1] if seen.outputs else None
+    if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+        raise NumericalError(
+            f"{type(model).__name__}: the output of its last decoder layer is not finite before anything was changed: check "
+            "the model's weights, or set a wider model.compute_dtype"
+        )
+    places = [place for place, _ in seen.calls]
+    if places != list(range(len(stack.modules))) or not isinstance(output, Tensor):
+        return StackProbe(same=False, problem=f"{len(places)} calls of {len(stack.modules)} blocks")
+    calls = [call for _, call in seen.calls]
+    difference = _replay_difference(stack, calls, output)
+    if not difference <= REPLAY_TOLERANCE:
+        return StackProbe(same=False, problem=f"{len(calls)} calls, relative difference {difference:.3g}")
+    same = all(calls[0].same_arguments(call) for call in calls[1:])
+    if not same and _carry(calls, _watch(model, stack, sample, hooks, nudge=True).calls):
+        return StackProbe(
+            same=False, problem="a block is called with what an earlier one gave besides its hidden states"
+        )
+    return StackProbe(same)
+
+
+def open_stream(
+    model: nn.Module, stack: Stack, inputs: Batch, *, batch_size: int, hooks: Hooks, same: bool = True
+) -> Stream:
+    """Take the first block's inputs for every batch, and the other blocks' arguments unless all have the `same`.
+
+    The model's forward pass is stopped at the last of them.
+    """
+    batches = batches_of(model, inputs, batch_size)
+    found = [_watch(model, stack, batch, hooks, blocks=1 if same else None) for batch in batches]
+    calls = [[call for _, call in seen.calls] for seen in found]
+    reads = reads_of(model, stack.names[0], inputs)
+    paddings = [padding_of(batch, reads, first[0]) for batch, first in zip(batches, calls, strict=True)]
+    return Stream(calls, stack, batches, paddings)
+
+
+def capture_stream(model: nn.Module, stack: Stack, inputs: Batch, *, batch_size: int, hooks: Hooks) -> Stream:
+    """`open_stream` of a stack whose blocks can be run one by one. Raises PlanError where they cannot, and as `probe_stack`."""
+    probe = probe_stack(model, stack, inputs, hooks)
+    if probe.problem:
+        raise PlanError(
+            f"{type(model).__name__}: running its {len(stack.modules)} decoder layers one by one does not reproduce the model "
+            f"({probe.problem}): its layers share state, which is not supported"
+        )
+    return open_stream(model, stack, inputs, batch_size=batch_size, hooks=hooks, same=probe.same)
+
+
+def batches_of(model: nn.Module, inputs: Batch, size: int) -> list[Batch]:
+    """The samples in order, `size` at a time, where the model is."""
     total = len(leading(inputs))
-    parts = [on_device(some_of(inputs, slice(i, i + batch_size)), model) for i in range(0, total, batch_size)]
-    calls = [_run_model(model, stack, batch, hooks, through=not same)[0] for batch in parts]
-    return Stream(calls, stack, parts)
+    return [on_device(some_of(inputs, slice(start, start + size)), model) for start in range(0, total, size)]
 
 
-def _probe(model: nn.Module, stack: Stack, sample: Batch, hooks: Hooks) -> tuple[list[LayerCall], Any]:
-    """The first pass of a sample through the whole model. Raises InputError where the model's own code fails."""
-    try:
-        return _run_model(model, stack, sample, hooks, through=True)
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise
+class forward_errors:  # noqa: N801 - reads as a statement
+    """Inside, what a model's own code raises becomes an InputError that tells what it was called with."""
+
+    def __init__(self, model: nn.Module, sample: Batch) -> None:
+        self._model, self._sample = model, sample
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, CALL_ERRORS) or is_out_of_memory(error):
+            return
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{type(model).__name__}: its forward pass fails on {_shapes(sample)} "
+            f"{type(self._model).__name__}: its forward pass fails on {_shapes(self._sample)} "
             f"({type(error).__name__}: {reason}): its config.json does not describe a model that runs"
         ) from error
 
@@ -165,70 +220,30 @@ def _shapes(sample: Batch) -> str:
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sample.items())
 
 
-def input_groups(model: nn.Module, stack: Stack, names: Sequence[str], batch: Batch, hooks: Hooks) -> dict[str, str]:
-    """For each module the first of `names` that reads the very same tensor in one pass of `batch`, often itself.
+def inputs_of(module: nn.Module, call: LayerCall, block: nn.Module, hooks: Hooks, *, once: bool) -> list[Tensor]:
+    """What a module inside a block (or the block) reads while the block runs `call`, a tensor for each time that it is called.
 
-    Modules that no pass reaches stand for themselves, as do those called more than once. They come in the order in which they
-    are first called, those that are never called last. No input is kept longer than the model keeps it.
-    """
-    seen: dict[str, list[int]] = {name: [] for name in names}
-    called: dict[str, None] = {}
-    numbers = _Numbers()
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            called[name] = None
-            seen[name].append(numbers.of(input_of(args, kwargs)))
-
-        return hook
-
-    with hooks:
-        for name in names:
-            hooks.before(model.get_submodule(name), keep(name))
-        _run_model(model, stack, batch, hooks, through=True)
-    first: dict[int, str] = {}
-    found = {name: first.setdefault(inputs[0], name) if len(inputs) == 1 else name for name, inputs in seen.items()}
-    return {name: found[name] for name in dict.fromkeys((*called, *names))}
-
-
-class _Numbers:
-    """A number for each tensor, the same as long as it lives: an `id` alone is given again once its tensor is gone."""
-
-    def __init__(self) -> None:
-        self._alive: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._next = 0
-
-    def of(self, x: Tensor) -> int:
-        """The tensor's number."""
-        known = self._alive.get(id(x))
-        if known is not None and known[0]() is x:
-            return known[1]
-        self._next += 1
-        self._alive[id(x)] = weakref.ref(x), self._next
-        return self._next
-
-
-def inputs_of(module: nn.Module, call: LayerCall, layer: nn.Module, hooks: Hooks, *, once: bool) -> list[Tensor]:
-    """What a module inside a layer reads while the layer runs `call`, a tensor for each time that it is called.
-
-    With `once` the layer is stopped there.
+    With `once` the block is stopped there.
     """
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(input_of(args, kwargs))
         if once:
-            raise _StopForwardError
+            raise StopForwardError
 
-    with hooks, suppress(_StopForwardError):
+    with hooks:
         hooks.before(module, keep)
-        call.run(layer)
+        with suppress(StopForwardError):
+            call.run(block)
     return seen
 
 
 def feed(model: nn.Module, batch: Batch) -> Any:
-    """The model's output for a batch on its device."""
-    takes_cache = "use_cache" in inspect.signature(type(model).forward).parameters
+    """The model's output for a batch on its device, without a cache of keys and values."""
+    parameters = inspect.signature(type(model).forward).parameters
+    passed_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes_cache = "use_cache" in parameters or (passed_on and model_facts(model).caches)
     named = arguments(batch)
     return model(**named, use_cache=False) if takes_cache else model(**named)
 
@@ -240,72 +255,96 @@ def on_device(batch: Batch, model: nn.Module) -> Batch:
     return {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in batch.items()}
 
 
-def hidden_states(output: Any) -> Any:
-    """A layer's hidden states, which some models wrap in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Calls of a stack's blocks in one pass, with each block's place, hidden states of the first alone; and the last output."""
+
+    calls: list[tuple[int, LayerCall]]
+    outputs: list[Any]
 
 
-def _run_model(
-    model: nn.Module, stack: Stack, batch: Batch, hooks: Hooks, *, through: bool
-) -> tuple[list[LayerCall], Any]:
-    """Layer calls of one batch: all layers' with `through`, else the first's; with `through` the last layer's output too.
+def _watch(
+    model: nn.Module, stack: Stack, batch: Batch, hooks: Hooks, *, blocks: int | None = None, nudge: bool = False
+) -> _Seen:
+    """One pass of a batch: stopped at the door of the block after so many of them, or through the whole model.
 
-    Hidden states are kept of the first layer alone.
+    With `nudge` the first block's output is changed on the way.
     """
-    calls: list[LayerCall] = []
-    outputs: list[Any] = []
+    seen = _Seen([], [])
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = LayerCall.of(args, kwargs)
-        calls.append(replace(call, hidden=_NOTHING) if calls else call)
-        if not through:
-            raise _StopForwardError
+    def before(place: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            try:
+                call = LayerCall.of(args, kwargs)
+            except TypeError:
+                seen.calls.append((-1, _NO_CALL))
+                return
+            seen.calls.append((place, replace(call, hidden=_NOTHING) if seen.calls else call))
+            if len(seen.calls) == blocks:
+                raise StopForwardError
+
+        return hook
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        outputs.append(output)
+        hidden = hidden_states(output)
+        # Models may go on in the same memory.
+        seen.outputs[:] = [hidden.clone() if isinstance(hidden, Tensor) and blocks is None else hidden]
 
     with hooks:
-        for layer in stack.modules if through else stack.modules[:1]:
-            hooks.before(layer, before)
+        for place, block in enumerate(stack.modules[:blocks]):
+            hooks.before(block, before(place))
+        if nudge:
+            hooks.changing(stack.modules[0], _nudged)
         hooks.after(stack.modules[-1], after)
-        try:
+        with suppress(StopForwardError):
             feed(model, on_device(batch, model))
-        except _StopForwardError:
-            return calls, None
-    return calls, outputs[-1]
+    return seen
 
 
-def _same_arguments(left: LayerCall, right: LayerCall) -> bool:
-    return left.by_name == right.by_name and _same(left.args, right.args) and _same(left.kwargs, right.kwargs)
+def _nudged(output: Any) -> Any:
+    """A block's output with other hidden states."""
+    if isinstance(output, Tensor):
+        return output * _NUDGE
+    if type(output) in (tuple, list):
+        return type(output)([output[0] * _NUDGE, *output[1:]])
+    return output
 
 
-def _same(left: Any, right: Any) -> bool:
-    if left is right:
+def _carry(calls: Sequence[LayerCall], nudged: Sequence[tuple[int, LayerCall]]) -> bool:
+    """Whether tensors that blocks are called with are other ones where the first block gives other hidden states.
+
+    A container that all blocks are given is left out: what a block leaves there goes on to the next one in a replay, too.
+    """
+    if len(calls) != len(nudged):
         return True
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        return left.shape == right.shape and bool(torch.equal(left, right))
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
-    if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):
-        return len(left) == len(right) and all(_same(a, b) for a, b in zip(left, right, strict=True))
-    return type(left) is type(right) and not isinstance(left, Tensor) and bool(left == right)
+    live = {
+        name
+        for name, value in calls[0].kwargs.items()
+        if isinstance(value, (MutableMapping, list)) and _by_all(calls, name, value)
+    }
+    pairs = zip(calls, (call for _, call in nudged), strict=True)
+    return not all(call.without(live).same_tensors(other.without(live)) for call, other in pairs)
 
 
-def _check_replay(model: nn.Module, stack: Stack, probe: list[LayerCall], output: Tensor | None) -> None:
-    """Layer by layer from the first inputs must end where the model's own pass ended."""
-    hidden = probe[0].hidden
-    if len(probe) == len(stack.modules):
-        for call, layer in zip(probe, stack.modules, strict=True):
-            hidden = replace(call, hidden=hidden).run(layer)
-    assert output is not None
-    if not bool(output.isfinite().all()):
-        raise NumericalError(
-            f"{type(model).__name__}: the output of its last decoder layer is not finite before anything was changed: check "
-            "the model's weights, or set a wider model.compute_dtype"
-        )
-    error = float((hidden - output).float().norm() / output.float().norm())
-    if len(probe) != len(stack.modules) or not error <= _REPLAY_TOLERANCE:
-        raise PlanError(
-            f"{type(model).__name__}: running its {len(stack.modules)} decoder layers one by one does not reproduce the model "
-            f"({len(probe)} calls, relative difference {error:.3g}): its layers share state, which is not supported"
-        )
+def _by_all(calls: Sequence[LayerCall], name: str, value: Any) -> bool:
+    return all(call.kwargs.get(name) is value for call in calls)
+
+
+def _replay_difference(stack: Stack, calls: Sequence[LayerCall], output: Tensor) -> float:
+    """How far running block by block from the first inputs ends from where the model's own pass ended; infinite where it fails.
+
+    The larger of two runs: a block that keeps what it saw gives something else the second time.
+    """
+    try:
+        return max(relative_difference(_replayed(stack, calls), output) for _ in range(2))
+    except CALL_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        return float("inf")
+
+
+def _replayed(stack: Stack, calls: Sequence[LayerCall]) -> Tensor:
+    hidden = calls[0].hidden
+    for call, block in zip(calls, stack.modules, strict=True):
+        hidden = replace(call, hidden=hidden).run(block)
+    return hidden

@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
+V = TypeVar("V")
 
 
 def view(module: M, replacements: Mapping[str, nn.Module | Tensor], *, copied: Sequence[str] = ()) -> M:
@@ -19,6 +20,8 @@ def view(module: M, replacements: Mapping[str, nn.Module | Tensor], *, copied: S
     Tensors stand for parameters, and gradients flow into them. Modules named in `copied` are copied, too, so that hooks can be put
     on them. Raises KeyError where a module on a path does not exist.
     """
+    if isinstance(whole := replacements.get(""), nn.Module):
+        return whole  # type: ignore[return-value]  # of another class, as parts are
     below: dict[str, dict[str, nn.Module | Tensor]] = defaultdict(dict)
     inner_copied: dict[str, list[str]] = defaultdict(list)
     for name in copied:
@@ -60,3 +63,45 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+def dense_view(model: M, dense: Mapping[str, Tensor], copied: Sequence[str] = ()) -> M:
+    """The model with other parameters, by name, in the place of its own, which may hold anything.
+
+    Weights of linear layers are kept in the dtype that they come in and widened when they are used. Hooks on modules are the
+    view's, too.
+    """
+    parts: dict[str, nn.Module | Tensor] = {}
+    for name, value in dense.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, nn.Linear) and leaf == "weight":
+            parts[owner] = _WidenedLinear(value, module)
+        else:
+            parts[name] = value.to(model.get_parameter(name).dtype)
+    return view(model, parts, copied=copied)
+
+
+def shared_names(model: nn.Module, values: Mapping[str, V]) -> Iterator[tuple[str, V]]:
+    """Each name of a parameter with its value, and all other names of the same parameter with it."""
+    others: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        others[id(parameter)].append(name)
+    for name, value in values.items():
+        for other in others[id(model.get_parameter(name))]:
+            yield other, value
+
+
+class _WidenedLinear(nn.Module):
+    """A linear layer with another weight `(O, I)`, which may be of a narrower dtype than its input."""
+
+    def __init__(self, weight: Tensor, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = linear.bias
+        self.out_features, self.in_features = weight.shape
+        for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"):
+            getattr(self, kind).update(getattr(linear, kind))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)

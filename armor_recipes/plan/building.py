@@ -80,7 +80,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
     touched = {name for row in rows for name in row.takes}
     return Plan(
         model=recipe.model.id,
-        layers=subject.stacks.names,
+        layers=subject.stacks.names_to(max((row.layer for row in rows if row.layer is not None), default=-1)),
         rows=_in_order(recipe, rows),
         ignored=tuple(name for name in ignored if name not in touched),
         totals=_totals(rows, model, itemsize),
@@ -205,7 +205,7 @@ def _unservable(recipe: Recipe, subject: _Subject, rows: Sequence[Row]) -> list[
         for row in last_of_each(rows).values()
         if row.spec is not None
     }
-    names = subject.stacks.names
+    names = subject.stacks.names_to(len(subject.stacks.names))
     found: dict[tuple[str, str, str], list[str]] = {}
     for entry, name, problem in serve_problems(subject.linears, subject.facts, packed, recipe.serve.tensor_parallel):
         block = names[subject.stacks.block_of(name) or 0]
@@ -219,7 +219,7 @@ def _unservable(recipe: Recipe, subject: _Subject, rows: Sequence[Row]) -> list[
 
 def _straddling(subject: _Subject, rows: Sequence[Row]) -> tuple[str, ...]:
     """A sentence on fused layers whose blocks lie in two of their parts, one for blocks that are alike."""
-    names = subject.stacks.names
+    names = subject.stacks.names_to(len(subject.stacks.names))
     sizes = {
         row.name: row.block_size
         for row in last_of_each(rows).values()

@@ -96,6 +96,10 @@ class Plan:
         """What an entry does in a block, or at the end of its stage (None), in the model's order."""
         return self._by_place.get((modifier, block), ())
 
+    def rows_of(self, modifier: str) -> tuple[Row, ...]:
+        """All that an entry does."""
+        return tuple(row for row in self.rows if row.modifier == modifier)
+
     def takes(self, modifier: str) -> bool:
         """Whether the entry has anything to do."""
         return any(row.modifier == modifier for row in self.rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from armor_recipes.calibration.inputs import Batch
 from armor_recipes.errors import NumericalError
 from armor_recipes.events import PhaseStarted
+from armor_recipes.model.calls import LayerCall
 from armor_recipes.model.experts import expert_of
-from armor_recipes.model.replay import LayerCall, feed
+from armor_recipes.model.padding import Padding, Reads, padding_of, reads_of, written_or_read
+from armor_recipes.model.replay import feed
 from armor_recipes.model.views import frozen, view
 from armor_recipes.modifiers.kinds.contract import BlockContext, Row, Share, located
 from armor_recipes.modifiers.kinds.experts import minimum_tokens
@@ -82,8 +84,7 @@ def stage_gradients(shares: Sequence[Share], rows: Sequence[Row], context: Block
     gradients = {}
     for (spec, seed), takers in wanted.items():
         context.observer(PhaseStarted("gradients of the outputs"))
-        first = context.stack.names[0]
-        found = output_gradients(context.model, first, list(takers), context.batches(spec), seed=seed)
+        found = output_gradients(context.model, _doors(context, takers), list(takers), context.batches(spec), seed=seed)
         found = found.of_enough(context.moe)
         for name, share in takers.items():
             weight = context.weights.read(f"{name}.weight")
@@ -92,11 +93,19 @@ def stage_gradients(shares: Sequence[Share], rows: Sequence[Row], context: Block
     return gradients
 
 
+def _doors(context: BlockContext, names: Collection[str]) -> list[str]:
+    """The first block of each list, and the named modules outside of them: gradients go back to there at least."""
+    reached = set(context.blocks)
+    lists = [stack.names for stack in context.stacks.all if not reached.isdisjoint(stack.indices)]
+    return [*(found[0] for found in lists), *(stack.name for stack in context.stacks.outside if stack.name in names)]
+
+
 def output_gradients(
-    model: nn.Module, first_block: str, names: Sequence[str], batches: Sequence[Batch], *, seed: int
+    model: nn.Module, doors: Sequence[str], names: Sequence[str], batches: Sequence[Batch], *, seed: int
 ) -> OutputGradients:
     """What the loss's gradient is at each of the named modules' outputs, by one pass over the batches and back.
 
+    Gradients go back to the inputs of the modules `doors`, which lie before all that are named.
     The loss is the cross-entropy of each token's prediction, summed over a batch, of labels that are drawn from the
     prediction itself: the diagonal of the Fisher information at the outputs. Draws depend on the seed and the batch's index
     alone. A CPU runs several batches at once, each on one thread, and sums them in order.
@@ -107,7 +116,7 @@ def output_gradients(
 
     def run(index: int) -> _Pass:
         generator = torch.Generator().manual_seed(module_seed(seed, f"labels of batch {index}"))
-        return _Pass(model, first_block, names, batches[index], generator)
+        return _Pass(model, doors, names, batches[index], generator)
 
     with frozen(model), one_thread_each(min(torch.get_num_threads(), len(batches)) if on_cpu else 1) as workers:
         for found in workers.map(run, range(len(batches))):
@@ -122,27 +131,44 @@ class _Pass:
     """One batch forward and back through a view of the model with hooks of its own: squared gradients summed over rows."""
 
     def __init__(
-        self, model: nn.Module, first_block: str, names: Sequence[str], batch: Batch, generator: torch.Generator
+        self, model: nn.Module, doors: Sequence[str], names: Sequence[str], batch: Batch, generator: torch.Generator
     ) -> None:
         self.sums: dict[str, Tensor] = {}
         self.rows = dict.fromkeys(names, 0)
         self._starts: list[Tensor] = []
-        network = view(model, {}, copied=[first_block, *names])
-        network.get_submodule(first_block).register_forward_pre_hook(self._enter, with_kwargs=True)
+        self._batch = batch
+        network = view(model, {}, copied=[*doors, *names])
+        for door in doors:
+            network.get_submodule(door).register_forward_pre_hook(self._enter, with_kwargs=True)
         for name in names:
-            network.get_submodule(name).register_forward_hook(self._watch(name))
+            network.get_submodule(name).register_forward_hook(self._watch(name, reads_of(model, name, batch)))
         with torch.enable_grad():
             logits: Tensor = feed(network, batch).logits
-            start = self._starts.pop()
-            torch.autograd.grad(logits, start, _drawn(logits.detach(), generator))
+            gradient = self._drawn(logits.detach(), generator)
+            torch.autograd.grad(logits, self._starts, gradient, allow_unused=True)
+
+    def _drawn(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """The gradient at the logits `(B, L, V)`: of drawn labels, at tokens that count."""
+        mask = self._padding(written_or_read(self._batch), logits).mask_of(logits)
+        if mask is None:
+            return _drawn(logits, generator)
+        found = torch.zeros_like(logits)
+        found[mask] = _drawn(logits[mask], generator)
+        return found
+
+    def _padding(self, reads: Reads, x: Tensor) -> Padding:
+        return padding_of(self._batch, reads, LayerCall(x, (), {}))
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Gradients go back to here: nothing below needs one."""
-        self._starts.append(LayerCall.of(args, kwargs).hidden.requires_grad_())
+        hidden = LayerCall.of(args, kwargs).hidden
+        if not hidden.requires_grad:
+            self._starts.append(hidden.requires_grad_())
 
-    def _watch(self, name: str) -> Any:
+    def _watch(self, name: str, reads: Reads) -> Any:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-            self.rows[name] += output.numel() // output.shape[-1]
+            pieces = self._padding(reads, output).pieces(output)
+            self.rows[name] += sum(piece.numel() // piece.shape[-1] for piece in pieces)
             if output.requires_grad:  # else nothing that the layers make of their inputs reaches it
                 output.register_hook(lambda gradient: self._add(name, gradient))
 

@@ -3,62 +3,144 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import InputSet
-from armor_recipes.model.blocks import Stack
+from armor_recipes.model.blocks import Stack, Stacks
 from armor_recipes.model.experts import every_expert
 from armor_recipes.model.hooks import Hooks, feeding
-from armor_recipes.model.replay import Stream, capture_stream
+from armor_recipes.model.passes import PassStream
+from armor_recipes.model.replay import Activations, open_stream, probe_stack
+from armor_recipes.modifiers.kinds.changes import StepResult
 from armor_recipes.modifiers.kinds.contract import BlockContext, Original, Share, Statistics, StreamKey
 from armor_recipes.recipe.schema import CalibrationSpec
 
 
-def open_streams(
-    model: nn.Module, stack: Stack, shares: Sequence[Share], tokens: Mapping[CalibrationSpec, InputSet], hooks: Hooks
-) -> dict[StreamKey, Stream]:
-    """The activations at the door of a stack that the shares ask for, each once."""
-    keys = dict.fromkeys(share.stream_key(kind) for share in shares for kind in share.modifier.needs.streams)
-    return {
-        key: capture_stream(model, stack, tokens[key[0]].tensors, batch_size=key[0].batch_size, hooks=hooks)
-        for key in keys
-    }
+@dataclass(frozen=True, slots=True)
+class PassesResult(StepResult):
+    """A stack whose blocks were not run one by one: how many passes of the whole model took the place of that, and why."""
+
+    section: ClassVar[str] = "passes_of_the_whole_model"
+
+    stage: str
+    stack: str
+    blocks: int
+    passes: int
+    reason: str
+    seconds: float = 0.0
 
 
-def original_of(block: nn.Module, shares: Sequence[Share], streams: Mapping[StreamKey, Stream]) -> Original | None:
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A stack's streams, and why its blocks are not run one by one; empty where they are."""
+
+    streams: dict[StreamKey, Activations]
+    reason: str = ""
+
+    @property
+    def passes(self) -> int:
+        """Of the whole model so far."""
+        return sum(stream.passes for stream in self.streams.values() if isinstance(stream, PassStream))
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a stack's streams are opened with.
+
+    Attributes:
+        keys: the streams that are wanted.
+        sharing: numbers of other blocks that use weights of a block, by its number, where weights of this stack are planned that
+            several blocks share.
+        originals: the dense model's weights where they were changed since, asked for by passes that need them.
+    """
+
+    model: nn.Module
+    stacks: Stacks
+    stack: Stack
+    keys: tuple[StreamKey, ...]
+    tokens: Mapping[CalibrationSpec, InputSet]
+    sharing: Mapping[int, Sequence[int]]
+    originals: Callable[[], Mapping[str, Tensor]]
+    hooks: Hooks
+
+    def open(self, kinds: Iterable[str]) -> Door:
+        """The streams of these kinds, by replay of the blocks or, where that is not the model, by passes of it."""
+        streams: dict[StreamKey, Activations] = {}
+        reason = "its blocks share weights" if self.sharing else ""
+        for key in (key for key in self.keys if key[1] in kinds):
+            inputs, size = self.tokens[key[0]].tensors, key[0].batch_size
+            probe = probe_stack(self.model, self.stack, inputs, self.hooks) if not reason else None
+            if probe is None or probe.problem:
+                reason = reason or f"running its blocks one by one does not reproduce the model ({probe.problem})"  # type: ignore[union-attr]
+                streams[key] = self._passes(key)
+            else:
+                streams[key] = open_stream(
+                    self.model, self.stack, inputs, batch_size=size, hooks=self.hooks, same=probe.same
+                )
+        return Door(streams, reason)
+
+    def _passes(self, key: StreamKey) -> PassStream:
+        return PassStream(
+            self.model,
+            self.stacks,
+            self.stack,
+            self.tokens[key[0]].tensors,
+            batch_size=key[0].batch_size,
+            hooks=self.hooks,
+            uses=lambda block: self.sharing.get(block, ()),
+            originals=self.originals if key[1] == "dense" else None,
+        )
+
+
+def stream_keys(shares: Sequence[Share]) -> tuple[StreamKey, ...]:
+    """The streams that the shares ask for, each once."""
+    return tuple(dict.fromkeys(share.stream_key(kind) for share in shares for kind in share.modifier.needs.streams))
+
+
+def original_of(
+    block: nn.Module, index: int, shares: Sequence[Share], streams: Mapping[StreamKey, Activations]
+) -> Original | None:
     """The block as it is now, where a modifier compares with it."""
     if not any(share.modifier.needs.dense == "block" for share in shares):
         return None
-    dense = {key: list(stream.hidden) for key, stream in streams.items() if key[1] == "dense"}
+    dense = {key: list(stream.uses(index)) for key, stream in streams.items() if key[1] == "dense"}
     return Original(copy.deepcopy(block), dense)
 
 
-def observe(stream: Stream, shares: Sequence[Share], context: BlockContext, *, advance: bool) -> dict[str, Statistics]:
+def observe(
+    stream: Activations, shares: Sequence[Share], context: BlockContext, *, advance: bool
+) -> dict[str, Statistics]:
     """Run the block once with a hook on every module that one of the shares observes; statistics by entry and module.
 
     With `advance` the stream goes on to the next block.
     """
     every = any(share.every_expert for share in shares)  # those that read one stream share their calibration
     with every_expert(context.module, wanted=every), context.hooks:
-        collected = {share.entry.key: _statistics(share, context) for share in shares}
-        if advance:
+        collected = {share.entry.key: _statistics(share, context, stream) for share in shares}
+        if advance and not (shares and isinstance(stream, PassStream)):
             stream.advance(context.index)
         elif shares:
             stream.observe(context.index)
     return collected
 
 
-def _statistics(share: Share, context: BlockContext) -> Statistics:
-    """A statistic for each module, one for all that read the same input, with the hook that feeds it."""
+def _statistics(share: Share, context: BlockContext, stream: Activations) -> Statistics:
+    """A statistic for each module, one for all that read the same input, with hooks that feed it wherever its weight is used."""
+
+    def pieces(x: Tensor) -> Iterator[Tensor]:
+        return stream.padding.pieces(x)
+
     found: dict[str, Any] = {}
     statistics = {}
     for shape in (shape for row in share.rows for shape in row.observed):
         reader = context.fed_with(shape.name, share)
         if reader not in found:
             found[reader] = context.statistic(share, shape)
-            context.hooks.before(context.model.get_submodule(shape.name), feeding(found[reader], shape.name))
+            for module in dict.fromkeys(map(context.model.get_submodule, context.users(shape.name))):
+                context.hooks.before(module, feeding(found[reader], shape.name, pieces))
         statistics[shape.name] = found[reader]
     return statistics

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from armor_recipes.calibration.inputs import InputSet, some_of
+from armor_recipes.calibration.inputs import InputSet
 from armor_recipes.events import LayerStarted, Observer, PhaseStarted, ignore_events, one_at_a_time
 from armor_recipes.model.blocks import Stack, find_stacks
-from armor_recipes.model.experts import every_expert, readers_within_experts
+from armor_recipes.model.experts import readers_within_experts
 from armor_recipes.model.hooks import Hooks
-from armor_recipes.model.replay import Stream, input_groups
+from armor_recipes.model.linears import linears_that_share
+from armor_recipes.model.replay import Activations
 from armor_recipes.model.store import InMemory
+from armor_recipes.model.survey import Survey
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult
 from armor_recipes.modifiers.kinds.contract import (
@@ -32,7 +35,15 @@ from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.session.commit import commit
 from armor_recipes.session.gradients import stage_gradients
-from armor_recipes.session.observing import observe, open_streams, original_of
+from armor_recipes.session.looking import look
+from armor_recipes.session.observing import (
+    Door,
+    Opening,
+    PassesResult,
+    observe,
+    original_of,
+    stream_keys,
+)
 
 
 class Session:
@@ -68,8 +79,9 @@ class Session:
         self.state = State()
         self.weights = InMemory(model, stored_dtype=stored_dtype)
         self.stacks = find_stacks(model)
+        self._sharing = linears_that_share(model)
+        self._survey = Survey({}, {}, frozenset(), logits=True)
         self._readers: dict[str, str] = {}
-        self._layer_readers: dict[str, str] = {}
         self._work, self._work_done = plan.flops or 1.0, 0.0
 
     def __enter__(self) -> Session:
@@ -91,39 +103,94 @@ class Session:
         return [result for result in self.state.results if result.section == name]
 
     def run(self) -> dict[str, ModuleResult]:
-        """Run all stages; returns results by module, in the order in which they were made."""
+        """Run all stages; returns results by module, in the order in which they were made.
+
+        Raises PlanError, before anything long, where calibration never reaches a module that is to learn from it.
+        """
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
+                self._survey = look(self.model, self.stacks, self._shares(), self.tokens, self.hooks)
+                self._readers = readers_within_experts(self._survey.readers)
                 for stage in self.recipe.stages:
                     self._run_stage(stage)
         finally:
             self.model.train(training)
         return self.results
 
-    def _run_stage(self, stage: str) -> None:
-        shares = [
-            Share(entry, self.modifiers[entry.key], ())
+    def _shares(self, stage: str | None = None) -> list[Share]:
+        """All that the plan has work for, with all its rows; of one stage, or of all."""
+        return [
+            Share(entry, self.modifiers[entry.key], self.plan.rows_of(entry.key))
             for entry in self.recipe.modifiers
-            if entry.stage == stage and self.plan.takes(entry.key)
+            if stage in (None, entry.stage) and self.plan.takes(entry.key)
         ]
+
+    def _run_stage(self, stage: str) -> None:
+        shares = self._shares(stage)
         self.observer(PhaseStarted(f"stage {stage}"))
         self._commit_gradients(stage, shares)
         self.weights.keep_originals(any(share.modifier.needs.dense == "model" for share in shares))
-        last = self.plan.last_block(stage)
-        for stack in self.stacks.all:
-            streams = open_streams(self.model, stack, shares, self.tokens, self.hooks)
-            self._find_readers(stack, streams)
-            for block in stack.indices:
-                if block <= last:
-                    self.observer(LayerStarted(stage, block, len(self.stacks.names)))
-                    self._run_block(stack, block, shares, streams, last=last)
-            del streams  # no longer needed
+        work = {stack: found for stack in self._in_order() if (found := _inside(shares, stack))}
+        openings = {stack: self._opening(stack, found) for stack, found in work.items()}
+        # The dense streams of a stack need the stacks before it as they were.
+        early = {stack: opening.open(["dense"]) for stack, opening in openings.items() if len(openings) > 1}
+        if any(door.passes for door in early.values()):
+            self.weights.keep_originals(True)
+        for stack, found in work.items():
+            self._run_stack(stage, stack, found, openings[stack], early.get(stack))
         for share in self._with_rows(shares, None):
             self.observer(PhaseStarted(f"{share.entry.name} ({stage})"))
-            self._step([share], self._context(self.stacks.all[-1], None, {}))
+            self._step([share], self._context(self.stacks.every[-1], None, {}))
         self.weights.keep_originals(False)
+
+    def _in_order(self) -> list[Stack]:
+        """The stacks in the order in which the forward pass comes to them."""
+        return sorted(self.stacks.every, key=lambda stack: min(map(self._survey.place, stack.indices)))
+
+    def _opening(self, stack: Stack, shares: Sequence[Share]) -> Opening:
+        names = [shape.name for share in shares for row in share.rows for shape in row.observed]
+        sharing: dict[int, list[int]] = {}
+        for name in names:
+            own = self.stacks.block_of(name)
+            others = {self.stacks.block_of(user) for user in self._sharing.get(name, ())} - {own, None}
+            if own is not None and others:
+                sharing.setdefault(own, []).extend(sorted(number for number in others if number is not None))
+        return Opening(
+            self.model,
+            self.stacks,
+            stack,
+            stream_keys(shares),
+            self.tokens,
+            sharing,
+            lambda: self.weights.originals,
+            self.hooks,
+        )
+
+    def _run_stack(
+        self, stage: str, stack: Stack, shares: Sequence[Share], opening: Opening, early: Door | None
+    ) -> None:
+        """All blocks of a stack that have work, or that lie before one that has."""
+        door = opening.open(["compressed", "dense"] if early is None else ["compressed"])
+        if door.passes and early is None and any(kind == "dense" for _, kind in door.streams):
+            self.weights.keep_originals(True)
+        merged = {**door.streams, **({} if early is None else early.streams)}
+        streams = {key: merged[key] for key in opening.keys}
+        reasons = [one.reason for one in (door, early) if one is not None and one.reason]
+        working = {row.layer for share in shares for row in share.rows}
+        last, total = max(working), len(self.stacks.names_to(stack.first))
+        blocks = [block for block in stack.indices if block <= last]
+        if reasons:
+            self.observer(PhaseStarted(f"{stack.name}: statistics by passes of the whole model: {reasons[0]}"))
+            blocks = sorted(working, key=self._survey.place)
+        for block in blocks:
+            self.observer(LayerStarted(stage, block, total))
+            self._run_block(stack, block, shares, streams, last=last)
+        if reasons:
+            passes = sum(one.passes for one in (door, early) if one is not None)
+            result = PassesResult(stage, stack.name, len(working), passes, reasons[0])
+            commit(Changes(f"{stage}/passes/{stack.name}", results=(result,)), self.weights, self.state)
 
     def _with_rows(self, shares: Sequence[Share], block: int | None) -> list[Share]:
         """Those that have work in a block, with the rows of it."""
@@ -133,29 +200,22 @@ class Session:
     def _commit_gradients(self, stage: str, shares: Sequence[Share]) -> None:
         """What modifiers of the stage ask for of the model as the stage finds it."""
         if any(share.modifier.needs.gradients for share in shares):
-            context = self._context(self.stacks.all[0], None, {})
+            context = self._context(self.stacks.every[0], None, {})
             gradients = stage_gradients(shares, self.plan.rows, context)
             commit(Changes(f"{stage}/gradients", gradients=gradients), self.weights, self.state)
-
-    def _find_readers(self, stack: Stack, streams: Mapping[StreamKey, Stream]) -> None:
-        """Which modules read the same tensor, once in a run."""
-        if streams and not self._readers:
-            names = list(dict.fromkeys(name for row in self.plan.rows for name in row.takes))
-            window = some_of(self.tokens[next(iter(streams))[0]].tensors, slice(1))
-            with every_expert(self.model):  # one window may not be routed to all of them
-                self._layer_readers = input_groups(self.model, stack, names, window, self.hooks)
-            self._readers = readers_within_experts(self._layer_readers)
 
     def _context(
         self,
         stack: Stack,
         block: int | None,
-        streams: Mapping[StreamKey, Stream],
+        streams: Mapping[StreamKey, Activations],
         statistics: Mapping[str, Statistics] | None = None,
         original: Original | None = None,
     ) -> BlockContext:
         return BlockContext(
             model=self.model,
+            stacks=self.stacks,
+            blocks=self._reached,
             stack=stack,
             block=block,
             weights=self.weights,
@@ -165,8 +225,9 @@ class Session:
             tokens=self.tokens,
             statistics=statistics or {},
             readers=self._readers,
-            layer_readers=self._layer_readers,
+            layer_readers=self._survey.readers,
             moe=self.recipe.moe,
+            sharing=self._sharing,
             original=original,
             keep_factors=any(modifier.needs.factors for modifier in self.modifiers.values()),
             hooks=self.hooks,
@@ -175,7 +236,7 @@ class Session:
         )
 
     def _run_block(
-        self, stack: Stack, block: int, shares: Sequence[Share], streams: dict[StreamKey, Stream], *, last: int
+        self, stack: Stack, block: int, shares: Sequence[Share], streams: Mapping[StreamKey, Activations], *, last: int
     ) -> None:
         """What comes first leaves the block's function; then dense streams pass it before anything in it changes; then each
         modifier observes, solves and commits in turn; then the compressed streams pass what the block has become.
@@ -184,7 +245,7 @@ class Session:
         for share in (share for share in working if share.modifier.needs.when == "before"):
             self._step([share], self._observed([share], self._context(stack, block, streams)))
         working = [share for share in working if share.modifier.needs.when == "in turn"]
-        original = original_of(stack.block(block), working, streams)
+        original = original_of(stack.block(block), block, working, streams)
         context = self._context(stack, block, streams, {}, original)
         statistics: dict[str, Statistics] = {}
         wanted = block < last or any(share.modifier.needs.dense == "outputs" for share in shares)
@@ -214,9 +275,21 @@ class Session:
         for unit in kind.units(turn, context):
             commit(kind.run(unit, context), self.weights, self.state)
 
+    @property
+    def _reached(self) -> tuple[int, ...]:
+        """Blocks of lists that calibration reaches, in order; all where nothing was looked at."""
+        numbers = [index for stack in self.stacks.all for index in stack.indices]
+        return tuple(index for index in numbers if index in self._survey.blocks or not self._survey.blocks)
+
     def _progress(self, flops: float) -> float:
         self._work_done += flops
         return min(1.0, self._work_done / self._work)
+
+
+def _inside(shares: Sequence[Share], stack: Stack) -> list[Share]:
+    """Those that have work in a stack, with the rows of it."""
+    found = [replace(s, rows=tuple(row for row in s.rows if row.layer in stack.indices)) for s in shares]
+    return [share for share in found if share.rows]
 
 
 def _turns(shares: Sequence[Share]) -> Iterator[list[Share]]:

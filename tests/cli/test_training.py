@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from armor_recipes.model.replay import LayerCall
+from armor_recipes.model.calls import LayerCall
 from armor_recipes.run import apply
 from tests.support.commands import Shell
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from armor_recipes.errors import CheckpointError, NumericalError, PlanError
-from armor_recipes.model.replay import LayerCall
+from armor_recipes.model.calls import LayerCall
 from armor_recipes.modifiers import ModuleShape, Refiner, RefineTask, RefineUnit, UnitOutput, modifiers, training
 from armor_recipes.modifiers.distillation import DistillationModifier
 from armor_recipes.modifiers.distillation.modifier import relative_error

@@ -157,9 +157,7 @@ def test_a_layer_takes_a_batch_part_by_part(kind: str, attention: str) -> None:
 
 def test_arguments_that_are_of_the_batch_are_split_and_others_stay() -> None:
     mask, positions, scale = torch.arange(24.0).view(4, 1, 6), torch.arange(6).view(1, 6), torch.tensor(2.0)
-    call = LayerCall(
-        torch.zeros(4, 6, 8), (mask,), {"pair": (positions, mask), "more": {"scale": scale}, "none": None}, False
-    )
+    call = LayerCall(torch.zeros(4, 6, 8), (mask,), {"pair": (positions, mask), "more": {"scale": scale}, "none": None})
     found = call.part(slice(1, 3))
     assert found.hidden.shape == (2, 6, 8)
     assert torch.equal(found.args[0], mask[1:3])
@@ -207,7 +205,7 @@ class Holder:
 )
 def test_a_layer_that_does_not_come_apart_is_found(layer: Any, arguments: dict[str, Any]) -> None:
     hidden = torch.rand(4, 4, 8, generator=torch.Generator().manual_seed(0))
-    call = LayerCall(hidden, (), arguments, by_name=False)
+    call = LayerCall(hidden, (), arguments)
     assert not call.comes_apart(layer, [slice(0, 1), slice(1, 4)])
 
 
@@ -220,7 +218,7 @@ def test_rounding_is_no_difference(dtype: torch.dtype) -> None:
     def rounded(x: Tensor) -> Tensor:
         return x + linear(x) * (1 + torch.finfo(dtype).eps * (len(x) == 4))
 
-    assert LayerCall(hidden, (), {}, by_name=False).comes_apart(rounded, [slice(0, 2), slice(2, 4)])
+    assert LayerCall(hidden, (), {}).comes_apart(rounded, [slice(0, 2), slice(2, 4)])
 
 
 def test_memory_that_runs_out_is_no_answer() -> None:
@@ -236,4 +234,4 @@ def test_memory_that_runs_out_is_no_answer() -> None:
 
     for function, error in ((layer, MemoryError), (full, RuntimeError)):
         with pytest.raises(error):
-            LayerCall(torch.rand(4, 2, 3), (), {}, by_name=False).comes_apart(function, [slice(0, 2), slice(2, 4)])
+            LayerCall(torch.rand(4, 2, 3), (), {}).comes_apart(function, [slice(0, 2), slice(2, 4)])

@@ -42,7 +42,7 @@ def batches(count: int = 3) -> list[Tensor]:
 
 def gradients(model: nn.Module, names: list[str], ids: list[Tensor], seed: int = 0) -> dict[str, Tensor]:
     found = output_gradients(
-        model, find_stacks(model).names[0], names, [{"input_ids": batch} for batch in ids], seed=seed
+        model, [find_stacks(model).names[0]], names, [{"input_ids": batch} for batch in ids], seed=seed
     )
     return {name: found.mean_square(name, len(model.get_parameter(f"{name}.weight"))) for name in names}
 

@@ -153,13 +153,13 @@ def test_a_pattern_that_does_not_fit_is_refused_with_the_module(llama: Path) -> 
     assert "(adam needs multiples of 8)" in message
 
 
-def test_the_language_model_head_lies_outside_the_layers(llama: Path) -> None:
-    message = refusal(recipe(llama, ARMORModifier=armor(targets=["Linear"])))
-    assert "lm_head is not inside a decoder layer" in message
-    assert "add 'lm_head' to `ignore`" in message
-    mapping = recipe(llama, ARMORModifier=armor(targets=["Linear"], ignore=["lm_head"]))
-    plan = make_job(mapping).plan
+def test_the_language_model_head_is_a_block_of_its_own(llama: Path) -> None:
+    plan = make_job(recipe(llama, ARMORModifier=armor(targets=["Linear"]))).plan
+    assert [(row.name, row.layer) for row in plan.modules][-1] == ("lm_head", 2)
+    assert plan.layers == ("model.layers.0", "model.layers.1", "lm_head")
+    plan = make_job(recipe(llama, ARMORModifier=armor(targets=["Linear"], ignore=["lm_head"]))).plan
     assert (len(plan.modules), plan.ignored) == (14, ("lm_head",))
+    assert plan.layers == ("model.layers.0", "model.layers.1")
 
 
 def test_a_pattern_on_something_with_other_weights_is_refused(llama: Path) -> None:
@@ -208,7 +208,7 @@ def test_all_problems_are_told_at_once(llama: Path) -> None:
         NoWagModifier__b={"targets": [ATTENTION]},
     )
     lines = refusal(mapping).splitlines()
-    wanted = ("matches no linear", "block_size 48", "lm_head is not inside", "already taken by NoWagModifier")
+    wanted = ("matches no linear", "block_size 48", "already taken by NoWagModifier")
     for part in wanted:
         assert any(part in line for line in lines), part
     assert all(line.startswith("<") or ":" in line for line in lines)
@@ -277,13 +277,30 @@ def test_planning_reads_no_weights(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
-    [T5Config(d_model=32, num_layers=2, num_heads=4), BartConfig(d_model=32, encoder_layers=1, decoder_layers=1)],
+    ("config", "lists"),
+    [
+        (T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4), ("encoder.block", "decoder.block")),
+        (
+            BartConfig(
+                **{f"{part}_{field}": 4 for part in ("encoder", "decoder") for field in ("attention_heads", "ffn_dim")},
+                d_model=32,
+                encoder_layers=2,
+                decoder_layers=2,
+            ),
+            ("model.encoder.layers", "model.decoder.layers"),
+        ),
+    ],
     ids=["t5", "bart"],
 )
-def test_an_encoder_is_refused(config: Any, tmp_path: Path) -> None:
+def test_layers_of_an_encoder_are_numbered_before_the_decoders(
+    config: Any, lists: tuple[str, str], tmp_path: Path
+) -> None:
     config.save_pretrained(tmp_path)
-    assert "has an encoder; only decoder-only" in refusal(recipe(tmp_path))
+    targets = [r"re:.*(encoder|decoder)\..*(q|q_proj)$"]
+    mapping = recipe(tmp_path, ARMORModifier=armor(targets=targets))
+    plan = make_job(mapping).plan
+    assert plan.layers == tuple(f"{name}.{index}" for name in lists for index in range(2))
+    assert sorted({row.layer for row in plan.modules}) == [0, 1, 2, 3]
 
 
 def test_a_model_that_is_no_language_model_is_refused(tmp_path: Path) -> None:

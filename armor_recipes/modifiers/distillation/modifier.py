@@ -65,12 +65,22 @@ class DistillationModifier(TrainingRefiner[DistillationConfig]):
         return torch.bfloat16 if multiplies_bfloat16(parameter.device) else parameter.dtype
 
     def loss(self, found: UnitOutput, wanted: UnitOutput) -> Tensor:
-        """Mean KL(dense ‖ compressed) a token, in nats, of logits `(B, L, V)`, plus the hidden states' error times its weight."""
-        divergence: Tensor = _Divergence.apply(found.output.flatten(0, -2), wanted.output.flatten(0, -2))  # type: ignore[no-untyped-call]
+        """Mean KL(dense ‖ compressed) a token, in nats, of logits `(B, L, V)`, plus the hidden states' error times its weight.
+
+        Of a model without logits its output's error takes the divergence's place.
+        """
+        divergence = (
+            _divergence(found.output, wanted.output) if wanted.logits else relative_error(found.output, wanted.output)
+        )
         if not wanted.hidden:
             return divergence
         errors = [relative_error(*pair) for pair in zip(found.hidden, wanted.hidden, strict=True)]
         return divergence + self.config.hidden_weight * torch.stack(errors).mean()
+
+
+def _divergence(found: Tensor, wanted: Tensor) -> Tensor:
+    total: Tensor = _Divergence.apply(found.flatten(0, -2), wanted.flatten(0, -2))  # type: ignore[no-untyped-call]
+    return total
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -18,10 +18,11 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import ArmorError, PlanError, UnfitError
 from armor_recipes.events import Observer, SolveProgressed
 from armor_recipes.model.blocks import Stack, Stacks
+from armor_recipes.model.calls import LayerCall
 from armor_recipes.model.facts import ModelFacts
 from armor_recipes.model.hooks import Hooks
 from armor_recipes.model.linears import Linears
-from armor_recipes.model.replay import Stream, on_device
+from armor_recipes.model.replay import Activations, on_device
 from armor_recipes.model.store import WeightStore
 from armor_recipes.modifiers.base import AnyModifier, KnowsOrigins, ModuleShape, SolveProgress, Statistic, StreamKind
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult
@@ -234,10 +235,10 @@ class State:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Original:
-    """A block before any modifier of the stage changed it, and what each dense stream brought to it."""
+    """A block before any modifier of the stage changed it, and for each batch of each dense stream its calls."""
 
     block: nn.Module
-    hidden: Mapping[StreamKey, Sequence[Tensor]]
+    calls: Mapping[StreamKey, Sequence[tuple[LayerCall, ...]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -245,29 +246,35 @@ class BlockContext:
     """All that a step may look at. It changes nothing of it: what it wants changed it returns.
 
     Attributes:
+        stacks: all stacks of the model, and `stack` the one that the block is in.
+        blocks: numbers of all blocks of lists that calibration reaches, by which a step at the end of a stage can look at them.
         block: number of the block; None at the end of a stage.
         streams: activations at the door of the block.
         statistics: by entry and module, of entries whose `needs.feeds` says so.
         readers: for each module the first that reads the same tensor, in the order in which modules are called.
         layer_readers: the same, where all experts of a layer read one tensor because every one is called on all tokens.
         moe: what becomes of experts that too few tokens reach.
+        sharing: for each module that shares its weight with others all of them, by name.
         original: the block as it was, where a modifier needs it.
         keep_factors: whether a modifier of the recipe reads factors.
         progress: adds finished work, in operations, and returns the share that is done.
     """
 
     model: nn.Module
+    stacks: Stacks
+    blocks: Sequence[int]
     stack: Stack
     block: int | None
     weights: WeightStore
     state: State
     storage: Storage
-    streams: Mapping[StreamKey, Stream]
+    streams: Mapping[StreamKey, Activations]
     tokens: Mapping[CalibrationSpec, InputSet]
     statistics: Mapping[str, Statistics]
     readers: Mapping[str, str]
     layer_readers: Mapping[str, str]
     moe: MoeSpec
+    sharing: Mapping[str, Sequence[str]]
     original: Original | None
     keep_factors: bool
     hooks: Hooks
@@ -298,7 +305,11 @@ class BlockContext:
         """The first module that reads what this one is calibrated on."""
         return (self.layer_readers if share.every_expert else self.readers).get(name, name)
 
-    def stream(self, share: Share, kind: StreamKind) -> Stream:
+    def users(self, name: str) -> Sequence[str]:
+        """All modules that have this one's weight, itself among them."""
+        return self.sharing.get(name, (name,))
+
+    def stream(self, share: Share, kind: StreamKind) -> Activations:
         """The share's activations on that model."""
         return self.streams[share.stream_key(kind)]
 

@@ -10,13 +10,16 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from armor_recipes.checkpoint.config import LayerSpec
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.events import ModuleFinished
+from armor_recipes.model.blocks import inner_name
+from armor_recipes.model.calls import LayerCall
 from armor_recipes.model.experts import every_expert, in_parts
+from armor_recipes.model.hooks import Hooks
 from armor_recipes.model.replay import inputs_of
 from armor_recipes.modifiers.base import (
     AnyModifier,
@@ -355,20 +358,21 @@ def _statistic(
     return WithGradients(found, torch.cat([context.state.gradients[shape.name] for shape in group]))
 
 
-def _observe_pairs(share: Share, context: BlockContext) -> Statistic:
+def _observe_pairs(share: Share, context: BlockContext) -> Any:
     """What modules read on the compressed stream, with what the dense block's read on the same tokens beside it."""
-    name, statistic = share.rows[0].name, context.statistic(share, share.rows[0].shape)
-    assert context.original is not None
-    take_pair: Any = statistic.update
-    dense, compressed = (context.stream(share, kind) for kind in ("dense", "compressed"))
-    module, original = context.model.get_submodule(name), context.original
-    twin = original.block.get_submodule(name.removeprefix(context.name + "."))
+    name = share.rows[0].name
+    statistic: Any = context.statistic(share, share.rows[0].shape)
+    original = context.original
+    assert original is not None
+    inner = inner_name(context.name, name)
+    module, twin = context.module.get_submodule(inner), original.block.get_submodule(inner)
+    dense, compressed = original.calls[share.stream_key("dense")], context.stream(share, "compressed")
+    paddings = compressed.paddings(context.index)
     once = False
-    for batch, hidden in enumerate(original.hidden[share.stream_key("dense")]):
-        call = replace(dense.call(context.index, batch), hidden=hidden)
+    for calls, now, padding in zip(dense, compressed.uses(context.index), paddings, strict=True):
         with every_expert(original.block, context.module, wanted=share.every_expert):
-            wanted = inputs_of(twin, call, original.block, context.hooks, once=once)
-            found = inputs_of(module, compressed.call(context.index, batch), context.module, context.hooks, once=once)
+            wanted = _read_by(twin, calls, original.block, context.hooks, once=once)
+            found = _read_by(module, now, context.module, context.hooks, once=once)
         if [x.shape for x in found] != [x.shape for x in wanted]:
             raise PlanError(
                 f"{share.entry.where}: {share.entry.name}: {name}: other tokens reach it than reach the dense model's module, so "
@@ -376,10 +380,17 @@ def _observe_pairs(share: Share, context: BlockContext) -> Statistic:
                 "`calibration.experts: all`)"
             )
         for x, target in zip(found, wanted, strict=True):
-            for pair in in_parts(name, x, target):
-                take_pair(*pair)
-        once = len(found) == 1
+            for kept in zip(padding.pieces(x), padding.pieces(target, x), strict=True):
+                for pair in in_parts(name, *kept):
+                    statistic.update(*pair)
+        once = len(calls) == len(found) == 1
     return statistic
+
+
+def _read_by(
+    module: nn.Module, calls: Sequence[LayerCall], block: nn.Module, hooks: Hooks, *, once: bool
+) -> list[Tensor]:
+    return [x for call in calls for x in inputs_of(module, call, block, hooks, once=once)]
 
 
 @torch.no_grad()

@@ -295,7 +295,8 @@ def _outputs(share: Share, chain: Chain, context: BlockContext, weights: Mapping
     seen: list[Tensor] = []
     block.get_submodule(consumer).register_forward_hook(lambda _, __, output: seen.append(output))
     (source,) = share.modifier.needs.streams
-    seen.append(context.stream(share, source).call(context.index, 0).run(block))
+    (first, *_) = next(context.stream(share, source).uses(context.index))
+    seen.append(first.run(block))
     return seen
 
 

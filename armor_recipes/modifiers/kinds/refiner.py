@@ -16,8 +16,11 @@ from armor_recipes.calibration.inputs import leading, some_of
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import CheckpointError, PlanError, UnfitError
 from armor_recipes.events import UnitRefined
-from armor_recipes.model.replay import LayerCall, feed, hidden_states
-from armor_recipes.model.views import frozen, view
+from armor_recipes.model.calls import LayerCall, hidden_states
+from armor_recipes.model.outputs import main_output
+from armor_recipes.model.padding import kept_of, reads_of, written_or_read
+from armor_recipes.model.replay import feed
+from armor_recipes.model.views import dense_view, frozen, shared_names, view
 from armor_recipes.modifiers.base import AnyModifier, C, Estimate, ModuleShape, Needs, SolveProgress
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult, StepResult, loaded_weight
 from armor_recipes.modifiers.kinds.contract import (
@@ -70,7 +73,8 @@ class RefineResult(StepResult):
     """One unit that was trained: held-out losses, the first before training, steps taken and gradients clipped.
 
     `unit` is a block's name, or `model`. `compute_dtype` is that of its forward and backward passes. `norm_values` counts the
-    numbers in norms that changed, `whole_batches` the batches whose windows the block does not take one by one.
+    numbers in norms that changed, `whole_batches` the batches whose windows the block does not take one by one. `outputs` names
+    what of a model's output was compared where that is not its logits.
     """
 
     section: ClassVar[str] = "refinements"
@@ -87,6 +91,12 @@ class RefineResult(StepResult):
     stop_reason: str
     compute_dtype: str
     seconds: float
+    outputs: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """As plain data; `outputs` only where they are not logits."""
+        data = StepResult.record(self)
+        return data if self.outputs else {key: value for key, value in data.items() if key != "outputs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +137,16 @@ class RefineUnit:
 @dataclass(frozen=True, slots=True)
 class UnitOutput:
     """What a unit makes of one batch: the layer's hidden states `(B, L, H)` or the model's logits `(B, L, V)`; and for a model
-    the outputs `(B, L, H)` of the layers that its refiner asked for. B is less where it is of some windows of the batch.
+    the outputs `(B, L, H)` of the layers that its refiner asked for. B is less where it is of some windows of the batch; of a batch
+    with padding they are `(T, …)`, of the tokens that count.
+
+    `logits` is False of a model without: then the output is its embeddings or hidden states `(…, H)`, others of them first in
+    `hidden`.
     """
 
     output: Tensor
     hidden: tuple[Tensor, ...] = ()
+    logits: bool = True
 
 
 class UnitPass(Protocol):
@@ -222,7 +237,7 @@ class Refiner(AnyModifier[C]):
     """Trains factors that an earlier modifier of the same stage made.
 
     Class attribute `scope`: `layer` runs after the layer's other modifiers, on the outputs of the layer; `model` runs at the
-    end of the stage, on logits.
+    end of the stage, on logits (or what else the model gives).
     """
 
     kind: ClassVar[Kind] = Refining()
@@ -293,7 +308,7 @@ def _plan_unit(planning: Planning, refiner: Refiner[Any], index: int | None, fou
     return RefinePlan(
         modifier=planning.entry.key,
         stage=planning.entry.stage,
-        unit="model" if index is None else planning.stacks.names[index],
+        unit="model" if index is None else planning.stacks.block_name(index),
         layer=index,
         modules=tuple(row.name for row in found),
         tokens=unit.tokens,
@@ -339,22 +354,32 @@ class _Trained:
 
 
 def _train_block(job: _Job) -> _Trained:
-    """Train one block on the compressed stream against the dense block's outputs `(B, L, H)`, batch by batch."""
+    """Train one block on the compressed stream against the dense block's outputs `(B, L, H)`, batch by batch.
+
+    Where the model calls the block several times, on what all calls of a batch give.
+    """
     context, block = job.context, job.module
-    inputs, targets = context.stream(job.share, "compressed"), context.stream(job.share, "dense").hidden
-    factors, vectors = _trainables(job, block, job.prefix)
+    stream, dense = context.stream(job.share, "compressed"), context.stream(job.share, "dense")
+    found = zip(*(ask(context.index) for ask in (stream.uses, dense.outputs, stream.paddings)), strict=True)
+    reached = [one for one in found if one[0]]  # a batch need not reach every block
+    calls, targets, paddings = ([one[place] for one in reached] for place in range(3))
+    student = _Student.of(block, job.prefix, *_trainables(job, block, job.prefix))
+
+    def joined(batch: int, outputs: Sequence[Tensor], windows: slice) -> UnitOutput:
+        kept = [paddings[batch].kept(output, windows) for output in outputs]
+        return UnitOutput(kept[0] if len(kept) == 1 else torch.cat(kept))
 
     def forward(batch: int, windows: slice = _ALL) -> UnitOutput:
-        call = inputs.call(context.index, batch).part(windows)
-        return UnitOutput(call.run(_student(block, job.prefix, factors, vectors)))
+        module = student.module()
+        return joined(batch, [call.part(windows).run(module) for call in calls[batch]], windows)
 
     def target(batch: int, windows: slice = _ALL) -> UnitOutput:
-        return UnitOutput(targets[batch][windows])
+        return joined(batch, [output[windows] for output in targets[batch]], windows)
 
-    parts = _parts(targets)
-    parts = _tried(block, list(inputs.calls(context.index)), parts) if parts else []
-    task = RefineTask(factors, vectors, len(targets), forward, target, parts)
-    tokens = sum(t.shape[0] * t.shape[1] for t in targets)
+    parts = _parts([outputs[0] for outputs in targets])
+    parts = _tried(block, calls, parts) if parts else []
+    task = RefineTask(student.factors, student.vectors, len(targets), forward, target, parts)
+    tokens = sum(target(batch).output.shape[:-1].numel() for batch in range(len(targets)))
     return _train(job, task, tokens=tokens, compute=next(block.parameters()).dtype)
 
 
@@ -370,46 +395,57 @@ def _parts_of(windows: int, tokens: int) -> list[slice]:
     return [slice(*pair) for pair in pairwise(bounds)]
 
 
-def _tried(block: nn.Module, calls: Sequence[LayerCall], parts: list[list[slice]]) -> list[list[slice]]:
+def _tried(block: nn.Module, calls: Sequence[Sequence[LayerCall]], parts: list[list[slice]]) -> list[list[slice]]:
     """The parts, and none of a batch that the block does not take part by part; tried on the first batch of each size."""
     apart: dict[int, bool] = {}
-    for call, found in zip(calls, parts, strict=True):
-        size = len(call.hidden)
+    sizes = [len(uses[0].hidden) for uses in calls]
+    for size, uses, found in zip(sizes, calls, parts, strict=True):
         if size not in apart:
-            apart[size] = len(found) == 1 or call.comes_apart(block, found)
-    return [found if apart[len(call.hidden)] else [] for call, found in zip(calls, parts, strict=True)]
+            apart[size] = len(found) == 1 or all(call.comes_apart(block, found) for call in uses)
+    return [found if apart[size] else [] for size, found in zip(sizes, parts, strict=True)]
 
 
 def _train_model(job: _Job) -> _Trained:
     """Train the whole model against the logits of the dense one and, where the refiner asks for them, hidden states on the way.
 
-    The dense model runs along: a view of the model with the dense parameters in the place of its own. Both run in the refiner's
-    compute dtype; factors, norms' weights, their gradients and Adam's moments are float32.
+    Without logits, against its embeddings or hidden states. The dense model runs along: a view of the model with the dense
+    parameters in the place of its own. Both run in the refiner's compute dtype; factors, norms' weights, their gradients and Adam's
+    moments are float32.
     """
     context, model = job.context, job.module
     spec = job.share.entry.config.calibration
     assert spec is not None
-    batches, dense = context.batches(spec), context.weights.originals
+    batches, dense = context.batches(spec), dict(shared_names(model, context.weights.originals))
     compute = job.refiner.compute_dtype(next(model.parameters()))
     products = torch.bfloat16 if compute == torch.bfloat16 else torch.float32
     factors, vectors = _trainables(job, model, "", products)
-    names = context.stack.names
-    tapped = [names[index] for index in job.refiner.hidden_layers(len(names))]
+    names = [context.stacks.block_name(index) for index in context.blocks]
+    tapped = {
+        names[index]: reads_of(model, names[index], batches[0]) for index in job.refiner.hidden_layers(len(names))
+    }
     base = _converted(model, compute, but={f"{name}.weight" for name in factors})
+    student = _Student.of(base, "", factors, vectors)
+    compared: set[tuple[str, ...]] = set()
 
     def run(network: nn.Module, batch: int, windows: slice) -> UnitOutput:
-        hidden = [_tap(network.get_submodule(name)) for name in tapped]
-        logits: Tensor = feed(network, some_of(batches[batch], windows)).logits
-        return UnitOutput(logits, tuple(taken[0] for taken in hidden))
+        taken = {name: _tap(network.get_submodule(name)) for name in tapped}
+        given = some_of(batches[batch], windows)
+        found = main_output(feed(network, given))
+        compared.add(found.names)
+        hidden = [kept_of(given, tapped[name], output) for name, outputs in taken.items() for output in outputs]
+        first, *others = [kept_of(given, written_or_read(given), tensor) for tensor in found.tensors]
+        return UnitOutput(first, (*others, *hidden), logits=found.logits)
 
     def forward(batch: int, windows: slice = _ALL) -> UnitOutput:
-        return run(_student(base, "", factors, vectors, copied=tapped), batch, windows)
+        return run(student.module(copied=[*tapped]), batch, windows)
 
     def target(batch: int, windows: slice = _ALL) -> UnitOutput:
-        return run(dense_view(base, dense, copied=tapped), batch, windows)
+        return run(dense_view(base, dense, copied=[*tapped]), batch, windows)
 
     task = RefineTask(factors, vectors, len(batches), forward, target, _parts([leading(batch) for batch in batches]))
-    return _train(job, task, tokens=sum(leading(batch).numel() for batch in batches), compute=compute)
+    trained = _train(job, task, tokens=sum(leading(batch).numel() for batch in batches), compute=compute)
+    outputs = "" if compared == {("logits",)} else ", ".join(sorted({name for names in compared for name in names}))
+    return replace(trained, result=replace(trained.result, outputs=outputs))
 
 
 def _converted(model: nn.Module, dtype: torch.dtype, *, but: Collection[str]) -> nn.Module:
@@ -511,26 +547,39 @@ def _trainables(
     return factors, vectors
 
 
-def _student(
-    module: nn.Module,
-    prefix: str,
-    factors: Mapping[str, TrainableFactors],
-    vectors: Mapping[str, nn.Parameter],
-    copied: Sequence[str] = (),
-) -> nn.Module:
-    """A view of the module in which factors stand for its linear layers, and the vectors for its own.
+@dataclass(frozen=True, slots=True)
+class _Student:
+    """A module whose linear layers factors stand for, and whose norms' vectors are trained, wherever the module uses them.
 
-    Modules in `copied` are the view's own even where nothing inside is replaced.
+    `linears` and `places` say which of them stands where: names from the module.
     """
-    own: dict[str, nn.Module | Tensor] = {}
-    for name, trained in factors.items():
-        linear = module.get_submodule(name.removeprefix(prefix))
-        assert isinstance(linear, nn.Linear)
-        own[name.removeprefix(prefix)] = TrainableLinear(trained, linear.bias)
-    for name, vector in vectors.items():
-        inner = name.removeprefix(prefix)
-        own[inner] = vector.to(module.get_parameter(inner).dtype)
-    return view(module, own, copied=copied)
+
+    base: nn.Module
+    factors: Mapping[str, TrainableFactors]
+    vectors: Mapping[str, nn.Parameter]
+    linears: Mapping[str, str]
+    places: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls, base: nn.Module, prefix: str, factors: Mapping[str, TrainableFactors], vectors: Mapping[str, nn.Parameter]
+    ) -> _Student:
+        """Find the places."""
+        weights = {f"{name}.weight".removeprefix(prefix): name for name in factors}
+        found = {place.removesuffix("weight").rstrip("."): name for place, name in shared_names(base, weights)}
+        inner = {name.removeprefix(prefix): name for name in vectors}
+        return cls(base, factors, vectors, found, dict(shared_names(base, inner)))
+
+    def module(self, copied: Sequence[str] = ()) -> nn.Module:
+        """A view with the present values. Modules in `copied` are its own even where nothing inside is replaced."""
+        own: dict[str, nn.Module | Tensor] = {}
+        for place, name in self.linears.items():
+            linear = self.base.get_submodule(place)
+            assert isinstance(linear, nn.Linear)
+            own[place] = TrainableLinear(self.factors[name], linear.bias)
+        for place, name in self.places.items():
+            own[place] = self.vectors[name].to(self.base.get_parameter(place).dtype)
+        return view(self.base, own, copied=copied)
 
 
 def _tap(layer: nn.Module) -> list[Tensor]:
@@ -538,32 +587,3 @@ def _tap(layer: nn.Module) -> list[Tensor]:
     taken: list[Tensor] = []
     layer.register_forward_hook(lambda _, __, output: taken.append(hidden_states(output)))
     return taken
-
-
-def dense_view(model: nn.Module, dense: Mapping[str, Tensor], copied: Sequence[str] = ()) -> nn.Module:
-    """The model with other parameters, by name, in the place of its own, which may hold anything.
-
-    Weights of linear layers are kept in the dtype that they come in and widened when they are used.
-    """
-    parts: dict[str, nn.Module | Tensor] = {}
-    for name, value in dense.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if isinstance(module, nn.Linear) and leaf == "weight":
-            parts[owner] = _WidenedLinear(value, module.bias)
-        else:
-            parts[name] = value.to(model.get_parameter(name).dtype)
-    return view(model, parts, copied=copied)
-
-
-class _WidenedLinear(nn.Module):
-    """A linear layer whose weight `(O, I)` may be of a narrower dtype than its input."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = bias
-        self.out_features, self.in_features = weight.shape
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)

@@ -1,0 +1,118 @@
+"""What can be said of a model and its calibration before anything long: which modules the samples reach, and in which order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from armor_recipes.calibration.inputs import Batch, InputSet, some_of
+from armor_recipes.errors import PlanError
+from armor_recipes.model.blocks import Stacks, inner_name
+from armor_recipes.model.experts import every_expert
+from armor_recipes.model.hooks import Hooks
+from armor_recipes.model.linears import linears_that_share
+from armor_recipes.model.survey import Survey, survey
+from armor_recipes.modifiers.kinds.contract import Share, once
+from armor_recipes.recipe.schema import CalibrationSpec
+
+#: A part of a name that is a number: a member of a list inside a block, an expert for instance, which not every token reaches.
+_MEMBER = re.compile(r"(^|\.)\d+(\.|$)")
+
+
+def look(
+    model: nn.Module,
+    stacks: Stacks,
+    shares: Sequence[Share],
+    tokens: Mapping[CalibrationSpec, InputSet],
+    hooks: Hooks,
+) -> Survey:
+    """Send the first sample of each dataset through the model.
+
+    Raises PlanError where one never reaches what is to learn from it, where the model has no logits that an entry needs, or where
+    an entry that runs blocks by themselves takes weights that several blocks share; InputError where the model's own code fails.
+    """
+    sharing = linears_that_share(model)
+    _check_alone(stacks, shares, sharing)
+    learning = [s for s in shares if s.entry.config.calibration is not None]
+    specs = dict.fromkeys(spec for s in learning if (spec := s.entry.config.calibration) is not None)
+    first = next((s.entry.config.calibration for s in learning if s.modifier.needs.streams), None)
+    names = _names(shares)
+    found: dict[CalibrationSpec, Survey] = {}
+    for spec in specs if first is None else dict.fromkeys([first, *specs]):
+        with every_expert(model):  # one sample may not be routed to all of them
+            seen = [survey(model, stacks, names, sample, hooks) for sample in _samples(tokens[spec])]
+        found[spec] = seen[0]
+        for other in seen[1:]:
+            found[spec] = found[spec].and_also(other)
+    if not found:
+        return Survey({}, {}, frozenset(), logits=True)
+    for share in learning:
+        spec = share.entry.config.calibration
+        assert spec is not None
+        _check_reached(share, found[spec], stacks, sharing)
+        _check_logits(share, found[spec], model)
+    total, *others = found.values()
+    for other in others:
+        total = total.and_also(other)
+    return total
+
+
+def _names(shares: Sequence[Share]) -> list[str]:
+    """Modules that are taken, and those that are only observed behind them."""
+    rows = [row for share in shares for row in share.rows]
+    taken = [name for row in rows for name in row.takes]
+    return list(dict.fromkeys([*taken, *(shape.name for row in rows for shape in row.observed)]))
+
+
+def _samples(inputs: InputSet) -> Iterator[Batch]:
+    """The first sample of each source."""
+    for place in dict.fromkeys(map(inputs.origins.index, inputs.origins)):
+        yield some_of(inputs.tensors, slice(place, place + 1))
+
+
+def _check_reached(share: Share, seen: Survey, stacks: Stacks, sharing: Mapping[str, Sequence[str]]) -> None:
+    if not share.modifier.needs.streams:
+        return
+    observed = dict.fromkeys(shape.name for row in share.rows for shape in row.observed)
+    missing = [
+        name
+        for name in observed
+        if seen.called.isdisjoint(sharing.get(name, (name,))) and not _may_be_passed_over(name, seen, stacks)
+    ]
+    if missing:
+        reason = (
+            "{} is never called: the calibration inputs never reach it, or the model reads its weight without calling it. Give "
+            "inputs that reach it (with images, where it looks at images), or add it to `ignore`"
+        )
+        raise PlanError(f"{share.entry.where}: {share.entry.name}: {once(reason, missing)}")
+
+
+def _may_be_passed_over(name: str, seen: Survey, stacks: Stacks) -> bool:
+    """Whether a module is one of a list inside a block that is called: other samples may reach it."""
+    block = stacks.block_of(name)
+    if block is None or block not in seen.blocks:
+        return False
+    return _MEMBER.search(inner_name(stacks.block_name(block), name)) is not None
+
+
+def _check_logits(share: Share, seen: Survey, model: nn.Module) -> None:
+    if share.modifier.needs.gradients and not seen.logits:
+        raise PlanError(
+            f"{share.entry.where}: {share.entry.name}: it weighs outputs by what the loss of the model's logits feels of them, and "
+            f"a {type(model).__name__} gives no logits: switch that off"
+        )
+
+
+def _check_alone(stacks: Stacks, shares: Sequence[Share], sharing: Mapping[str, Sequence[str]]) -> None:
+    """Raise PlanError where a block is to be run by itself for weights that other blocks use, too."""
+    for share in (share for share in shares if share.modifier.needs.dense in ("block", "outputs")):
+        taken = dict.fromkeys(name for row in share.rows for name in (*row.takes, *getattr(row, "modules", ())))
+        several = [name for name in taken if len({stacks.block_of(user) for user in sharing.get(name, (name,))}) > 1]
+        if several:
+            reason = (
+                "the weight of {} is used by several layers, and "
+                f"{share.modifier.needs.because} compares one layer with the dense one: add it to `ignore`"
+            )
+            raise PlanError(f"{share.entry.where}: {share.entry.name}: {once(reason, several)}")

@@ -1,0 +1,305 @@
+"""Every kind of stack: encoders, decoders that look at them, towers, heads, layers that are called often or share weights."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from armor_recipes.errors import PlanError
+from armor_recipes.model.replay import feed
+from armor_recipes.modifiers.nowag import NoWagModifier
+from armor_recipes.session import Session
+from tests.support.stacks import MODELS, inputs_for, make_stacked, session_on
+
+#: Modules that are read and not called, or do not fit.
+TIED = {"t5": "lm_head", "bart": "lm_head", "whisper": "proj_out", "albert": "predictions.decoder"}
+IGNORED = {
+    **{kind: [name] for kind, name in TIED.items()},
+    "jamba": [r"re:.*dt_proj$", r"re:.*x_proj$"],
+    "zamba2": [r"re:.*adapter.*", "lm_head"],
+}
+ARMORED: dict[str, Any] = {"targets": ["Linear"], "block_size": 4, "iterations": 2}
+MATCHED: dict[str, Any] = {**ARMORED, "propagate": "matched"}
+NOWAG: dict[str, Any] = {"targets": ["Linear"]}
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The second moment that each module was solved with, in order."""
+    found: dict[str, Tensor] = {}
+    solve: Any = NoWagModifier.solve
+
+    def solve_and_note(self: Any, module: Any, weight: Any, statistic: Any, progress: Any) -> Any:
+        found[module.name] = statistic.value
+        return solve(self, module, weight, statistic, progress)
+
+    monkeypatch.setattr(NoWagModifier, "solve", solve_and_note)
+    return found
+
+
+def moments(
+    model: nn.Module, tensors: dict[str, Tensor], names: list[str], kept: Any = lambda _, x: x
+) -> dict[str, Tensor]:
+    """By hand: mean squares of what the modules read, over all of their calls, in plain passes of two samples."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen[name].append(kept(name, args[0]).detach().flatten(0, -2).clone())
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for start in range(0, len(next(iter(tensors.values()))), 2):
+            feed(model, {name: tensor[start : start + 2] for name, tensor in tensors.items()})
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts).double().square().mean(0).float() for name, parts in seen.items() if parts}
+
+
+def groups_of(session: Session) -> list[list[str]]:
+    """The planned modules block by block, in the order in which the session came to them."""
+    names: dict[int, list[str]] = {}
+    layer = {row.name: row.layer for row in session.plan.modules}
+    for name in session.results:
+        names.setdefault(layer[name], []).append(name)
+    return list(names.values())
+
+
+def wanted(kind: str, session: Session, tensors: dict[str, Tensor], kept: Any = lambda _, x: x) -> dict[str, Tensor]:
+    """What each block must have seen: all blocks before it compressed, none after."""
+    model = make_stacked(kind)
+    found: dict[str, Tensor] = {}
+    for group in groups_of(session):
+        found |= moments(model, tensors, group, kept)
+        for name in group:
+            model.get_parameter(f"{name}.weight").data.copy_(session.model.get_parameter(f"{name}.weight").data)
+    return found
+
+
+def assert_close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(
+            left[name], right[name], rtol=1e-4, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def options(kind: str, **more: Any) -> dict[str, Any]:
+    return {**NOWAG, "ignore": IGNORED.get(kind, []), **more}
+
+
+@pytest.mark.parametrize("kind", sorted(set(MODELS) - {"zamba2"}))
+def test_each_block_sees_the_model_compressed_so_far(kind: str, seen: dict[str, Tensor]) -> None:
+    tensors = inputs_for(kind)
+    with session_on(make_stacked(kind), tensors, NoWagModifier=options(kind)) as session:
+        session.run()
+    assert set(seen) == {row.name for row in session.plan.modules}
+    assert_close(seen, wanted(kind, session, tensors))
+    assert session.hooks.active == 0
+
+
+@pytest.mark.parametrize("kind", ["t5", "llava", "clip", "qwen3-vl", "albert"])
+def test_dense_statistics_are_those_of_the_dense_model(kind: str, seen: dict[str, Tensor]) -> None:
+    tensors = inputs_for(kind)
+    with session_on(make_stacked(kind), tensors, NoWagModifier=options(kind, propagate="dense")) as session:
+        session.run()
+    assert_close(seen, moments(make_stacked(kind), tensors, list(seen)))
+
+
+PASSES = {
+    "albert": ["albert.encoder.albert_layer_groups"],
+    "qwen3-vl": ["model.visual.deepstack_merger_list", "model.language_model.layers"],
+}
+
+
+@pytest.mark.parametrize("kind", sorted(set(MODELS) - {"zamba2"}))
+def test_passes_of_the_whole_model_are_told(kind: str) -> None:
+    with session_on(make_stacked(kind), inputs_for(kind), NoWagModifier=options(kind)) as session:
+        session.run()
+    found = session.section("passes_of_the_whole_model")
+    assert sorted(result.stack for result in found) == sorted(PASSES.get(kind, []))
+    for result in found:  # three batches: one pass each to count calls, one for each block
+        assert result.passes == 3 * (1 + result.blocks)
+        assert "does not reproduce the model" in result.reason
+
+
+# --- weights that several layers share --------------------------------------------------------------------------------------
+
+SHARED = "model.layers.1.shared_transformer.self_attn.q_proj"
+AGAIN = SHARED.replace("layers.1", "layers.3")
+
+
+def zamba(**chosen: Any) -> Session:
+    """A session on Zamba2, whose shared block is planned where it is used first."""
+    entries = {name: {"targets": ["Linear"], "ignore": IGNORED["zamba2"], **fields} for name, fields in chosen.items()}
+    return session_on(make_stacked("zamba2"), inputs_for("zamba2"), **entries)
+
+
+@pytest.mark.parametrize("propagate", ["compressed", "dense"])
+def test_shared_weights_are_solved_once_on_all_their_uses(propagate: str, seen: dict[str, Tensor]) -> None:
+    with zamba(NoWagModifier={"propagate": propagate}) as session:
+        session.run()
+    groups = groups_of(session)
+    before = next(place for place, group in enumerate(groups) if SHARED in group)
+    model = make_stacked("zamba2")
+    for name in (name for group in groups[:before] for name in group) if propagate == "compressed" else ():
+        model.get_parameter(f"{name}.weight").data.copy_(session.model.get_parameter(f"{name}.weight").data)
+    uses = moments(model, inputs_for("zamba2"), [SHARED, AGAIN])
+    torch.testing.assert_close(seen[SHARED], (uses[SHARED] + uses[AGAIN]) / 2, rtol=1e-4, atol=1e-9)
+    assert list(session.results).count(SHARED) == 1
+    assert session.results[SHARED].tokens == 2 * 50
+    assert session.model.get_parameter(f"{AGAIN}.weight") is session.model.get_parameter(f"{SHARED}.weight")
+    (told,) = session.section("passes_of_the_whole_model")
+    assert told.reason == "its blocks share weights"
+
+
+def test_layers_that_share_weights_are_not_compared_by_themselves() -> None:
+    wanted = r"ARMORModifier: the weight of .*shared.*used by several layers, and propagate: matched"
+    with pytest.raises(PlanError, match=wanted):
+        zamba(ARMORModifier=MATCHED).run()
+
+
+# --- what calibration never reaches -----------------------------------------------------------------------------------------
+
+
+def test_a_module_that_is_read_and_not_called_is_told_before_anything_long() -> None:
+    session = session_on(
+        make_stacked("jamba"), inputs_for("jamba"), NoWagModifier={**NOWAG, "ignore": [r"re:.*x_proj$"]}
+    )
+    wanted = r"NoWagModifier: model.layers.0.mamba.dt_proj is never called: the calibration inputs never reach it"
+    with session, pytest.raises(PlanError, match=wanted):
+        session.run()
+    assert not session.results
+
+
+def test_a_tower_without_images_is_told() -> None:
+    ids = {"input_ids": inputs_for("bart")["input_ids"]}
+    session = session_on(make_stacked("llava"), ids, NoWagModifier=NOWAG)
+    with pytest.raises(PlanError, match=r"vision_tower.*never called.*\(with images.*\(and 13 more like it"):
+        session.run()
+
+
+# --- padding ----------------------------------------------------------------------------------------------------------------
+
+
+def padded(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs of an encoder and decoder or of one stack with masks, and boolean masks by what of the model they are for."""
+    tensors = inputs_for(kind)
+    read = torch.ones(5, 10, dtype=torch.long)
+    for row, length in enumerate((10, 7, 4, 9, 1)):
+        read[row, length:] = 0
+    masks = {"read": read}
+    if "decoder_input_ids" in tensors:
+        tensors["decoder_input_ids"] = torch.cat([tensors["decoder_input_ids"], tensors["input_ids"][:, :3]], 1)
+        masks["written"] = read.flip(0)
+    tensors["attention_mask"] = read
+    return {**tensors, **({"decoder_attention_mask": masks["written"]} if "written" in masks else {})}, masks
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5", "bert", "llava"])
+@pytest.mark.parametrize("modifier", ["NoWagModifier", "SparseGPTModifier"])
+def test_padding_is_no_token(kind: str, modifier: str, seen: dict[str, Tensor]) -> None:
+    """Of encoder and decoder the masks have the same shape here, so that only the place tells which of them counts."""
+    tensors, masks = padded(kind)
+    ignore = [*IGNORED.get(kind, []), r"re:.*(pooler|vision|projector).*"]
+    with session_on(
+        make_stacked(kind), tensors, **{modifier: {**NOWAG, "ignore": ignore, "propagate": "dense"}}
+    ) as session:
+        session.run()
+
+    def mask_of(name: str) -> Tensor:
+        own = "decoder" in name and not re.search(r"(EncDecAttention|encoder_attn)\.(k|v)", name)
+        return masks["written" if own and "written" in masks else "read"].bool()
+
+    for name, result in session.results.items():
+        assert result.tokens == int(mask_of(name).sum()), name
+    place: dict[str, int] = {}
+
+    def kept(name: str, x: Tensor) -> Tensor:
+        place[name] = place.get(name, 0) + len(x)
+        return x[mask_of(name)[place[name] - len(x) : place[name]]]
+
+    if seen:
+        assert_close(seen, moments(make_stacked(kind), tensors, list(seen), kept))
+
+
+def test_a_mask_without_padding_changes_nothing(seen: dict[str, Tensor]) -> None:
+    tensors = inputs_for("bart")
+    found = []
+    for more in ({}, {"attention_mask": torch.ones(5, 10, dtype=torch.long)}):
+        with session_on(make_stacked("bart"), {**tensors, **more}, NoWagModifier=options("bart")) as session:
+            session.run()
+        found.append(dict(seen))
+        seen.clear()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+# --- what is trained, matched and weighed -----------------------------------------------------------------------------------------
+
+
+def refined(kind: str, *refiners: str, tensors: dict[str, Tensor] | None = None, **fields: Any) -> Session:
+    """A finished session with factors that refiners train."""
+    armored = {**ARMORED, "ignore": [*IGNORED.get(kind, []), "classifier"], **fields}
+    given = inputs_for(kind) if tensors is None else tensors
+    with session_on(make_stacked(kind), given, ARMORModifier=armored, **{name: {} for name in refiners}) as session:
+        session.run()
+    return session
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "albert", "clip", "qwen3-vl", "swin"])
+def test_every_block_is_trained_against_the_dense_one(kind: str) -> None:
+    results = refined(kind, "BlockRefineModifier").section("refinements")
+    assert len(results) == len({result.unit for result in results}) > 0
+    for result in results:
+        assert min(result.losses) <= result.losses[0]
+        assert 0 < result.losses[0] < 1
+    if kind == "albert":  # the tokens of three calls
+        layer = next(result for result in results if "layer_groups" in result.unit)
+        assert layer.tokens == 3 * 50
+
+
+OUTPUTS = {"t5": "", "bert": "last_hidden_state", "clip": "image_embeds, text_embeds", "vit": "", "albert": ""}
+
+
+@pytest.mark.parametrize("kind", sorted(OUTPUTS))
+def test_a_whole_model_is_trained_on_what_it_gives(kind: str) -> None:
+    (result,) = refined(kind, "DistillationModifier").section("refinements")
+    assert result.outputs == OUTPUTS[kind]
+    assert ("outputs" in result.to_dict()) == bool(OUTPUTS[kind])
+    assert min(result.losses) <= result.losses[0]
+
+
+def test_padding_counts_in_no_loss() -> None:
+    """Whatever stands there: the results are the same."""
+    tensors, masks = padded("bert")
+    other = {**tensors, "input_ids": torch.where(masks["read"].bool(), tensors["input_ids"], 7)}
+    found = [
+        refined("bert", "BlockRefineModifier", "DistillationModifier", tensors=given) for given in (tensors, other)
+    ]
+    losses = [[result.losses for result in session.section("refinements")] for session in found]
+    assert losses[0] == [pytest.approx(pair, rel=1e-4) for pair in losses[1]]
+    assert found[0].section("refinements")[0].tokens == int(masks["read"].sum())
+
+
+@pytest.mark.parametrize("kind", ["bart", "albert"])
+def test_inputs_are_matched_with_the_dense_models(kind: str) -> None:
+    session = refined(kind, **{name: value for name, value in MATCHED.items() if name != "targets"})
+    assert set(session.results) == {row.name for row in session.plan.modules}
+    assert all(result.stored_loss < 1 for result in session.results.values())
+
+
+@pytest.mark.parametrize("kind", ["bart", "vit", "llava", "albert"])
+def test_outputs_are_weighed_in_every_stack(kind: str) -> None:
+    session = refined(kind, gradient_power=0.5)
+    found = session.state.gradients
+    assert set(found) == {row.name for row in session.plan.modules}
+    assert all(bool(value.any()) for name, value in found.items() if not name.endswith(("k_proj.bias",)))
+
+
+def test_without_logits_no_outputs_are_weighed() -> None:
+    with pytest.raises(PlanError, match="a BertModel gives no logits"):
+        refined("bert", gradient_power=0.5)
