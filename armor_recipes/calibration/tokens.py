@@ -13,13 +13,13 @@ from armor_recipes.calibration.inputs import TOKENS, Batch, InputSet, ModelInput
 from armor_recipes.calibration.pools import Part, Pool, Rule, is_windows, open_pool, tensors_path
 from armor_recipes.calibration.windows import window_ends
 from armor_recipes.errors import InputError
-from armor_recipes.recipe.schema import CalibrationSpec
+from armor_recipes.recipe.schema import InputsSpec, Strict, datasets_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def build_tokens(spec: CalibrationSpec, *, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> InputSet:
+def build_tokens(spec: InputsSpec, *, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> InputSet:
     """Choose calibration samples for a language model of which nothing is known but `vocab_size`, rows of its embedding.
 
     Else as `build_inputs`.
@@ -27,16 +27,16 @@ def build_tokens(spec: CalibrationSpec, *, tokenizer: PreTrainedTokenizerBase | 
     return build_inputs(spec, ModelInputs(vocab_size=vocab_size), tokenizer=tokenizer)
 
 
-def has_length(spec: CalibrationSpec) -> bool:
+def has_length(spec: Strict) -> bool:
     """Whether `sequence_length` says how long the texts of some dataset become; files of tensors have lengths of their own."""
     try:
-        return any(tensors_path(part.dataset) is None for part in _parts(spec))
+        return any(tensors_path(dataset) is None for dataset in datasets_of(spec))
     except InputError:
         return True  # which reading it tells
 
 
 def build_inputs(
-    spec: CalibrationSpec, inputs: ModelInputs, *, tokenizer: PreTrainedTokenizerBase | None = None
+    spec: InputsSpec, inputs: ModelInputs, *, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> InputSet:
     """Choose calibration samples. The same spec, data, model and tokenizer give the same ones; no global RNG is used.
 
@@ -76,7 +76,7 @@ def build_inputs(
 
 
 def _rule(
-    spec: CalibrationSpec, parts: Sequence[Part], inputs: ModelInputs, tokenizer: PreTrainedTokenizerBase | None
+    spec: InputsSpec, parts: Sequence[Part], inputs: ModelInputs, tokenizer: PreTrainedTokenizerBase | None
 ) -> Rule:
     """How samples are made; what windows begin and end with is asked of the tokenizer only where there are windows."""
     length = spec.sequence_length
@@ -104,7 +104,7 @@ def most_of(weights: Sequence[float], total: int) -> tuple[int, ...]:
     return tuple(math.ceil(Fraction(weight) * total / whole) for weight in weights)
 
 
-def _parts(spec: CalibrationSpec) -> tuple[Part, ...]:
+def _parts(spec: InputsSpec) -> tuple[Part, ...]:
     if isinstance(spec.dataset, str):
         return (Part(spec.dataset, 1.0, spec.split, spec.text_column, spec.messages_column, spec.stream),)
     return tuple(

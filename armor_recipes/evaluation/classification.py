@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from armor_recipes.calibration.files import Cell
+from armor_recipes.calibration.pools import tensors_path
+from armor_recipes.calibration.tensors import LABELS, check_arguments, check_values, load_tensors
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.evaluation.contract import Measure, Measurement, Reading, Room, Value
@@ -52,11 +52,12 @@ class Classification(Measure[ClassificationSpec]):
     @classmethod
     def read(cls, spec: ClassificationSpec, reading: Reading) -> Self:
         """Read samples and labels."""
-        if Path(spec.dataset).suffix == ".safetensors":
-            rows, labels = _from_tensors(spec, len(reading.labels))
+        path = tensors_path(spec.dataset)
+        if path is not None:
+            rows, labels = _from_tensors(spec, path, reading)
             return cls(rows, labels, spec.dataset, spec.batch_size, 0)
         cells = column(spec.dataset, spec.split, spec.text_column, "text_column", spec.samples)
-        marks = column(spec.dataset, spec.split, spec.label_column, "label_column", spec.samples)
+        marks = column(spec.dataset, spec.split, spec.label_column or "label", "label_column", spec.samples)
         texts = tokenised(
             [text_of(cell, "text_column") for cell in cells], reading, length=spec.sequence_length, dataset=spec.dataset
         )
@@ -124,28 +125,27 @@ def label_of(cell: Cell, reading: Reading) -> int:
     return value
 
 
-def _from_tensors(spec: ClassificationSpec, classes: int) -> tuple[Rows, Tensor]:
-    """The tensors of a file but the labels, and these."""
-    try:
-        tensors = load_file(Path(spec.dataset))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read {spec.dataset}: {error}; check the path, or write the file again") from error
-    labels = tensors.pop(spec.label_column, None)
-    if labels is None:
+def _from_tensors(spec: ClassificationSpec, path: Path, reading: Reading) -> tuple[Rows, Tensor]:
+    """The first samples of files of tensors, and their labels. Raises InputError."""
+    files, name = load_tensors(spec.dataset, path), spec.label_column or LABELS
+    names = [each for each in files.names if each != name]
+    if name not in files.names:
+        raise InputError(f"{spec.dataset} has no tensor {name!r}; set `label_column` to one of: {', '.join(names)}")
+    check_arguments(names, reading.model, spec.dataset)
+    count = len(files) if spec.samples is None else spec.samples
+    if count > len(files):
+        raise InputError(f"{spec.dataset} has {len(files)} samples, but {count} are asked for; lower `samples`")
+    tensors = dict(files.rows(range(count)))
+    labels = tensors.pop(name)
+    if not tensors or labels.ndim != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise InputError(
-            f"{spec.dataset} has no tensor {spec.label_column!r}; set `label_column` to one of: {', '.join(tensors)}"
+            f"{spec.dataset}: {name} is {tuple(labels.shape)} {labels.dtype}, beside {len(tensors)} tensors; it must hold a whole "
+            "number for each sample, beside the model's inputs"
         )
-    sizes = {tuple(tensor.shape[:1]) for tensor in (labels, *tensors.values())}
-    if not tensors or len(sizes) > 1 or labels.ndim != 1 or labels.dtype.is_floating_point:
-        raise InputError(
-            f"{spec.dataset}: `{spec.label_column}` must hold a whole number for each sample, beside tensors with as many rows; it "
-            f"is {tuple(labels.shape)} {labels.dtype}, and the rows are {sorted(sizes)}"
-        )
-    count = len(labels) if spec.samples is None else spec.samples
-    if not 0 < count <= len(labels):
-        raise InputError(f"{spec.dataset} has {len(labels)} rows, but {count} are asked for; lower `samples`")
+    check_values(tensors, reading.model, spec.dataset)
+    classes = len(reading.labels)
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise InputError(
-            f"{spec.dataset}: labels {int(labels.min())} to {int(labels.max())}; the classes are 0 to {classes - 1}"
+            f"{spec.dataset}: {name} holds {int(labels.min())} to {int(labels.max())}; the classes are 0 to {classes - 1}"
         )
-    return Rows({name: tensor[:count] for name, tensor in tensors.items()}), labels[:count].long()
+    return Rows(tensors), labels.long()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVa
 
 from torch import nn
 
-from armor_recipes.calibration.inputs import InputSet
-from armor_recipes.recipe.schema import CalibrationSpec, Strict
+from armor_recipes.calibration.inputs import InputSet, ModelInputs
+from armor_recipes.recipe.schema import InputsSpec, Strict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,15 +105,15 @@ class Reading:
 
     Attributes:
         tokenizer: the model's, where it has one.
-        vocab_size: rows of its token embedding, where it has one.
-        inputs: chooses the samples that a `calibration` section describes.
+        model: what the model can be called with.
+        inputs: chooses the samples that a section with the keys of `calibration` describes.
         labels: the numbers of its classes by their names.
 
     """
 
     tokenizer: PreTrainedTokenizerBase | None
-    vocab_size: int | None
-    inputs: Callable[[CalibrationSpec], InputSet]
+    model: ModelInputs
+    inputs: Callable[[InputsSpec], InputSet]
     labels: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -95,7 +95,7 @@ class PerplexityMeasure(Measure[PerplexitySpec]):
     @classmethod
     def read(cls, spec: PerplexitySpec, reading: Reading) -> Self:
         """Cut the windows."""
-        return cls(evaluation_windows(spec, reading.tokenizer, vocab_size=reading.vocab_size))
+        return cls(evaluation_windows(spec, reading.tokenizer, vocab_size=reading.model.vocabulary))
 
     def after(self, model: nn.Module, room: Room) -> Perplexity:
         """Perplexity on the windows."""

@@ -12,7 +12,7 @@ import torch
 
 from armor_recipes.calibration.files import Cell, Column, read_path
 from armor_recipes.calibration.hub import read_hub
-from armor_recipes.calibration.inputs import TOKENS, Batch, leading, some_of
+from armor_recipes.calibration.inputs import TOKENS, Batch, hash_inputs, leading, some_of
 from armor_recipes.calibration.text import BUILTIN, builtin_rows, is_empty, local_path
 from armor_recipes.calibration.windows import check_vocabulary
 from armor_recipes.errors import InputError
@@ -85,12 +85,8 @@ class Rows:
             yield list(range(len(self)))[some], some_of(self.tensors, some)
 
     def hash(self) -> str:
-        """Of name, shape, dtype and bytes of each tensor, by name."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """As of calibration inputs."""
+        return hash_inputs(self.tensors)
 
 
 def tokenised(texts: Sequence[str], reading: Reading, *, length: int, dataset: str) -> Texts:
@@ -108,8 +104,8 @@ def tokenised(texts: Sequence[str], reading: Reading, *, length: int, dataset: s
     for place, row in enumerate(rows):
         if not row[TOKENS]:
             raise InputError(f"{dataset}: the tokenizer makes no token of text {place} (from 0); remove it")
-        if reading.vocab_size is not None:
-            check_vocabulary(torch.tensor(row[TOKENS]), reading.vocab_size, dataset)
+        if reading.model.vocab_size is not None:
+            check_vocabulary(torch.tensor(row[TOKENS]), reading.model.vocab_size, dataset)
     return Texts(tuple(rows), cut)
 
 

@@ -138,8 +138,8 @@ Mix = Annotated[
 ]
 
 
-class CalibrationSpec(Strict):
-    """The text that modifiers are calibrated on; a modifier's own `calibration` takes the keys it lacks from here."""
+class InputsSpec(Strict):
+    """Samples of the model's inputs, chosen by a seed."""
 
     dataset: Name | Mix = Field(
         title="Dataset",
@@ -176,17 +176,22 @@ class CalibrationSpec(Strict):
     bos: Bos = "auto"
     batch_size: Count = Field(default=8, title="Batch size", description="Windows in one forward pass.")
     seed: Seed = Field(default=0, title="Seed", description="Seed of the choice of windows.")
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The datasets' names, in order."""
+        return (self.dataset,) if isinstance(self.dataset, str) else tuple(part.dataset for part in self.dataset)
+
+
+class CalibrationSpec(InputsSpec):
+    """The text that modifiers are calibrated on; a modifier's own `calibration` takes the keys it lacks from here."""
+
     experts: Literal["routed", "all"] = Field(
         default="routed",
         title="Experts",
         description="What an expert of a mixture is calibrated on: `routed`, the tokens that the router gives it; `all`, all "
         "tokens, while outputs stay those of the routed ones.",
     )
-
-    @property
-    def datasets(self) -> tuple[str, ...]:
-        """The datasets' names, in order."""
-        return (self.dataset,) if isinstance(self.dataset, str) else tuple(part.dataset for part in self.dataset)
 
 
 class PerplexitySpec(Strict):
@@ -207,8 +212,8 @@ class PerplexitySpec(Strict):
     )
 
 
-class FidelitySpec(CalibrationSpec):
-    """The inputs on which outputs are compared with those of the dense model; keys are those of `calibration`, and `output`."""
+class FidelitySpec(InputsSpec):
+    """The inputs on which outputs are compared with the dense model's: keys of `calibration`, but for `experts`, and `output`."""
 
     split: Name = Field(default="test", title="Split", description="Split of a hub dataset.")
     samples: Count | AtMost = Field(
@@ -230,15 +235,16 @@ class ClassificationSpec(Strict):
 
     dataset: Name = Field(
         title="Dataset",
-        description="JSON, JSONL or parquet file (relative to this file) or hub id, with a text and a label in each row; or a "
-        "safetensors file with the model's inputs and the labels, a row for each sample.",
+        description="JSON, JSONL or parquet file (relative to this file) or hub id, with a text and a label in each row; or "
+        "safetensors files with the model's inputs and the labels, a row for each sample.",
     )
     split: Name = Field(default="test", title="Split", description="Split of a hub dataset.")
     text_column: Name = Field(default="text", title="Text column", description="Column that holds the text.")
-    label_column: Name = Field(
-        default="label",
+    label_column: Name | None = Field(
+        default=None,
         title="Label column",
-        description="Column (or tensor) that holds the class: its number, or its name in the model's config.",
+        description="Column that holds the class: its number, or its name in the model's config; left out, `label`, and of tensors "
+        "`labels`.",
     )
     samples: Count | None = Field(
         default=None, title="Samples", description="Number of samples, from the start; left out, all."
@@ -317,7 +323,7 @@ class EvaluationSpec(Strict):
 
 def datasets_of(spec: Strict) -> tuple[str, ...]:
     """The datasets that a section names."""
-    if isinstance(spec, CalibrationSpec):
+    if isinstance(spec, InputsSpec):
         return spec.datasets
     dataset = getattr(spec, "dataset", None)
     return (dataset,) if isinstance(dataset, str) else ()

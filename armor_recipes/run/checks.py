@@ -27,8 +27,8 @@ def check_lengths(recipe: Recipe, source: ModelSource) -> None:
     specs = {f"{entry.where}: {entry.name}: calibration": entry.config.calibration for entry in recipe.modifiers}
     lengths = {where: spec.sequence_length for where, spec in specs.items() if spec is not None and has_length(spec)}
     if recipe.evaluation is not None:
-        for name, spec in recipe.evaluation.measures.items():
-            lengths[f"evaluation.{name}"] = getattr(spec, "sequence_length", 0)
+        measures = {name: spec for name, spec in recipe.evaluation.measures.items() if has_length(spec)}
+        lengths |= {f"evaluation.{name}": getattr(spec, "sequence_length", 0) for name, spec in measures.items()}
     problems = [
         f"{where}: sequence_length {length} is longer than the {longest} positions of {recipe.model.id}; lower it"
         for where, length in lengths.items()

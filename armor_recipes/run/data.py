@@ -11,7 +11,7 @@ from armor_recipes.calibration.tokens import build_inputs
 from armor_recipes.evaluation import Measure, Reading, asked
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.recipe import ModifierEntry, Recipe
-from armor_recipes.recipe.schema import CalibrationSpec, datasets_of
+from armor_recipes.recipe.schema import CalibrationSpec, InputsSpec, datasets_of
 from armor_recipes.run.evaluating import Measures
 from armor_recipes.run.refusals import Refusals
 
@@ -39,7 +39,7 @@ def read_data(
     What is wrong is noted in `refused`.
     """
 
-    def samples(spec: CalibrationSpec) -> InputSet:
+    def samples(spec: InputsSpec) -> InputSet:
         return build_inputs(spec, inputs, tokenizer=tokenizer)
 
     tokens: dict[CalibrationSpec, InputSet] = {}
@@ -50,7 +50,7 @@ def read_data(
         for entry in entries if spec in tokens else ():
             with refused.noted(f"{entry.where}: {entry.name}"):
                 modifiers[entry.key].check_windows(tokens[spec].origins)
-    reading = Reading(tokenizer, inputs.vocab_size, samples, labels or {})
+    reading = Reading(tokenizer, inputs, samples, labels or {})
     measures: list[Measure[Any]] = []
     for measure, spec in asked(recipe.evaluation):
         if all(map(wanted, datasets_of(spec))):

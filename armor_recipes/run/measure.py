@@ -23,7 +23,7 @@ from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import load_section
-from armor_recipes.recipe.schema import CalibrationSpec, ModelSpec
+from armor_recipes.recipe.schema import InputsSpec, ModelSpec
 from armor_recipes.run.planning import parse_device
 from armor_recipes.run.refusals import resource_errors
 from armor_recipes.runtime.backends import BACKEND_VARIABLE
@@ -80,10 +80,10 @@ def _evaluate(
 def _reading(source: ModelSource, shapes: PreTrainedModel) -> Reading:
     tokenizer, inputs = load_tokenizer(source), model_inputs(shapes)
 
-    def samples(spec: CalibrationSpec) -> InputSet:
+    def samples(spec: InputsSpec) -> InputSet:
         return build_inputs(spec, inputs, tokenizer=tokenizer)
 
-    return Reading(tokenizer, inputs.vocab_size, samples, class_numbers(source.config))
+    return Reading(tokenizer, inputs, samples, class_numbers(source.config))
 
 
 def _is_packed(model: str) -> bool:

@@ -11,19 +11,20 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from armor_recipes.calibration.inputs import InputSet
+from armor_recipes.calibration.inputs import InputSet, ModelInputs
 from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.evaluation import Reading, Room
 from armor_recipes.evaluation.classification import Classification, ranks_of
 from armor_recipes.evaluation.intervals import wilson
-from armor_recipes.recipe.schema import CalibrationSpec, ClassificationSpec
+from armor_recipes.recipe.schema import ClassificationSpec, InputsSpec
 from tests.support.engine import make_model
 from tests.support.tokenizers import byte_tokenizer
 
+MODEL = ModelInputs("Bert", 300, ("input_ids", "x"))
 LABELS = {f"class {number}": number for number in range(7)}
 
 
-def no_inputs(spec: CalibrationSpec) -> InputSet:
+def no_inputs(spec: InputsSpec) -> InputSet:
     raise AssertionError(spec)
 
 
@@ -31,7 +32,7 @@ def reading(*, pad: bool = True) -> Reading:
     tokenizer = byte_tokenizer()
     if pad:
         tokenizer.pad_token = tokenizer.eos_token
-    return Reading(tokenizer, 300, no_inputs, LABELS)
+    return Reading(tokenizer, MODEL, no_inputs, LABELS)
 
 
 def rows(folder: Path, *found: Any, name: str = "a.jsonl") -> Path:
@@ -119,21 +120,27 @@ def test_tensors_with_labels(tmp_path: Path) -> None:
     with torch.no_grad():
         labels = model(input_ids=ids).logits.argmax(-1)
     save_file({"input_ids": ids, "labels": labels}, tmp_path / "a.safetensors")
-    measure = read(tmp_path / "a.safetensors", label_column="labels", batch_size=2)
+    measure = read(tmp_path / "a.safetensors", batch_size=2)
     found = measure.after(model, Room(tmp_path))
     assert (found["top1_accuracy"].value, found.samples, found.details) == (1.0, 5, {"classes": 7})
-    assert len(read(tmp_path / "a.safetensors", label_column="labels", samples=3).samples) == 3
+    assert len(read(tmp_path / "a.safetensors", samples=3).samples) == 3
 
 
 @pytest.mark.parametrize(
     ("tensors", "keys", "said"),
     [
-        ({"x": torch.ones(2, 3)}, {}, "has no tensor 'label'; set `label_column` to one of: x"),
-        ({"x": torch.ones(2, 3), "label": torch.ones(2)}, {}, "a whole number for each sample"),
-        ({"x": torch.ones(2, 3), "label": torch.ones(3).long()}, {}, "a whole number for each sample"),
-        ({"label": torch.ones(3).long()}, {}, "a whole number for each sample"),
-        ({"x": torch.ones(2, 3), "label": torch.tensor([0, 7])}, {}, "labels 0 to 7; the classes are 0 to 6"),
-        ({"x": torch.ones(2, 3), "label": torch.tensor([0, 6])}, {"samples": 3}, "2 rows, but 3 are asked for"),
+        ({"x": torch.ones(2, 3)}, {}, "has no tensor 'labels'; set `label_column` to one of: x"),
+        ({"x": torch.ones(2, 3), "labels": torch.ones(2)}, {}, "a whole number for each sample"),
+        ({"x": torch.ones(2, 3), "labels": torch.ones(3).long()}, {}, "different numbers of samples"),
+        (
+            {"y": torch.ones(2, 3), "labels": torch.ones(2).long()},
+            {},
+            "tensor 'y', which the forward pass of Bert does not",
+        ),
+        ({"input_ids": torch.tensor([[300]]), "labels": torch.tensor([0])}, {}, "holds the id 300"),
+        ({"labels": torch.ones(3).long()}, {}, "a whole number for each sample"),
+        ({"x": torch.ones(2, 3), "labels": torch.tensor([0, 7])}, {}, "labels holds 0 to 7; the classes are 0 to 6"),
+        ({"x": torch.ones(2, 3), "labels": torch.tensor([0, 6])}, {"samples": 3}, "2 samples, but 3 are asked for"),
     ],
 )
 def test_tensors_that_will_not_do(tmp_path: Path, tensors: Any, keys: dict[str, Any], said: str) -> None:
@@ -144,9 +151,9 @@ def test_tensors_that_will_not_do(tmp_path: Path, tensors: Any, keys: dict[str, 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_text("no")
-    for name in ("a.safetensors", "missing.safetensors"):
-        with pytest.raises(InputError, match=f"cannot read .*{name}"):
-            read(tmp_path / name)
+    for name, said in (("a", "cannot read .*a.safetensors as"), ("b", "no such file or folder: .*b.safetensors")):
+        with pytest.raises(InputError, match=said):
+            read(tmp_path / f"{name}.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +177,7 @@ def test_rows_that_will_not_do(tmp_path: Path, row: Any, keys: dict[str, Any], s
 
 def test_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no tokenizer"):
-        read(rows(tmp_path, {"text": "a", "label": 0}), Reading(None, None, no_inputs, LABELS))
+        read(rows(tmp_path, {"text": "a", "label": 0}), Reading(None, MODEL, no_inputs, LABELS))
 
 
 def test_a_classifier_without_a_padding_token_reads_one_text_at_a_time(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from armor_recipes.calibration.inputs import InputSet, Source
+from armor_recipes.calibration.inputs import InputSet, ModelInputs, Source
 from armor_recipes.errors import InputError, NumericalError, ResourceError
 from armor_recipes.evaluation import Measurement, Reading, Room
 from armor_recipes.evaluation import room as rooms
@@ -36,7 +36,7 @@ def inputs(**tensors: Tensor) -> InputSet:
 
 
 def fidelity(found: InputSet, **keys: Any) -> Fidelity:
-    return Fidelity.read(FidelitySpec(dataset="a", **keys), Reading(None, None, lambda _: found))
+    return Fidelity.read(FidelitySpec(dataset="a", **keys), Reading(None, ModelInputs(), lambda _: found))
 
 
 def compared(measure: Fidelity, dense: nn.Module, other: nn.Module, folder: Path) -> Measurement:

@@ -124,7 +124,7 @@ def test_data_that_cannot_be_read_and_rooms_that_are_too_small_are_told_before_w
     with pytest.raises(InputError, match=r"no such file or folder: .*missing\.jsonl"):
         apply(mapping(llama, tmp_path, retrieval={"dataset": "./missing.jsonl", "sequence_length": 8}))
     huge = {**RANDOM, "samples": 10**9, "sequence_length": 2}
-    monkeypatch.setattr("armor_recipes.run.data.build_tokens", lambda *_, **__: _Huge())
+    monkeypatch.setattr("armor_recipes.run.data.build_inputs", lambda *_, **__: _Huge())
     with pytest.raises(Exception, match="the outputs of the dense model that evaluation compares with take"):
         apply(mapping(llama, tmp_path, fidelity=huge))
 

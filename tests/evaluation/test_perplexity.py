@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from armor_recipes.calibration.tokens import hash_tokens
+from armor_recipes.calibration.inputs import hash_tokens
 from armor_recipes.errors import InputError, NumericalError
 from armor_recipes.evaluation import evaluate, evaluation_windows, measure, perplexity
 from armor_recipes.recipe.schema import PerplexitySpec

@@ -15,7 +15,7 @@ from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.evaluation import Measurement, Reading, Room
 from armor_recipes.evaluation.retrieval import Retrieval, pooled, ranks_of
 from armor_recipes.recipe.schema import RetrievalSpec
-from tests.evaluation.test_classification import no_inputs
+from tests.evaluation.test_classification import MODEL, no_inputs
 from tests.support.engine import make_model
 from tests.support.tokenizers import byte_tokenizer
 
@@ -33,7 +33,7 @@ def bert() -> BertModel:
 def read(folder: Path, *pairs: tuple[str, str], **keys: Any) -> Retrieval:
     path = folder / "pairs.jsonl"
     path.write_text("\n".join(json.dumps({"query": query, "document": document}) for query, document in pairs))
-    return Retrieval.read(RetrievalSpec(dataset=str(path), **keys), Reading(byte_tokenizer(), 300, no_inputs))
+    return Retrieval.read(RetrievalSpec(dataset=str(path), **keys), Reading(byte_tokenizer(), MODEL, no_inputs))
 
 
 def measured(measure: Retrieval, model: torch.nn.Module) -> Measurement:
