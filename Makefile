@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := pyproject.toml setup.py $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check test-slow test-lowest test-llm-compressor test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
+.PHONY: quickstart test check test-slow test-families test-lowest test-llm-compressor test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -26,6 +26,11 @@ check:
 # The tests that are too dear for `make test`.
 test-slow: .venv-dev/.ready
 	.venv-dev/bin/python -m pytest -m slow
+
+# Every family of models that transformers has (about an hour), and docs/support.md of what became of them. It can be interrupted.
+test-families: .venv-dev/.ready
+	ARMOR_FAMILY_RECORDS=out/families .venv-dev/bin/python -m pytest --numprocesses 2 -m "families or not families" tests/families
+	.venv-dev/bin/python -m tests.families.page out/families
 
 # The tests with other releases than those of constraints.txt. compressed-tensors 0.17 compiles a function on import, and torch warns.
 test-lowest: .venv-lowest/.ready

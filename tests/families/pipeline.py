@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from armor_recipes.integrations.exporting import export_folder
 from armor_recipes.recipe.schema import ModifierConfig
 from armor_recipes.run import apply, job
 from tests.families.stock import StockProcess
+from tests.families.structures import Structure
 from tests.support.families import main_class, tiny_config, tiny_model
 from tests.support.family_inputs import Inputs, inputs_for, tensors_of
 
@@ -193,7 +195,7 @@ class _Family:
         """Every tensor of the source is written as it was, or is a weight that was packed."""
         before, after = tensors(self.source), tensors(self.out)
         gone = [name for name in before if name not in after and not any(covers(name, p) for p in self.packed)]
-        new = [after[n] for n in after.keys() - before.keys() if not any(n.startswith(f"{p}.") for p in self.packed)]
+        new = [after[name] for name in after.keys() - before.keys()]
         gone = [name for name in gone if not any(same(before[name], tensor) for tensor in new)]  # under the module's own name
         if sum(before[name].numel() for name in gone) == self._packed_elsewhere(before):
             gone = []  # experts under the names that their files have
@@ -393,8 +395,19 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
-def write_record(record: Record, folder: Path) -> None:
+def write_record(structure: Structure, record: Record, folder: Path) -> None:
     """One JSON a structure."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{record.model_type}--{record.model_class or 'none'}.json"
-    (folder / name).write_text(json.dumps(asdict(record), indent=1) + "\n")
+    text = json.dumps({**asdict(record), "transformers": transformers.__version__}, indent=1)
+    (folder / f"{structure}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_record(structure: Structure, folder: Path) -> Record | None:
+    """What was written, of the same transformers; None where nothing was."""
+    file = folder / f"{structure}.json"
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if found.pop("transformers") != transformers.__version__:
+        return None
+    return Record(**{**found, "inputs": tuple(found["inputs"]), "untaken": tuple(found["untaken"])})
