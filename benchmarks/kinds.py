@@ -5,7 +5,7 @@
     python benchmarks/kinds.py --task digits
 
 A row is one `armor-apply` run in a process of its own, and one JSON file with its recipe; rows that exist are not run again. The
-row `dense` is what a run measures before it changes anything. `of the loss` is the share of what plain 2:4 loses that a row loses.
+row `dense` is what a run measures before it changes anything. `lost` is the share of what plain 2:4 loses that a row loses.
 
 `sentences`: all-MiniLM-L6-v2, calibrated on windows of 128 tokens, three kinds of text in equal parts. A query is the first half
 of a paragraph of a book that it was not calibrated on (`builtin:rustbook`), the document its second half, among those of all.
@@ -30,7 +30,7 @@ from armor_recipes.builtin import documents
 
 Section = dict[str, Any]
 #: Paragraphs are halved at the end of a sentence; each half has so many characters at least.
-HALF, PAIRS = 100, 400
+HALF, PAIRS = 100, 1000
 #: The row whose loss the others' are compared with.
 BASE = "2:4"
 
@@ -150,14 +150,20 @@ def report(found: Mapping[str, Mapping[str, Any]], figure: str) -> str:
     dense = figures(next(iter(found.values())), "before")
     values = {"dense": dense, **{name: figures(row, "after") for name, row in found.items()}}
     names = list(dict.fromkeys(name for row in values.values() for name in row))
-    lines = [f"| row | {' | '.join(name.replace('_', ' ') for name in names)} | of the loss | bytes | seconds |"]
-    lines.append("|---" * (len(names) + 4) + "|")
+    lines = [
+        f"| row | {' | '.join(name.replace('_', ' ') for name in names)} | {figure.replace('_', ' ')} lost | cosine lost | bytes | seconds |"
+    ]
+    lines.append("|---" * (len(names) + 5) + "|")
     for row, own in values.items():
         cells = [cell(own.get(name)) for name in names]
         totals = found[row]["totals"] if row in found else {}
         size = f"{totals['bytes_after'] / totals['bytes_before']:.3f}" if totals else "-"
         seconds = f"{found[row]['seconds']:.0f}" if row in found else "-"
-        lines.append("| " + " | ".join([row, *cells, share(values, row, figure), size, seconds]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([row, *cells, *(share(values, row, name) for name in (figure, "cosine")), size, seconds])
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -176,10 +182,10 @@ def cell(value: Mapping[str, Any] | None) -> str:
 
 
 def share(values: Mapping[str, Mapping[str, Any]], row: str, figure: str) -> str:
-    """What a row loses of the figure, of what plain 2:4 loses."""
+    """What a row loses of the figure, of what plain 2:4 loses. Where the dense model has none, it would be 1."""
     if BASE not in values:
         return "-"
-    dense, base, own = (float(values[name][figure]["value"]) for name in ("dense", BASE, row))
+    dense, base, own = (float(values[name].get(figure, {"value": 1})["value"]) for name in ("dense", BASE, row))
     return f"{(dense - own) / (dense - base):.2f}" if dense != base else "-"
 
 
