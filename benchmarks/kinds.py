@@ -150,10 +150,9 @@ def report(found: Mapping[str, Mapping[str, Any]], figure: str) -> str:
     dense = figures(next(iter(found.values())), "before")
     values = {"dense": dense, **{name: figures(row, "after") for name, row in found.items()}}
     names = list(dict.fromkeys(name for row in values.values() for name in row))
-    lines = [
-        f"| row | {' | '.join(name.replace('_', ' ') for name in names)} | {figure.replace('_', ' ')} lost | cosine lost | bytes | seconds |"
-    ]
-    lines.append("|---" * (len(names) + 5) + "|")
+    head = [*(name.replace("_", " ") for name in names), f"{figure.replace('_', ' ')} lost", "cosine lost"]
+    lines = [f"| row | {' | '.join(head)} | bytes | seconds |"]
+    lines.append("|---" * (len(head) + 3) + "|")
     for row, own in values.items():
         cells = [cell(own.get(name)) for name in names]
         totals = found[row]["totals"] if row in found else {}
