@@ -11,7 +11,6 @@ from safetensors import safe_open
 from torch import nn
 
 from armor_recipes.checkpoint.config import FORMAT
-from armor_recipes.integrations.upstream import HfQuantizer, QuantizationStatus
 from armor_recipes.model.forms import forms_of, layouts, linearise
 
 if TYPE_CHECKING:
@@ -20,9 +19,11 @@ if TYPE_CHECKING:
 _NAMES = "_armor_names_in_files"
 
 
-def wrap_quantizer() -> None:
-    """Let `from_pretrained` lay out linear forms, and take tensors that lie in files under the modules' own names as they are."""
-    quantizer: Any = HfQuantizer
+def wrap_quantizer(quantizer: Any) -> None:
+    """Let `from_pretrained` lay out linear forms, and take tensors that lie in files under the modules' own names as they are.
+
+    `quantizer` is transformers' class for compressed-tensors: importing that here would be a circle, since the import registers.
+    """
     quantizer._process_model_before_weight_loading = _laying_out(quantizer._process_model_before_weight_loading)
     quantizer.update_weight_conversions = _without_conversions(quantizer.update_weight_conversions)
 
@@ -80,6 +81,8 @@ def _laying_out(process: Callable[..., Any]) -> Callable[..., Any]:
 
 def _attach(modules: dict[str, nn.Module], schemes: dict[str, Any]) -> None:
     """As `apply_quantization_config`, which compares each module with each target: hours for a mixture of many experts."""
+    from armor_recipes.integrations.upstream import QuantizationStatus
+
     for name, scheme in schemes.items():
         module: Any = modules[name]
         module.quantization_scheme, module.quantization_status = scheme, QuantizationStatus.COMPRESSED

@@ -38,6 +38,7 @@ from armor_recipes.integrations.loading import wrap_quantizer
 from armor_recipes.integrations.upstream import (
     VERSIONS,
     BaseCompressor,
+    HfQuantizer,
     ModelCompressor,
     QuantizationScheme,
     QuantizationStatus,
@@ -132,7 +133,7 @@ def register() -> None:
         BaseCompressor.register_value(ArmorCompressor, name=FORMAT)
     if hasattr(ModelCompressor, _WRAPPED):
         return
-    wrap_quantizer()
+    wrap_quantizer(HfQuantizer)
     setattr(ModelCompressor, _WRAPPED, True)
     BaseCompressor.register_value = classmethod(_gives_way(BaseCompressor.register_value.__func__))
     ModelCompressor.compress_model = _checked(ModelCompressor.compress_model)
