@@ -28,6 +28,7 @@ EXPECTED = (
 MISSING = {
     "compiler": (r"the (kernel|compiled sweep|extension) was not built", r"no C compiler"),
     "peft": (r"could not import 'peft': .*",),
+    "pillow": (r"could not import 'PIL': .*",),
     "triton": (r"Triton is not installed",),
 }
 """What the `dev` extra brings, and a C compiler: tests of these are skipped only where the variable below names them."""

@@ -71,7 +71,7 @@ def test_a_missing_compiler_is_expected_where_it_is_named(tmp_path: Path) -> Non
     assert run(tmp_path, source, "compiler,peft")[0] == 0
     code, out = run(tmp_path, source, "kompiler")
     assert code
-    assert f"{VARIABLE} names ['kompiler']: it takes compiler, peft, triton, between commas" in out
+    assert f"{VARIABLE} names ['kompiler']: it takes compiler, peft, pillow, triton, between commas" in out
 
 
 def test_every_reason_in_the_suite_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,15 @@ class Column:
     name: str
     key: str
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name alone."""
+        return (self.name,)
+
+    def values(self, column: Callable[[str], list[object]]) -> list[object]:
+        """A table's values, given what returns one of its columns."""
+        return column(self.name)
+
     def of(self, row: Mapping[str, object], where: str) -> object:
         """Return the row's value. Raises InputError, listing the row's columns, if it has no such column."""
         if self.name not in row:
@@ -59,6 +68,38 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
+class Columns:
+    """Several columns that are read together: a row's value is a tuple of theirs."""
+
+    columns: tuple[Column, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their names, in order."""
+        return tuple(column.name for column in self.columns)
+
+    def values(self, column: Callable[[str], list[object]]) -> list[object]:
+        """A table's values, row by row, given what returns one of its columns."""
+        return list(zip(*map(column, self.names), strict=True))
+
+    def of(self, row: Mapping[str, object], where: str) -> object:
+        """Return the row's values. Raises InputError if it lacks a column."""
+        return tuple(column.of(row, where) for column in self.columns)
+
+    def check_among(self, names: tuple[str, ...], where: str) -> None:
+        """Raise InputError unless exactly one of a table's columns has each name."""
+        for column in self.columns:
+            column.check_among(names, where)
+
+    def check_plain(self, where: str) -> None:
+        """Raise InputError: plain text has no columns."""
+        keys = " and ".join(f"`{column.key}`" for column in self.columns)
+        raise InputError(
+            f"{where} is plain text and has no {keys}; name a .jsonl, .json or .parquet file that has them"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One value of the column, and where it stands (file and line or row, counted from 1)."""
 
@@ -72,7 +113,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def read_path(path: Path, column: Column) -> Iterator[Cell]:
+def read_path(path: Path, column: Column | Columns) -> Iterator[Cell]:
     """Rows of a file, or of all files of a folder and its sub-folders, sorted by path. Hidden files are passed over.
 
     Raises InputError for a missing path, a kind of file that is not read, and everything wrong inside.
@@ -132,7 +173,7 @@ def _check_file(path: Path) -> None:
     raise InputError(f"no such file or folder: {path}; a relative path starts at the recipe that names it")
 
 
-def _read_file(path: Path, column: Column) -> Iterator[Cell]:
+def _read_file(path: Path, column: Column | Columns) -> Iterator[Cell]:
     match path.suffix.lower():
         case ".txt" | ".md":
             yield _whole_file(path, column)
@@ -157,7 +198,7 @@ def _listed() -> str:
     return ", ".join(SUFFIXES)
 
 
-def _whole_file(path: Path, column: Column) -> Cell:
+def _whole_file(path: Path, column: Column | Columns) -> Cell:
     column.check_plain(str(path))
     return Cell(decode(path.read_bytes(), str(path)), str(path))
 
@@ -173,20 +214,20 @@ def decode(data: bytes, where: str) -> str:
         ) from error
 
 
-def _json_lines(path: Path, column: Column) -> Iterator[Cell]:
+def _json_lines(path: Path, column: Column | Columns) -> Iterator[Cell]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             yield from row_of(line, column, f"{path}:{number}")
 
 
-def row_of(line: bytes, column: Column, where: str) -> Iterator[Cell]:
+def row_of(line: bytes, column: Column | Columns, where: str) -> Iterator[Cell]:
     """The row that a line of JSON holds; none, if it is blank. Raises InputError."""
     text = decode(line, where)
     if text.strip():
         yield _cell(_parse(text, where), column, where)
 
 
-def _json_list(path: Path, column: Column) -> Iterator[Cell]:
+def _json_list(path: Path, column: Column | Columns) -> Iterator[Cell]:
     rows = _parse(decode(path.read_bytes(), str(path)), str(path))
     if not isinstance(rows, list):
         raise InputError(
@@ -197,9 +238,9 @@ def _json_list(path: Path, column: Column) -> Iterator[Cell]:
         yield _cell(row, column, where)
 
 
-def _cell(row: object, column: Column, where: str) -> Cell:
+def _cell(row: object, column: Column | Columns, where: str) -> Cell:
     if not isinstance(row, dict):
-        raise InputError(f'{where} is {_kind(row)}, not an object; write rows as {{"{column.name}": …}}')
+        raise InputError(f'{where} is {_kind(row)}, not an object; write rows as {{"{column.names[0]}": …}}')
     return Cell(column.of(row, where), where)
 
 
@@ -231,15 +272,16 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _parquet(path: Path, column: Column) -> Iterator[Cell]:
+def _parquet(path: Path, column: Column | Columns) -> Iterator[Cell]:
     with open_parquet(path, column) as file:
-        values = file.read(columns=[column.name]).column(column.name).to_pylist()
+        table = file.read(columns=list(column.names))
+        values = column.values(lambda name: table.column(name).to_pylist())
     for number, value in enumerate(values, start=1):
         yield Cell(value, f"{path}, row {number}")
 
 
 @contextmanager
-def open_parquet(path: Path, column: Column, footer: Footer | None = None) -> Iterator[Any]:
+def open_parquet(path: Path, column: Column | Columns, footer: Footer | None = None) -> Iterator[Any]:
     """A `ParquetFile` that has the column, once. With a `footer` given, it is read a few pages at a time instead of whole.
 
     Raises InputError, also for what goes wrong while the file is read.

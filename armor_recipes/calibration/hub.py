@@ -7,26 +7,26 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from armor_recipes.calibration.files import SUFFIXES, Cell, Column
+from armor_recipes.calibration.files import SUFFIXES, Cell, Column, Columns
 from armor_recipes.calibration.sections import Sections
 from armor_recipes.errors import InputError
 
 
-def read_hub(dataset: str, split: str, column: Column) -> Iterator[Cell]:
+def read_hub(dataset: str, split: str, column: Column | Columns) -> Iterator[Cell]:
     """All rows of a split, which is downloaded whole. Raises InputError."""
     import datasets
 
     name, _, configuration = dataset.partition(":")
     with _loading(dataset, split):
         table = datasets.load_dataset(name, configuration or None, split=split)
-        known = tuple(table.column_names)
-        values = list(table[column.name]) if column.name in known else []
-    if column.name not in known:
-        raise column.missing(known, f"hub dataset {dataset!r}")
+    column.check_among(tuple(table.column_names), f"hub dataset {dataset!r}")
+    with _loading(dataset, split):
+        table = _undecoded(table, column)
+        values = column.values(lambda name: list(table[name]))
     return (Cell(value, f"{dataset}, row {number}") for number, value in enumerate(values, start=1))
 
 
-def hub_sections(dataset: str, split: str, column: Column) -> Sections:
+def hub_sections(dataset: str, split: str, column: Column | Columns) -> Sections:
     """The files of a split as sections, which `datasets` calls shards: read over the network as rows are asked for.
 
     Raises InputError; for what is wrong with a row, or with the network by then, when it is read.
@@ -44,11 +44,22 @@ def hub_sections(dataset: str, split: str, column: Column) -> Sections:
         known, count = table.column_names, table.num_shards
     if known is not None:  # JSON has no list of columns: there each row is asked
         column.check_among(tuple(known), f"hub dataset {dataset!r}")
-        table = table.select_columns([column.name])
+        table = _undecoded(table.select_columns(list(column.names)), column)
     return Sections(count, partial(_shard, table, dataset, column))
 
 
-def _shard(table: Any, dataset: str, column: Column, number: int) -> Iterator[Cell]:
+def _undecoded(table: Any, column: Column | Columns) -> Any:
+    """A table whose images and sounds stay the bytes that they are, so that nothing is decoded that is not used."""
+    import datasets
+
+    for name in column.names:
+        feature = (table.features or {}).get(name)
+        if isinstance(feature, (datasets.Image, datasets.Audio)):
+            table = table.cast_column(name, type(feature)(decode=False))
+    return table
+
+
+def _shard(table: Any, dataset: str, column: Column | Columns, number: int) -> Iterator[Cell]:
     where = f"{dataset}, shard {number + 1}"
     rows, read = iter(table.shard(num_shards=table.num_shards, index=number)), 0
     while True:

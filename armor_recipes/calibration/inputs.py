@@ -32,8 +32,9 @@ class Source:
     Of text, `documents` and `empty` count rows with and without it, `short` documents that are too short to be truncated, `tokens`
     all tokens that windows are cut from (not those that every window begins or ends with), `available` the windows they make,
     `taken` those in the set. Of all else, `documents` are the samples or rows that there are, `available` those that can be taken,
-    `tokens` the token ids in those that were. For random numbers, `documents` is 0 and the set takes all. Of a `stream`, rows are
-    those that were read, tokens and short documents those up to the last window, and what would be available is not known.
+    `tokens` the token ids in those that were, `cut` how many of those were cut to the length asked for. For random numbers,
+    `documents` is 0 and the set takes all. Of a `stream`, rows are those that were read, tokens and short documents those up to the
+    last window, and what would be available is not known.
     """
 
     dataset: str
@@ -44,6 +45,7 @@ class Source:
     taken: int
     stream: bool = False
     short: int = 0
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
 from armor_recipes.calibration.encoding import Ids, encoded, join
+from armor_recipes.calibration.files import Cell, Columns
+from armor_recipes.calibration.images import (
+    Picture,
+    folder_cells,
+    image_columns,
+    is_image_folder,
+    load_images,
+    picture_of,
+)
 from armor_recipes.calibration.inputs import TOKENS, Batch, ModelInputs
+from armor_recipes.calibration.pairs import Pair, load_pairs, pair_columns, pair_of
 from armor_recipes.calibration.random_inputs import draw
-from armor_recipes.calibration.stream import open_stream
+from armor_recipes.calibration.stream import open_stream, stream_rows
 from armor_recipes.calibration.tensors import (
     LABELS,
     TensorFiles,
@@ -27,6 +37,7 @@ from armor_recipes.calibration.text import (
     BUILTIN,
     RANDOM_INPUTS,
     RANDOM_TOKENS,
+    cells,
     load_documents,
     local_path,
     no_text,
@@ -36,6 +47,8 @@ from armor_recipes.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Row = TypeVar("Row")
 
 #: Characters for each token of a window, of which a document's beginning or a part of a stream's document has as many at most.
 _CHARACTERS = 16
@@ -53,6 +66,22 @@ class Part:
     text_column: str
     messages_column: str | None
     stream: bool | None
+    source_column: str | None = None
+    target_column: str | None = None
+    image_column: str | None = None
+    reads_text_beside: bool = False
+    """Whether a text column was named to go with the images."""
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether its samples are windows of tokens."""
+        return self.has_text and self.source_column is None and self.target_column is None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether its samples are made of text or of random tokens alone."""
+        others = self.image_column is not None or self.dataset == RANDOM_INPUTS
+        return not others and tensors_path(self.dataset) is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +107,14 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Tools:
+    """What comes with a model to make inputs of rows; `processor(texts)` is that of images, with text or without."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    processor: Callable[[bool], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Pool:
     """Samples of one dataset: `count` of them, None where there is no end. Other counts are as in `Source`.
 
@@ -96,6 +133,8 @@ class Pool:
     found: str = "samples"
     advice: str = "name more"
     is_text: bool = False
+    cut: list[int] = field(default_factory=list)
+    """How many samples of each draw were cut to the length asked for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,18 +144,13 @@ class _Cut:
     short: int = 0
 
 
-def is_windows(part: Part) -> bool:
-    """Whether the samples of a dataset are windows of tokens."""
-    return part.dataset != RANDOM_INPUTS and tensors_path(part.dataset) is None
-
-
 def tensors_path(dataset: str) -> Path | None:
     """The path of a dataset of safetensors files; None for any other."""
     path = None if dataset.startswith(BUILTIN) else local_path(dataset)
     return path if path is not None and is_tensors(path) else None
 
 
-def open_pool(part: Part, tokenizer: PreTrainedTokenizerBase | None, rule: Rule, needed: int) -> Pool:
+def open_pool(part: Part, tools: Tools, rule: Rule, needed: int) -> Pool:
     """Make all samples of a dataset, or of a stream the first `needed` and no more.
 
     Raises InputError if the dataset cannot be read or has no sample, or does not fit the model.
@@ -127,6 +161,11 @@ def open_pool(part: Part, tokenizer: PreTrainedTokenizerBase | None, rule: Rule,
         return _stored(load_tensors(part.dataset, path), rule, stream=part.stream is True)
     if part.dataset == RANDOM_TOKENS:
         return Pool(part.dataset, None, partial(_random_tokens, rule))
+    if part.image_column is not None:
+        return _pictures(part, part.image_column, tools, rule, needed)
+    if part.source_column is not None and part.target_column is not None:
+        return _pairs(part, pair_columns(part.source_column, part.target_column), tools, rule, needed)
+    tokenizer = tools.tokenizer
     return _streamed(part, tokenizer, rule, needed) if _is_stream(part) else _whole(part, tokenizer, rule)
 
 
@@ -164,6 +203,100 @@ def _stored(files: TensorFiles, rule: Rule, *, stream: bool) -> Pool:
         return tensors
 
     return Pool(files.dataset, len(files), taken, len(files))
+
+
+def _pairs(part: Part, columns: Columns, tools: Tools, rule: Rule, needed: int) -> Pool:
+    rows = _rows(part, columns, pair_of, rule, needed)
+
+    def made(pairs: list[Pair]) -> tuple[Batch, int]:
+        tensors, cut = load_pairs(pairs, rule.inputs, tools.tokenizer, rule.length)
+        for name in ("input_ids", "decoder_input_ids"):
+            check_vocabulary(tensors[name], rule.inputs.vocabulary, part.dataset)
+        return tensors, cut
+
+    return _pool_of_rows(part.dataset, rows, made)
+
+
+def _pictures(part: Part, column: str, tools: Tools, rule: Rule, needed: int) -> Pool:
+    path = local_path(part.dataset)
+    folder = Path() if path is None else path if path.is_dir() else path.parent
+    text = part.text_column if part.reads_text_beside else None
+    columns = image_columns(column, text, part.messages_column)
+    images = path is not None and is_image_folder(path)
+    if images and len(columns.columns) > 1:
+        raise InputError(
+            f"{part.dataset} is a folder of images, without text; list them with their text in a .jsonl file, and name that"
+        )
+    found = folder_cells(path) if images and path is not None else None
+    rows = _rows(part, columns, partial(picture_of, folder), rule, needed, found)
+
+    def made(pictures: list[Picture]) -> tuple[Batch, int]:
+        tensors = load_images(pictures, tools.processor, rule.length)
+        check_arguments(list(tensors), rule.inputs, f"what the processor makes of {part.dataset}")
+        check_values(tensors, rule.inputs, part.dataset)
+        return tensors, 0
+
+    return _pool_of_rows(part.dataset, rows, made)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows(Generic[Row]):
+    """Rows that can be taken, and how many were passed over since they lack a part."""
+
+    rows: list[Row]
+    empty: int
+    stream: bool
+
+
+def _rows(
+    part: Part,
+    columns: Columns,
+    read: Callable[[Cell], Row | None],
+    rule: Rule,
+    needed: int,
+    found: Iterable[Cell] | None = None,
+) -> _Rows[Row]:
+    """All rows of a dataset, or the first of a stream that are needed. Raises InputError if there is none."""
+    stream = found is None and _is_stream(part)
+    if stream:
+        size = rule.characters // 2
+        found = stream_rows(part.dataset, part.split, columns, size=size, seed=rule.seed, weight=_weight)
+    rows: list[Row] = []
+    empty = 0
+    for cell in cells(part.dataset, part.split, columns) if found is None else found:
+        row = read(cell)
+        if row is None:
+            empty += 1
+        else:
+            rows.append(row)
+        if stream and len(rows) == needed:
+            break
+    if not rows:
+        names = " and ".join(f"`{column.key}`" for column in columns.columns)
+        raise InputError(
+            f"{part.dataset} has no row that can be used: {empty} lack a part; name another dataset or {names}"
+        )
+    return _Rows(rows, empty, stream)
+
+
+def _weight(cell: Cell) -> int:
+    """Bytes that a row takes, roughly."""
+    assert isinstance(cell.value, tuple)
+    parts = (value.get("bytes") if isinstance(value, dict) else value for value in cell.value)
+    return sum(len(part) for part in parts if isinstance(part, (str, bytes)))
+
+
+def _pool_of_rows(dataset: str, found: _Rows[Row], made: Callable[[list[Row]], tuple[Batch, int]]) -> Pool:
+    count = len(found.rows)
+    cut: list[int] = []
+
+    def taken(samples: int, generator: Generator) -> Batch:
+        order = range(samples) if found.stream else torch.randperm(count, generator=generator)[:samples].tolist()
+        tensors, shortened = made([found.rows[i] for i in order])
+        cut.append(shortened)
+        return tensors
+
+    return Pool(dataset, count, taken, count, found.empty, stream=found.stream, found="rows", cut=cut)
 
 
 def _around(windows: Tensor, rule: Rule) -> Batch:

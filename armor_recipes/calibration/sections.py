@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from armor_recipes.calibration.files import (
     Cell,
     Column,
+    Columns,
     Footer,
     decode,
     files_of,
@@ -50,7 +52,7 @@ def joined(parts: Sequence[Sections]) -> Sections:
     return Sections(ends[-1], rows)
 
 
-def path_sections(path: Path, column: Column, size: int) -> Sections:
+def path_sections(path: Path, column: Column | Columns, size: int) -> Sections:
     """Sections of a file or of all files of a folder: stretches of `size` bytes, row groups of parquet.
 
     Raises InputError as `read_path` does, but for what is wrong inside, which is told when a section is read.
@@ -59,7 +61,7 @@ def path_sections(path: Path, column: Column, size: int) -> Sections:
     return joined([_file_sections(file, column, size, footer) for file in files_of(path)])
 
 
-def _file_sections(path: Path, column: Column, size: int, footer: Footer) -> Sections:
+def _file_sections(path: Path, column: Column | Columns, size: int, footer: Footer) -> Sections:
     match path.suffix.lower():
         case ".txt" | ".md":
             column.check_plain(str(path))
@@ -89,7 +91,7 @@ def _stretches(path: Path, size: int, read: Callable[[Path, int, int], Iterator[
     return Sections(count, rows)
 
 
-def _json_lines(column: Column, path: Path, start: int, size: int) -> Iterator[Cell]:
+def _json_lines(column: Column | Columns, path: Path, start: int, size: int) -> Iterator[Cell]:
     """Rows whose lines begin in the stretch."""
     with path.open("rb") as file:
         file.seek(max(0, start - 1))
@@ -128,9 +130,14 @@ def _cut(data: bytes) -> int:
     return min(place, len(data))
 
 
-def _row_group(path: Path, column: Column, footer: Footer, group: int) -> Iterator[Cell]:
+def _values(batch: Any, name: str) -> list[object]:
+    values: list[object] = batch.column(name).to_pylist()
+    return values
+
+
+def _row_group(path: Path, column: Column | Columns, footer: Footer, group: int) -> Iterator[Cell]:
     with readable(path), open_parquet(path, column, footer) as file:
-        batches = file.iter_batches(_ROWS, row_groups=[group], columns=[column.name])
-        values = (value for batch in batches for value in batch.column(column.name).to_pylist())
+        batches = file.iter_batches(_ROWS, row_groups=[group], columns=list(column.names))
+        values = (value for batch in batches for value in column.values(partial(_values, batch)))
         for number, value in enumerate(values, start=1):
             yield Cell(value, f"{path}, row group {group + 1}, row {number}")

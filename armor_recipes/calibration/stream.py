@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from armor_recipes.calibration.files import Cell, Column
+from armor_recipes.calibration.files import Cell, Column, Columns
 from armor_recipes.calibration.hub import hub_sections
 from armor_recipes.calibration.sections import Sections, path_sections
 from armor_recipes.calibration.text import BUILTIN, builtin_rows, is_empty, local_path, reader
@@ -97,7 +97,32 @@ def open_stream(
     return Stream(_sections(dataset, split, column, size), text, longest, beginnings)
 
 
-def _sections(dataset: str, split: str, column: Column, size: int) -> Sections:
+def stream_rows(
+    dataset: str, split: str, column: Column | Columns, *, size: int, seed: int, weight: Callable[[Cell], int]
+) -> Iterator[Cell]:
+    """Rows of a dataset in the order that the seed gives them, read as they are asked for, in stretches of `size` bytes.
+
+    `weight` are the bytes that a row takes; rows are shuffled within as many as are held at a time. Raises as `open_stream`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = _in_turn(_sections(dataset, split, column, size), generator)
+    while held := _some(rows, weight):
+        for i in torch.randperm(len(held), generator=generator).tolist():
+            yield held[i]
+
+
+def _some(rows: Iterator[Cell], weight: Callable[[Cell], int]) -> list[Cell]:
+    """The next rows, until they are enough to draw from."""
+    held, size = [], 0
+    for cell in rows:
+        held.append(cell)
+        size += weight(cell)
+        if len(held) >= _ROWS or size >= _CHARACTERS:
+            break
+    return held
+
+
+def _sections(dataset: str, split: str, column: Column | Columns, size: int) -> Sections:
     if dataset.startswith(BUILTIN):
         texts = builtin_rows(dataset, column)
         return Sections(1, lambda _: texts)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from armor_recipes import builtin
 from armor_recipes.calibration.chat import is_left_out, messages_of
-from armor_recipes.calibration.files import SUFFIXES, TENSORS, Cell, Column, read_path, shown
+from armor_recipes.calibration.files import SUFFIXES, TENSORS, Cell, Column, Columns, read_path, shown
 from armor_recipes.calibration.hub import read_hub
 from armor_recipes.errors import InputError
 
@@ -71,7 +71,7 @@ def load_documents(
 
     """
     column, text = reader(text_column, messages_column, tokenizer)
-    found = Documents(tuple(map(text, _cells(dataset, split, column))))
+    found = Documents(tuple(map(text, cells(dataset, split, column))))
     if not found.documents:
         raise no_text(dataset, found.empty, messages_column)
     return found
@@ -96,7 +96,8 @@ def reader(
     return column, partial(_chat, _with_template(tokenizer, column))
 
 
-def _cells(dataset: str, split: str, column: Column) -> Iterable[Cell]:
+def cells(dataset: str, split: str, column: Column | Columns) -> Iterable[Cell]:
+    """All rows of a dataset. Raises InputError."""
     if dataset.startswith(BUILTIN):
         return builtin_rows(dataset, column)
     path = local_path(dataset)
@@ -134,7 +135,7 @@ def local_path(dataset: str) -> Path | None:
         raise InputError(f"{dataset[:80]!r} is neither a path nor a hub id: {reason}; correct the dataset") from error
 
 
-def builtin_rows(dataset: str, column: Column) -> Iterator[Cell]:
+def builtin_rows(dataset: str, column: Column | Columns) -> Iterator[Cell]:
     """Documents of a text inside the package. Raises InputError if it is none, or has no text."""
     if dataset == RANDOM_TOKENS:
         raise InputError(

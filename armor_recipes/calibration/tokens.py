@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from armor_recipes.calibration.inputs import TOKENS, Batch, InputSet, ModelInputs, Source, hash_inputs, leading
-from armor_recipes.calibration.pools import Part, Pool, Rule, is_windows, open_pool, tensors_path
+from armor_recipes.calibration.pools import Part, Pool, Rule, Tools, open_pool, tensors_path
+from armor_recipes.calibration.text import RANDOM_INPUTS
 from armor_recipes.calibration.windows import window_ends
 from armor_recipes.errors import InputError
 from armor_recipes.recipe.schema import InputsSpec, Strict, datasets_of
@@ -29,14 +30,20 @@ def build_tokens(spec: InputsSpec, *, tokenizer: PreTrainedTokenizerBase | None,
 
 def has_length(spec: Strict) -> bool:
     """Whether `sequence_length` says how long the texts of some dataset become; files of tensors have lengths of their own."""
-    try:
+    if not isinstance(spec, InputsSpec):
         return any(tensors_path(dataset) is None for dataset in datasets_of(spec))
+    try:
+        return any(part.has_text or part.reads_text_beside or part.dataset == RANDOM_INPUTS for part in _parts(spec))
     except InputError:
         return True  # which reading it tells
 
 
 def build_inputs(
-    spec: InputsSpec, inputs: ModelInputs, *, tokenizer: PreTrainedTokenizerBase | None = None
+    spec: InputsSpec,
+    inputs: ModelInputs,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Callable[[bool], Any] | None = None,
 ) -> InputSet:
     """Choose calibration samples. The same spec, data, model and tokenizer give the same ones; no global RNG is used.
 
@@ -44,17 +51,19 @@ def build_inputs(
         spec: the `calibration` section, complete.
         inputs: what the model can be called with.
         tokenizer: the model's; None will do where there is no text.
+        processor: gives the model's processor for images, alone (False) or with text (True); asked for where there are images.
 
     Raises:
         InputError: a dataset cannot be read or is too short, or does not fit the model or the other datasets.
 
     """
     parts = _parts(spec)
+    tools = Tools(tokenizer, processor)
     rule = _rule(spec, parts, inputs, tokenizer)
     asked = spec.samples if isinstance(spec.samples, int) else spec.samples.at_most
     weights = [part.weight for part in parts]
     needed = most_of(weights, asked)
-    pools = [open_pool(part, tokenizer, rule, most) for part, most in zip(parts, needed, strict=True)]
+    pools = [open_pool(part, tools, rule, most) for part, most in zip(parts, needed, strict=True)]
     total = asked if isinstance(spec.samples, int) else _fitting(weights, asked, pools)
     counts = shares(weights, total)
     for pool, count in zip(pools, counts, strict=True):
@@ -80,11 +89,27 @@ def _rule(
 ) -> Rule:
     """How samples are made; what windows begin and end with is asked of the tokenizer only where there are windows."""
     length = spec.sequence_length
-    if not any(map(is_windows, parts)):
+    for part in parts:
+        _check_columns(part, inputs)
+    if not any(part.has_windows for part in parts):
         return Rule(length, (), spec.documents, spec.seed, inputs)
     size = inputs.vocabulary
     prefix, suffix = window_ends(spec.bos, tokenizer, length=length, vocab_size=size, closes=inputs.closes)
     return Rule(length, prefix, spec.documents, spec.seed, inputs, suffix)
+
+
+def _check_columns(part: Part, inputs: ModelInputs) -> None:
+    """Raise InputError where the columns named do not go together or with the model."""
+    if (part.source_column is None) != (part.target_column is None):
+        given, other = ("source", "target") if part.target_column is None else ("target", "source")
+        raise InputError(f"{part.dataset}: `{given}_column` needs a `{other}_column`; name both, or neither")
+    if part.image_column is not None and part.source_column is not None:
+        raise InputError(f"{part.dataset}: `image_column` and `source_column` do not go together; take one out")
+    if part.has_windows and inputs.encoder_decoder:
+        raise InputError(
+            f"{part.dataset}: {inputs.name} has an encoder and a decoder, and windows of text are for one of them; name rows with "
+            "`source_column` and `target_column`, a .safetensors file of inputs, or builtin:random-inputs"
+        )
 
 
 def shares(weights: Sequence[float], total: int) -> tuple[int, ...]:
@@ -106,7 +131,20 @@ def most_of(weights: Sequence[float], total: int) -> tuple[int, ...]:
 
 def _parts(spec: InputsSpec) -> tuple[Part, ...]:
     if isinstance(spec.dataset, str):
-        return (Part(spec.dataset, 1.0, spec.split, spec.text_column, spec.messages_column, spec.stream),)
+        return (
+            Part(
+                spec.dataset,
+                1.0,
+                spec.split,
+                spec.text_column,
+                spec.messages_column,
+                spec.stream,
+                spec.source_column,
+                spec.target_column,
+                spec.image_column,
+                "text_column" in spec.model_fields_set or spec.messages_column is not None,
+            ),
+        )
     return tuple(
         Part(
             part.dataset,
@@ -115,6 +153,11 @@ def _parts(spec: InputsSpec) -> tuple[Part, ...]:
             part.text_column or spec.text_column,
             part.messages_column or (None if part.text_column else spec.messages_column),
             spec.stream if part.stream is None else part.stream,
+            part.source_column or spec.source_column,
+            part.target_column or spec.target_column,
+            part.image_column or spec.image_column,
+            bool(part.text_column or part.messages_column or spec.messages_column)
+            or "text_column" in spec.model_fields_set,
         )
         for part in spec.dataset
     )
@@ -173,8 +216,12 @@ def _source(pool: Pool, taken: Batch) -> Source:
         return Source(pool.dataset, 0, 0, _ids_in(taken), samples, samples)
     tokens = pool.tokens if pool.is_text else _ids_in(taken)
     available = None if pool.stream else pool.count
-    return Source(pool.dataset, pool.documents, pool.empty, tokens, available, samples, pool.stream, pool.short)
+    cut = sum(pool.cut)
+    return Source(pool.dataset, pool.documents, pool.empty, tokens, available, samples, pool.stream, pool.short, cut)
 
 
 def _ids_in(batch: Batch) -> int:
-    return batch[TOKENS].numel() if TOKENS in batch else 0
+    """Token ids of a batch that no mask leaves out."""
+    if TOKENS not in batch:
+        return 0
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch[TOKENS].numel()

@@ -280,6 +280,7 @@ def _calibration_line(row: Mapping[str, Any]) -> str:
         notes = ["a stream"] if source["stream"] else []
         notes += [f"{source['empty']} empty rows passed over"] if source["empty"] else []
         notes += [f"{source['short']} documents too short"] if source["short"] else []
+        notes += [f"{source['cut']} cut to the sequence length"] if source.get("cut") else []
         parts.append(f"{source['taken']} of {source['dataset']}" + (f" ({', '.join(notes)})" if notes else ""))
     short = f", {row['asked']} asked for at most" if row["samples"] < row["asked"] else ""
     what = f"windows of {row['sequence_length']} tokens"

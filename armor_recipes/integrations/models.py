@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -391,6 +394,24 @@ def load_tokenizer(source: ModelSource) -> Any | None:
         return AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise InputError(f"the tokenizer of {source.location} cannot be read: {error}") from error
+
+
+def load_processor(source: ModelSource, text: bool) -> Any:
+    """The model's processor of images, with `text` the one for both; it computes with Pillow, to the same bits everywhere.
+
+    Raises InputError where Pillow is not there, or the model has no processor.
+    """
+    if importlib.util.find_spec("PIL") is None:
+        raise InputError("images need Pillow, which is not installed: pip install 'armor-recipes[vision]'")
+    kind: Any = AutoProcessor if text else AutoImageProcessor
+    try:
+        return kind.from_pretrained(source.location, revision=source.revision, trust_remote_code=False, backend="pil")
+    except Exception as error:  # as in `load_tokenizer`
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"the processor of {source.location} cannot be read ({reason}); add its preprocessor_config.json, or give a "
+            ".safetensors file of inputs"
+        ) from error
 
 
 def _unreadable(name: str, error: Exception) -> str:

@@ -112,7 +112,8 @@ class WeightedDataset(Strict):
     """One dataset of a weighted mix."""
 
     dataset: Name = Field(
-        title="Dataset", description="Hub id, local text, JSON, JSONL or parquet file, or `builtin:NAME`."
+        title="Dataset",
+        description="Hub id, local text, JSON, JSONL, parquet or safetensors file, folder of images, or `builtin:NAME`.",
     )
     weight: float = Field(gt=0, title="Weight", description="Its share of the samples, relative to the other weights.")
     split: Name | None = Field(
@@ -125,6 +126,19 @@ class WeightedDataset(Strict):
         default=None,
         title="Messages column",
         description="Column that holds its chat messages; left out, that of the calibration.",
+    )
+    source_column: Name | None = Field(
+        default=None,
+        title="Source column",
+        description="Column of what its encoder reads; left out, that of the calibration.",
+    )
+    target_column: Name | None = Field(
+        default=None,
+        title="Target column",
+        description="Column of what its decoder writes; left out, that of the calibration.",
+    )
+    image_column: Name | None = Field(
+        default=None, title="Image column", description="Column of its images; left out, that of the calibration."
     )
     stream: bool | None = Field(
         default=None, title="Stream", description="Whether it is read as a stream; left out, as the calibration says."
@@ -144,8 +158,8 @@ class InputsSpec(Strict):
     dataset: Name | Mix = Field(
         title="Dataset",
         description=(
-            "Hub id, local text, JSON, JSONL or parquet file (relative to the file that names it), `builtin:NAME`, "
-            "or a list of `{dataset, weight}` mixed by the seed."
+            "Hub id, local text, JSON, JSONL, parquet or safetensors file, folder of images (relative to the file that names it), "
+            "`builtin:NAME`, or a list of `{dataset, weight}` mixed by the seed."
         ),
     )
     split: Name = Field(default="train", title="Split", description="Split of a hub dataset.")
@@ -154,6 +168,22 @@ class InputsSpec(Strict):
         default=None,
         title="Messages column",
         description="Column that holds chat messages, put through the chat template; wins over `text_column`.",
+    )
+    source_column: Name | None = Field(
+        default=None,
+        title="Source column",
+        description="Column that holds what the encoder of an encoder and decoder reads; goes with `target_column`.",
+    )
+    target_column: Name | None = Field(
+        default=None,
+        title="Target column",
+        description="Column that holds what the decoder of an encoder and decoder writes; goes with `source_column`.",
+    )
+    image_column: Name | None = Field(
+        default=None,
+        title="Image column",
+        description="Column that holds images, put through the model's processor, with the text of `text_column` or "
+        "`messages_column` where the model reads both.",
     )
     stream: bool | None = Field(
         default=None,
@@ -170,9 +200,9 @@ class InputsSpec(Strict):
     samples: Count | AtMost = Field(
         default=128,
         title="Samples",
-        description="Number of windows; fewer in the data is an error unless written `{at_most: N}`.",
+        description="Number of windows, or samples of other kinds; fewer in the data is an error unless written `{at_most: N}`.",
     )
-    sequence_length: Length = Field(default=512, title="Sequence length", description="Tokens in a window.")
+    sequence_length: Length = Field(default=512, title="Sequence length", description="Tokens in a window or text.")
     bos: Bos = "auto"
     batch_size: Count = Field(default=8, title="Batch size", description="Windows in one forward pass.")
     seed: Seed = Field(default=0, title="Seed", description="Seed of the choice of windows.")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from armor_recipes.calibration.inputs import TOKENS, InputSet
+from armor_recipes.calibration.inputs import TOKENS, InputSet, Source
 from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.evaluation import Evaluation
 from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
@@ -147,10 +147,16 @@ def calibration_rows(facts: Facts) -> list[dict[str, Any]]:
             "end_of_text": tokens.end_of_text,
             **({} if tokens.is_windows else {"inputs": _inputs(tokens)}),
             "sha256": tokens.sha256,
-            "sources": [{**asdict(source), "dataset": without_folders(source.dataset)} for source in tokens.sources],
+            "sources": [_source(source) for source in tokens.sources],
         }
         for spec, tokens in facts.tokens.items()
     ]
+
+
+def _source(source: Source) -> dict[str, Any]:
+    """A source as plain data; `cut` is told where samples were cut."""
+    row = {**asdict(source), "dataset": without_folders(source.dataset)}
+    return row if source.cut else {name: value for name, value in row.items() if name != "cut"}
 
 
 def _inputs(samples: InputSet) -> dict[str, dict[str, Any]]:

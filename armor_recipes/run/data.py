@@ -31,6 +31,7 @@ def read_data(
     tokenizer: Any | None,
     refused: Refusals,
     *,
+    processor: Callable[[bool], Any] | None = None,
     wanted: Callable[[str], bool] = lambda _: True,
     labels: Mapping[str, int] | None = None,
 ) -> Data:
@@ -40,7 +41,7 @@ def read_data(
     """
 
     def samples(spec: InputsSpec) -> InputSet:
-        return build_inputs(spec, inputs, tokenizer=tokenizer)
+        return build_inputs(spec, inputs, tokenizer=tokenizer, processor=processor)
 
     tokens: dict[CalibrationSpec, InputSet] = {}
     for spec, entries in _by_calibration(recipe).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from armor_recipes.calibration.text import is_soon_read
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import RecipeError
-from armor_recipes.integrations.models import ModelSource, load_tokenizer, meta_model, open_model
+from armor_recipes.integrations.models import ModelSource, load_processor, load_tokenizer, meta_model, open_model
 from armor_recipes.integrations.transformers import check_registered
 from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.forms import forms_of, linearise, restore
@@ -73,6 +74,7 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
                 model_inputs(shapes),
                 load_tokenizer(source),
                 refused,
+                processor=partial(load_processor, source),
                 wanted=is_soon_read,
                 labels=class_numbers(source.config),
             )

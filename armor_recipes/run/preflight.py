@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from armor_recipes.integrations.models import (
     ModelSource,
     fetch_files,
     hub_id,
+    load_processor,
     load_tokenizer,
     with_generation_config,
     written_dtypes,
@@ -104,7 +106,8 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
 def _read(job: Job, tokenizer: Any | None, refused: Refusals, output: Path) -> Data:
     """The data, and whether the disk takes what evaluation keeps of the dense model until weights are written."""
     labels = class_numbers(job.source.config)
-    data = read_data(job.recipe, job.modifiers, model_inputs(job.shapes), tokenizer, refused, labels=labels)
+    inputs, processor = model_inputs(job.shapes), partial(load_processor, job.source)
+    data = read_data(job.recipe, job.modifiers, inputs, tokenizer, refused, processor=processor, labels=labels)
     with refused.noted():
         check_room(output.parent, sum(measure.dense_bytes(job.shapes) for measure in data.measures))
     return data
