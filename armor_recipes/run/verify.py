@@ -20,9 +20,9 @@ from armor_recipes.model.replay import feed, on_device
 def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe: Batch) -> None:
     """Raise VerificationError unless the folder, loaded in the model's compute dtype, puts out what the model does, bit for bit.
 
-    All tensors of the output are compared. `probe` is what to compare on; `packed` says whether the folder needs this package to
-    load. It is loaded with the attention implementation that the model runs on, into aligned memory; numbers that are NaN in both
-    are equal.
+    All tensors of the output are compared, and all weights that are not packed. `probe` is what to call both with; `packed` says
+    whether the folder needs this package to load. It is loaded with the attention implementation that the model runs on, into
+    aligned memory; numbers that are NaN in both are equal.
     """
     parameter = next(model.parameters())
     options: dict[str, Any] = {
@@ -44,6 +44,13 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe
         )
     for name, tensor in ours.items():
         _compare(name, tensor, theirs[name])
+    held = loaded.state_dict()
+    for (
+        name,
+        tensor,
+    ) in model.state_dict().items():  # what the probe does not pass through, a tower say, is compared here
+        if name in held and held[name].shape == tensor.shape:
+            _compare(name, tensor, held[name])
 
 
 def _tensors(output: object, name: str = "") -> dict[str, Tensor]:

@@ -198,7 +198,7 @@ def test_memory_that_torch_cannot_get_is_told(llama: Path, tmp_path: Path) -> No
 def test_memory_that_runs_out_while_loading_is_not_called_a_broken_model(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail_with(MemoryError("no more")))
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fail_with(MemoryError("no more")))
     with pytest.raises(ResourceError, match="out of memory"):
         apply(recipe(llama, tmp_path / "out"))
 

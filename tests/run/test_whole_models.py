@@ -172,11 +172,13 @@ def test_a_float64_model_is_refused_before_anything_is_read(base: Path) -> None:
 # --- what the model is ---------------------------------------------------------------------------------------------------
 
 
-def test_a_head_is_not_dropped_in_silence(base: Path) -> None:
-    model = LlamaForSequenceClassification(make_model("llama-gqa-tied").config)
-    model.save_pretrained(base)
-    with pytest.raises(PlanError, match=r"LlamaForSequenceClassification by its config\.json.*task head"):
-        run(base)
+def test_a_head_is_written_with_the_model(base: Path) -> None:
+    config = make_model("llama-gqa-tied").config
+    config.pad_token_id = 0
+    LlamaForSequenceClassification(config).save_pretrained(base)
+    out = run(base)
+    assert torch.equal(tensors(out)["score.weight"], tensors(base)["score.weight"])
+    assert isinstance(load(out), LlamaForSequenceClassification)
 
 
 def test_another_class_in_memory_is_refused(base: Path) -> None:

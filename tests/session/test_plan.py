@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BartConfig, MixtralConfig, T5Config
+from transformers import MixtralConfig
 
 from armor_recipes.checkpoint.reader import inspect, read_header
 from armor_recipes.errors import InputError, PlanError
@@ -303,11 +303,6 @@ def test_layers_of_an_encoder_are_numbered_before_the_decoders(
     assert sorted({row.layer for row in plan.modules}) == [0, 1, 2, 3]
 
 
-def test_a_model_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    assert "no causal language model" in refusal(recipe(tmp_path))
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -340,7 +335,7 @@ def test_windows_longer_than_the_models_positions_are_refused(tmp_path: Path) ->
     assert text.startswith("the model has no tokenizer")
 
 
-def test_fused_experts_are_refused_where_they_cannot_be_packed(tmp_path: Path) -> None:
+def test_experts_become_linear_where_the_recipe_takes_them(tmp_path: Path) -> None:
     MixtralConfig(
         vocab_size=96,
         hidden_size=32,
@@ -351,9 +346,12 @@ def test_fused_experts_are_refused_where_they_cannot_be_packed(tmp_path: Path) -
         num_local_experts=2,
     ).save_pretrained(tmp_path)
     mapping = recipe(tmp_path, ARMORModifier=armor(targets=[ATTENTION]))
-    assert "fused expert weights" in refusal(mapping)
-    mapping["output"]["format"] = "dense"
-    assert len(make_job(mapping).plan.modules) == 4
+    assert make_job(mapping).plan.forms == ()
+    job = make_job(recipe(tmp_path, ARMORModifier=armor(targets=[r"re:.*experts\.\d+\..*_proj$"])))
+    assert job.plan.forms == ("model.layers.0.mlp.experts",)
+    assert [row.name.split("experts.")[1] for row in job.plan.modules] == [
+        f"{number}.{part}_proj" for number in range(2) for part in ("gate", "up", "down")
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
