@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ class Expert:
     part: str
 
 
+@lru_cache(maxsize=1 << 17)
 def expert_of(name: str) -> Expert | None:
     """The expert that a module of this full name belongs to; None for all other modules, shared experts too."""
     found = _EXPERT.fullmatch(name) or _PROJECTION.fullmatch(name)

@@ -47,13 +47,13 @@ def plan_experts(
 ) -> tuple[ExpertsPlan, ...]:
     """For each modifier that is calibrated and layer of experts that it takes some of, in the order of the rows."""
     specs = {entry.key: entry.config.calibration for entry in recipe.modifiers}
+    sizes = _Sizes(modifiers)
     taken: dict[tuple[str, str], set[int]] = {}
     least: dict[tuple[str, str], int] = {}
     for row, shape, expert in _observed(rows):
         place = row.modifier, expert.layer
         taken.setdefault(place, set()).add(expert.number)
-        wanted = minimum_tokens(recipe.moe, _statistic(modifiers[row.modifier], shape))
-        least[place] = max(wanted, least.get(place, 0))
+        least[place] = max(minimum_tokens(recipe.moe, sizes.of(row, shape)), least.get(place, 0))
     totals = _totals(model) if taken else {}
     found = []
     for (key, layer), numbers in taken.items():
@@ -91,9 +91,10 @@ def held_bytes(rows: Sequence[Row], modifiers: Modifiers) -> int:
 
     Modules of an expert that are as wide count once: they read one tensor. With `experts: all` it is less.
     """
+    sizes = _Sizes(modifiers)
     held: dict[tuple[str, int | None, str], dict[tuple[str, int, int], int]] = {}
     for row, shape, expert in _observed(rows):
-        statistic = _statistic(modifiers[row.modifier], shape)
+        statistic = sizes.of(row, shape)
         size = statistic.full_bytes if isinstance(statistic, KnowsItsSize) else 0
         held.setdefault((row.stage, row.layer, row.modifier), {})[expert.layer, expert.number, shape.d_in] = size
     return max((sum(sizes.values()) for sizes in held.values()), default=0)
@@ -131,10 +132,19 @@ def _observed(rows: Sequence[Row]) -> Iterator[tuple[Row, ModuleShape, Expert]]:
                 yield row, shape, expert
 
 
-def _statistic(modifier: Any, shape: ModuleShape) -> Statistic:
-    """One of the modifier's that has seen nothing."""
-    found: Statistic = modifier.statistic(shape)
-    return found
+class _Sizes:
+    """Statistics that have seen nothing, one for each modifier and shape: tens of thousands of experts have few shapes."""
+
+    def __init__(self, modifiers: Modifiers) -> None:
+        self._modifiers: Mapping[str, Any] = modifiers
+        self._made: dict[tuple[str, int, int], Statistic] = {}
+
+    def of(self, row: Row, shape: ModuleShape) -> Statistic:
+        """One of the row's modifier."""
+        key = row.modifier, shape.d_out, shape.d_in
+        if key not in self._made:
+            self._made[key] = self._modifiers[row.modifier].statistic(shape)
+        return self._made[key]
 
 
 def _totals(model: nn.Module) -> dict[str, int]:
