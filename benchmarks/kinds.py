@@ -19,14 +19,21 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from losses import bootstrap, interval
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModel, AutoTokenizer
 
+import armor_recipes
 from armor_recipes.builtin import documents
+from armor_recipes.evaluation.retrieval import pooled, ranks_of
 
 Section = dict[str, Any]
 #: Paragraphs are halved at the end of a sentence; each half has so many characters at least.
@@ -37,13 +44,17 @@ BASE = "2:4"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A model, what it is calibrated on, what is measured, and the first of the figures, by which a loss is told."""
+    """A model, what it is calibrated on, what is measured, and the figure by which a loss is told.
+
+    `more(checkpoint, folder)` measures what no section of a recipe does.
+    """
 
     model: str
     targets: str
     calibration: Section
     evaluation: Callable[[Path], Section]
     figure: str
+    more: Callable[[Path, Path], Section] | None = None
 
 
 def halves(paragraph: str) -> tuple[str, str] | None:
@@ -71,6 +82,36 @@ def sentences(folder: Path) -> Section:
     }
 
 
+def embedded(model: Any, texts: Sequence[str]) -> Tensor:
+    """Embeddings `(N, H)` of length 1, float64: means of the last hidden states."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(TASKS["sentences"].model)
+    rows = []
+    with torch.inference_mode():
+        for text in texts:
+            inputs = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
+            rows.append(pooled(model(**inputs).last_hidden_state, "mean")[0])
+    return functional.normalize(torch.stack(rows), dim=1)
+
+
+def beside_dense(checkpoint: Path, folder: Path) -> Section:
+    """Cosines of queries' embeddings to the dense model's, and retrieval by them of documents that the dense model embedded."""
+    pairs_ = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[::4]]
+    queries, there = ([pair[key] for pair in pairs_] for key in ("query", "document"))
+    dense: Any = AutoModel.from_pretrained(TASKS["sentences"].model)
+    index, right = embedded(dense, there), torch.arange(len(pairs_))
+    before, after = embedded(dense, queries), embedded(armor_recipes.load(checkpoint), queries)
+    hits = [(ranks_of(asked, index, right) == 1).double() for asked in (before, after)]
+    return {
+        "before": {"recall_at_1_in_dense_index": mean(hits[0])},
+        "after": {"recall_at_1_in_dense_index": mean(hits[1]), "embedding_cosine": mean((before * after).sum(1))},
+    }
+
+
+def mean(values: Tensor) -> Section:
+    """The mean of `(N,)` and its interval."""
+    return {"value": float(values.mean()), "interval": list(interval(bootstrap(values)))}
+
+
 def digits(_: Path) -> Section:
     """Accuracy, and how near logits are to the dense ones."""
     held_out = str(Path("models/digits-vit/heldout.safetensors").resolve())
@@ -91,7 +132,8 @@ TASKS: dict[str, Task] = {
             "sequence_length": 128,
         },
         sentences,
-        "recall_at_1",
+        "recall_at_1_in_dense_index",
+        beside_dense,
     ),
     "digits": Task(
         "models/digits-vit",
@@ -208,6 +250,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             output = Path(scratch) / "checkpoint"
             found = run_row(row, recipe_of(task, known[row], folder, output), output)
+            if task.more is not None:
+                found["evaluation"]["more"] = task.more(output, folder)
         file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     found = {r["row"]: r for r in (json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("*.json"))}
     print(report({name: found[name] for name in known if name in found}, task.figure))
