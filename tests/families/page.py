@@ -39,7 +39,10 @@ def main() -> None:
     if missing:
         raise SystemExit(f"{len(missing)} structures have no record yet: {', '.join(missing[:9])}")
     rows = {str(s): [r.outcome, r.step, plain(r.reason)[:120]] for s, r in records.items() if r.outcome != "right"}
-    EXPECTED.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(rows.items())) + "\n}\n", encoding="utf-8")
+    EXPECTED.write_text(
+        "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(rows.items())) + "\n}\n",
+        encoding="utf-8",
+    )
     PAGE.write_text(page(records), encoding="utf-8")
 
 
@@ -53,7 +56,9 @@ def page(records: Mapping[Structure, Record]) -> str:
 def summary(run: Mapping[Structure, Record]) -> Iterator[str]:
     """How many of each outcome."""
     counts = {word: sum(r.outcome == outcome for r in run.values()) for outcome, word in WORDS.items()}
-    yield f"Of {len(run)} structures: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count) + ".\n"
+    yield (
+        f"Of {len(run)} structures: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count) + ".\n"
+    )
 
 
 def table(run: Mapping[Structure, Record]) -> Iterator[str]:
@@ -61,7 +66,15 @@ def table(run: Mapping[Structure, Record]) -> Iterator[str]:
     yield "| model type | class | works | taken | loads | vLLM | notes |"
     yield "|---|---|---|---:|---|---|---|"
     for structure, record in sorted(run.items()):
-        cells = (structure.model_type, record.model_class, WORDS[record.outcome], f"{record.share:.0%}", loads(record), vllm(structure, record), notes(record))
+        cells = (
+            structure.model_type,
+            record.model_class,
+            WORDS[record.outcome],
+            f"{record.share:.0%}",
+            loads(record),
+            vllm(structure, record),
+            notes(record),
+        )
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -73,7 +86,9 @@ def loads(record: Record) -> str:
 
 def vllm(structure: Structure, record: Record) -> str:
     """Whether a server was tried."""
-    return "tested" if structure.model_type in SERVED and not structure.model_class and record.outcome == "right" else ""
+    return (
+        "tested" if structure.model_type in SERVED and not structure.model_class and record.outcome == "right" else ""
+    )
 
 
 def notes(record: Record) -> str:
@@ -82,7 +97,9 @@ def notes(record: Record) -> str:
         return ""
     if record.outcome == "skip":
         left = dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name) for name in record.untaken)
-        return "left as they are: " + ", ".join(f"`{name}`" for name in list(left)[:4]) + (", …" if len(left) > 4 else "")
+        return (
+            "left as they are: " + ", ".join(f"`{name}`" for name in list(left)[:4]) + (", …" if len(left) > 4 else "")
+        )
     return f"{record.step}: {plain(record.reason)[:160]}".replace("|", "\\|").replace("<", "&lt;")
 
 

@@ -78,7 +78,17 @@ def run_family(model_type: str, folder: Path, stock: StockProcess, kind: type[Pr
     """Take one model type through the tool, in an empty folder; never raises but for what no family is to blame for."""
     record = Record(model_type)
     run = _Family(record, folder, stock, kind)
-    for step in (run.make, run.read_back, run.apply, run.lost, run.load, run.stock_load, run.generate, run.again, run.export):
+    for step in (
+        run.make,
+        run.read_back,
+        run.apply,
+        run.lost,
+        run.load,
+        run.stock_load,
+        run.generate,
+        run.again,
+        run.export,
+    ):
         record.step = step.__name__
         try:
             record.steps[step.__name__] = step() or "ok"
@@ -127,7 +137,9 @@ class _Family:
         cast: nn.Module = model
         cast.to(STORED)
         model.save_pretrained(self.folder / "cast")
-        kind.from_pretrained(self.folder / "cast", dtype="auto").save_pretrained(self.source)  # some tensors stay in float32
+        kind.from_pretrained(self.folder / "cast", dtype="auto").save_pretrained(
+            self.source
+        )  # some tensors stay in float32
         return None
 
     def read_back(self) -> str | None:
@@ -164,9 +176,13 @@ class _Family:
                     raise Ended(kind, f"{type(error).__name__}: {_line(error)}") from error
                 first = error
         self.packed = tuple(dict.fromkeys(row.name for row in result.plan.modules if row.stored_as == "packed"))
-        self.sizes = {row.name: row.shape.d_out * row.shape.d_in for row in result.plan.modules if row.stored_as == "packed"}
+        self.sizes = {
+            row.name: row.shape.d_out * row.shape.d_in for row in result.plan.modules if row.stored_as == "packed"
+        }
         self.record.taken = sum(self.sizes.values())
-        self.record.untaken = tuple(name for name in self.blocks if not any(p == name or p.startswith(name + ".") for p in self.packed))
+        self.record.untaken = tuple(
+            name for name in self.blocks if not any(p == name or p.startswith(name + ".") for p in self.packed)
+        )
         return f"with unfit: skip, else: {_line(first)}" if self.skipping else None
 
     def _remember(self, model: PreTrainedModel) -> None:
@@ -181,7 +197,9 @@ class _Family:
         return {
             "model": str(self.source),
             "calibration": self.calibration(file),
-            "prune_stage": {"armor_modifiers": {"ARMORModifier": {**armor, **({"unfit": "skip"} if self.skipping else {})}}},
+            "prune_stage": {
+                "armor_modifiers": {"ARMORModifier": {**armor, **({"unfit": "skip"} if self.skipping else {})}}
+            },
             "output": {"path": str(self.out)},
         }
 
@@ -196,10 +214,16 @@ class _Family:
         before, after = tensors(self.source), tensors(self.out)
         gone = [name for name in before if name not in after and not any(covers(name, p) for p in self.packed)]
         new = [after[name] for name in after.keys() - before.keys()]
-        gone = [name for name in gone if not any(same(before[name], tensor) for tensor in new)]  # under the module's own name
+        gone = [
+            name for name in gone if not any(same(before[name], tensor) for tensor in new)
+        ]  # under the module's own name
         if sum(before[name].numel() for name in gone) == self._packed_elsewhere(before):
             gone = []  # experts under the names that their files have
-        other = [n for n in before.keys() & after.keys() if not same(before[n], after[n]) and n.removesuffix(".weight") not in self.packed]
+        other = [
+            n
+            for n in before.keys() & after.keys()
+            if not same(before[n], after[n]) and n.removesuffix(".weight") not in self.packed
+        ]
         if gone or other:
             raise Ended("WRONG", f"lost: {gone[:4]}; changed: {sorted(other)[:4]}")
         return f"{len(after)} tensors, {len(self.packed)} packed modules"
@@ -229,7 +253,11 @@ class _Family:
         """`from_pretrained` of the class in config.json, with the package imported."""
         assert self.kind is not None
         loaded, info = self.kind.from_pretrained(self.out, dtype=torch.float32, output_loading_info=True)
-        problems = {key: sorted(map(str, value))[:3] for key, value in info.items() if value and key in ("missing_keys", "mismatched_keys")}
+        problems = {
+            key: sorted(map(str, value))[:3]
+            for key, value in info.items()
+            if value and key in ("missing_keys", "mismatched_keys")
+        }
         if problems:
             raise Ended("WRONG", f"from_pretrained: {problems}")
         far = distance(outputs(loaded, self.inputs), self.in_memory)
@@ -264,12 +292,18 @@ class _Family:
         lost, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
         if sum(before[n].numel() for n in lost) != sum(after[n].numel() for n in new):
             raise Ended("WRONG", f"exported: lost {lost[:3]}, new {new[:3]}")
-        other = [n for n in before.keys() & after.keys() if before[n].shape != after[n].shape or before[n].dtype != after[n].dtype]
+        other = [
+            n
+            for n in before.keys() & after.keys()
+            if before[n].shape != after[n].shape or before[n].dtype != after[n].dtype
+        ]
         if other:
             raise Ended("WRONG", f"exported in another shape or dtype: {sorted(other)[:3]}")
         found = self.stock.outputs(self.dense, self.record.model_class, self.inputs)
         if self.experts and distance(found, self.rounded) <= ROUNDING:
-            return f"{distance(found, self.rounded):.1g}" + (f", under other names: {new[0]} for {lost[0]}" if lost else "")
+            return f"{distance(found, self.rounded):.1g}" + (
+                f", under other names: {new[0]} for {lost[0]}" if lost else ""
+            )
         equal(found, self.rounded, "exported and read by transformers alone")
         return None
 
@@ -308,7 +342,9 @@ def in_block(model: nn.Module, name: str) -> bool:
     for at, part in enumerate(parts):
         if part.isdigit() and at:
             parent = model.get_submodule(".".join(parts[:at]))
-            if isinstance(parent, nn.ModuleList) or (isinstance(parent, nn.Sequential) and 1 < len(parent) > len({type(m) for m in parent})):
+            if isinstance(parent, nn.ModuleList) or (
+                isinstance(parent, nn.Sequential) and 1 < len(parent) > len({type(m) for m in parent})
+            ):
                 return True
     return False
 
@@ -352,7 +388,14 @@ def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     if [t.shape for t in found] != [t.shape for t in wanted]:
         return float("inf")
     pairs = zip(found, wanted, strict=True)
-    return max((float((a - b).abs().nan_to_num().max() / b.abs().nan_to_num().max().clamp(min=1e-9)) for a, b in pairs if a.numel()), default=0.0)
+    return max(
+        (
+            float((a - b).abs().nan_to_num().max() / b.abs().nan_to_num().max().clamp(min=1e-9))
+            for a, b in pairs
+            if a.numel()
+        ),
+        default=0.0,
+    )
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -371,7 +414,9 @@ def sampled(inputs: Inputs) -> dict[str, Tensor]:
     if grids is None:
         return dict(inputs)
     rows = int(grids[0].prod())
-    return {name: v.unflatten(0, (len(grids), rows)) if len(v) == rows * len(grids) else v for name, v in inputs.items()}
+    return {
+        name: v.unflatten(0, (len(grids), rows)) if len(v) == rows * len(grids) else v for name, v in inputs.items()
+    }
 
 
 @contextmanager

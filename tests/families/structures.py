@@ -36,7 +36,14 @@ TEN = tuple(map(Structure, ("llama", "mixtral", "qwen3_moe", "gpt_oss", "gpt2", 
 #: Heads of other tasks on models whose embedding may be tied.
 HEADS = tuple(
     Structure(model_type, f"{name}ForSequenceClassification")
-    for model_type, name in (("llama", "Llama"), ("qwen2", "Qwen2"), ("gpt2", "GPT2"), ("bert", "Bert"), ("t5", "T5"), ("mixtral", "Mixtral"))
+    for model_type, name in (
+        ("llama", "Llama"),
+        ("qwen2", "Qwen2"),
+        ("gpt2", "GPT2"),
+        ("bert", "Bert"),
+        ("t5", "T5"),
+        ("mixtral", "Mixtral"),
+    )
 )
 
 

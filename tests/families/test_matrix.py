@@ -41,7 +41,9 @@ def check(structure: Structure, record: Record) -> None:
     if wanted is None:
         assert record.outcome == "right", f"{record.outcome} at {record.step}: {record.reason}"
         return
-    assert (record.outcome, record.step) == (wanted.outcome, wanted.step), f"{record.reason}: record it in expected.json"
+    assert (record.outcome, record.step) == (wanted.outcome, wanted.step), (
+        f"{record.reason}: record it in expected.json"
+    )
 
 
 @pytest.mark.parametrize("structure", TEN, ids=str)

@@ -20,7 +20,10 @@ HIDDEN, INNER, HEADS, VOCABULARY, POSITIONS, IMAGE, PATCH = 64, 128, 4, 256, 128
 FIELDS: tuple[tuple[re.Pattern[str], int | None], ...] = tuple(
     (re.compile(name), size)
     for name, size in (
-        (r"chunk_size_feed_forward|pretraining_tp|.*stride|.*kernel(_size|_dim)?|.*(loss|cost).*|type_vocab_size", None),
+        (
+            r"chunk_size_feed_forward|pretraining_tp|.*stride|.*kernel(_size|_dim)?|.*(loss|cost).*|type_vocab_size",
+            None,
+        ),
         (r".*(experts_per_tok(en)?|experts_topk|num_topk|top_k|moe_topk|moe_k|top_k_experts|experts_top_k)", 2),
         (r"n_group|topk_group|num_expert_groups?|.*limited_groups?", 1),
         (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|num_kv_shared_layers", 1),
@@ -39,7 +42,10 @@ FIELDS: tuple[tuple[re.Pattern[str], int | None], ...] = tuple(
         (r"temporal_patch_size", None),
         (r".*patch_size", PATCH),
         (r".*(max.*positions?(_embeddings)?|n_positions|max_seq_len.*|n_ctx|context_length|max_position)", POSITIONS),
-        (r".*(hidden_size|hidden_dim|d_model|n_embd|embed_dim|projection_dim|proj_dim|embedding_dim|embedding_size).*", HIDDEN),
+        (
+            r".*(hidden_size|hidden_dim|d_model|n_embd|embed_dim|projection_dim|proj_dim|embedding_dim|embedding_size).*",
+            HIDDEN,
+        ),
         (r".*(model_dim|emb_dim|hidden_dims?|encoder_dim|decoder_dim|fusion_dim|output_dim|projection_size)", HIDDEN),
         (r"num_queries|num_denoising|.*query_tokens|num_latents", 8),
     )
@@ -53,10 +59,20 @@ LISTS: tuple[tuple[re.Pattern[str], tuple[int, ...]], ...] = tuple(
         (r"hidden_sizes|embed_dims?|neck_hidden_sizes|layer_channels", (16, 32, 64, 64, 64, 64)),
     )
 )
-_TOKEN = re.compile(r".*(token|tok)(en)?_(id|index)|(bos|eos|pad|sep|unk|mask|boi|eoi|boa|eoa)_(token_)?(id|index)|.*_token_id")
+_TOKEN = re.compile(
+    r".*(token|tok)(en)?_(id|index)|(bos|eos|pad|sep|unk|mask|boi|eoi|boa|eoa)_(token_)?(id|index)|.*_token_id"
+)
 
 
-_COMPUTED = {"layer_types", "mlp_layer_types", "layers_block_type", "id2label", "label2id", "per_layer_config", "rope_parameters"}
+_COMPUTED = {
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "id2label",
+    "label2id",
+    "per_layer_config",
+    "rope_parameters",
+}
 
 
 def model_types() -> tuple[str, ...]:
@@ -69,7 +85,9 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     return _shrunk(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
 
 
-def _shrunk(kind: type[PreTrainedConfig], given: dict[str, Any], like: PreTrainedConfig | None = None) -> PreTrainedConfig:
+def _shrunk(
+    kind: type[PreTrainedConfig], given: dict[str, Any], like: PreTrainedConfig | None = None
+) -> PreTrainedConfig:
     """A small config of that class; `like` has what its fields were, and `given` what they are, also `part.field` of parts."""
     own = {name: value for name, value in given.items() if "." not in name}
     default = kind() if like is None else like
@@ -83,10 +101,14 @@ def _shrunk(kind: type[PreTrainedConfig], given: dict[str, Any], like: PreTraine
     return _all_kinds_of_layers(kind, {**values, **own}, default, fixed=set(own))
 
 
-def _all_kinds_of_layers(kind: type[PreTrainedConfig], values: dict[str, Any], default: PreTrainedConfig, fixed: set[str]) -> PreTrainedConfig:
+def _all_kinds_of_layers(
+    kind: type[PreTrainedConfig], values: dict[str, Any], default: PreTrainedConfig, fixed: set[str]
+) -> PreTrainedConfig:
     """The config with as many layers (2, 4, … 8) as it takes to have all kinds of layers that the default has."""
     wanted = _layer_kinds(default)
-    name = next((n for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in values and n not in fixed), None)
+    name = next(
+        (n for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in values and n not in fixed), None
+    )
     if name is None or len(wanted) < 2:
         return kind(**values)
     for layers in (2, 3, 4, 6, 8):
@@ -105,7 +127,9 @@ def _layer_kinds(config: PreTrainedConfig) -> set[tuple[str, str]]:
     return found
 
 
-def _fields(kind: type[PreTrainedConfig], default: PreTrainedConfig, ids: Iterator[int], *, kept: bool) -> Iterator[tuple[str, Any]]:
+def _fields(
+    kind: type[PreTrainedConfig], default: PreTrainedConfig, ids: Iterator[int], *, kept: bool
+) -> Iterator[tuple[str, Any]]:
     """What a class's own fields are given: small numbers, token ids within the vocabulary, all else as in `default`."""
     for field in dataclasses.fields(kind):
         name, plain = field.name, field.default if field.default is not dataclasses.MISSING else None
@@ -152,7 +176,11 @@ def _small(name: str, value: Any, ids: Iterator[int]) -> Any:
     if isinstance(value, int):
         most = next((size for pattern, size in FIELDS if pattern.fullmatch(name)), None)
         return None if most is None else min(value, most)
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+    if (
+        isinstance(value, (list, tuple))
+        and value
+        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    ):
         return _small_list(name, value)
     return None
 
@@ -169,14 +197,31 @@ def _small_list(name: str, value: Any) -> Any:
 # --- models --------------------------------------------------------------------------------------------------------------
 
 #: Mappings of tasks to classes whose class of a family is its main one, the first that has it.
-FIRST = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MASKED_LM", "CAUSAL_LM", "MULTIMODAL_LM", "ZERO_SHOT_IMAGE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "CTC", "RETRIEVAL", "AUDIO_CLASSIFICATION", "OBJECT_DETECTION")
+FIRST = (
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "IMAGE_TEXT_TO_TEXT",
+    "MASKED_LM",
+    "CAUSAL_LM",
+    "MULTIMODAL_LM",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "IMAGE_CLASSIFICATION",
+    "CTC",
+    "RETRIEVAL",
+    "AUDIO_CLASSIFICATION",
+    "OBJECT_DETECTION",
+)
 LAST = ("PRETRAINING", "BACKBONE", "TEXT_ENCODING")
 
 
 def main_class(model_type: str) -> type[PreTrainedModel] | None:
     """The class that a family's models usually are, by transformers' mappings of tasks; None where it has no models."""
     config = CONFIG_MAPPING[model_type]
-    tasks = [name.removeprefix("MODEL_FOR_").removesuffix("_MAPPING") for name in dir(modeling_auto) if name.startswith("MODEL_FOR_") and name.endswith("_MAPPING")]
+    tasks = [
+        name.removeprefix("MODEL_FOR_").removesuffix("_MAPPING")
+        for name in dir(modeling_auto)
+        if name.startswith("MODEL_FOR_") and name.endswith("_MAPPING")
+    ]
     for task in (*FIRST, *(t for t in tasks if t not in FIRST + LAST), "", *LAST):
         mapping = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING" if task else "MODEL_MAPPING", {})
         try:
