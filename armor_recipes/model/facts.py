@@ -63,7 +63,8 @@ class InputFacts:
         patch_time: see `patch`.
         merge: see `patch`.
         tiles: parts that an image is cut into at most, where that is a dimension.
-        mel_bins: values of a frame of audio, one entry for each name that configs have for it, with the most frames or None.
+        mel_bins: values of a frame of a spectrogram.
+        mel_frames: frames that a model takes: all of them, or half of them where its first layer halves them, as Whisper's.
         audio_stride: samples of sound for each frame.
         audio_channels: of sound; None where a model takes one and has no dimension for it.
     """
