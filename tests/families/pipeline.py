@@ -109,7 +109,7 @@ class _Family:
     """The steps; each raises Ended or what it meets, or returns a word for the record."""
 
     def __init__(self, record: Record, folder: Path, stock: StockProcess, kind: type[PreTrainedModel] | None) -> None:
-        self.record, self.folder, self.stock, self.kind = record, folder, stock, kind
+        self.record, self.folder, self.stock, self.kind, self.asked = record, folder, stock, kind, kind
         self.source, self.out, self.dense = folder / "source", folder / "out", folder / "dense"
         self.skipping = False
         self.in_memory: list[Tensor] = []
@@ -125,7 +125,8 @@ class _Family:
         if kind is None:
             raise Ended("unavailable", "no class of its own: a part of other models")
         self.kind, self.record.model_class = kind, kind.__name__
-        model = tiny_model(kind, tiny_config(self.record.model_type))
+        head = {"pad_token_id": 0, "tie_word_embeddings": True} if "Classification" in str(self.asked) else {}
+        model = tiny_model(kind, tiny_config(self.record.model_type, **head))
         self.blocks = matrices(model)
         self.record.parameters = sum(self.blocks.values())
         if not self.record.parameters:
@@ -213,12 +214,14 @@ class _Family:
         """Every tensor of the source is written as it was, or is a weight that was packed."""
         before, after = tensors(self.source), tensors(self.out)
         gone = [name for name in before if name not in after and not any(covers(name, p) for p in self.packed)]
-        new = [after[name] for name in after.keys() - before.keys()]
-        gone = [
-            name for name in gone if not any(same(before[name], tensor) for tensor in new)
-        ]  # under the module's own name
-        if sum(before[name].numel() for name in gone) == self._packed_elsewhere(before):
-            gone = []  # experts under the names that their files have
+        new = {name: after[name] for name in after.keys() - before.keys()}
+        gone = [name for name in gone if not any(same(before[name], tensor) for tensor in new.values())]  # renamed
+        merged = {
+            n: t for n, t in new.items() if not self._of_packed(n) and not any(same(t, old) for old in before.values())
+        }
+        wanted = self._packed_elsewhere(before) + sum(tensor.numel() for tensor in merged.values())
+        if sum(before[name].numel() for name in gone) == wanted:
+            gone = []  # parts of other tensors, or experts under other names
         other = [
             n
             for n in before.keys() & after.keys()
@@ -227,6 +230,9 @@ class _Family:
         if gone or other:
             raise Ended("WRONG", f"lost: {gone[:4]}; changed: {sorted(other)[:4]}")
         return f"{len(after)} tensors, {len(self.packed)} packed modules"
+
+    def _of_packed(self, name: str) -> bool:
+        return any(name.startswith(f"{packed}.") for packed in self.packed)
 
     def _packed_elsewhere(self, before: dict[str, Tensor]) -> int:
         """Numbers in packed weights that no tensor of the source covers by its name."""

@@ -41,7 +41,7 @@ HEADS = tuple(
         ("qwen2", "Qwen2"),
         ("gpt2", "GPT2"),
         ("bert", "Bert"),
-        ("t5", "T5"),
+        ("roberta", "Roberta"),
         ("mixtral", "Mixtral"),
     )
 )

@@ -64,6 +64,7 @@ _TOKEN = re.compile(
 )
 
 
+_LAYER_KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types")
 _COMPUTED = {
     "layer_types",
     "mlp_layer_types",
@@ -80,9 +81,9 @@ def model_types() -> tuple[str, ...]:
     return tuple(name for name in CONFIG_MAPPING.keys() if CONFIG_MAPPING[name].model_type in (name, ""))  # noqa: SIM118
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """A small config of that type: its fields by FIELDS and LISTS, its parts likewise, and what OVERRIDES say before all else."""
-    return _shrunk(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
+def tiny_config(model_type: str, **given: Any) -> PreTrainedConfig:
+    """A small config of that type: its fields by FIELDS and LISTS, its parts likewise, `given` and OVERRIDES before all else."""
+    return _shrunk(CONFIG_MAPPING[model_type], {**OVERRIDES.get(model_type, {}), **given})
 
 
 def _shrunk(
@@ -109,7 +110,7 @@ def _all_kinds_of_layers(
     name = next(
         (n for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in values and n not in fixed), None
     )
-    if name is None or len(wanted) < 2:
+    if name is None or len(wanted) < 2 or fixed & set(_LAYER_KINDS):
         return kind(**values)
     for layers in (2, 3, 4, 6, 8):
         config = kind(**{**values, name: layers})
@@ -120,7 +121,7 @@ def _all_kinds_of_layers(
 
 def _layer_kinds(config: PreTrainedConfig) -> set[tuple[str, str]]:
     found = set()
-    for name in ("layer_types", "mlp_layer_types", "layers_block_type", "block_types"):
+    for name in _LAYER_KINDS:
         value = getattr(config, name, None)
         if isinstance(value, (list, tuple)):
             found |= {(name, str(entry)) for entry in value}

@@ -85,8 +85,14 @@ class _Draw:
 def _texts(model: PreTrainedModel, names: set[str], draw: _Draw) -> Iterator[Inputs]:
     ids = draw.ids(LENGTH, min(200, _first(model.config, "vocab_size") or 200))
     decoder = {"decoder_input_ids": draw.ids(8)} if "decoder_input_ids" in names else {}
+    if "qformer_input_ids" in names:
+        decoder["qformer_input_ids"] = draw.ids(4)
+    if "past_values" in names:
+        yield from _series(model, draw)
     if "input_ids" in names:
         yield {"input_ids": ids, **decoder}
+        if "decoder_input_ids" in decoder and not model.config.is_encoder_decoder:
+            yield {"input_ids": ids, **{n: v for n, v in decoder.items() if n != "decoder_input_ids"}}
         if "bbox" in names:
             yield {"input_ids": ids, "bbox": torch.zeros(draw.samples, LENGTH, 4, dtype=torch.long)}
         yield {"input_ids": ids[:, None].expand(-1, 2, -1).contiguous(), **decoder}  # choices
@@ -94,6 +100,23 @@ def _texts(model: PreTrainedModel, names: set[str], draw: _Draw) -> Iterator[Inp
     yield decoder
     if decoder:
         yield {}
+
+
+def _series(model: PreTrainedModel, draw: _Draw) -> Iterator[Inputs]:
+    length, n, config = _first(model.config, "context_length") or 16, draw.samples, model.config
+    channels = _first(config, "num_input_channels", "input_size") or 1
+    lags = max(getattr(config, "lags_sequence", None) or [0])
+    past = {"past_values": draw.floats(n, length + lags) if channels == 1 else draw.floats(n, length, channels)}
+    names = _parameters(model)
+    if "past_time_features" in names:
+        times = getattr(config, "num_time_features", 0)
+        past |= {
+            "past_time_features": draw.floats(n, length + lags, times),
+            "past_observed_mask": torch.ones(n, length + lags),
+        }
+        ahead = getattr(config, "prediction_length", 8)
+        past |= {"future_values": draw.floats(n, ahead), "future_time_features": draw.floats(n, ahead, times)}
+    yield past
 
 
 def _pictures(model: PreTrainedModel, names: set[str], draw: _Draw) -> Iterator[Inputs]:
@@ -119,6 +142,16 @@ def _pictures(model: PreTrainedModel, names: set[str], draw: _Draw) -> Iterator[
             }
         yield {"pixel_values": draw.floats(n, _first(config, "num_frames") or 2, channels, size, size)}
         yield {"pixel_values": draw.floats(n, 1, channels, size, size)}
+        if "spatial_shapes" in names:
+            patch = _first(config, "patch_size") or PATCH
+            mask = torch.ones(n, 16, dtype=torch.long)
+            yield {
+                "pixel_values": draw.floats(n, 16, channels * patch * patch),
+                "pixel_attention_mask": mask,
+                "spatial_shapes": torch.tensor([[4, 4]] * n),
+            }
+        if "image_hidden_states" not in names:
+            yield {"pixel_values": draw.floats(n, 2, channels, size, size)}
     if {"hidden_states", "grid_thw"} <= names:
         patch = _first(config, "patch_size") or PATCH
         width = channels * (_first(config, "temporal_patch_size") or 1) * patch * patch
