@@ -17,11 +17,12 @@ from transformers import (
 )
 
 from armor_recipes.errors import PlanError
+from armor_recipes.model.facts import facts_of
 
+_SEQUENCES = (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq)
 _AUTO = (
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSpeechSeq2Seq,
+    *_SEQUENCES,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModel,
@@ -42,7 +43,7 @@ def class_of(config: PretrainedConfig, location: str) -> type[PreTrainedModel]:
             f"model {location}: its config.json names {named[0].__name__}, which takes a {_config_name(named[0])}, and is a "
             f"{type(config).__name__} by its model_type {config.model_type!r}: correct architectures or model_type"
         )
-    for auto in _AUTO:
+    for auto in (*_SEQUENCES, *_AUTO) if facts_of(config).encoder_decoder else _AUTO:
         mapped: Any = auto._model_mapping.get(type(config), None)
         mapped = mapped[0] if isinstance(mapped, (list, tuple)) else mapped
         if mapped is not None and _takes(mapped, config):

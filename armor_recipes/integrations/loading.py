@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from armor_recipes.checkpoint.config import FORMAT
+from armor_recipes.model.facts import text_config
 from armor_recipes.model.forms import forms_of, layouts, linearise
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _fuse_again(model: PreTrainedModel) -> None:
     for name in split:
         with torch.device("meta"):
             fused: Any = Llama4TextExperts
-            model.set_submodule(name, fused(model.config.get_text_config()))
+            model.set_submodule(name, fused(text_config(model.config)))
 
 
 def _laying_out(process: Callable[..., Any]) -> Callable[..., Any]:

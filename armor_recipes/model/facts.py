@@ -91,7 +91,7 @@ class InputFacts:
 
 def input_facts(config: Any) -> InputFacts:
     """The facts of a config and its parts: of images what its vision part says, of sound its audio part, else itself."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     texts = [config, text, *(part for name, part in _sections(config) if _TEXT.search(name))]
     images = [part for name, part in _sections(config) if _IMAGE.search(name)] + [config]
     sounds = [part for name, part in _sections(config) if _SOUND.search(name)] + [config]
@@ -182,7 +182,7 @@ def _value(config: Any, name: str) -> Any:
 
 def facts_of(config: Any) -> ModelFacts:
     """The facts of a config; of None, none. Numbers are those of the text model where there are several."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     hidden, heads, width = (_number(text, name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
     if width is None and hidden and heads:
         width = hidden // heads
@@ -210,6 +210,11 @@ def _experts_per_token(text: Any) -> int | None:
     names = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_topk", "moe_k", "num_selected_experts")
     found = (_number(section, name) for section in sections for name in names)
     return next((number for number in found if number is not None), None)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a composite config that is the text model's; a config without parts itself."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def model_facts(model: nn.Module) -> ModelFacts:

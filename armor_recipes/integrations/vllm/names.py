@@ -27,7 +27,7 @@ _RENAMED: Mapping[str, Mapping[str, str]] = {
 
 def take_our_names(hf_config: Any) -> None:
     """Let vLLM's class of a model read checkpoints with transformers' names, too; those of the hub it reads as before."""
-    for architecture in getattr(hf_config, "architectures", None) or ():
+    for architecture in (hf_config.architectures or ()) if hf_config is not None else ():
         renamed = _RENAMED.get(architecture)
         if renamed is None or architecture not in ModelRegistry.models:
             continue
