@@ -17,7 +17,7 @@ from armor_recipes.model.forms import forms_of, layouts, linearise
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NAMES = "_armor_names_in_files"
+_READING = "_armor_names_in_files"
 
 
 def wrap_quantizer(quantizer: Any) -> None:
@@ -69,7 +69,7 @@ def _laying_out(process: Callable[..., Any]) -> Callable[..., Any]:
         ignore = tuple(self.compressor.quantization_config.ignore or ())
         targets = {target: group for group in groups.values() for target in group.targets}
         lay_out(model, (*targets, *ignore))
-        self.__dict__[_NAMES] = _names_in(options.get("checkpoint_files"))
+        self.__dict__[_READING] = model, _names_in(options.get("checkpoint_files"))
         modules = dict(model.named_modules())
         if not all(map(_is_ours, groups.values())) or not modules.keys() >= {*targets, *ignore}:
             return process(self, model, **options)
@@ -91,10 +91,10 @@ def _attach(modules: dict[str, nn.Module], schemes: dict[str, Any]) -> None:
 
 def _without_conversions(update: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(update)
-    def update_weight_conversions(self: Any, conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        if _NAMES not in self.__dict__:
-            return update(self, conversions, model)  # type: ignore[no-any-return]
-        names = self.__dict__.pop(_NAMES)
+    def update_weight_conversions(self: Any, conversions: list[Any], *others: Any) -> list[Any]:
+        if _READING not in self.__dict__:
+            return update(self, conversions, *others)  # type: ignore[no-any-return]
+        model, names = self.__dict__.pop(_READING)  # transformers before 5.23 does not hand over the model
         own = [name for name, _ in model.named_parameters() if name not in model.all_tied_weights_keys]
         if names is not None and names.issuperset(own):
             return []

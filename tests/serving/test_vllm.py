@@ -14,7 +14,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import armor_recipes
 from armor_recipes.checkpoint.export import Source, export
@@ -38,6 +50,13 @@ SIZES = {
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),  # has a bias on q, k and v
+    "phi3": lambda: Phi3ForCausalLM(
+        Phi3Config(**SIZES, pad_token_id=0)
+    ),  # qkv_proj and gate_up_proj are one module each
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SIZES, head_dim=32, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
+    ),
 }
 ALL = r"re:.*(self_attn|mlp)\..*_proj$"
 #: Layer 1 keeps a whole fused group dense, and a layer that is split by columns.
@@ -59,7 +78,7 @@ def source(kind: str, folder: Path) -> Path:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.5)
-            elif parameter.dim() == 2:
+            elif parameter.dim() >= 2:
                 torch.nn.init.normal_(parameter, std=0.12)  # wide, so that greedy tokens are seldom near ties
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
     return folder
@@ -166,6 +185,37 @@ def test_compiled_graphs_are_kept_by_backend(folders: dict[str, Path], tmp_path:
     for backend in ("folded", "cpu"):  # the second would run the graph of the first if vLLM could not tell them apart
         (result,), _ = serve(folder, eager=False, ARMOR_BACKEND=backend, VLLM_CACHE_ROOT=str(tmp_path))
         assert result["tokens"] == greedy(folded(folder))
+
+
+def compressed_experts(kind: str, folder: Path, **more: Any) -> Path:
+    """All linear layers of the blocks packed, but for what `more` leaves out."""
+    armor = {"targets": [r"re:.*layers\..*_proj$"], "block_size": [8, 16], "iterations": 3, **more}
+    recipe = {
+        "model": str(source(kind, folder / "source")),
+        "calibration": {"dataset": "builtin:random-tokens", "samples": 8, "sequence_length": 16},
+        "prune_stage": {"armor_modifiers": {"ARMORModifier": armor}},
+        "output": {"path": str(folder / "out")},
+    }
+    return armor_recipes.apply(recipe).output
+
+
+@pytest.fixture(scope="module")
+def of_other_kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    one_dense = {"ignore": [r"re:.*layers\.1\..*experts\.2\."]}
+    cases: dict[str, dict[str, Any]] = {"phi3": {}, "mixtral": {}, "qwen3-moe": one_dense}
+    return {kind: compressed_experts(kind, tmp_path_factory.mktemp(kind), **more) for kind, more in cases.items()}
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_experts_and_fused_layers_are_served_packed(of_other_kinds: dict[str, Path], tensor_parallel: int) -> None:
+    results, _ = serve(*of_other_kinds.values(), tensor_parallel=tensor_parallel)
+    for folder, result in zip(of_other_kinds.values(), results, strict=True):
+        assert result == {"tokens": greedy(folded(folder)), "quantization": "armor"}
+
+
+def test_folded_experts_are_those_of_a_dense_model(of_other_kinds: dict[str, Path]) -> None:
+    results, _ = serve(*of_other_kinds.values(), ARMOR_BACKEND="folded")
+    assert [result["tokens"] for result in results] == [greedy(folded(folder)) for folder in of_other_kinds.values()]
 
 
 def edited(folder: Path, to: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> Path:
