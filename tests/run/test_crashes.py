@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from armor_recipes.checkpoint.verify import verify
 from armor_recipes.errors import InputError, NumericalError, ResourceError, VerificationError
