@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Tensor]]] = {
     ),
     "t5": (
         lambda: T5ForConditionalGeneration(
-            T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=96, decoder_start_token_id=0)
+            T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=96)
         ),
         {"input_ids": IDS, "decoder_input_ids": IDS},
     ),

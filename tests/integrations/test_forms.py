@@ -54,7 +54,7 @@ SIZES: dict[str, Any] = {
 }
 EXPERTS: dict[str, Any] = {"num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
 JET = {name: value for name, value in SIZES.items() if name != "num_attention_heads"}
-LAST = {"eos_token_id": 1, "bos_token_id": 1}
+LAST: dict[str, Any] = {"eos_token_id": 1, "bos_token_id": 1}
 KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, **EXPERTS)),
     "qwen2-moe": lambda: Qwen2MoeForCausalLM(
@@ -98,7 +98,8 @@ def make(kind: str) -> PreTrainedModel:
     """A random model in float32 whose numbers are those of bfloat16, on the loop that transformers calls eager."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = KINDS[kind]().eval()
+        model = KINDS[kind]()
+    model.eval()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -211,11 +212,13 @@ def test_only_experts_that_get_tokens_are_called_and_their_layers_tell_how_many(
     linearise(model)
     experts = model.model.layers[0].mlp.experts
     seen: dict[int, int] = {}
+
+    def counting(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _, args, __: seen.update({number: len(args[0])})
+
     with Hooks() as hooks:
         for number in range(3):
-            hooks.before(
-                experts.get_submodule(f"{number}.up_proj"), lambda m, args, _, n=number: seen.update({n: len(args[0])})
-            )
+            hooks.before(experts.get_submodule(f"{number}.up_proj"), counting(number))
         experts(torch.randn(4, 32), torch.tensor([[0, 2], [0, 2], [2, 3], [0, 2]]), torch.rand(4, 2))
     assert seen == {0: 3, 2: 4}  # nobody chose expert 1, and 3 is past the last
 
@@ -239,7 +242,8 @@ def test_packed_experts_are_loaded_as_they_were_and_exported_for_stock_loaders(
     stock.save_pretrained(tmp_path / "again")
     assert equal(tensors(tmp_path / "again"), tensors(tmp_path / "out"))
     export_folder(tmp_path / "out", tmp_path / "dense", to="dense")
-    exported, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    found: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    exported, info = found
     assert not any(info.values())
     assert torch.equal(logits(exported), logits(to_dense(ours)))
     ours.save_pretrained(tmp_path / "saved")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import MixtralConfig
+from transformers import BartConfig, MixtralConfig, T5Config
 
 from armor_recipes.checkpoint.reader import inspect, read_header
 from armor_recipes.errors import InputError, PlanError
