@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from armor_recipes.checkpoint.reader import read_config
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import RecipeError
 from armor_recipes.evaluation import MEASURES, Evaluation, Measure, Reading, Room
-from armor_recipes.integrations.models import ModelSource, load_model, load_tokenizer, meta_model, open_model
+from armor_recipes.integrations.models import (
+    ModelSource,
+    load_model,
+    load_processor,
+    load_tokenizer,
+    meta_model,
+    open_model,
+)
 from armor_recipes.integrations.transformers import load
 from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.inputs import model_inputs
@@ -81,7 +89,7 @@ def _reading(source: ModelSource, shapes: PreTrainedModel) -> Reading:
     tokenizer, inputs = load_tokenizer(source), model_inputs(shapes)
 
     def samples(spec: InputsSpec) -> InputSet:
-        return build_inputs(spec, inputs, tokenizer=tokenizer)
+        return build_inputs(spec, inputs, tokenizer=tokenizer, processor=partial(load_processor, source))
 
     return Reading(tokenizer, inputs, samples, class_numbers(source.config))
 
