@@ -84,10 +84,16 @@ def test_the_summary_shows_them_by_layer() -> None:
         **{"size_after_bytes": 1, "size_before_bytes": 2, "seconds": 1.0, "peak_memory_bytes": 1, "calibration": []},
         "experts": rows_of(session),
     }
-    estimate = RunEstimate(0, 0.0)
-    text = printed(
-        summary(Result(session.plan, Path("out"), estimate, session.results, session.state.results, None, None, report))
+    result = Result(
+        plan=session.plan,
+        estimate=RunEstimate(0, 0.0),
+        output=Path("out"),
+        modules=session.results,
+        results=session.state.results,
+        evaluations=(),
+        report=report,
     )
+    text = printed(summary(result))
     assert "Calibration tokens of an expert" in text
     assert "too few" in text
     assert text.count("mlp.experts") == 2
