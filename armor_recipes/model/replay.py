@@ -145,7 +145,7 @@ def probe_stack(model: nn.Module, stack: Stack, inputs: Batch, hooks: Hooks) -> 
     output = seen.outputs[-1] if seen.outputs else None
     if isinstance(output, Tensor) and not bool(output.isfinite().all()):
         raise NumericalError(
-            f"{type(model).__name__}: the output of its last decoder layer is not finite before anything was changed: check "
+            f"{type(model).__name__}: the output of {stack.names[-1]} is not finite before anything was changed: check "
             "the model's weights, or set a wider model.compute_dtype"
         )
     places = [place for place, _ in seen.calls]

@@ -258,7 +258,7 @@ class Refiner(AnyModifier[C]):
         return Needs(streams=("compressed", "dense"), factors=True, dense="outputs")
 
     def hidden_layers(self, total: int) -> tuple[int, ...]:  # noqa: ARG002 - for those that override it
-        """Of a model with so many decoder layers, those whose hidden states the loss compares (scope `model`)."""
+        """Of a model with so many layers, those whose hidden states the loss compares (scope `model`)."""
         return ()
 
     def compute_dtype(self, parameter: Tensor) -> torch.dtype:
