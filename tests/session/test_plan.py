@@ -283,6 +283,7 @@ def test_planning_reads_no_weights(llama: Path, tmp_path: Path) -> None:
         (
             BartConfig(
                 **{f"{part}_{field}": 4 for part in ("encoder", "decoder") for field in ("attention_heads", "ffn_dim")},
+                architectures=["BartForConditionalGeneration"],
                 d_model=32,
                 encoder_layers=2,
                 decoder_layers=2,
