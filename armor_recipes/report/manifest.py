@@ -172,5 +172,5 @@ def state_hash(model: nn.Module, dtypes: Mapping[str, torch.dtype], default: tor
     for name, parameter in sorted(model.named_parameters()):
         dtype = dtypes.get(name, default)
         digest.update(f"{name} {tuple(parameter.shape)} {dtype}\n".encode())
-        digest.update(parameter.detach().to(dtype).contiguous().cpu().view(torch.uint8).numpy().data)
+        digest.update(parameter.detach().to(dtype).contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
