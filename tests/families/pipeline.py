@@ -134,6 +134,7 @@ class _Family:
         self.experts = any(is_experts(module) for module in model.modules())
         self.ignore = outside(model)
         self.inputs: Inputs = inputs_for(model)
+        self.ignore += uncalled(model, self.inputs, self.blocks)
         self.record.inputs = tuple(self.inputs)
         cast: nn.Module = model
         cast.to(STORED)
@@ -358,6 +359,18 @@ def in_block(model: nn.Module, name: str) -> bool:
 def outside(model: nn.Module) -> list[str]:
     """Linear modules that are no part of a block, for `ignore`."""
     return [name for name, m in model.named_modules() if is_linear(m) and not in_block(model, name)]
+
+
+@torch.no_grad()
+def uncalled(model: nn.Module, inputs: Inputs, blocks: dict[str, int]) -> list[str]:
+    """Linear modules of blocks that these inputs never reach, or whose weights are read without a call."""
+    reached: set[str] = set()
+    linears = {name: m for name, m in model.named_modules() if name in blocks and is_linear(m)}
+    handles = [m.register_forward_pre_hook(lambda _m, _a, name=name: reached.add(name)) for name, m in linears.items()]
+    model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return [name for name in linears if name not in reached]
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ FIELDS: tuple[tuple[re.Pattern[str], int | None], ...] = tuple(
             None,
         ),
         (r".*(experts_per_tok(en)?|experts_topk|num_topk|top_k|moe_topk|moe_k|top_k_experts|experts_top_k)", 2),
+        (r"mm_tokens_per_image", 4),
         (r"n_group|topk_group|num_expert_groups?|.*limited_groups?", 1),
         (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|num_kv_shared_layers", 1),
         (r"(n|num)_(shared|zero)_experts|moe_num_shared_experts|.*nextn_predict_layers|num_mtp_layers", None),
@@ -56,6 +57,7 @@ LISTS: tuple[tuple[re.Pattern[str], tuple[int, ...]], ...] = tuple(
     for name, sizes in (
         (r"depths?|num_block_repeats", (2,) * 8),
         (r".*heads", (1, 2, 4, 4, 4, 4)),
+        (r"deepstack_visual_indexes|.*fullatt_block_indexes|.*global_attn_indexes", (1,)),
         (r"hidden_sizes|embed_dims?|neck_hidden_sizes|layer_channels", (16, 32, 64, 64, 64, 64)),
     )
 )
@@ -137,6 +139,10 @@ def _fields(
         value = _value(default, name)
         if name == "head_dim" and value is None and not hasattr(default, "qk_rope_head_dim"):
             yield name, 16
+        if value is None and re.fullmatch(r"(image|audio|video)_token_(id|index)", name):
+            yield name, next(ids)
+        if name == "image_grid_pinpoints" and value:
+            yield name, [[IMAGE, IMAGE]]
         if name == "rope_parameters" and isinstance(value, dict) and "mrope_section" in value:
             yield name, {**value, "mrope_section": _sections_of(float(value.get("partial_rotary_factor", 1)))}
         if name in kind.sub_configs or value is None or isinstance(value, PreTrainedConfig):

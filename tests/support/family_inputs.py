@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tests.support.families import IMAGE, PATCH
+from tests.support.families import HIDDEN, IMAGE, PATCH
 
 SAMPLES, LENGTH = 2, 16
 Inputs = dict[str, Any]
@@ -65,7 +65,7 @@ def _candidates(model: PreTrainedModel, samples: int) -> Iterator[Inputs]:
         for picture in pictures:
             for sound in sounds:
                 if text or picture or sound:
-                    yield {**text, **picture, **sound}
+                    yield {**text, **sound, **picture}
 
 
 class _Draw:
@@ -129,17 +129,33 @@ def _pictures(model: PreTrainedModel, names: set[str], draw: _Draw) -> Iterator[
             width = channels * (_first(config, "temporal_patch_size") or 1) * patch * patch
             yield {"pixel_values": draw.floats(16 * n, width), grid: torch.tensor([[1, 4, 4]] * n)}
             yield {"pixel_values": draw.floats(16 * n, channels, patch, patch), grid: torch.tensor([[1, 4, 4]] * n)}
-        for side in dict.fromkeys((size, IMAGE, 64, 224)):
-            yield {"pixel_values": draw.floats(n, channels, side, side)}
         if "image_sizes" in names:
+            sizes = torch.tensor([[size, size]] * n)
+            yield {"pixel_values": draw.floats(n, 2, channels, size, size), "image_sizes": sizes}
+            yield {"pixel_values": draw.floats(n, channels, size, size), "image_sizes": sizes}
+        if "aspect_ratio_ids" in names:
+            ones = torch.ones(n, 1, dtype=torch.long)
+            tiles = _first(config, "max_num_tiles") or 4
             yield {
-                "pixel_values": draw.floats(n, 2, channels, size, size),
-                "image_sizes": torch.tensor([[size, size]] * n),
+                "pixel_values": draw.floats(n, 1, tiles, channels, size, size),
+                "aspect_ratio_ids": ones,
+                "aspect_ratio_mask": torch.ones(n, 1, tiles, dtype=torch.long),
+                "cross_attention_mask": torch.ones(n, LENGTH, 1, tiles, dtype=torch.long),
             }
+        if "image_attention_mask" in names:
+            mask = torch.ones(n, LENGTH, 1, dtype=torch.long)
+            yield {"pixel_values": draw.floats(n, 1, channels, size, size), "image_attention_mask": mask}
+        if "image_embeds_position_mask" in names:
+            queries = _first(config, "latent_query_num") or 64
+            mask = torch.zeros(n, queries + LENGTH, dtype=torch.long)
+            mask[:, :queries] = 1
             yield {
                 "pixel_values": draw.floats(n, channels, size, size),
-                "image_sizes": torch.tensor([[size, size]] * n),
+                "input_ids": draw.ids(queries + LENGTH),
+                "image_embeds_position_mask": mask,
             }
+        for side in dict.fromkeys((size, IMAGE, 64, 224)):
+            yield {"pixel_values": draw.floats(n, channels, side, side)}
         yield {"pixel_values": draw.floats(n, _first(config, "num_frames") or 2, channels, size, size)}
         yield {"pixel_values": draw.floats(n, 1, channels, size, size)}
         if "spatial_shapes" in names:
@@ -227,6 +243,8 @@ def _with_placeholders(model: PreTrainedModel, inputs: Inputs, error: str) -> In
     ids = inputs["input_ids"]
     token = _first(model.config, f"{kind}_token_id", f"{kind}_token_index")
     wanted = int(found[2])
+    if int((ids == token).sum()) == wanted and wanted % HIDDEN == 0:
+        wanted //= HIDDEN  # some count numbers instead of features
     if token is None or wanted % len(ids) or int((ids == token).sum()) == wanted:
         return None
     plain = ids[:, -LENGTH:].masked_fill(ids[:, -LENGTH:] == token, 9)
