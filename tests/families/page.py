@@ -19,14 +19,14 @@ SERVED = {"llama", "qwen2"}
 WORDS = {"right": "yes", "skip": "with `unfit: skip`", "refused": "refused", "failed": "fails", "WRONG": "**wrong**"}
 HEAD = """# Which models are supported
 
-What became of a tiny random model of every family that transformers {version} has, with ARMOR at block 8 on every linear layer of its
-repeated blocks: applied, loaded by `armor_recipes.load` and by `from_pretrained` of its class, compared bit for bit with the model in
-memory, let generate, saved again, exported to dense and run in a process without this package. `make test-families` does it again; this page
-and what is expected of each are made of its records.
+What became of a tiny random model of every family that transformers {version} has, with ARMOR at block 8 on every linear layer of
+its repeated blocks: applied, loaded by `armor_recipes.load` and by `from_pretrained` of its class, compared bit for bit with the
+model in memory, let generate, saved again, exported to dense and run in a process without this package. `make test-families` does
+it again; this page and what is expected of each family are made of its records.
 
-**Taken** is the share of the numbers in matrices of repeated blocks that were packed. **Loads** names what reads the checkpoint:
-`load` and `from_pretrained` (with this package imported), and transformers alone what `armor export --to dense` makes of it. **vLLM** is
-`tested` where the tests of [the server](serving.md) run the family; the others were not tried there.
+**Taken** is the share of the numbers in matrices of repeated blocks that were packed. **Loads** names what reads the result: `load`
+and `from_pretrained` the checkpoint (with this package imported), `dense` is transformers alone on what `armor export --to dense`
+makes of it. **vLLM** is `tested` where the tests of [the server](serving.md) run the family; the others were not tried there.
 
 """
 

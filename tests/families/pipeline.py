@@ -1,4 +1,4 @@
-"""One family through the whole tool: apply, load here and in a stock process, generate, save again, export, and what became of it."""
+"""One family through the whole tool: apply, load here and in a stock process, generate, save again, export."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Record:
         return self.taken / self.parameters if self.parameters else 0.0
 
 
-class Ended(Exception):
+class EndedError(Exception):
     """A structure went no further: `outcome` is why."""
 
     def __init__(self, outcome: str, reason: str) -> None:
@@ -92,7 +92,7 @@ def run_family(model_type: str, folder: Path, stock: StockProcess, kind: type[Pr
         record.step = step.__name__
         try:
             record.steps[step.__name__] = step() or "ok"
-        except Ended as ended:
+        except EndedError as ended:
             record.outcome, record.reason = ended.outcome, ended.reason
             return record
         except Exception as error:
@@ -106,7 +106,7 @@ def run_family(model_type: str, folder: Path, stock: StockProcess, kind: type[Pr
 
 
 class _Family:
-    """The steps; each raises Ended or what it meets, or returns a word for the record."""
+    """The steps; each raises EndedError or what it meets, or returns a word for the record."""
 
     def __init__(self, record: Record, folder: Path, stock: StockProcess, kind: type[PreTrainedModel] | None) -> None:
         self.record, self.folder, self.stock, self.kind, self.asked = record, folder, stock, kind, kind
@@ -121,16 +121,16 @@ class _Family:
         try:
             kind = self.kind or main_class(self.record.model_type)
         except ImportError as error:
-            raise Ended("unavailable", _line(error)) from error
+            raise EndedError("unavailable", _line(error)) from error
         if kind is None:
-            raise Ended("unavailable", "no class of its own: a part of other models")
+            raise EndedError("unavailable", "no class of its own: a part of other models")
         self.kind, self.record.model_class = kind, kind.__name__
         head = {"pad_token_id": 0, "tie_word_embeddings": True} if "Classification" in str(self.asked) else {}
         model = tiny_model(kind, tiny_config(self.record.model_type, **head))
         self.blocks = matrices(model)
         self.record.parameters = sum(self.blocks.values())
         if not self.record.parameters:
-            raise Ended("unavailable", "no linear weights in repeated blocks")
+            raise EndedError("unavailable", "no linear weights in repeated blocks")
         self.experts = any(is_experts(module) for module in model.modules())
         self.ignore = outside(model)
         self.inputs: Inputs = inputs_for(model)
@@ -149,7 +149,9 @@ class _Family:
         assert self.kind is not None
         model, info = self.kind.from_pretrained(self.source, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"] or info["mismatched_keys"]:
-            raise Ended("unavailable", f"transformers does not read what it wrote: {sorted(info['missing_keys'])[:3]}")
+            raise EndedError(
+                "unavailable", f"transformers does not read what it wrote: {sorted(info['missing_keys'])[:3]}"
+            )
         self.before = outputs(model, self.inputs)
         if not all(bool(t.isfinite().all()) for t in self.before):
             return "outputs with numbers that are not finite"
@@ -175,7 +177,7 @@ class _Family:
             except ArmorError as error:
                 if self.skipping or "unfit" not in ModifierConfig.model_fields or type(error).__name__ != "PlanError":
                     kind = "refused" if type(error).__name__ in ("PlanError", "InputError", "RecipeError") else "failed"
-                    raise Ended(kind, f"{type(error).__name__}: {_line(error)}") from error
+                    raise EndedError(kind, f"{type(error).__name__}: {_line(error)}") from error
                 first = error
         self.packed = tuple(dict.fromkeys(row.name for row in result.plan.modules if row.stored_as == "packed"))
         self.sizes = {
@@ -229,7 +231,7 @@ class _Family:
             if not same(before[n], after[n]) and n.removesuffix(".weight") not in self.packed
         ]
         if gone or other:
-            raise Ended("WRONG", f"lost: {gone[:4]}; changed: {sorted(other)[:4]}")
+            raise EndedError("WRONG", f"lost: {gone[:4]}; changed: {sorted(other)[:4]}")
         return f"{len(after)} tensors, {len(self.packed)} packed modules"
 
     def _of_packed(self, name: str) -> bool:
@@ -254,7 +256,7 @@ class _Family:
     def kind_is(self, model: nn.Module) -> None:
         """The class that config.json names is what is loaded."""
         if type(model).__name__ != self.record.model_class:
-            raise Ended("WRONG", f"{self.record.model_class} is loaded as {type(model).__name__}")
+            raise EndedError("WRONG", f"{self.record.model_class} is loaded as {type(model).__name__}")
 
     def stock_load(self) -> str | None:
         """`from_pretrained` of the class in config.json, with the package imported."""
@@ -266,10 +268,10 @@ class _Family:
             if value and key in ("missing_keys", "mismatched_keys")
         }
         if problems:
-            raise Ended("WRONG", f"from_pretrained: {problems}")
+            raise EndedError("WRONG", f"from_pretrained: {problems}")
         far = distance(outputs(loaded, self.inputs), self.in_memory)
         if far > NEAR:
-            raise Ended("WRONG", f"from_pretrained differs by {far:.2g}")
+            raise EndedError("WRONG", f"from_pretrained differs by {far:.2g}")
         return f"{far:.1g}"
 
     def generate(self) -> str | None:
@@ -278,7 +280,7 @@ class _Family:
             return "no generation"
         found = generated(armor_recipes.load(self.out, dtype=torch.float32, backend="folded"), self.inputs)
         if not torch.equal(found, self.generated):
-            raise Ended("WRONG", "other tokens are generated")
+            raise EndedError("WRONG", "other tokens are generated")
         return None
 
     def again(self) -> str | None:
@@ -289,7 +291,7 @@ class _Family:
         lost, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
         changed = [n for n in before.keys() & after.keys() if not same(before[n], after[n])]
         if lost or new or changed:
-            raise Ended("WRONG", f"saved again: lost {lost[:3]}, new {new[:3]}, changed {changed[:3]}")
+            raise EndedError("WRONG", f"saved again: lost {lost[:3]}, new {new[:3]}, changed {changed[:3]}")
         return None
 
     def export(self) -> str | None:
@@ -298,14 +300,14 @@ class _Family:
         before, after = tensors(self.source), tensors(self.dense)
         lost, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
         if sum(before[n].numel() for n in lost) != sum(after[n].numel() for n in new):
-            raise Ended("WRONG", f"exported: lost {lost[:3]}, new {new[:3]}")
+            raise EndedError("WRONG", f"exported: lost {lost[:3]}, new {new[:3]}")
         other = [
             n
             for n in before.keys() & after.keys()
             if before[n].shape != after[n].shape or before[n].dtype != after[n].dtype
         ]
         if other:
-            raise Ended("WRONG", f"exported in another shape or dtype: {sorted(other)[:3]}")
+            raise EndedError("WRONG", f"exported in another shape or dtype: {sorted(other)[:3]}")
         found = self.stock.outputs(self.dense, self.record.model_class, self.inputs)
         if self.experts and distance(found, self.rounded) <= ROUNDING:
             return f"{distance(found, self.rounded):.1g}" + (
@@ -390,9 +392,9 @@ def generated(model: Any, inputs: Inputs) -> Tensor:
 
 
 def equal(found: list[Tensor], wanted: list[Tensor], what: str) -> None:
-    """Raise Ended where outputs are not the same bits; numbers that are NaN in both are equal."""
+    """Raise EndedError where outputs are not the same bits; numbers that are NaN in both are equal."""
     if len(found) != len(wanted) or not all(map(same, found, wanted)):
-        raise Ended("WRONG", f"{what}: outputs differ by {distance(found, wanted):.2g}")
+        raise EndedError("WRONG", f"{what}: outputs differ by {distance(found, wanted):.2g}")
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -232,7 +232,7 @@ def main_class(model_type: str) -> type[PreTrainedModel] | None:
     for task in (*FIRST, *(t for t in tasks if t not in FIRST + LAST), "", *LAST):
         mapping = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING" if task else "MODEL_MAPPING", {})
         try:
-            found = mapping[config] if config in mapping else None
+            found = mapping.get(config, None)
         except ValueError:  # a class of the mapping that transformers does not export
             continue
         for kind in found if isinstance(found, tuple) else (found,):

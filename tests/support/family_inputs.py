@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,20 +19,21 @@ Inputs = dict[str, Any]
 
 
 def inputs_for(model: PreTrainedModel, samples: int = SAMPLES) -> Inputs:
-    """Random named tensors that the model's forward takes, images and sounds among them where it can; ValueError with the reasons."""
-    reasons = []
-    for inputs in _candidates(model, samples):
+    """Random named tensors that the model's forward takes, with images and sounds where it can. ValueError says what was tried."""
+    reasons: list[str] = []
+    for candidate in _candidates(model, samples):
+        inputs: Inputs | None = candidate
         for _ in range(4):
+            if inputs is None:
+                break
             try:
                 with torch.no_grad():
                     first_tensor(model(**inputs))
-                return inputs
             except Exception as error:  # whatever the family's code meets first
                 reasons.append(f"{sorted(inputs)}: {type(error).__name__}: {' '.join(str(error).split())[-160:]}")
-                changed = _with_placeholders(model, inputs, str(error))
-                if changed is None:
-                    break
-                inputs = changed
+                inputs = _with_placeholders(model, inputs, str(error))
+            else:
+                return inputs
     raise ValueError(" | ".join(reasons) or f"{type(model).__name__} has no forward that is known here")
 
 
@@ -119,90 +121,125 @@ def _series(model: PreTrainedModel, draw: _Draw) -> Iterator[Inputs]:
     yield past
 
 
+@dataclass(frozen=True, slots=True)
+class _Images:
+    """What a model's images look like."""
+
+    draw: _Draw
+    names: set[str]
+    channels: int
+    size: int
+    patch: int
+    frames: int
+    tiles: int
+    queries: int
+    depth: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, draw: _Draw) -> _Images:
+        config = model.config
+        return cls(
+            draw,
+            _parameters(model),
+            channels=_first(config, "num_channels", "in_channels") or 3,
+            size=_image_size(config),
+            patch=_first(config, "patch_size") or PATCH,
+            frames=_first(config, "frames_per_clip", "num_frames") or 2,
+            tiles=_first(config, "max_num_tiles") or 4,
+            queries=_first(config, "latent_query_num") or 64,
+            depth=_first(config, "temporal_patch_size") or 1,
+        )
+
+    def plain(self, *before: int, side: int | None = None) -> Tensor:
+        """Images `(N, …, C, H, W)`."""
+        side = side or self.size
+        return self.draw.floats(self.draw.samples, *before, self.channels, side, side)
+
+    def patches(self) -> Tensor:
+        """All patches below each other, 16 of each image."""
+        return self.draw.floats(16 * self.draw.samples, self.channels * self.depth * self.patch**2)
+
+    def same(self, *numbers: int) -> Tensor:
+        """These numbers for each sample."""
+        return torch.tensor([numbers] * self.draw.samples)
+
+    def ones(self, *shape: int) -> Tensor:
+        """A mask that hides nothing."""
+        return torch.ones(self.draw.samples, *shape, dtype=torch.long)
+
+
 def _pictures(model: PreTrainedModel, names: set[str], draw: _Draw) -> Iterator[Inputs]:
-    config = model.config
-    channels, size, n = _first(config, "num_channels", "in_channels") or 3, _image_size(config), draw.samples
+    images = _Images.of(model, draw)
     if "pixel_values" in names:
-        if names & {"image_grid_thw", "grid_thw"}:
-            grid = "image_grid_thw" if "image_grid_thw" in names else "grid_thw"
-            patch = _first(config, "patch_size") or PATCH
-            width = channels * (_first(config, "temporal_patch_size") or 1) * patch * patch
-            yield {"pixel_values": draw.floats(16 * n, width), grid: torch.tensor([[1, 4, 4]] * n)}
-            yield {"pixel_values": draw.floats(16 * n, channels, patch, patch), grid: torch.tensor([[1, 4, 4]] * n)}
-        if "image_sizes" in names:
-            sizes = torch.tensor([[size, size]] * n)
-            yield {"pixel_values": draw.floats(n, 2, channels, size, size), "image_sizes": sizes}
-            yield {"pixel_values": draw.floats(n, channels, size, size), "image_sizes": sizes}
-        if "aspect_ratio_ids" in names:
-            ones = torch.ones(n, 1, dtype=torch.long)
-            tiles = _first(config, "max_num_tiles") or 4
-            yield {
-                "pixel_values": draw.floats(n, 1, tiles, channels, size, size),
-                "aspect_ratio_ids": ones,
-                "aspect_ratio_mask": torch.ones(n, 1, tiles, dtype=torch.long),
-                "cross_attention_mask": torch.ones(n, LENGTH, 1, tiles, dtype=torch.long),
-            }
-        if "image_attention_mask" in names:
-            mask = torch.ones(n, LENGTH, 1, dtype=torch.long)
-            yield {"pixel_values": draw.floats(n, 1, channels, size, size), "image_attention_mask": mask}
-        if "image_embeds_position_mask" in names:
-            queries = _first(config, "latent_query_num") or 64
-            mask = torch.zeros(n, queries + LENGTH, dtype=torch.long)
-            mask[:, :queries] = 1
-            yield {
-                "pixel_values": draw.floats(n, channels, size, size),
-                "input_ids": draw.ids(queries + LENGTH),
-                "image_embeds_position_mask": mask,
-            }
-        for side in dict.fromkeys((size, IMAGE, 64, 224)):
-            yield {"pixel_values": draw.floats(n, channels, side, side)}
-        yield {"pixel_values": draw.floats(n, _first(config, "num_frames") or 2, channels, size, size)}
-        yield {"pixel_values": draw.floats(n, 1, channels, size, size)}
-        if "spatial_shapes" in names:
-            patch = _first(config, "patch_size") or PATCH
-            mask = torch.ones(n, 16, dtype=torch.long)
-            yield {
-                "pixel_values": draw.floats(n, 16, channels * patch * patch),
-                "pixel_attention_mask": mask,
-                "spatial_shapes": torch.tensor([[4, 4]] * n),
-            }
-        if "image_hidden_states" not in names:
-            yield {"pixel_values": draw.floats(n, 2, channels, size, size)}
+        yield from _with_grids(images)
+        yield from _with_masks(images)
+        for side in dict.fromkeys((images.size, IMAGE, 64, 224)):
+            yield {"pixel_values": images.plain(side=side)}
+        for before in (images.frames, 1, 2):
+            yield {"pixel_values": images.plain(before)}
     if {"hidden_states", "grid_thw"} <= names:
-        patch = _first(config, "patch_size") or PATCH
-        width = channels * (_first(config, "temporal_patch_size") or 1) * patch * patch
-        yield {"hidden_states": draw.floats(16 * n, width), "grid_thw": torch.tensor([[1, 4, 4]] * n)}
+        yield {"hidden_states": images.patches(), "grid_thw": images.same(1, 4, 4)}
     if "pixel_values_videos" in names and "pixel_values" not in names:
-        yield {
-            "pixel_values_videos": draw.floats(
-                n, _first(config, "frames_per_clip", "num_frames") or 2, channels, size, size
-            )
-        }
+        yield {"pixel_values_videos": images.plain(images.frames)}
     if "flattened_patches" in names:
-        yield {"flattened_patches": draw.floats(n, 8, 2 + channels * PATCH * PATCH)}
+        yield {"flattened_patches": _numbered_patches(images)}
+
+
+def _with_grids(images: _Images) -> Iterator[Inputs]:
+    """Patches of images and how many there are in each direction."""
+    for grid in ("image_grid_thw", "grid_thw"):
+        if grid in images.names:
+            yield {"pixel_values": images.patches(), grid: images.same(1, 4, 4)}
+            single = images.draw.floats(16 * images.draw.samples, images.channels, images.patch, images.patch)
+            yield {"pixel_values": single, grid: images.same(1, 4, 4)}
+    if "image_sizes" in images.names:
+        sizes = {"image_sizes": images.same(images.size, images.size)}
+        yield {"pixel_values": images.plain(2), **sizes}
+        yield {"pixel_values": images.plain(), **sizes}
+    if "spatial_shapes" in images.names:
+        flat = images.draw.floats(images.draw.samples, 16, images.channels * images.patch**2)
+        yield {"pixel_values": flat, "pixel_attention_mask": images.ones(16), "spatial_shapes": images.same(4, 4)}
+
+
+def _with_masks(images: _Images) -> Iterator[Inputs]:
+    """Images and which tokens look at them."""
+    if "aspect_ratio_ids" in images.names:
+        yield {
+            "pixel_values": images.plain(1, images.tiles),
+            "aspect_ratio_ids": images.ones(1),
+            "aspect_ratio_mask": images.ones(1, images.tiles),
+            "cross_attention_mask": images.ones(LENGTH, 1, images.tiles),
+        }
+    if "image_attention_mask" in images.names:
+        yield {"pixel_values": images.plain(1), "image_attention_mask": images.ones(LENGTH, 1)}
+    if "image_embeds_position_mask" in images.names:
+        length = images.queries + LENGTH
+        mask = torch.zeros(images.draw.samples, length, dtype=torch.long)
+        mask[:, : images.queries] = 1
+        ids = images.draw.ids(length)
+        yield {"pixel_values": images.plain(), "input_ids": ids, "image_embeds_position_mask": mask}
+
+
+def _numbered_patches(images: _Images) -> Tensor:
+    """Eight patches `(N, 8, 2 + C·P²)`, each after its row and column."""
+    places = torch.tensor([[row, column] for row in (1, 2) for column in (1, 2, 3, 4)], dtype=torch.float32)
+    values = images.draw.floats(images.draw.samples, 8, images.channels * PATCH**2)
+    return torch.cat([places.expand(images.draw.samples, -1, -1), values], -1)
 
 
 def _sounds(model: PreTrainedModel, names: set[str], draw: _Draw) -> Iterator[Inputs]:
     config, n = model.config, draw.samples
     mels = _first(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "input_size", "input_dim") or 80
     frames = 2 * (_first(config, "max_source_positions") or 64)
-    for name in ("input_features", "input_values", "audio_values", "inputs"):
-        if name in names:
-            for shape in (
-                (n, mels, frames),
-                (n, 64, mels),
-                (n, 1, 64, mels),
-                (n, 1600),
-                (n, 1, 1600),
-                (n, frames, mels),
-            ):
-                value = {name: draw.floats(*shape)}
-                yield value
-                mask = next(
-                    (m for m in (f"{name}_mask", "feature_attention_mask", "attention_mask") if m in names), None
-                )
-                if mask is not None and mask != "attention_mask":
-                    yield {**value, mask: torch.ones(n, shape[-1] if shape[1] == mels else shape[1], dtype=torch.long)}
+    shapes = ((n, mels, frames), (n, 64, mels), (n, 1, 64, mels), (n, 1600), (n, 1, 1600), (n, frames, mels))
+    for name in sorted(names & {"input_features", "input_values", "audio_values", "inputs"}):
+        mask = next((m for m in (f"{name}_mask", "feature_attention_mask") if m in names), None)
+        for shape in shapes:
+            value = {name: draw.floats(*shape)}
+            yield value
+            if mask is not None:
+                length = shape[-1] if shape[1] == mels else shape[1]
+                yield {**value, mask: torch.ones(n, length, dtype=torch.long)}
 
 
 def _image_size(config: PreTrainedConfig) -> int:
