@@ -59,6 +59,7 @@ def estimate_run(
             model,
             tokens,
             solve_bytes=max([0, *map(bytes_at_once, places.values()), *others]) + held_bytes(plan.rows, modifiers),
+            probe=max((spec.sequence_length for spec in specs.values() if spec is not None), default=0),
         ),
         seconds=estimate_seconds(plan.flops, parameters, passed),
     )
@@ -75,12 +76,23 @@ def _with_parts(row: Row) -> int:
     return row.peak_bytes + bytes_at_once([size] * parts)
 
 
-def estimate_peak_bytes(model: nn.Module, tokens: int, *, solve_bytes: int) -> int:
-    """The process as it is, the model, and the larger of: activations with solves, or a second copy of the model to verify."""
+def estimate_peak_bytes(model: nn.Module, tokens: int, *, solve_bytes: int, probe: int = 0) -> int:
+    """The process as it is, the model, and the larger of: activations with solves, or a second copy of the model to verify.
+
+    Verifying compares the logits of both for `probe` tokens, which are many where the vocabulary is large.
+    """
     hidden = model_facts(model).hidden_size or 0
     weights = _VALUE * sum(p.numel() for p in model.parameters())
     activations = _VALUE * hidden * tokens
-    return resident_bytes() + weights + max(activations + solve_bytes, 2 * weights)
+    verifying = 2 * (weights + _VALUE * probe * _vocabulary(model))
+    return resident_bytes() + weights + max(activations + solve_bytes, verifying)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Rows of the head that gives logits of tokens; 0 without one."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    return 0 if weight is None else len(weight)
 
 
 def estimate_seconds(solve_flops: float, parameters: int, tokens: int) -> float:
