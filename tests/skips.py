@@ -15,6 +15,7 @@ EXPECTED = (
     r"no GPU(, and not TRITON_INTERPRET=1)?",
     r"this is the process in which the kernel runs",  # another process of the same run has the other tests
     r"models/[\w.-]+ was not fetched; the recipe itself is checked above",
+    r"models/[\w.-]+ was not fetched: `make [\w-]+` does",
     r"set ARMOR_LEGACY_PYTHON to a Python with .*",
     r"this user may read everything",
     r"this user may mount nothing",

@@ -4,7 +4,7 @@
 
 transformers' ViTForImageClassification on handwritten digits (tools/digits.py): a few minutes on one core, and one seed. Beside the
 model lie `calibration.safetensors` (`pixel_values`, of training scans) and `heldout.safetensors` (`pixel_values` and
-`label`, of scans that training never saw).
+`labels`, of scans that training never saw).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def fill(staged: Path, _: Path) -> None:
     held_out = placed(rest, times=4, seed=2)
     train(scans, held_out).save_pretrained(staged)
     save_file({"pixel_values": placed(scans, times=1, seed=3).pixels}, staged / "calibration.safetensors")
-    save_file({"pixel_values": held_out.pixels, "label": held_out.labels}, staged / "heldout.safetensors")
+    save_file({"pixel_values": held_out.pixels, "labels": held_out.labels}, staged / "heldout.safetensors")
 
 
 def main() -> None:
