@@ -7,8 +7,7 @@ a family's tensors as it loads them, vLLM does not, so its class is told here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import WeightsMapper
@@ -25,9 +24,9 @@ _RENAMED: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def take_our_names(hf_config: Any) -> None:
+def take_our_names(architectures: Iterable[str]) -> None:
     """Let vLLM's class of a model read checkpoints with transformers' names, too; those of the hub it reads as before."""
-    for architecture in (hf_config.architectures or ()) if hf_config is not None else ():
+    for architecture in architectures:
         renamed = _RENAMED.get(architecture)
         if renamed is None or architecture not in ModelRegistry.models:
             continue

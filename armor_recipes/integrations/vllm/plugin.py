@@ -49,6 +49,12 @@ class ArmorConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self.specs = dict(specs)
         self.factors = InputFactors()
+        self.architectures: tuple[str, ...] = ()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another of the server's processes, whose classes know none of our names yet."""
+        self.__dict__.update(state)
+        take_our_names(self.architectures)
 
     def get_name(self) -> str:
         """The name by which vLLM registers the method."""
@@ -97,7 +103,8 @@ class ArmorConfig(QuantizationConfig):  # type: ignore[misc]
         revision: str | None = None,  # noqa: ARG002 - theirs
     ) -> None:
         """Check a local folder's headers against its config before anything is built. Raises `CheckpointError`."""
-        take_our_names(hf_config)
+        self.architectures = () if hf_config is None else tuple(hf_config.architectures or ())
+        take_our_names(self.architectures)
         if Path(model_name).is_dir():
             check_folder(Path(model_name))
 
