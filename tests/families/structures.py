@@ -49,8 +49,12 @@ HEADS = tuple(
 
 def structures() -> tuple[Structure, ...]:
     """One for each config class of transformers' mapping, in its order, and HEADS."""
-    first = {kind: name for name, kind in reversed(CONFIG_MAPPING_NAMES.items())}
-    return (*(Structure(name) for name in CONFIG_MAPPING_NAMES if first[CONFIG_MAPPING_NAMES[name]] == name), *HEADS)
+    names: dict[str, str] = {}
+    for name, kind in CONFIG_MAPPING_NAMES.items():
+        if kind not in names or f"{name}config" == kind.lower():  # GPT2Config is gpt2's, and gpt-sw3's too
+            names[kind] = name
+    taken = set(names.values())
+    return (*(Structure(name) for name in CONFIG_MAPPING_NAMES if name in taken), *HEADS)
 
 
 @dataclass(frozen=True, slots=True)
