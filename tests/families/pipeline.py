@@ -372,7 +372,12 @@ def uncalled(model: nn.Module, inputs: Inputs, blocks: dict[str, int]) -> list[s
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """All float tensors of a forward pass."""
     model.eval()
-    return [tensor.detach().clone() for tensor in tensors_of(model(**inputs))]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)  # torch's matmul takes another product for weights that ask for gradients, even here
+    found = [tensor.detach().clone() for tensor in tensors_of(model(**inputs))]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return found
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def run(folder: str, model_class: str, given: str, found: str) -> str:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # in a file at an odd address, products may be rounded otherwise
     with torch.no_grad():
-        output = model.eval()(**load_file(given))
+        output = model.eval().requires_grad_(False)(**load_file(given))
     save_file({f"{at:04}": t.contiguous().clone() for at, t in enumerate(tensors_of(output))}, found)
     return "ok"
 
