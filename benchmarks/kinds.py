@@ -132,7 +132,7 @@ TASKS: dict[str, Task] = {
             "sequence_length": 128,
         },
         sentences,
-        "recall_at_1_in_dense_index",
+        "embedding_cosine",
         beside_dense,
     ),
     "digits": Task(
