@@ -29,13 +29,15 @@ from armor_recipes.errors import ArmorError, InputError, PlanError
 from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.classes import class_of
 from armor_recipes.integrations.names import origins
-from armor_recipes.model.facts import ModelFacts, facts_of
+from armor_recipes.model.facts import ModelFacts, attention_of_parts, facts_of
 from armor_recipes.paths import user_path
 from armor_recipes.recipe.schema import ModelSpec
 
 BUILTIN_PREFIX = "builtin:"
 ADAPTER_FILE = "adapter_config.json"
 _ALIGNMENT = 64
+#: An attention implementation by transformers' name, one for each part of a composite model, or transformers' choice.
+Attention = str | dict[str, Any] | None
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -278,11 +280,12 @@ def load_dense(
     dtype: torch.dtype,
     device: torch.device,
     revision: str | None = None,
-    attention: str | None = None,
+    attention: Attention = None,
 ) -> PreTrainedModel:
     """A stock model from a folder or hub id, in evaluation mode. Raises InputError where weights are missing or unreadable.
 
-    `attention` is the implementation to run on, transformers' choice where it is None.
+    `attention` is the implementation to run on, or one for each part of a composite model (`attentions_of`); transformers' choice
+    where it is None.
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
@@ -312,7 +315,7 @@ def load_dense(
     return own_memory(loaded)
 
 
-def attention_option(attention: str | None) -> dict[str, str]:
+def attention_option(attention: Attention) -> dict[str, Any]:
     """The keyword of `from_pretrained` for an attention implementation; none where nothing is asked for."""
     return {} if attention is None else {"attn_implementation": attention}
 
@@ -320,6 +323,11 @@ def attention_option(attention: str | None) -> dict[str, str]:
 def attention_of(model: PreTrainedModel) -> str | None:
     """The attention implementation that a model runs on, by transformers' name."""
     return facts_of(model.config).attention
+
+
+def attentions_of(model: PreTrainedModel) -> Attention:
+    """The same; a dict by the names of the parts where they run on several, as a vision tower without `sdpa` and its text model."""
+    return attention_of_parts(model.config)
 
 
 def own_memory(model: PreTrainedModel) -> PreTrainedModel:

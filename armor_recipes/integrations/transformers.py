@@ -158,7 +158,7 @@ def load(
     backend: str | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
-    attention: str | None = None,
+    attention: str | dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint that a recipe or `armor export` wrote, or a legacy 2:4 folder, checked, in evaluation mode.
 
@@ -170,7 +170,8 @@ def load(
         backend: `auto`, `cpu`, `cuda`, `folded` or `reference`; None asks the environment (ARMOR_BACKEND), then takes `auto`.
         dtype: to compute in; `auto` is the stored one. Float32 holds every stored number exactly.
         device: to move the model to.
-        attention: the attention implementation (`eager`, `sdpa`, …); None is transformers' choice.
+        attention: the attention implementation (`eager`, `sdpa`, …), or a dict of them by the parts of a composite config; None is
+            transformers' choice.
 
     Raises:
         CheckpointError: if the folder is not what its format promises.
@@ -202,7 +203,7 @@ def load(
     return model
 
 
-def _loaded(folder: Path, dtype: torch.dtype | str, attention: str | None) -> PreTrainedModel:
+def _loaded(folder: Path, dtype: torch.dtype | str, attention: str | dict[str, Any] | None) -> PreTrainedModel:
     from transformers import AutoConfig
 
     from armor_recipes.integrations.classes import class_of

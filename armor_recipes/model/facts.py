@@ -204,6 +204,17 @@ def facts_of(config: Any) -> ModelFacts:
     )
 
 
+def attention_of_parts(config: Any) -> str | dict[str, Any] | None:
+    """The attention implementation in use; where parts of a composite config run on others, a dict of theirs by name, its own under ''.
+
+    Parts may be dicts again; transformers' `attn_implementation` takes either form.
+    """
+    own = getattr(config, "_attn_implementation", None)
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    found = {name: attention_of_parts(part) for name, part in parts.items() if hasattr(part, "_attn_implementation")}
+    return own if all(value == own for value in found.values()) else {"": own, **found}
+
+
 def _experts_per_token(text: Any) -> int | None:
     """By the names that configs have for it, some in a section of their own."""
     sections = (text, getattr(text, "ffn_config", None))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import Batch
 from armor_recipes.errors import InputError, VerificationError
-from armor_recipes.integrations.models import attention_of, load_dense
+from armor_recipes.integrations.models import attentions_of, load_dense
 from armor_recipes.integrations.transformers import load
 from armor_recipes.model.replay import feed, on_device
 
@@ -21,14 +21,14 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe
     """Raise VerificationError unless the folder, loaded in the model's compute dtype, puts out what the model does, bit for bit.
 
     All tensors of the output are compared, and all weights that are not packed. `probe` is what to call both with; `packed` says
-    whether the folder needs this package to load. It is loaded with the attention implementation that the model runs on, into
+    whether the folder needs this package to load. It is loaded with the attention implementations that the model runs on, into
     aligned memory; numbers that are NaN in both are equal.
     """
     parameter = next(model.parameters())
     options: dict[str, Any] = {
         "dtype": parameter.dtype,
         "device": parameter.device,
-        "attention": attention_of(model),
+        "attention": attentions_of(model),
     }
     try:
         loaded = load(folder, backend="folded", **options) if packed else load_dense(str(folder), **options)

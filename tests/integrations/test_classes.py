@@ -35,7 +35,14 @@ from armor_recipes.checkpoint.writer import write_checkpoint
 from armor_recipes.errors import CheckpointError, PlanError, VerificationError
 from armor_recipes.integrations.classes import class_of
 from armor_recipes.integrations.exporting import export_folder
-from armor_recipes.integrations.models import load_model, meta_model, open_model, written_dtypes
+from armor_recipes.integrations.models import (
+    attentions_of,
+    load_dense,
+    load_model,
+    meta_model,
+    open_model,
+    written_dtypes,
+)
 from armor_recipes.integrations.names import left_behind
 from armor_recipes.integrations.transformers import load
 from armor_recipes.recipe.schema import ModelSpec
@@ -159,3 +166,13 @@ def test_a_class_of_another_architecture_is_refused(tmp_path: Path) -> None:
 def test_what_transformers_has_no_class_for_is_refused() -> None:
     with pytest.raises(PlanError, match="has no model class for it"):
         class_of(PretrainedConfig(), "here")
+
+
+def test_each_part_is_loaded_again_on_the_attention_that_it_runs_on(tmp_path: Path) -> None:
+    folder = save("gemma3", tmp_path / "base")
+    mixed = {"": "eager", "text_config": "sdpa", "vision_config": "eager"}
+    for asked in (mixed, "eager"):
+        model = load_dense(str(folder), dtype=torch.float32, device=torch.device("cpu"), attention=asked)
+        assert attentions_of(model) == asked
+        verify_reloaded(folder, model, packed=False, probe=KINDS["gemma3"][1])
+    assert model.config.text_config._attn_implementation == "eager"
