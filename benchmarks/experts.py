@@ -54,7 +54,7 @@ def observed(layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     source = open_model(ModelSpec(id="builtin:stdlib-llama"), device=torch.device("cpu"))
     model = load_model(source, device=torch.device("cpu")).eval()
     spec = CalibrationSpec(dataset="builtin:pydoc", samples=96, sequence_length=256)
-    tokens = build_tokens(spec, tokenizer=load_tokenizer(source), vocab_size=source.vocab_size)
+    tokens = build_tokens(spec, tokenizer=load_tokenizer(source), vocab_size=model.config.vocab_size)
     seen: dict[str, list[Tensor]] = {"gate_proj": [], "down_proj": []}
     modules = {part: model.get_submodule(f"model.layers.{layer}.mlp.{part}") for part in seen}
     for part, module in modules.items():

@@ -39,7 +39,7 @@ def test_1_a_bug_here_shows_its_traceback(shell: Shell, file: Path, monkeypatch:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(data, "build_tokens", fail)
+    monkeypatch.setattr(data, "build_inputs", fail)
     done = shell("armor-apply", file)
     assert done.code == 1
     assert "Traceback" in done.err
@@ -51,7 +51,7 @@ def test_1_a_bug_here_shows_its_traceback(shell: Shell, file: Path, monkeypatch:
     [SystemExit(0), SystemExit(), SystemExit(2), SystemExit("bye"), typer.Exit(0), typer.Abort(), EOFError()],
     ids=repr,
 )
-@pytest.mark.parametrize(("module", "name"), [(data, "build_tokens"), (job, "write_checkpoint")])
+@pytest.mark.parametrize(("module", "name"), [(data, "build_inputs"), (job, "write_checkpoint")])
 def test_1_what_typer_takes_for_an_end_of_its_own_is_none_in_a_run(
     shell: Shell,
     file: Path,

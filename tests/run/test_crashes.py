@@ -172,7 +172,7 @@ def test_a_checkpoint_that_does_not_load_is_not_put_in_place(
     ],
     ids=repr,
 )
-@pytest.mark.parametrize(("module", "name"), [(data, "build_tokens"), (job, "load_model"), (job, "write_checkpoint")])
+@pytest.mark.parametrize(("module", "name"), [(data, "build_inputs"), (job, "load_model"), (job, "write_checkpoint")])
 def test_what_ran_out_is_told(
     llama: Path,
     tmp_path: Path,
