@@ -16,7 +16,7 @@ from armor_recipes.recipe.schema import PerplexitySpec
 from armor_recipes.run import apply
 from armor_recipes.run.result import Result
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 MODELS = Path(__file__).parents[2] / "models"
 #: Two layers: a test of the way, not of the figures.
