@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 _FULL_PRECISION = ("ieee", "none")
+_SEED = 0
 
 
 @contextmanager
@@ -40,6 +41,20 @@ def plain_torch() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_full_precision())
+        yield
+
+
+@contextmanager
+def drawn_alike(device: torch.device) -> Iterator[None]:
+    """Inside, torch's global random numbers (the CPU's, a GPU `device`'s) begin anew, the same each time; then they go on as before.
+
+    For models that draw in evaluation mode, too (random masks, noise). They are the process's: not for several threads at once.
+    """
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_cuda else []):
+        torch.default_generator.manual_seed(_SEED)
+        if on_cuda:
+            torch.cuda.default_generators[device.index or 0].manual_seed(_SEED)
         yield
 
 

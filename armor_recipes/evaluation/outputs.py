@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from armor_recipes.calibration.inputs import Batch
 from armor_recipes.errors import ArmorError, InputError
 from armor_recipes.exhaustion import what_ran_out
-from armor_recipes.model.replay import feed, on_device
+from armor_recipes.model.replay import feed_alike, on_device
 
 #: Outputs by what they say of a model, the most telling first; then whatever comes first.
 PREFERRED = ("logits", "last_hidden_state", "image_embeds", "text_embeds", "pooler_output")
@@ -52,7 +52,7 @@ def outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     by_name = "return_dict" in takes or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
     given: dict[str, Any] = {**on_device(batch, model), **({"return_dict": True} if by_name else {})}
     try:
-        found = feed(model, given)
+        found = feed_alike(model, given)
     except Exception as error:
         if isinstance(error, ArmorError) or what_ran_out(error):
             raise

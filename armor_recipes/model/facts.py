@@ -205,7 +205,7 @@ def facts_of(config: Any) -> ModelFacts:
 
 
 def attention_of_parts(config: Any) -> str | dict[str, Any] | None:
-    """The attention implementation in use; where parts of a composite config run on others, a dict of theirs by name, its own under ''.
+    """The attention implementation in use; a dict by the names of a config's parts where they run on others, its own under ''.
 
     Parts may be dicts again; transformers' `attn_implementation` takes either form.
     """

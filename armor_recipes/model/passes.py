@@ -17,7 +17,7 @@ from armor_recipes.model.blocks import Stack, Stacks
 from armor_recipes.model.calls import CALL_ERRORS, REPLAY_TOLERANCE, LayerCall, hidden_states, relative_difference
 from armor_recipes.model.hooks import Hooks
 from armor_recipes.model.padding import NO_PADDING, Padding, has_masks, padding_of, reads_of
-from armor_recipes.model.replay import StopForwardError, batches_of, feed
+from armor_recipes.model.replay import StopForwardError, batches_of, feed_alike
 from armor_recipes.model.views import dense_view, shared_names
 
 
@@ -109,7 +109,7 @@ class PassStream:
                 for index in stack.indices:
                     self._hooks.before(stack.block(index), lambda *_, index=index: found.update([index]))
             self.passes += 1
-            feed(self._model, batch)
+            feed_alike(self._model, batch)
         return found
 
     def _pass(self, batch: int, left: Counter[int]) -> None:
@@ -132,7 +132,7 @@ class PassStream:
                 self._hooks.after(self._stacks.block(index), after(index))
             network = self._network()
             with suppress(StopForwardError):
-                feed(network, self.batches[batch])
+                feed_alike(network, self.batches[batch])
 
     def _network(self) -> nn.Module:
         """The model, or a view of it with the dense weights. Hooks that are there are the view's, too."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import TOKENS, Batch, arguments, leading, some_of
-from armor_recipes.compute import is_out_of_memory
+from armor_recipes.compute import drawn_alike, is_out_of_memory
 from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.model.blocks import Stack
 from armor_recipes.model.calls import CALL_ERRORS, REPLAY_TOLERANCE, LayerCall, hidden_states, relative_difference
@@ -20,7 +20,7 @@ from armor_recipes.model.facts import model_facts
 from armor_recipes.model.hooks import Hooks, input_of
 from armor_recipes.model.padding import NO_PADDING, Padding, padding_of, reads_of
 
-__all__ = ["Activations", "LayerCall", "Stream", "capture_stream", "feed", "hidden_states", "on_device"]
+__all__ = ["Activations", "LayerCall", "Stream", "capture_stream", "feed", "feed_alike", "hidden_states", "on_device"]
 
 #: In the place of hidden states that are not kept.
 _NOTHING = torch.empty(0)
@@ -248,6 +248,12 @@ def feed(model: nn.Module, batch: Batch) -> Any:
     return model(**named, use_cache=False) if takes_cache else model(**named)
 
 
+def feed_alike(model: nn.Module, batch: Batch) -> Any:
+    """`feed`, in which a model that draws random numbers draws the same ones each time. Not for several threads at once."""
+    with drawn_alike(next(model.parameters()).device):
+        return feed(model, batch)
+
+
 def on_device(batch: Batch, model: nn.Module) -> Batch:
     """The batch where the model is, its floats in the dtype that the model computes in."""
     device = next(model.parameters()).device
@@ -297,7 +303,7 @@ def _watch(
             hooks.changing(stack.modules[0], _nudged)
         hooks.after(stack.modules[-1], after)
         with suppress(StopForwardError):
-            feed(model, on_device(batch, model))
+            feed_alike(model, on_device(batch, model))
     return seen
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from armor_recipes.calibration.inputs import Batch
 from armor_recipes.model.blocks import Stacks
 from armor_recipes.model.hooks import Hooks, input_of
-from armor_recipes.model.replay import feed, forward_errors, on_device
+from armor_recipes.model.replay import feed_alike, forward_errors, on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def survey(model: nn.Module, stacks: Stacks, names: Sequence[str], sample: Batch
         for name in names:
             hooks.before(model.get_submodule(name), keep(name))
         with forward_errors(model, sample):
-            output = feed(model, on_device(sample, model))
+            output = feed_alike(model, on_device(sample, model))
     first: dict[tuple[int, ...], str] = {}
     found = {name: first.setdefault(tuple(inputs), name) if inputs else name for name, inputs in seen.items()}
     readers = {name: found[name] for name in dict.fromkeys((*called, *names))}

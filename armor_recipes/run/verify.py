@@ -14,7 +14,7 @@ from armor_recipes.calibration.inputs import Batch
 from armor_recipes.errors import InputError, VerificationError
 from armor_recipes.integrations.models import attentions_of, load_dense
 from armor_recipes.integrations.transformers import load
-from armor_recipes.model.replay import feed, on_device
+from armor_recipes.model.replay import feed_alike, on_device
 
 
 def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe: Batch) -> None:
@@ -22,7 +22,7 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe
 
     All tensors of the output are compared, and all weights that are not packed. `probe` is what to call both with; `packed` says
     whether the folder needs this package to load. It is loaded with the attention implementations that the model runs on, into
-    aligned memory; numbers that are NaN in both are equal.
+    aligned memory; numbers that are NaN in both are equal, and random numbers that a model draws are the same for both.
     """
     parameter = next(model.parameters())
     options: dict[str, Any] = {
@@ -35,13 +35,14 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe
     except InputError as error:
         raise VerificationError(f"what was written cannot be loaded again: {error}") from error
     batch = on_device(probe, model)
-    with torch.inference_mode():
-        ours, theirs = (_tensors(feed(one, batch)) for one in (model, loaded))
+    ours, theirs = _outputs(model, batch), _outputs(loaded, batch)
     if ours.keys() != theirs.keys() or not ours:
         raise VerificationError(
             f"the model loaded again puts out {sorted(theirs) or 'no tensor'}, and the one in memory {sorted(ours) or 'none'}: "
             "they cannot be compared"
         )
+    if not all(_equal(tensor, theirs[name]) for name, tensor in ours.items()):
+        _check_repeats(model, batch, ours)
     for name, tensor in ours.items():
         _compare(name, tensor, theirs[name])
     held = loaded.state_dict()
@@ -51,6 +52,30 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe
     ) in model.state_dict().items():  # what the probe does not pass through, a tower say, is compared here
         if name in held and held[name].shape == tensor.shape:
             _compare(name, tensor, held[name])
+
+
+def _outputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """All tensors that a model puts out; one that draws random numbers draws those of any other call."""
+    with torch.inference_mode():
+        return _tensors(feed_alike(model, batch))
+
+
+def _check_repeats(model: PreTrainedModel, batch: Batch, before: dict[str, Tensor]) -> None:
+    """Raise VerificationError where the model in memory does not put out what it did `before`."""
+    again = _outputs(model, batch)
+    for name, tensor in before.items():
+        if name not in again or not _equal(tensor, again[name]):
+            raise VerificationError(
+                f"the model in memory ({type(model).__name__}) puts out other {name} each time that it is called with the "
+                "same inputs: what was written cannot be held against it. Load the folder and look at what it gives"
+            )
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors are the same bits, or NaN in the same places."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
 
 
 def _tensors(output: object, name: str = "") -> dict[str, Tensor]:
@@ -71,8 +96,8 @@ def _compare(name: str, ours: Tensor, theirs: Tensor) -> None:
             f"the model loaded again differs from the one in memory: its {name} are {tuple(theirs.shape)} {theirs.dtype} instead "
             f"of {tuple(ours.shape)} {ours.dtype}"
         )
-    equal = (ours == theirs) | (ours.isnan() & theirs.isnan())
-    if not bool(equal.all()):
+    if not _equal(ours, theirs):
+        equal = (ours == theirs) | (ours.isnan() & theirs.isnan())
         worst = float((ours.float() - theirs.float()).abs().nan_to_num().max())
         raise VerificationError(
             f"the model loaded again differs from the one in memory: in {int((~equal).sum())} of {equal.numel()} {name}, by "

@@ -374,7 +374,9 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     model.eval()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)  # torch's matmul takes another product for weights that ask for gradients, even here
-    found = [tensor.detach().clone() for tensor in tensors_of(model(**inputs))]
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)  # some draw masks or noise
+        found = [tensor.detach().clone() for tensor in tensors_of(model(**inputs))]
     for parameter in trained:
         parameter.requires_grad_(True)
     return found
@@ -384,7 +386,9 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 def generated(model: Any, inputs: Inputs) -> Tensor:
     """Ids of three more tokens, chosen greedily."""
     given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
-    found = model.generate(**given, max_new_tokens=3, do_sample=False)
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        found = model.generate(**given, max_new_tokens=3, do_sample=False)
     tokens: Tensor = found if isinstance(found, Tensor) else found.sequences
     return tokens
 

@@ -33,6 +33,7 @@ def run(folder: str, model_class: str, given: str, found: str) -> str:
         return f"loading: {wrong}"
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # in a file at an odd address, products may be rounded otherwise
+    torch.manual_seed(0)  # as in the pipeline
     with torch.no_grad():
         output = model.eval().requires_grad_(False)(**load_file(given))
     save_file({f"{at:04}": t.contiguous().clone() for at, t in enumerate(tensors_of(output))}, found)
