@@ -46,7 +46,7 @@ def plain_torch() -> Iterator[None]:
 
 @contextmanager
 def drawn_alike(device: torch.device) -> Iterator[None]:
-    """Inside, torch's global random numbers (the CPU's, a GPU `device`'s) begin anew, the same each time; then they go on as before.
+    """Inside, torch's global random numbers (the CPU's, a GPU `device`'s) begin anew, the same each time; then they go on.
 
     For models that draw in evaluation mode, too (random masks, noise). They are the process's: not for several threads at once.
     """

@@ -226,22 +226,29 @@ def written_dtypes(model: PreTrainedModel, source: ModelSource) -> dict[str, tor
     """The dtype on disk of each float tensor of `model.state_dict()`: its own in the source's files.
 
     Where a recipe names a dtype all are in that, but for those that the architecture keeps in float32, which keep their own.
-    Tensors that the files do not name are in `source.stored_dtype`.
+    Tensors that the files do not name are in `source.stored_dtype`. Those that are never saved, and that loaders make anew
+    (Marian's sinusoidal positions), are left out.
     """
     asked = source.asked_dtype
     kept = None if asked is None else kept_in_float32(model, asked)
-    floats = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
     there = source.stored()
     stored = {} if there is None else there.tensors
     names = origins(model, stored)
     found = {}
-    for name in floats:
+    for name in _saved_floats(model, names):
         dtypes = {stored[part].dtype for part in names[name]}
         dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
         if asked is not None and kept is not None:
             dtype = (dtype or torch.float32) if kept(name) else asked
         found[name] = dtype or source.stored_dtype
     return found
+
+
+def _saved_floats(model: PreTrainedModel, names: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """The float tensors that are saved, or that the source's files hold under some `names`."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    state = model.state_dict().items()
+    return [name for name, tensor in state if tensor.is_floating_point() and (names[name] or name not in ignored)]
 
 
 def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:

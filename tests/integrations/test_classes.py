@@ -22,6 +22,8 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MarianConfig,
+    MarianMTModel,
     PretrainedConfig,
     PreTrainedModel,
     T5Config,
@@ -62,6 +64,23 @@ KINDS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Tensor]]] = {
     "t5": (
         lambda: T5ForConditionalGeneration(
             T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=96)
+        ),
+        {"input_ids": IDS, "decoder_input_ids": IDS},
+    ),
+    "marian": (
+        lambda: MarianMTModel(
+            MarianConfig(
+                **TEXT,
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                pad_token_id=0,
+                decoder_start_token_id=0,
+            )
         ),
         {"input_ids": IDS, "decoder_input_ids": IDS},
     ),
@@ -176,3 +195,13 @@ def test_each_part_is_loaded_again_on_the_attention_that_it_runs_on(tmp_path: Pa
         assert attentions_of(model) == asked
         verify_reloaded(folder, model, packed=False, probe=KINDS["gemma3"][1])
     assert model.config.text_config._attn_implementation == "eager"
+
+
+def test_what_is_never_saved_is_not_rounded(tmp_path: Path) -> None:
+    source = open_model(ModelSpec(id=str(save("marian", tmp_path))), device=torch.device("cpu"))
+    model, name = load_model(source, device=torch.device("cpu")), "model.encoder.embed_positions.weight"
+    table = model.get_parameter(name)
+    assert name not in tensors(tmp_path)
+    assert name not in written_dtypes(model, source)
+    assert not torch.equal(table, table.bfloat16().float())
+    assert torch.equal(table, MarianMTModel.from_pretrained(tmp_path, dtype=torch.float32).get_parameter(name))
