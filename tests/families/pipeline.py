@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +21,10 @@ from transformers import PreTrainedModel
 import armor_recipes
 from armor_recipes.errors import ArmorError
 from armor_recipes.integrations.exporting import export_folder
-from armor_recipes.recipe.schema import ModifierConfig
+from armor_recipes.integrations.loading import lay_out
+from armor_recipes.integrations.models import meta_model, open_model
+from armor_recipes.integrations.names import fused_of, loaded_as
+from armor_recipes.recipe.schema import ModelSpec, ModifierConfig
 from armor_recipes.run import apply, job
 from tests.families.stock import StockProcess
 from tests.families.structures import Structure
@@ -111,8 +115,7 @@ class _Family:
     def __init__(self, record: Record, folder: Path, stock: StockProcess, kind: type[PreTrainedModel] | None) -> None:
         self.record, self.folder, self.stock, self.kind, self.asked = record, folder, stock, kind, kind
         self.source, self.out, self.dense = folder / "source", folder / "out", folder / "dense"
-        self.skipping = False
-        self.can_generate = False
+        self.skipping, self.can_generate = False, False
         self.in_memory: list[Tensor] = []
         self.rounded: list[Tensor] = []
         self.generated: Tensor | None = None
@@ -154,9 +157,9 @@ class _Family:
                 "unavailable", f"transformers does not read what it wrote: {sorted(info['missing_keys'])[:3]}"
             )
         self.before = outputs(model, self.inputs)
+        self.can_generate = self._generates(model)
         if not all(bool(t.isfinite().all()) for t in self.before):
             return "outputs with numbers that are not finite"
-        self.can_generate = self._generates(model)
         return None
 
     def _generates(self, model: PreTrainedModel) -> bool:
@@ -215,24 +218,29 @@ class _Family:
         return {"dataset": str(file), "samples": 2, "batch_size": 2}
 
     def lost(self) -> str | None:
-        """Every tensor of the source is written as it was, or is a weight that was packed."""
+        """Every tensor of the source, under the name that transformers reads it to, is there as it was, or is packed."""
+        assert self.kind is not None
         before, after = tensors(self.source), tensors(self.out)
-        gone = [name for name in before if name not in after and not any(covers(name, p) for p in self.packed)]
-        if sum(t.numel() for t in before.values()) == self._numbers(after):
-            gone = []  # under the module's own name, or merged, or parts of fused experts
-        other = [
-            name
-            for name in before.keys() & after.keys()
-            if not same(before[name], after[name]) and name.removesuffix(".weight") not in self.packed
-        ]
+        read = own_tensors(self.kind, self.source)
+        model = meta_model(open_model(ModelSpec(id=str(self.source)), device=torch.device("cpu")))
+        carried = [name for name, targets in loaded_as(model, before).items() if not targets]
+        read |= {name: before[name] for name in carried if name not in read}
+        lay_out(model, self.packed)
+        parts: dict[str, list[str]] = {}
+        for part, fused in fused_of(model).items():
+            parts.setdefault(fused, []).append(part)
+        gone = [n for n in read.keys() - after.keys() if not all(map(partial(self._there, after), parts.get(n, [n])))]
+        other = [n for n in read.keys() & after.keys() if not self._packs(n) and not same(read[n], after[n])]
         if gone or other:
-            raise EndedError("WRONG", f"lost: {gone[:4]}; changed: {sorted(other)[:4]}")
+            raise EndedError("WRONG", f"lost: {sorted(gone)[:4]}; changed: {sorted(other)[:4]}")
         return f"{len(after)} tensors, {len(self.packed)} packed modules"
 
-    def _numbers(self, written: dict[str, Tensor]) -> int:
-        """How many numbers a checkpoint stands for."""
-        packed = {f"{name}.{part}" for name in self.packed for part in PACKED_PARTS}
-        return sum(self.sizes.values()) + sum(t.numel() for name, t in written.items() if name not in packed)
+    def _there(self, after: Mapping[str, Tensor], name: str) -> bool:
+        return name in after or self._packs(name)
+
+    def _packs(self, name: str) -> bool:
+        module, _, parameter = name.rpartition(".")
+        return parameter == "weight" and module in self.sizes
 
     def load(self) -> str | None:
         """`armor_recipes.load` gives what was in memory, bit for bit."""
@@ -426,10 +434,11 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def covers(name: str, packed: str) -> bool:
-    """Whether a tensor of the source is the weight of that packed module, or the experts' that it is a number of."""
-    above = name.rpartition(".")[0] + "."
-    return name == f"{packed}.weight" or (packed.startswith(above) and packed[len(above)].isdigit())
+def own_tensors(kind: type[PreTrainedModel], folder: Path) -> dict[str, Tensor]:
+    """What transformers makes of a folder's tensors, under the model's own names; a tied tensor under the name that is saved."""
+    model: Any = kind.from_pretrained(folder, dtype="auto")
+    state: dict[str, Tensor] = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
 
 
 def sampled(inputs: Inputs) -> dict[str, Tensor]:
