@@ -129,11 +129,22 @@ def _keys(children: Mapping[str, nn.Module]) -> tuple[str, ...]:
 
 def _outermost(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Lists of blocks, and matrices outside of them, in the tree's order."""
-    if _is_matrix(module) or (isinstance(module, (nn.ModuleList, nn.Sequential)) and any(map(_is_block, module))):
+    if _is_matrix(module) or _is_list(module):
         yield name, module
         return
     for key, child in module.named_children():
         yield from _outermost(child, f"{name}.{key}".strip("."))
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Whether it is a list of blocks. A list of lists that cannot be called, of stages say, is none: those lists are."""
+    blocks = list(filter(_is_block, module.children())) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
+    return bool(blocks) and not any(map(_only_holds, blocks))
+
+
+def _only_holds(module: nn.Module) -> bool:
+    """Whether it is a list or dictionary of modules that cannot be called itself."""
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -69,6 +69,24 @@ def test_blocks_count_whatever_their_matrices_are() -> None:
     assert found.outside == ()
 
 
+def test_stages_that_are_lists_are_stacks_of_their_own() -> None:
+    """PVT's and Florence-2's: no pass ever calls a list of blocks."""
+    model = nn.Module()
+    model.stages = nn.ModuleList(
+        nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(blocks)) for blocks in (2, 1)
+    )
+    found = find_stacks(model)
+    assert [(stack.name, stack.first) for stack in found.all] == [("stages.0", 0), ("stages.1", 2)]
+    assert found.names == ("stages.0.0", "stages.0.1", "stages.1.0")
+
+
+def test_a_place_in_a_list_may_be_empty() -> None:
+    """Informer's last convolution."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), None])
+    assert find_stacks(model).names == ("layers.0",)
+
+
 def test_lists_of_single_matrices_are_no_stacks() -> None:
     model = nn.Module()
     model.small = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
