@@ -32,7 +32,6 @@ from tests.support.families import main_class, tiny_config, tiny_model
 from tests.support.family_inputs import Inputs, inputs_for, tensors_of
 
 BLOCK_SIZE = 8
-PACKED_PARTS = ("weight", "bitmask", "armor_a", "armor_b")
 STORED = torch.bfloat16
 #: How far outputs may be from those in memory where factors are multiplied one after the other instead of folded.
 NEAR = 1e-4
