@@ -291,7 +291,7 @@ def load_dense(
 ) -> PreTrainedModel:
     """A stock model from a folder or hub id, in evaluation mode. Raises InputError where weights are missing or unreadable.
 
-    `attention` is the implementation to run on, or one for each part of a composite model (`attentions_of`); transformers' choice
+    `attention` is the implementation to run on, or one for each part of a composite model (`attention_of`); transformers' choice
     where it is None.
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
@@ -327,13 +327,10 @@ def attention_option(attention: Attention) -> dict[str, Any]:
     return {} if attention is None else {"attn_implementation": attention}
 
 
-def attention_of(model: PreTrainedModel) -> str | None:
-    """The attention implementation that a model runs on, by transformers' name."""
-    return facts_of(model.config).attention
-
-
-def attentions_of(model: PreTrainedModel) -> Attention:
-    """The same; a dict by the names of the parts where they run on several, as a vision tower without `sdpa` and its text model."""
+def attention_of(model: PreTrainedModel) -> Attention:
+    """The attention implementation that a model runs on, by transformers' name; a dict by the names of the parts where they run on
+    several, as a vision tower without `sdpa` and its text model.
+    """
     return attention_of_parts(model.config)
 
 

@@ -94,7 +94,9 @@ def left_behind(
 
 
 def _loads(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    """Yield each name, what is loaded from it, and whether values are converted: as `convert_and_load_state_dict_in_model`."""
+    """Yield each name, what is loaded from it, and whether values of the model's own shape are converted, as
+    `convert_and_load_state_dict_in_model` does.
+    """
     state = dict.fromkeys(fused_keys(model), True)
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
@@ -108,7 +110,13 @@ def _loads(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, 
         if pattern is not None:
             targets = by_pattern[pattern].target_patterns
             every = [renamed.replace(targets[0], target) for target in targets]
-        yield name, tuple(target for target in every if target in state), pattern is not None
+        converted = pattern is not None and not _leaves_own_shapes(by_pattern[pattern])
+        yield name, tuple(target for target in every if target in state), converted
+
+
+def _leaves_own_shapes(converter: WeightConverter) -> bool:
+    """Whether what has the model's own shape is taken as it is: experts that some files hold transposed (Qwen3-VL's)."""
+    return all(getattr(operation, "check_dims", False) for operation in converter.operations)
 
 
 def _reverted(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> set[str]:

@@ -129,10 +129,13 @@ _TEXT, _IMAGE, _SOUND = (
 
 def _sections(config: Any) -> list[tuple[str, Any]]:
     """A config's parts, theirs too, with the name of each."""
-    names = getattr(config, "sub_configs", {})
-    parts = [(name, getattr(config, name, None)) for name in names]
-    found = [(name, part) for name, part in parts if part is not None and not isinstance(part, dict)]
-    return [inner for name, part in found for inner in ((name, part), *_sections(part))]
+    return [inner for name, part in _parts(config) for inner in ((name, part), *_sections(part))]
+
+
+def _parts(config: Any) -> list[tuple[str, Any]]:
+    """A config's own parts with their names."""
+    parts = [(name, getattr(config, name, None)) for name in getattr(config, "sub_configs", {})]
+    return [(name, part) for name, part in parts if part is not None and not isinstance(part, dict)]
 
 
 def _first(configs: list[Any], *names: str) -> int | None:
@@ -225,7 +228,12 @@ def _experts_per_token(text: Any) -> int | None:
 
 def text_config(config: Any) -> Any:
     """The part of a composite config that is the text model's; a config without parts itself."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return config.get_text_config()
+    except ValueError:  # of several text models, the one that reads the text (Musicgen's decoder writes sound)
+        return config.get_text_config(encoder=True)
 
 
 def model_facts(model: nn.Module) -> ModelFacts:

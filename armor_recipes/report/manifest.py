@@ -39,7 +39,7 @@ class Facts:
     stored_dtype: torch.dtype
     compute_dtype: torch.dtype
     device: str
-    attention: str | None
+    attention: str | dict[str, Any] | None
     tokens: Mapping[CalibrationSpec, InputSet]
     modules: Mapping[str, ModuleResult]
     results: Sequence[StepResult]

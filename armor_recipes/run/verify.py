@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import Batch
 from armor_recipes.errors import InputError, VerificationError
-from armor_recipes.integrations.models import attentions_of, load_dense
+from armor_recipes.integrations.models import attention_of, load_dense
 from armor_recipes.integrations.transformers import load
 from armor_recipes.model.replay import feed_alike, on_device
 
@@ -28,7 +28,7 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe
     options: dict[str, Any] = {
         "dtype": parameter.dtype,
         "device": parameter.device,
-        "attention": attentions_of(model),
+        "attention": attention_of(model),
     }
     try:
         loaded = load(folder, backend="folded", **options) if packed else load_dense(str(folder), **options)

@@ -38,7 +38,7 @@ from armor_recipes.errors import CheckpointError, PlanError, VerificationError
 from armor_recipes.integrations.classes import class_of
 from armor_recipes.integrations.exporting import export_folder
 from armor_recipes.integrations.models import (
-    attentions_of,
+    attention_of,
     load_dense,
     load_model,
     meta_model,
@@ -192,7 +192,7 @@ def test_each_part_is_loaded_again_on_the_attention_that_it_runs_on(tmp_path: Pa
     mixed = {"": "eager", "text_config": "sdpa", "vision_config": "eager"}
     for asked in (mixed, "eager"):
         model = load_dense(str(folder), dtype=torch.float32, device=torch.device("cpu"), attention=asked)
-        assert attentions_of(model) == asked
+        assert attention_of(model) == asked
         verify_reloaded(folder, model, packed=False, probe=KINDS["gemma3"][1])
     assert model.config.text_config._attn_implementation == "eager"
 
