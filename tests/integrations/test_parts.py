@@ -38,9 +38,12 @@ def test_one_name_where_all_parts_have_it() -> None:
 
 
 def test_of_several_text_models_the_one_that_reads_text_counts() -> None:
-    config = tiny_config("musicgen")
-    assert text_config(config) is config.text_encoder
-    assert facts_of(config).vocab_size == config.text_encoder.vocab_size
+    parts = {name: tiny_config(name) for name in ("t5", "encodec", "musicgen_decoder")}
+    config = transformers.MusicgenConfig(
+        text_encoder=parts["t5"], audio_encoder=parts["encodec"], decoder=parts["musicgen_decoder"]
+    )
+    assert text_config(config).model_type == "t5"
+    assert facts_of(config).vocab_size == parts["t5"].vocab_size
 
 
 def test_experts_that_files_may_hold_transposed_are_read_as_they_are_in_the_model() -> None:
