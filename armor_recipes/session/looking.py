@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 
 from torch import nn
 
 from armor_recipes.calibration.inputs import Batch, InputSet, some_of
 from armor_recipes.errors import PlanError
 from armor_recipes.model.blocks import Stacks, inner_name
-from armor_recipes.model.experts import every_expert
+from armor_recipes.model.experts import every_expert, expert_of
 from armor_recipes.model.hooks import Hooks
 from armor_recipes.model.linears import linears_that_share
 from armor_recipes.model.survey import Survey, survey
 from armor_recipes.modifiers.kinds.contract import Share, once
-from armor_recipes.recipe.schema import CalibrationSpec
+from armor_recipes.recipe.schema import CalibrationSpec, MoeSpec
 
-#: A part of a name that is a number: a member of a list inside a block, an expert for instance, which not every token reaches.
+#: A part of a name that is a number: a member of a list inside a block, which not every sample may reach.
 _MEMBER = re.compile(r"(^|\.)\d+(\.|$)")
 
 
@@ -27,10 +28,11 @@ def look(
     shares: Sequence[Share],
     tokens: Mapping[CalibrationSpec, InputSet],
     hooks: Hooks,
+    moe: MoeSpec,
 ) -> Survey:
-    """Send the first sample of each dataset through the model.
+    """Send the first sample of each dataset through the model, and all others as long as members of lists are not reached.
 
-    Raises PlanError where one never reaches what is to learn from it, where the model has no logits that an entry needs, or where
+    Raises PlanError where they never reach what is to learn from them, where the model has no logits that an entry needs, or where
     an entry that runs blocks by themselves takes weights that several blocks share; InputError where the model's own code fails.
     """
     sharing = linears_that_share(model)
@@ -43,15 +45,19 @@ def look(
     for spec in specs if first is None else dict.fromkeys([first, *specs]):
         with every_expert(model):  # one sample may not be routed to all of them
             seen = [survey(model, stacks, names, sample, hooks) for sample in _samples(tokens[spec])]
-        found[spec] = seen[0]
-        for other in seen[1:]:
-            found[spec] = found[spec].and_also(other)
+            found[spec] = reduce(Survey.and_also, seen)
+            wanted = {name for share in learning if share.entry.config.calibration == spec for name in _observed(share)}
+            for sample in _others(tokens[spec]):
+                missing = _unreached(wanted, found[spec], sharing, moe)
+                if not missing or not all(_may_come(name, found[spec], stacks) for name in missing):
+                    break
+                found[spec] = found[spec].and_also(survey(model, stacks, names, sample, hooks))
     if not found:
         return Survey({}, {}, frozenset(), logits=True)
     for share in learning:
         spec = share.entry.config.calibration
         assert spec is not None
-        _check_reached(share, found[spec], stacks, sharing)
+        _check_reached(share, found[spec], sharing, moe)
         _check_logits(share, found[spec], model)
     total, *others = found.values()
     for other in others:
@@ -72,29 +78,53 @@ def _samples(inputs: InputSet) -> Iterator[Batch]:
         yield some_of(inputs.tensors, slice(place, place + 1))
 
 
-def _check_reached(share: Share, seen: Survey, stacks: Stacks, sharing: Mapping[str, Sequence[str]]) -> None:
+def _others(inputs: InputSet) -> Iterator[Batch]:
+    """All samples but the first of each source."""
+    for place in range(len(inputs.origins)):
+        if inputs.origins.index(inputs.origins[place]) != place:
+            yield some_of(inputs.tensors, slice(place, place + 1))
+
+
+def _observed(share: Share) -> list[str]:
+    """The modules that an entry learns from, where it learns from what comes to them."""
     if not share.modifier.needs.streams:
-        return
-    observed = dict.fromkeys(shape.name for row in share.rows for shape in row.observed)
-    missing = [
-        name
-        for name in observed
-        if seen.called.isdisjoint(sharing.get(name, (name,))) and not _may_be_passed_over(name, seen, stacks)
-    ]
-    if missing:
-        reason = (
-            "{} is never called: the calibration inputs never reach it, or the model reads its weight without calling it. Give "
-            "inputs that reach it (with images, where it looks at images), or add it to `ignore`"
-        )
-        raise PlanError(f"{share.entry.where}: {share.entry.name}: {once(reason, missing)}")
+        return []
+    return list(dict.fromkeys(shape.name for row in share.rows for shape in row.observed))
 
 
-def _may_be_passed_over(name: str, seen: Survey, stacks: Stacks) -> bool:
+def _unreached(names: Iterable[str], seen: Survey, sharing: Mapping[str, Sequence[str]], moe: MoeSpec) -> list[str]:
+    """Those that are not called, nor others that share their weights.
+
+    One expert of several that are called is left to the statistics, and all of them where the recipe skips those without tokens.
+    """
+    skips = moe.below == "skip" and moe.minimum_tokens != 0
+    reached = {expert.layer for name in seen.called if (expert := expert_of(name)) is not None}
+    missing = []
+    for name in names:
+        expert = expert_of(name)
+        passed_over = expert is not None and (skips or expert.layer in reached)
+        if not passed_over and seen.called.isdisjoint(sharing.get(name, (name,))):
+            missing.append(name)
+    return missing
+
+
+def _may_come(name: str, seen: Survey, stacks: Stacks) -> bool:
     """Whether a module is one of a list inside a block that is called: other samples may reach it."""
     block = stacks.block_of(name)
     if block is None or block not in seen.blocks:
         return False
     return _MEMBER.search(inner_name(stacks.block_name(block), name)) is not None
+
+
+def _check_reached(share: Share, seen: Survey, sharing: Mapping[str, Sequence[str]], moe: MoeSpec) -> None:
+    missing = _unreached(_observed(share), seen, sharing, moe)
+    if missing:
+        experts = ", or set `moe.below: skip`" if all(map(expert_of, missing)) else ""
+        reason = (
+            "{} is never called: the calibration inputs never reach it, or the model reads its weight without calling it. Give "
+            f"inputs that reach it (with images, where it looks at images), or add it to `ignore`{experts}"
+        )
+        raise PlanError(f"{share.entry.where}: {share.entry.name}: {once(reason, missing)}")
 
 
 def _check_logits(share: Share, seen: Survey, model: nn.Module) -> None:

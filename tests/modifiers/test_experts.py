@@ -7,18 +7,34 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from armor_recipes.calibration.split import SplitGram
 from armor_recipes.calibration.statistics import InputGram, InputSecondMoment
-from armor_recipes.errors import NumericalError
+from armor_recipes.calibration.tokens import build_tokens
+from armor_recipes.errors import NumericalError, PlanError
+from armor_recipes.model.blocks import find_stacks
 from armor_recipes.model.experts import every_expert, expert_of, readers_within_experts
+from armor_recipes.model.hooks import Hooks
 from armor_recipes.modifiers.armor import ARMORModifier
-from armor_recipes.modifiers.kinds.contract import BlockContext
+from armor_recipes.modifiers.kinds.contract import BlockContext, Share
 from armor_recipes.modifiers.kinds.experts import minimum_tokens
 from armor_recipes.recipe import MoeSpec
 from armor_recipes.session import Session
+from armor_recipes.session.looking import look
 from tests.support.engine import inputs_of
-from tests.support.mixtures import COUNT, EXPERTS, LAYER, TOP_K, make_mixture, mixture_recipe, run, shun
+from tests.support.mixtures import (
+    COUNT,
+    EXPERTS,
+    LAYER,
+    TOP_K,
+    VOCABULARY,
+    make_mixture,
+    mixture_recipe,
+    plan_of,
+    run,
+    shun,
+)
 
 ARMOR: dict[str, Any] = {"targets": [EXPERTS], "block_size": 8, "iterations": 2}
 HESSIAN: dict[str, Any] = {**ARMOR, "objective": "hessian"}
@@ -247,3 +263,44 @@ def test_no_bit_depends_on_the_order_in_which_experts_are_called(experts: str, m
     for name, result in one.results.items():
         other = two.results[name]
         assert replace(result, seconds=0, packed=None) == replace(other, seconds=0, packed=None), name
+
+
+# --- experts that no sample comes to: of images, say, where there are none -------------------------------------------------
+
+
+def passed_by(calls: int = 10**6) -> PreTrainedModel:
+    """A mixture whose second layer leaves its experts alone for so many calls."""
+    model = make_mixture()
+    mlp = model.get_submodule("model.layers.1.mlp")
+    forward: Any = mlp.forward
+    left = iter(range(calls))
+    mlp.forward = lambda hidden: forward(hidden) if next(left, None) is None else hidden  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize("below", ["layer-moment", "error"])
+def test_experts_that_no_sample_comes_to_are_told_before_anything_long(below: str) -> None:
+    model = passed_by()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = r"layers.1.mlp.experts.0.gate_proj is never called.*or set `moe.below: skip` \(and 11 more like it"
+    with pytest.raises(PlanError, match=wanted):
+        run(mixture_recipe(ARMORModifier=ARMOR, moe={"below": below}), model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_experts_that_no_sample_comes_to_are_skipped_where_the_recipe_says_so() -> None:
+    session = run(mixture_recipe(ARMORModifier=ARMOR, moe={"minimum_tokens": 1, "below": "skip"}), passed_by())
+    below = session.section("experts_below")
+    assert [(one.tokens, one.done) for one in below] == [(0, "skip")] * 12
+    assert all(one.name.startswith("model.layers.1.") for one in below)
+
+
+def test_samples_are_looked_at_until_one_comes_to_the_experts() -> None:
+    read, plan, instances = plan_of(mixture_recipe(ARMORModifier=ARMOR), passed_by(calls=2))
+    model = passed_by(calls=2)
+    (entry,) = read.modifiers
+    spec = entry.config.calibration
+    tokens = {spec: build_tokens(spec, tokenizer=None, vocab_size=VOCABULARY)}
+    shares = [Share(entry, instances[entry.key], plan.rows_of(entry.key))]
+    seen = look(model, find_stacks(model), shares, tokens, Hooks(), read.moe)
+    assert "model.layers.1.mlp.experts.3.down_proj" in seen.called

@@ -286,7 +286,8 @@ def _with_placeholders(model: PreTrainedModel, inputs: Inputs, error: str) -> In
         return None
     plain = ids[:, -LENGTH:].masked_fill(ids[:, -LENGTH:] == token, 9)
     ids = torch.cat([torch.full((len(ids), wanted // len(ids)), token), plain], 1)
-    kinds = {"mm_token_type_ids": (ids == token).long()} if "mm_token_type_ids" in _parameters(model) else {}
+    named = ("mm_token_type_ids", "moe_mm_token_type_ids")
+    kinds = {name: (ids == token).long() for name in named if name in _parameters(model)}
     return {**inputs, "input_ids": ids, **kinds}
 
 
