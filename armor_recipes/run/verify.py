@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,32 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe
     except InputError as error:
         raise VerificationError(f"what was written cannot be loaded again: {error}") from error
     batch = on_device(probe, model)
+    with _wanting_gradients(model), _wanting_gradients(loaded):
+        _compare_outputs(model, loaded, batch)
+    held = loaded.state_dict()
+    for (
+        name,
+        tensor,
+    ) in model.state_dict().items():  # what the probe does not pass through, a tower say, is compared here
+        if name in held and held[name].shape == tensor.shape:
+            _compare(name, tensor, held[name])
+
+
+@contextmanager
+def _wanting_gradients(model: PreTrainedModel) -> Iterator[None]:
+    """Let all parameters want gradients, as a loader leaves them: where a weight wants none torch rounds products otherwise."""
+    frozen = [each for each in model.parameters() if each.is_floating_point() and not each.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _compare_outputs(model: PreTrainedModel, loaded: PreTrainedModel, batch: Batch) -> None:
+    """Raise VerificationError unless both put out the same for the batch."""
     ours, theirs = _outputs(model, batch), _outputs(loaded, batch)
     if ours.keys() != theirs.keys() or not ours:
         raise VerificationError(
@@ -45,13 +72,6 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe
         _check_repeats(model, batch, ours)
     for name, tensor in ours.items():
         _compare(name, tensor, theirs[name])
-    held = loaded.state_dict()
-    for (
-        name,
-        tensor,
-    ) in model.state_dict().items():  # what the probe does not pass through, a tower say, is compared here
-        if name in held and held[name].shape == tensor.shape:
-            _compare(name, tensor, held[name])
 
 
 def _outputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:

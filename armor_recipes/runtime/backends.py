@@ -56,10 +56,15 @@ def choose_backend(name: str | None = None) -> Backend:
 
 
 def _fold(packed: PackedLinear, name: str) -> Tensor:
-    return packed.fold(packed.dtype, name=name)
+    weight = packed.fold(packed.dtype, name=name)
+    # A parameter, as in a plain layer: of inputs that are not contiguous torch makes other products if a weight wants gradients,
+    # even where none are computed.
+    return weight if weight.requires_grad else nn.Parameter(weight)
 
 
 def _run_folded(x: Tensor, weight: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    if torch.is_grad_enabled() and weight.is_leaf:  # prepared once: it gets no gradient
+        weight = weight.detach()
     return nn.functional.linear(x, weight, bias)
 
 

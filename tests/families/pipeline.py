@@ -249,7 +249,7 @@ class _Family:
         with torch.no_grad():
             for name in self.packed:  # as the dense export stores them
                 weight = model.get_submodule(name).to_dense().weight
-                weight.copy_(weight.to(STORED))
+                weight.copy_(weight.to(STORED)).requires_grad_()  # as in the stock process: see runtime/backends
         self.rounded = outputs(model, self.inputs)
         return None
 
@@ -379,14 +379,9 @@ def uncalled(model: nn.Module, inputs: Inputs, blocks: dict[str, int]) -> list[s
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """All float tensors of a forward pass."""
     model.eval()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)  # torch's matmul takes another product for weights that ask for gradients, even here
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(0)  # some draw masks or noise
-        found = [tensor.detach().clone() for tensor in tensors_of(model(**inputs))]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    return found
+        return [tensor.detach().clone() for tensor in tensors_of(model(**inputs))]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import ViTMAEConfig, ViTMAEModel
+from transformers import PatchTSTConfig, PatchTSTForClassification, ViTMAEConfig, ViTMAEModel
 
 from armor_recipes.compute import drawn_alike
 from armor_recipes.errors import VerificationError
@@ -47,6 +47,28 @@ def test_a_model_that_draws_random_masks_is_verified(tmp_path: Path) -> None:
     assert not torch.equal(model(**PIXELS).ids_restore, model(**PIXELS).ids_restore)
     with global_numbers_go_on():
         verify_reloaded(tmp_path, model, packed=False, probe=PIXELS)
+
+
+def test_a_model_whose_layers_read_transposed_inputs_is_verified_frozen_or_not(tmp_path: Path) -> None:
+    with drawn_alike(CPU):
+        PatchTSTForClassification(
+            PatchTSTConfig(
+                d_model=64,
+                ffn_dim=64,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                context_length=16,
+                patch_length=4,
+                patch_stride=4,
+                num_input_channels=2,
+                norm_type="batchnorm",
+            )
+        ).save_pretrained(tmp_path)
+        values = {"past_values": torch.randn(2, 16, 2)}
+    for frozen in (False, True):
+        model = load_dense(str(tmp_path), dtype=torch.float32, device=CPU).requires_grad_(not frozen)
+        verify_reloaded(tmp_path, model, packed=False, probe=values)
+        assert {each.requires_grad for each in model.parameters()} >= {not frozen}
 
 
 def test_a_model_that_never_repeats_itself_is_told_apart_from_a_wrong_folder(tmp_path: Path) -> None:

@@ -371,6 +371,19 @@ def test_every_byte_of_a_mask_is_judged_as_by_packing() -> None:
                 check_packed(made)
 
 
+def test_folded_is_a_plain_layer_bit_for_bit_for_transposed_inputs_too() -> None:
+    tensors = packed(64, 64, (8, 8), torch.float32)
+    armor, plain = holding(tensors, "folded"), holding(tensors, "folded").to_dense()
+    plain.weight.requires_grad_()
+    x = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(3)).mT
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(armor(x), plain(x))
+    armor(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+    assert armor._cached().grad is None
+
+
 @pytest.mark.parametrize("backend", ["cpu", "auto", "folded"])
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_an_output_may_be_changed_in_place(backend: str, tokens: int) -> None:
