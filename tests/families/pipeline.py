@@ -222,6 +222,8 @@ class _Family:
         before, after = tensors(self.source), tensors(self.out)
         read = own_tensors(self.kind, self.source)
         model = meta_model(open_model(ModelSpec(id=str(self.source)), device=torch.device("cpu")))
+        made_anew = set(model._keys_to_ignore_on_save or ()) - before.keys()
+        read = {name: tensor for name, tensor in read.items() if name not in made_anew}
         carried = [name for name, targets in loaded_as(model, before).items() if not targets]
         read |= {name: before[name] for name in carried if name not in read}
         lay_out(model, self.packed)
