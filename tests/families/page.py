@@ -27,7 +27,8 @@ it again; this page and what is expected of each family are made of its records.
 
 **Taken** is the share of the numbers in matrices of repeated blocks that were packed. **Loads** names what reads the result: `load`
 and `from_pretrained` the checkpoint (with this package imported), `dense` is transformers alone on what
-`armor export FOLDER OUT --to dense` makes of it. **vLLM** is `tested` where the tests of [the server](serving.md) run the family; the others were not tried there.
+`armor export FOLDER OUT --to dense` makes of it. **vLLM** is `tested` where the tests of [the server](serving.md) run the family;
+the others were not tried there.
 
 """
 

@@ -219,7 +219,8 @@ def tied() -> Any:
     """Two layers with one weight `q`, one of them also that of an embedding, and a module that stands in both."""
     model: Any = type("Tiny", (nn.Module,), {})()
     parts = ("q", "k", "v")
-    model.layers = nn.ModuleList(nn.ModuleDict({n: nn.Linear(16, 16) for n in parts}) for _ in range(2))
+    layer = type("Layer", (nn.ModuleDict,), {"forward": lambda self, x: self["v"](self["k"](self["q"](x)))})
+    model.layers = nn.ModuleList(layer({n: nn.Linear(16, 16) for n in parts}) for _ in range(2))
     first, second = model.layers
     second["q"].weight = first["q"].weight
     second["k"] = first["k"]
