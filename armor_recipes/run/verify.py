@@ -39,10 +39,8 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe
     with _wanting_gradients(model), _wanting_gradients(loaded):
         _compare_outputs(model, loaded, batch)
     held = loaded.state_dict()
-    for (
-        name,
-        tensor,
-    ) in model.state_dict().items():  # what the probe does not pass through, a tower say, is compared here
+    # What the probe does not pass through, a tower say, is compared here.
+    for name, tensor in model.state_dict().items():
         if name in held and held[name].shape == tensor.shape:
             _compare(name, tensor, held[name])
 
@@ -93,9 +91,12 @@ def _check_repeats(model: PreTrainedModel, batch: Batch, before: dict[str, Tenso
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two tensors are the same bits, or NaN in the same places."""
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return False
-    return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
+    same_kind = ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    return same_kind and not bool(_differing(ours, theirs).any())
+
+
+def _differing(ours: Tensor, theirs: Tensor) -> Tensor:
+    return (ours != theirs) & ~(ours.isnan() & theirs.isnan())
 
 
 def _tensors(output: object, name: str = "") -> dict[str, Tensor]:
@@ -116,11 +117,11 @@ def _compare(name: str, ours: Tensor, theirs: Tensor) -> None:
             f"the model loaded again differs from the one in memory: its {name} are {tuple(theirs.shape)} {theirs.dtype} instead "
             f"of {tuple(ours.shape)} {ours.dtype}"
         )
-    if not _equal(ours, theirs):
-        equal = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    differing = _differing(ours, theirs)
+    if bool(differing.any()):
         worst = float((ours.float() - theirs.float()).abs().nan_to_num().max())
         raise VerificationError(
-            f"the model loaded again differs from the one in memory: in {int((~equal).sum())} of {equal.numel()} {name}, by "
+            f"the model loaded again differs from the one in memory: in {int(differing.sum())} of {differing.numel()} {name}, by "
             f"{worst:.3g} at most, where the largest is {float(ours.float().abs().nan_to_num().max()):.3g}. A difference near "
             "rounding means that something here computes otherwise from one run to the next; a larger one that the folder is not "
             "this model"

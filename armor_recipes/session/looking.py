@@ -13,7 +13,6 @@ from armor_recipes.errors import PlanError
 from armor_recipes.model.blocks import Stacks, inner_name
 from armor_recipes.model.experts import every_expert, expert_of
 from armor_recipes.model.hooks import Hooks
-from armor_recipes.model.linears import linears_that_share
 from armor_recipes.model.survey import Survey, survey
 from armor_recipes.modifiers.kinds.contract import Share, once
 from armor_recipes.recipe.schema import CalibrationSpec, MoeSpec
@@ -28,14 +27,15 @@ def look(
     shares: Sequence[Share],
     tokens: Mapping[CalibrationSpec, InputSet],
     hooks: Hooks,
+    *,
     moe: MoeSpec,
+    sharing: Mapping[str, Sequence[str]],
 ) -> Survey:
     """Send the first sample of each dataset through the model, and all others as long as members of lists are not reached.
 
     Raises PlanError where they never reach what is to learn from them, where the model has no logits that an entry needs, or where
     an entry that runs blocks by themselves takes weights that several blocks share; InputError where the model's own code fails.
     """
-    sharing = linears_that_share(model)
     _check_alone(stacks, shares, sharing)
     learning = [s for s in shares if s.entry.config.calibration is not None]
     specs = dict.fromkeys(spec for s in learning if (spec := s.entry.config.calibration) is not None)

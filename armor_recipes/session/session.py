@@ -111,7 +111,15 @@ class Session:
         self.model.eval()
         try:
             with torch.no_grad():
-                self._survey = look(self.model, self.stacks, self._shares(), self.tokens, self.hooks, self.recipe.moe)
+                self._survey = look(
+                    self.model,
+                    self.stacks,
+                    self._shares(),
+                    self.tokens,
+                    self.hooks,
+                    moe=self.recipe.moe,
+                    sharing=self._sharing,
+                )
                 self._readers = readers_within_experts(self._survey.readers)
                 for stage in self.recipe.stages:
                     self._run_stage(stage)

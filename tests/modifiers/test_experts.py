@@ -302,5 +302,5 @@ def test_samples_are_looked_at_until_one_comes_to_the_experts() -> None:
     spec = entry.config.calibration
     tokens = {spec: build_tokens(spec, tokenizer=None, vocab_size=VOCABULARY)}
     shares = [Share(entry, instances[entry.key], plan.rows_of(entry.key))]
-    seen = look(model, find_stacks(model), shares, tokens, Hooks(), read.moe)
+    seen = look(model, find_stacks(model), shares, tokens, Hooks(), moe=read.moe, sharing={})
     assert "model.layers.1.mlp.experts.3.down_proj" in seen.called
