@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -115,6 +115,14 @@ class Tools:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """Samples that were drawn, and how many of them were cut to the length asked for."""
+
+    tensors: Batch
+    cut: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Pool:
     """Samples of one dataset: `count` of them, None where there is no end. Other counts are as in `Source`.
 
@@ -124,7 +132,7 @@ class Pool:
 
     dataset: str
     count: int | None
-    draw: Callable[[int, Generator], Batch]
+    draw: Callable[[int, Generator], Drawn]
     documents: int = 0
     empty: int = 0
     short: int = 0
@@ -133,8 +141,6 @@ class Pool:
     found: str = "samples"
     advice: str = "name more"
     is_text: bool = False
-    cut: list[int] = field(default_factory=list)
-    """How many samples of each draw were cut to the length asked for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,7 +175,7 @@ def open_pool(part: Part, tools: Tools, rule: Rule, needed: int) -> Pool:
     return _streamed(part, tokenizer, rule, needed) if _is_stream(part) else _whole(part, tokenizer, rule)
 
 
-def _random_tokens(rule: Rule, samples: int, generator: Generator) -> Batch:
+def _random_tokens(rule: Rule, samples: int, generator: Generator) -> Drawn:
     ids = torch.randint(rule.inputs.vocabulary, (samples, rule.length), generator=generator)
     return _around(ids, rule)
 
@@ -180,7 +186,7 @@ def _random_inputs(dataset: str, rule: Rule) -> Pool:
             f"{dataset} needs a model whose inputs are known, here is none; use {RANDOM_TOKENS} or a .safetensors file of inputs"
         )
     inputs = rule.inputs.random(rule.length)
-    return Pool(dataset, None, partial(draw, inputs))
+    return Pool(dataset, None, lambda samples, generator: Drawn(draw(inputs, samples, generator)))
 
 
 def _stored(files: TensorFiles, rule: Rule, *, stream: bool) -> Pool:
@@ -196,11 +202,11 @@ def _stored(files: TensorFiles, rule: Rule, *, stream: bool) -> Pool:
             f"{files.dataset} holds {LABELS} alone; write the arguments of the model's forward pass beside them"
         )
 
-    def taken(samples: int, generator: Generator) -> Batch:
+    def taken(samples: int, generator: Generator) -> Drawn:
         numbers = torch.randperm(len(files), generator=generator)[:samples].tolist()
         tensors = {name: tensor for name, tensor in files.rows(numbers).items() if name != LABELS}
         check_values(tensors, rule.inputs, files.dataset)
-        return tensors
+        return Drawn(tensors)
 
     return Pool(files.dataset, len(files), taken, len(files))
 
@@ -208,11 +214,11 @@ def _stored(files: TensorFiles, rule: Rule, *, stream: bool) -> Pool:
 def _pairs(part: Part, columns: Columns, tools: Tools, rule: Rule, needed: int) -> Pool:
     rows = _rows(part, columns, pair_of, rule, needed)
 
-    def made(pairs: list[Pair]) -> tuple[Batch, int]:
+    def made(pairs: list[Pair]) -> Drawn:
         tensors, cut = load_pairs(pairs, rule.inputs, tools.tokenizer, rule.length)
         for name in ("input_ids", "decoder_input_ids"):
             check_vocabulary(tensors[name], rule.inputs.vocabulary, part.dataset)
-        return tensors, cut
+        return Drawn(tensors, cut)
 
     return _pool_of_rows(part.dataset, rows, made)
 
@@ -230,11 +236,11 @@ def _pictures(part: Part, column: str, tools: Tools, rule: Rule, needed: int) ->
     found = folder_cells(path) if images and path is not None else None
     rows = _rows(part, columns, partial(picture_of, folder), rule, needed, found)
 
-    def made(pictures: list[Picture]) -> tuple[Batch, int]:
+    def made(pictures: list[Picture]) -> Drawn:
         tensors = load_images(pictures, tools.processor, rule.length)
         check_arguments(list(tensors), rule.inputs, f"what the processor makes of {part.dataset}")
         check_values(tensors, rule.inputs, part.dataset)
-        return tensors, 0
+        return Drawn(tensors)
 
     return _pool_of_rows(part.dataset, rows, made)
 
@@ -286,29 +292,26 @@ def _weight(cell: Cell) -> int:
     return sum(len(part) for part in parts if isinstance(part, (str, bytes)))
 
 
-def _pool_of_rows(dataset: str, found: _Rows[Row], made: Callable[[list[Row]], tuple[Batch, int]]) -> Pool:
+def _pool_of_rows(dataset: str, found: _Rows[Row], made: Callable[[list[Row]], Drawn]) -> Pool:
     count = len(found.rows)
-    cut: list[int] = []
 
-    def taken(samples: int, generator: Generator) -> Batch:
+    def taken(samples: int, generator: Generator) -> Drawn:
         order = range(samples) if found.stream else torch.randperm(count, generator=generator)[:samples].tolist()
-        tensors, shortened = made([found.rows[i] for i in order])
-        cut.append(shortened)
-        return tensors
+        return made([found.rows[i] for i in order])
 
-    return Pool(dataset, count, taken, count, found.empty, stream=found.stream, found="rows", cut=cut)
+    return Pool(dataset, count, taken, count, found.empty, stream=found.stream, found="rows")
 
 
-def _around(windows: Tensor, rule: Rule) -> Batch:
-    return {TOKENS: with_prefix(windows, rule.prefix, rule.length, rule.suffix)}
+def _around(windows: Tensor, rule: Rule) -> Drawn:
+    return Drawn({TOKENS: with_prefix(windows, rule.prefix, rule.length, rule.suffix)})
 
 
-def _windows(windows: Tensor, rule: Rule, samples: int, generator: Generator) -> Batch:
+def _windows(windows: Tensor, rule: Rule, samples: int, generator: Generator) -> Drawn:
     """Windows `(samples, L)` of those `(N, room)`, drawn."""
     return _around(windows[torch.randperm(len(windows), generator=generator)[:samples]], rule)
 
 
-def _first_windows(windows: Tensor, rule: Rule, samples: int, _: Generator) -> Batch:
+def _first_windows(windows: Tensor, rule: Rule, samples: int, _: Generator) -> Drawn:
     """The first windows of a stream, which are drawn already."""
     return _around(windows[:samples], rule)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from armor_recipes.calibration.inputs import TOKENS, Batch, InputSet, ModelInputs, Source, hash_inputs, leading
-from armor_recipes.calibration.pools import Part, Pool, Rule, Tools, open_pool, tensors_path
+from armor_recipes.calibration.pools import Drawn, Part, Pool, Rule, Tools, open_pool, tensors_path
 from armor_recipes.calibration.text import RANDOM_INPUTS
 from armor_recipes.calibration.windows import window_ends
 from armor_recipes.errors import InputError
@@ -69,14 +70,15 @@ def build_inputs(
     for pool, count in zip(pools, counts, strict=True):
         _check_count(pool, count, total)
     generator = torch.Generator().manual_seed(spec.seed)
-    drawn = [pool.draw(count, generator) for pool, count in zip(pools, counts, strict=True)]
+    taken = [pool.draw(count, generator) for pool, count in zip(pools, counts, strict=True)]
+    drawn = [each.tensors for each in taken]
     _check_alike(pools, drawn)
     tensors = {name: torch.cat([batch[name] for batch in drawn]) for name in drawn[0]}
     origins = torch.arange(len(drawn)).repeat_interleave(torch.tensor(counts))
     if len(drawn) > 1:
         order = torch.randperm(total, generator=generator)
         tensors, origins = {name: tensor[order] for name, tensor in tensors.items()}, origins[order]
-    sources = tuple(_source(pool, taken) for pool, taken in zip(pools, drawn, strict=True))
+    sources = tuple(starmap(_source, zip(pools, taken, strict=True)))
     has_text = any(pool.is_text for pool in pools)
     end = tokenizer.eos_token_id if tokenizer is not None and has_text else None
     return InputSet(
@@ -210,14 +212,15 @@ def _described(form: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
     )
 
 
-def _source(pool: Pool, taken: Batch) -> Source:
-    samples = len(leading(taken))
+def _source(pool: Pool, taken: Drawn) -> Source:
+    samples = len(leading(taken.tensors))
     if pool.count is None:
-        return Source(pool.dataset, 0, 0, _ids_in(taken), samples, samples)
-    tokens = pool.tokens if pool.is_text else _ids_in(taken)
+        return Source(pool.dataset, 0, 0, _ids_in(taken.tensors), samples, samples)
+    tokens = pool.tokens if pool.is_text else _ids_in(taken.tensors)
     available = None if pool.stream else pool.count
-    cut = sum(pool.cut)
-    return Source(pool.dataset, pool.documents, pool.empty, tokens, available, samples, pool.stream, pool.short, cut)
+    return Source(
+        pool.dataset, pool.documents, pool.empty, tokens, available, samples, pool.stream, pool.short, taken.cut
+    )
 
 
 def _ids_in(batch: Batch) -> int:

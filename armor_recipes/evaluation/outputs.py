@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import Batch
-from armor_recipes.errors import ArmorError, InputError
-from armor_recipes.exhaustion import what_ran_out
-from armor_recipes.model.replay import feed_alike, on_device
+from armor_recipes.errors import InputError
+from armor_recipes.model.replay import feed_alike, forward_errors, on_device, parameters_of
 
 #: Outputs by what they say of a model, the most telling first; then whatever comes first.
 PREFERRED = ("logits", "last_hidden_state", "image_embeds", "text_embeds", "pooler_output")
@@ -38,11 +37,6 @@ def inference(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """What a model's forward pass takes, by name."""
-    return inspect.signature(type(model).forward).parameters
-
-
 def outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """The float tensors that a model gives for a batch, by name, in its order; nested ones are left out.
 
@@ -51,17 +45,8 @@ def outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     takes = parameters_of(model)
     by_name = "return_dict" in takes or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
     given: dict[str, Any] = {**on_device(batch, model), **({"return_dict": True} if by_name else {})}
-    try:
+    with forward_errors(model, batch):
         found = feed_alike(model, given)
-    except Exception as error:
-        if isinstance(error, ArmorError) or what_ran_out(error):
-            raise
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{type(model).__name__} refuses to be called with {shapes} ({type(error).__name__}: {reason}); give it "
-            "the inputs that it reads"
-        ) from error
     return {name: t for name, t in _named(found).items() if isinstance(t, Tensor) and t.is_floating_point() and t.ndim}
 
 

@@ -21,8 +21,9 @@ from armor_recipes.calibration.windows import check_vocabulary, pack, window_pre
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.evaluation.contract import Measure, OnProgress, Reading, Room, Value
-from armor_recipes.evaluation.outputs import evaluating, parameters_of, vocabulary
+from armor_recipes.evaluation.outputs import evaluating, vocabulary
 from armor_recipes.model.facts import model_facts
+from armor_recipes.model.replay import parameters_of
 from armor_recipes.recipe.schema import PerplexitySpec, Strict
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.evaluation.classification import rate
 from armor_recipes.evaluation.contract import Measure, Measurement, Reading, Room, Value
 from armor_recipes.evaluation.intervals import bootstrap
-from armor_recipes.evaluation.outputs import inference, outputs, parameters_of
+from armor_recipes.evaluation.outputs import inference, outputs
 from armor_recipes.evaluation.samples import Texts, column, text_of, tokenised
 from armor_recipes.model.facts import model_facts
+from armor_recipes.model.replay import parameters_of
 from armor_recipes.recipe.schema import RetrievalSpec, Strict
 
 Pooling = Literal["mean", "cls", "last"]

@@ -14,7 +14,7 @@ from armor_recipes.compute import is_out_of_memory
 #: A block run by itself must reproduce the model's own activations up to this share of their norm.
 REPLAY_TOLERANCE = 1e-3
 #: What a model's own code raises where it is called otherwise than it expects.
-CALL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
+CALL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True, slots=True)

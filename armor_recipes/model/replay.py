@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -210,7 +210,8 @@ class forward_errors:  # noqa: N801 - reads as a statement
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"{type(self._model).__name__}: its forward pass fails on {_shapes(self._sample)} "
-            f"({type(error).__name__}: {reason}): its config.json does not describe a model that runs"
+            f"({type(error).__name__}: {reason}): its config.json does not describe a model that runs, or these "
+            "are not the inputs that it reads"
         ) from error
 
 
@@ -239,9 +240,14 @@ def inputs_of(module: nn.Module, call: LayerCall, block: nn.Module, hooks: Hooks
     return seen
 
 
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What a model's forward pass takes, by name."""
+    return inspect.signature(type(model).forward).parameters
+
+
 def feed(model: nn.Module, batch: Batch) -> Any:
     """The model's output for a batch on its device, without a cache of keys and values."""
-    parameters = inspect.signature(type(model).forward).parameters
+    parameters = parameters_of(model)
     passed_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     takes_cache = "use_cache" in parameters or (passed_on and model_facts(model).caches)
     named = arguments(batch)

@@ -14,7 +14,7 @@ from armor_recipes.model.blocks import Stack, Stacks
 from armor_recipes.model.experts import every_expert
 from armor_recipes.model.hooks import Hooks, feeding
 from armor_recipes.model.passes import PassStream
-from armor_recipes.model.replay import Activations, open_stream, probe_stack
+from armor_recipes.model.replay import Activations, StackProbe, open_stream, probe_stack
 from armor_recipes.modifiers.kinds.changes import StepResult
 from armor_recipes.modifiers.kinds.contract import BlockContext, Original, Share, Statistics, StreamKey
 from armor_recipes.recipe.schema import CalibrationSpec
@@ -70,16 +70,21 @@ class Opening:
     def open(self, kinds: Iterable[str]) -> Door:
         """The streams of these kinds, by replay of the blocks or, where that is not the model, by passes of it."""
         streams: dict[StreamKey, Activations] = {}
+        probes: dict[CalibrationSpec, StackProbe] = {}
         reason = "its blocks share weights" if self.sharing else ""
         for key in (key for key in self.keys if key[1] in kinds):
-            inputs, size = self.tokens[key[0]].tensors, key[0].batch_size
-            probe = probe_stack(self.model, self.stack, inputs, self.hooks) if not reason else None
-            if probe is None or probe.problem:
-                reason = reason or f"running its blocks one by one does not reproduce the model ({probe.problem})"  # type: ignore[union-attr]
+            spec, inputs = key[0], self.tokens[key[0]].tensors
+            if not reason:
+                if spec not in probes:
+                    probes[spec] = probe_stack(self.model, self.stack, inputs, self.hooks)
+                problem = probes[spec].problem
+                reason = f"running its blocks one by one does not reproduce the model ({problem})" if problem else ""
+            if reason:
                 streams[key] = self._passes(key)
             else:
+                same = probes[spec].same
                 streams[key] = open_stream(
-                    self.model, self.stack, inputs, batch_size=size, hooks=self.hooks, same=probe.same
+                    self.model, self.stack, inputs, batch_size=spec.batch_size, hooks=self.hooks, same=same
                 )
         return Door(streams, reason)
 

@@ -214,7 +214,7 @@ def test_which_output_is_compared(tmp_path: Path) -> None:
 
 
 def test_a_model_that_refuses_its_inputs(tmp_path: Path) -> None:
-    message = r"Outputs refuses to be called with pixel_values \(2, 3\) \(ValueError: two pixels each\)"
+    message = r"Outputs: its forward pass fails on pixel_values \(2, 3\) \(ValueError: two pixels each\)"
     with pytest.raises(InputError, match=message):
         compared(fidelity(inputs(pixel_values=torch.ones(2, 3))), Outputs(), Outputs(), tmp_path)
 

@@ -180,11 +180,10 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _linear_at(module: nn.Module, path: str) -> nn.Module:
     """The layer of that name, made where there is none, without initialising what is replaced at once."""
-    for name in path.split(".") if path else ():
+    *above, last = path.split(".") if path else ("",)
+    for name, kind in (*((name, LinearExpert) for name in above), (last, nn.Linear)) if last else ():
         if name not in module._modules:
-            last = path.endswith(name)
-            made = _bare(nn.Linear if last else LinearExpert, training=module.training)
-            module.add_module(name, made)
+            module.add_module(name, _bare(kind, training=module.training))
         module = cast("nn.Module", module._modules[name])
     return module
 
