@@ -56,10 +56,8 @@ def load_pairs(
     sources, targets = ([getattr(pair, part) for pair in pairs] for part in ("source", "target"))
     options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
     read, written = made(sources, **options), made(text_target=targets, **options)
-    longer = (
-        _longer(made(sources, verbose=False)[TOKENS], length),
-        _longer(made(text_target=targets, verbose=False)[TOKENS], length),
-    )
+    full = ((read[MASK].sum(1) == length) | (written[MASK].sum(1) == length)).nonzero().flatten().tolist()
+    cut = sum(_is_longer(pairs[place], made, length) for place in full)
     start = torch.full((len(pairs), 1), inputs.decoder_start)
     tensors = {
         TOKENS: read[TOKENS],
@@ -67,11 +65,13 @@ def load_pairs(
         ANSWER: torch.cat([start, written[TOKENS][:, :-1]], dim=1),
         ANSWER_MASK: torch.cat([torch.ones_like(start), written[MASK][:, :-1]], dim=1),
     }
-    return tensors, sum(any(pair) for pair in zip(*longer, strict=True))
+    return tensors, cut
 
 
-def _longer(ids: Sequence[Sequence[int]], length: int) -> list[bool]:
-    return [len(row) > length for row in ids]
+def _is_longer(pair: Pair, tokenizer: PreTrainedTokenizerBase, length: int) -> bool:
+    """Whether a part has more tokens than are taken."""
+    read, written = tokenizer(pair.source, verbose=False), tokenizer(text_target=pair.target, verbose=False)
+    return max(len(read[TOKENS]), len(written[TOKENS])) > length
 
 
 def _checked(inputs: ModelInputs, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

@@ -82,7 +82,7 @@ class Rows:
         """Rows in order."""
         for start in range(0, len(self), size):
             some = slice(start, min(start + size, len(self)))
-            yield list(range(len(self)))[some], some_of(self.tensors, some)
+            yield list(range(len(self))[some]), some_of(self.tensors, some)
 
     def hash(self) -> str:
         """As of calibration inputs."""
@@ -97,16 +97,26 @@ def tokenised(texts: Sequence[str], reading: Reading, *, length: int, dataset: s
     cut = 0
     for start in range(0, len(texts), _AT_ONCE):
         part = list(texts[start : start + _AT_ONCE])
-        whole: Any = reading.tokenizer(part, verbose=False)[TOKENS]
-        found: Any = reading.tokenizer(part, truncation=True, max_length=length, verbose=False)
-        cut += sum(len(ids) > length for ids in whole)
-        rows += [{name: values[place] for name, values in found.items()} for place in range(len(part))]
+        found = _tokens(reading.tokenizer(part, verbose=False))
+        longer = [place for place, row in enumerate(found) if len(row[TOKENS]) > length]
+        if longer:
+            texts_cut = [part[place] for place in longer]
+            shorter = _tokens(reading.tokenizer(texts_cut, truncation=True, max_length=length, verbose=False))
+            for place, row in zip(longer, shorter, strict=True):
+                found[place] = row
+        cut += len(longer)
+        rows += found
     for place, row in enumerate(rows):
         if not row[TOKENS]:
             raise InputError(f"{dataset}: the tokenizer makes no token of text {place} (from 0); remove it")
         if reading.model.vocab_size is not None:
             check_vocabulary(torch.tensor(row[TOKENS]), reading.model.vocab_size, dataset)
     return Texts(tuple(rows), cut)
+
+
+def _tokens(encoding: Any) -> list[dict[str, list[int]]]:
+    """What a tokenizer gives, text by text."""
+    return [{name: values[place] for name, values in encoding.items()} for place in range(len(encoding[TOKENS]))]
 
 
 def column(dataset: str, split: str, name: str, key: str, at_most: int | None) -> list[Cell]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from armor_recipes.calibration.inputs import GRIDS, PIXELS, TOKENS, ModelInputs, arguments
 from armor_recipes.calibration.random_inputs import RandomInput
 from armor_recipes.errors import InputError
+from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.model.facts import InputFacts, input_facts, model_facts
 
 FEATURES, SOUND, VIDEO, ANSWER = "input_features", "input_values", "pixel_values_videos", "decoder_input_ids"
@@ -277,7 +278,9 @@ class _Maker:
                 return method(**arguments(batch))
         except NotImplementedError:  # an operation that asks for values, which the meta device does not have
             return _Trial.UNDECIDED
-        except Exception:  # the model's code raises what it likes for a layout that is not its own
+        except Exception as error:  # the model's code raises what it likes for a layout that is not its own
+            if what_ran_out(error):
+                raise
             return _Trial.FAILED
         finally:
             self.model.train(training)
