@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+#: Outputs and inputs of the weight that a linear layer's own code is tried on.
+_TRIED = (8, 4)
 
 
 class Place(NamedTuple):
@@ -41,6 +46,36 @@ class Linears:
     def others(self, name: str) -> tuple[Place, ...]:
         """The places of a linear module's weight besides its own."""
         return tuple(place for place in self.places(name) if (place.module, place.parameter) != (name, "weight"))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and no more: one whose class has a forward pass of its own is tried on a small weight.
+
+    A router that also chooses experts, or a layer that multiplies in groups, is a subclass of `nn.Linear` that something else could
+    not stand for.
+    """
+    if not isinstance(module, nn.Linear):
+        return False
+    return type(module).forward is nn.Linear.forward or _multiplies_plainly(module)
+
+
+def _multiplies_plainly(module: nn.Linear) -> bool:
+    """Whether the module's own forward pass, with a small weight in the place of its own, gives x Wᵀ + b but for rounding."""
+    outputs, inputs = _TRIED
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(size, generator=generator) for size in ((outputs, inputs), outputs, (2, 3, inputs)))
+    trial = copy.copy(module)
+    trial._parameters = dict(module._parameters)
+    trial.weight = nn.Parameter(weight)
+    trial.bias = None if module.bias is None else nn.Parameter(bias)
+    trial.out_features, trial.in_features = outputs, inputs
+    try:
+        with torch.no_grad():
+            found = type(module).forward(trial, x)
+    except Exception:  # whatever the class's code meets first in a weight of another size
+        return False
+    wanted = nn.functional.linear(x, weight, trial.bias)
+    return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-5)
 
 
 def find_linears(model: nn.Module) -> Linears:

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.model.forms import fused_names
+from armor_recipes.model.linears import is_linear
 from armor_recipes.recipe.schema import ModifierConfig
 
 #: Dimensions of weights that hold those of several experts.
@@ -46,7 +47,7 @@ def resolve_targets(modules: Sequence[tuple[str, nn.Module]], config: ModifierCo
     for target in config.targets:
         matched = [(name, m) for name, m in modules if is_match(name, m, target)]
         held = {name for name, m in matched if config.ignore and is_match(name, m, config.ignore)}
-        linear = {name for name, m in matched if isinstance(m, nn.Linear)}
+        linear = {name for name, m in matched if is_linear(m)}
         passed = held | linear
         others |= {name for name, m in matched if name not in passed and _has_weights(m)}
         if not linear and not others and not config.optional:
@@ -101,7 +102,7 @@ def _fused(target: str, modules: Sequence[tuple[str, nn.Module]]) -> str | None:
 
 
 def _nothing_matched(target: str, modules: Sequence[tuple[str, nn.Module]]) -> str:
-    linear = [name for name, module in modules if isinstance(module, nn.Linear)]
+    linear = [name for name, module in modules if is_linear(module)]
     linear = list({_of_block(name): name for name in reversed(linear)}.values())[::-1]
     wanted = target.removeprefix("re:").replace("\\", "").replace(".*", "").rstrip("$")
     tails = {name.rsplit(".", 1)[-1]: name for name in reversed(linear)}
