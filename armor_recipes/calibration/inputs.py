@@ -21,8 +21,10 @@ Batch: TypeAlias = Mapping[str, Tensor]
 
 #: The name of token ids among them, `(N, L)` int64.
 TOKENS = "input_ids"
-#: Images as patches, `(N, P, D)` with P of them in each sample, and the grid `(N, 3)` of frames, rows and columns that they lie in.
-PIXELS, GRIDS = "pixel_values", "image_grid_thw"
+#: Images as patches, `(N, P, D)` with P of them in each sample.
+PIXELS = "pixel_values"
+#: The grid `(N, 3)` of frames, rows and columns that patches lie in, as a model and as a vision part by itself call it.
+GRIDS = ("image_grid_thw", "grid_thw")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +154,10 @@ def leading(batch: Batch) -> Tensor:
 
 def arguments(batch: Batch) -> Batch:
     """A batch as a forward pass takes it: models that read grids want the patches of all samples in one list `(N·P, D)`."""
-    if GRIDS not in batch or batch[PIXELS].ndim < 3:
+    pixels = batch.get(PIXELS)
+    if pixels is None or pixels.ndim < 3 or batch.keys().isdisjoint(GRIDS):
         return batch
-    return {**batch, PIXELS: batch[PIXELS].flatten(0, 1)}
+    return {**batch, PIXELS: pixels.flatten(0, 1)}
 
 
 def some_of(batch: Batch, samples: slice) -> Batch:

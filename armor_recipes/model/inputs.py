@@ -144,8 +144,9 @@ class _Maker:
 
     def _images(self, *, words: bool) -> tuple[RandomInput, ...]:
         """Images, and what says how large they are, for the models that ask."""
-        if GRIDS in self.takes:
-            return self._patches()
+        grids = next((name for name in GRIDS if name in self.takes), None)
+        if grids is not None:
+            return self._patches(grids)
         height, width = self.facts.image_size or _IMAGE
         shape = (self.facts.channels or 3, height, width)
         if RATIOS in self.takes:
@@ -170,7 +171,7 @@ class _Maker:
             RandomInput("aspect_ratio_mask", (1, tiles), "fixed", constant=(1, *(0,) * (tiles - 1))),
         )
 
-    def _patches(self) -> tuple[RandomInput, ...]:
+    def _patches(self, grids: str) -> tuple[RandomInput, ...]:
         """An image as a list of patches, and the grid in which they lie."""
         facts = self.facts
         if facts.patch is None:
@@ -179,7 +180,7 @@ class _Maker:
         width = (facts.channels or 3) * (facts.patch_time or 1) * facts.patch**2
         return (
             RandomInput(PIXELS, (side * side, width), "normal"),
-            RandomInput(GRIDS, (3,), "fixed", constant=(1, side, side)),
+            RandomInput(grids, (3,), "fixed", constant=(1, side, side)),
         )
 
     def _image_tokens(self, images: tuple[RandomInput, ...]) -> int:
@@ -190,7 +191,7 @@ class _Maker:
         if isinstance(found, int):
             return found
         facts, side = self.facts, (self.facts.merge or 1) * (self.facts.patch or 0)
-        grid = next((each.constant for each in images if each.name == GRIDS), None)
+        grid = next((each.constant for each in images if each.name in GRIDS), None)
         if grid is not None:
             return math.prod(grid) // (facts.merge or 1) ** 2
         if found is _Trial.UNDECIDED and facts.image_tokens is not None:

@@ -205,3 +205,12 @@ def test_arguments_are_those_of_the_forward_pass() -> None:
     assert found.encoder_decoder
     assert not found.closes
     assert model_inputs(shapes(BertModel, BertConfig(**TEXT))).closes
+
+
+@pytest.mark.parametrize("grids", ["image_grid_thw", "grid_thw"])
+def test_patches_of_all_samples_are_one_list_for_a_model_that_reads_grids(grids: str) -> None:
+    pixels = torch.arange(2 * 4 * 3.0).view(2, 4, 3)
+    batch = {"pixel_values": pixels, grids: torch.tensor([[1, 2, 2]] * 2)}
+    assert torch.equal(arguments(batch)["pixel_values"], pixels.view(8, 3))
+    assert arguments({"pixel_values": pixels})["pixel_values"] is pixels
+    assert arguments({grids: batch[grids]}).keys() == {grids}
