@@ -30,7 +30,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from armor_recipes.calibration.inputs import InputSet
+from armor_recipes.calibration.inputs import InputSet, arguments
 from armor_recipes.calibration.tokens import build_inputs, build_tokens
 from armor_recipes.errors import InputError
 from armor_recipes.model.inputs import model_inputs
