@@ -38,12 +38,16 @@ def lay_out(model: PreTrainedModel, names: Collection[str]) -> tuple[str, ...]:
 
 
 def _leave_alone(model: PreTrainedModel, forms: Collection[str]) -> None:
-    """Keep the architecture from initialising fused parameters that are gone, where it looks for them from a module beside them."""
+    """Keep the architecture from initialising fused parameters that are gone, where it looks for them from a module beside them.
+
+    A module with parameters or buffers of its own is left to it: it makes anew what files do not hold (a causal mask, say).
+    """
     known = layouts(model)
-    holders = {f"{form}.{fused}".rpartition(".")[0] for form in forms for fused in known[form].fused}
-    for name in {*(form.rpartition(".")[0] for form in forms), *holders.difference(forms)}:
+    gone = {form: known[form].fused.keys() - known[form].parts.keys() for form in forms}
+    holders = {f"{form}.{fused}".rpartition(".")[0] for form, names in gone.items() for fused in names}
+    for name in {*(form.rpartition(".")[0] for form, names in gone.items() if names), *holders.difference(forms)}:
         module: Any = model.get_submodule(name)
-        if not any(True for _ in module.parameters(recurse=False)):  # it has nothing else to initialise
+        if not any(True for own in (module.parameters, module.buffers) for _ in own(recurse=False)):
             module._is_hf_initialized = True
 
 

@@ -330,7 +330,7 @@ def matrices(model: nn.Module) -> dict[str, int]:
         if not in_block(model, name):
             continue
         for parameter in module.parameters(recurse=False):
-            wanted = parameter.dim() == 2 if is_linear(module) else parameter.dim() == 3 and is_experts(module)
+            wanted = parameter.dim() == 2 if is_linear(module) else parameter.dim() == stacked(module)
             if wanted and id(parameter) not in seen:
                 seen.add(id(parameter))
                 found[name] = found.get(name, 0) + parameter.numel()
@@ -342,9 +342,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether it holds the stacked matrices of experts."""
-    return "expert" in type(module).__name__.lower() and "conv" not in type(module).__name__.lower()
+def stacked(module: nn.Module) -> int:
+    """Dimensions of the stacked matrices of experts that it holds; 0 for any other module."""
+    kind = type(module).__name__.lower()
+    if "expert" not in kind or "conv" in kind:
+        return 0
+    return 2 if kind == "dbrxexpertglu" else 3
 
 
 def in_block(model: nn.Module, name: str) -> bool:

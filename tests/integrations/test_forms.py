@@ -28,6 +28,8 @@ from transformers import (
     Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     PreTrainedModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
@@ -87,9 +89,14 @@ KINDS: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=96, n_positions=64, **LAST)),
+    # Its attention has a causal mask that no file holds.
+    "openai-gpt": lambda: OpenAIGPTLMHeadModel(
+        OpenAIGPTConfig(n_embd=32, n_head=4, n_layer=2, vocab_size=96, n_positions=64)
+    ),
 }
 #: Of the second block alone, so that the first stays as its architecture has it.
 TARGETS = {"jetmoe": r"re:.*layers\.1\..*linear\.\d+$", "gpt2": r"re:.*h\.1\..*c_(fc|proj)$"}
+TARGETS["openai-gpt"] = TARGETS["gpt2"]
 EXPERT = r"re:.*\.1\..*experts\.\d+\..*_proj$"
 IDS = torch.arange(24)[None] * 5 % 96
 
