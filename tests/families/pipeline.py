@@ -134,7 +134,7 @@ class _Family:
         self.record.parameters = sum(self.blocks.values())
         if not self.record.parameters:
             raise EndedError("unavailable", "no linear weights in repeated blocks")
-        self.experts = any(is_experts(module) for module in model.modules())
+        self.experts = any(map(stacked, model.modules()))
         self.ignore = outside(model)
         self.inputs: Inputs = inputs_for(model)
         self.ignore += uncalled(model, self.inputs, self.blocks)
