@@ -120,8 +120,11 @@ def _compare(name: str, ours: Tensor, theirs: Tensor) -> None:
     differing = _differing(ours, theirs)
     if bool(differing.any()):
         worst = float((ours.float() - theirs.float()).abs().nan_to_num().max())
+        one_sided = int((ours.isnan() != theirs.isnan()).sum())
+        count = f"{int(differing.sum())} of {differing.numel()} {name}"
+        count += f" ({one_sided} of them no numbers in one of the two)" if one_sided else ""
         raise VerificationError(
-            f"the model loaded again differs from the one in memory: in {int(differing.sum())} of {differing.numel()} {name}, by "
+            f"the model loaded again differs from the one in memory: in {count}, by "
             f"{worst:.3g} at most, where the largest is {float(ours.float().abs().nan_to_num().max()):.3g}. A difference near "
             "rounding means that something here computes otherwise from one run to the next; a larger one that the folder is not "
             "this model"
