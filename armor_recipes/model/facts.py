@@ -213,8 +213,7 @@ def attention_of_parts(config: Any) -> str | dict[str, Any] | None:
     Parts may be dicts again; transformers' `attn_implementation` takes either form.
     """
     own = getattr(config, "_attn_implementation", None)
-    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
-    found = {name: attention_of_parts(part) for name, part in parts.items() if hasattr(part, "_attn_implementation")}
+    found = {name: attention_of_parts(part) for name, part in _parts(config) if hasattr(part, "_attn_implementation")}
     return own if all(value == own for value in found.values()) else {"": own, **found}
 
 
