@@ -226,14 +226,14 @@ def written_dtypes(model: PreTrainedModel, source: ModelSource) -> dict[str, tor
     """The dtype on disk of each float tensor of `model.state_dict()`: its own in the source's files.
 
     Where a recipe names a dtype all are in that, but for those that the architecture keeps in float32, which keep their own.
-    Tensors that the files do not name are in `source.stored_dtype`. Those that are never saved, and that loaders make anew
-    (Marian's sinusoidal positions), are left out.
+    Tied tensors have the dtype of whichever the files name; what they do not name at all is in `source.stored_dtype`. Those
+    that are never saved, and that loaders make anew (Marian's sinusoidal positions), are left out.
     """
     asked = source.asked_dtype
     kept = None if asked is None else kept_in_float32(model, asked)
     there = source.stored()
     stored = {} if there is None else there.tensors
-    names = origins(model, stored)
+    names = _with_tied(model, origins(model, stored))
     found = {}
     for name in _saved_floats(model, names):
         dtypes = {stored[part].dtype for part in names[name]}
@@ -242,6 +242,13 @@ def written_dtypes(model: PreTrainedModel, source: ModelSource) -> dict[str, tor
             dtype = (dtype or torch.float32) if kept(name) else asked
         found[name] = dtype or source.stored_dtype
     return found
+
+
+def _with_tied(model: PreTrainedModel, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The same, and for a tensor that the files do not name, what they name of another that it is tied to."""
+    places = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    named = {places[name]: parts for name, parts in names.items() if parts and name in places}
+    return {name: parts or named.get(places.get(name, 0), ()) for name, parts in names.items()}
 
 
 def _saved_floats(model: PreTrainedModel, names: Mapping[str, tuple[str, ...]]) -> list[str]:

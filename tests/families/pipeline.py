@@ -142,7 +142,7 @@ class _Family:
         cast: nn.Module = model
         cast.to(STORED)
         model.save_pretrained(self.folder / "cast")
-        kind.from_pretrained(self.folder / "cast", dtype="auto").save_pretrained(
+        kind.from_pretrained(self.folder / "cast", dtype=STORED).save_pretrained(
             self.source
         )  # some tensors stay in float32
         return None
@@ -248,10 +248,13 @@ class _Family:
         model = armor_recipes.load(self.out, dtype=torch.float32, backend="folded")
         self.kind_is(model)
         equal(outputs(model, self.inputs), self.in_memory, "load")
+        written = tensors(self.out)
         with torch.no_grad():
             for name in self.packed:  # as the dense export stores them
                 weight = model.get_submodule(name).to_dense().weight
-                weight.copy_(weight.to(STORED)).requires_grad_()  # as in the stock process: see runtime/backends
+                weight.copy_(
+                    weight.to(written[f"{name}.weight"].dtype)
+                ).requires_grad_()  # as in the stock process: see runtime/backends
         self.rounded = outputs(model, self.inputs)
         return None
 
@@ -291,7 +294,7 @@ class _Family:
         self.kind.from_pretrained(self.out, dtype="auto").save_pretrained(self.folder / "again")
         before, after = tensors(self.out), tensors(self.folder / "again")
         lost, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
-        changed = [n for n in before.keys() & after.keys() if not same(before[n], after[n])]
+        changed = [n for n in before.keys() & after.keys() if not same(widened(before[n], after[n]), after[n])]
         if lost or new or changed:
             raise EndedError("WRONG", f"saved again: lost {lost[:3]}, new {new[:3]}, changed {changed[:3]}")
         return None
@@ -306,7 +309,7 @@ class _Family:
         other = [
             n
             for n in before.keys() & after.keys()
-            if before[n].shape != after[n].shape or before[n].dtype != after[n].dtype
+            if before[n].shape != after[n].shape or widened(before[n], after[n]).dtype != after[n].dtype
         ]
         if other:
             raise EndedError("WRONG", f"exported in another shape or dtype: {sorted(other)[:3]}")
@@ -413,6 +416,12 @@ def same(one: Tensor, other: Tensor) -> bool:
     return bool(torch.equal(one, other) or ((one == other) | (one.isnan() & other.isnan())).all())
 
 
+def widened(one: Tensor, other: Tensor) -> Tensor:
+    """The tensor in the float dtype of the other where that is the wider one: `dtype="auto"` takes all in config.json's."""
+    wider = one.is_floating_point() and other.dtype.itemsize > one.dtype.itemsize
+    return one.to(other.dtype) if wider else one
+
+
 def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest difference, relative to the largest number of its tensor; infinite where shapes differ."""
     if [t.shape for t in found] != [t.shape for t in wanted]:
@@ -435,7 +444,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 def own_tensors(kind: type[PreTrainedModel], folder: Path) -> dict[str, Tensor]:
     """What transformers makes of a folder's tensors, under the model's own names; a tied tensor under the name that is saved."""
-    model: Any = kind.from_pretrained(folder, dtype="auto")
+    model: Any = kind.from_pretrained(folder, dtype=STORED)
     state: dict[str, Tensor] = model.state_dict()
     return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
 

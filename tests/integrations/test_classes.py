@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -21,6 +21,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     MarianConfig,
     MarianMTModel,
@@ -205,3 +206,25 @@ def test_what_is_never_saved_is_not_rounded(tmp_path: Path) -> None:
     assert name not in written_dtypes(model, source)
     assert not torch.equal(table, table.bfloat16().float())
     assert torch.equal(table, MarianMTModel.from_pretrained(tmp_path, dtype=torch.float32).get_parameter(name))
+
+
+@pytest.mark.parametrize(("stored", "rest"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_tied_tensor_has_its_own_dtype_under_whichever_name_it_is_stored(
+    stored: torch.dtype, rest: torch.dtype, tmp_path: Path
+) -> None:
+    config = LlamaConfig(**SIZES, **TEXT, tie_word_embeddings=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    held = {n: t.to(stored if "embed" in n else rest) for n, t in tensors(tmp_path / "base").items()}
+    assert "lm_head.weight" not in held
+    save_file(held, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    written = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(written | {"dtype": str(rest).removeprefix("torch.")}))
+    source = open_model(ModelSpec(id=str(tmp_path / "base")), device=torch.device("cpu"))
+    model = load_model(source, device=torch.device("cpu"))
+    dtypes = written_dtypes(model, source)
+    assert dtypes["lm_head.weight"] == dtypes["model.embed_tokens.weight"] == stored
+    (tmp_path / "out").mkdir()
+    write_checkpoint(model, {}, tmp_path / "out", dtype=rest, dtypes=dtypes)
+    assert torch.equal(tensors(tmp_path / "out")["model.embed_tokens.weight"], held["model.embed_tokens.weight"])
