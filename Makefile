@@ -27,7 +27,7 @@ check:
 test-slow: .venv-dev/.ready
 	.venv-dev/bin/python -m pytest -m slow
 
-# Every family of models that transformers has (about an hour), and docs/support.md of what became of them. It can be interrupted.
+# Every family of models that transformers has (ten minutes on two idle cores), and docs/support.md of what became of them. It can be interrupted.
 test-families: .venv-dev/.ready
 	ARMOR_FAMILY_RECORDS=out/families .venv-dev/bin/python -m pytest --numprocesses 2 -m "families or not families" tests/families
 	.venv-dev/bin/python -m tests.families.page out/families
