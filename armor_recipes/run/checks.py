@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from armor_recipes.calibration.tokens import has_length
 from armor_recipes.checkpoint.staging import check_destination
 from armor_recipes.errors import InputError, NumericalError, PlanError, RecipeError
-from armor_recipes.integrations.models import ModelSource, moved, rounded, written_dtypes
+from armor_recipes.integrations.models import ModelSource, kept_in_float32, moved, rounded, written_dtypes
 from armor_recipes.integrations.names import origins
 from armor_recipes.model.forms import linear_parts
 from armor_recipes.paths import user_path
@@ -112,7 +112,7 @@ def check_weights(model: PreTrainedModel, plan: Plan) -> None:
         )
 
 
-def check_given(model: PreTrainedModel, shapes: PreTrainedModel, plan: Plan) -> None:
+def check_given(model: PreTrainedModel, shapes: PreTrainedModel, plan: Plan, source: ModelSource) -> None:
     """Raise PlanError where a caller's model is not the one that was planned, or would be written as another."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise PlanError("the model given has a PEFT adapter on it: merge it first, or load the model without it")
@@ -136,6 +136,7 @@ def check_given(model: PreTrainedModel, shapes: PreTrainedModel, plan: Plan) -> 
             "the class that is written"
         )
     _refuse_rounded_buffers(model, shapes)
+    _refuse_rounded_tables(model, source)
     _refuse_shared(model)
 
 
@@ -172,3 +173,18 @@ def _refuse_rounded_buffers(model: PreTrainedModel, shapes: PreTrainedModel) -> 
                 f"the model given has {name} in {dtype} instead of {full[name]}: it was cast as a whole, which rounds what no "
                 "loader rounds; load it with from_pretrained(…, dtype=…) instead of casting it with .to()"
             )
+
+
+def _refuse_rounded_tables(model: PreTrainedModel, source: ModelSource) -> None:
+    """Parameters that are not saved (Marian's sinusoidal positions) are made anew, too, in the dtype that a loader computes in."""
+    compute = source.compute_dtype
+    kept, saved = kept_in_float32(model, compute), written_dtypes(model, source)
+    for name, tensor in model.state_dict().items():
+        made = torch.float32 if kept(name) else compute
+        if name in saved or not tensor.is_floating_point() or torch.promote_types(tensor.dtype, made) == tensor.dtype:
+            continue
+        raise PlanError(
+            f"the model given has {name} in {tensor.dtype}, which is not saved: a loader makes it anew in {made}, with other "
+            f"numbers; load the model with from_pretrained(…, dtype={made}) (what is written keeps the dtypes of the source), or "
+            f"set model.compute_dtype to {str(tensor.dtype).removeprefix('torch.')}"
+        )

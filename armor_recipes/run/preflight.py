@@ -118,7 +118,7 @@ def _try_model(job: Job, model: PreTrainedModel | None, folder: Path) -> None:
     if model is None:
         subject = with_generation_config(job.shapes, job.source)
     else:
-        check_given(model, job.shapes, job.plan)
+        check_given(model, job.shapes, job.plan, job.source)
         subject = model
     layers = {row.name: row.spec for row in job.plan.stored.values() if row.spec is not None and job.packed}
     base = job.source.files

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import MarianConfig, MarianMTModel, PreTrainedModel
 
 from armor_recipes.checkpoint.files import read_header
 from armor_recipes.errors import CheckpointError, InputError, PlanError
@@ -53,6 +53,26 @@ def test_a_model_given_that_cannot_be_written_is_left_as_it_was(
         apply(recipe(llama, tmp_path / "out"), model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_that_is_never_saved_and_was_rounded_is_told_before_anything_is_computed(tmp_path: Path) -> None:
+    sizes = {f"{part}_{size}": 1 for part in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+    ids = dict.fromkeys(("pad_token_id", "decoder_start_token_id", "eos_token_id", "forced_eos_token_id"), 0)
+    config = MarianConfig(vocab_size=96, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, **sizes, **ids)
+    MarianMTModel(config).bfloat16().save_pretrained(tmp_path / "m")
+    given = MarianMTModel.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    entry = {"targets": [r"re:.*fc1$"]}
+    mapping = recipe(tmp_path / "m", tmp_path / "out", MagnitudeModifier=entry)
+    mapping["calibration"]["dataset"] = "builtin:random-inputs"
+    said = r"encoder\.embed_positions\.weight in torch\.bfloat16, which is not saved: a loader makes it anew in torch\.float32"
+    events: list[Event] = []
+    with pytest.raises(PlanError, match=said + r".*set model\.compute_dtype to bfloat16"):
+        apply(mapping, given, observer=events.append)
+    assert [event.name for event in events if isinstance(event, PhaseStarted)] == ["preflight", "tokenize"]
+    apply(mapping, given, overrides=["model.compute_dtype=bfloat16"], overwrite=True)
+    full = MarianMTModel.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    apply(mapping, full, overwrite=True)
+    assert read_header(tmp_path / "out")["model.shared.weight"].dtype == "BF16"
 
 
 def test_a_tokenizer_given_that_saves_nothing(llama: Path, tmp_path: Path) -> None:
