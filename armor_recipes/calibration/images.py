@@ -87,20 +87,32 @@ def load_images(pictures: Sequence[Picture], processor: Callable[[bool], Any] | 
     `processor(texts)` gives it, with or without a tokenizer. Raises InputError where it cannot be had, an image cannot be read,
     or samples come out in different shapes.
     """
-    with_text = any(picture.text is not None for picture in pictures)
+    made = made_processor(processor, with_text=any(picture.text is not None for picture in pictures))
+    rows = [processed(made, picture, length) for picture in pictures]
+    for row, picture in zip(rows, pictures, strict=True):
+        _check_alike(row, rows[0], picture.where)
+    return stacked(rows)
+
+
+def made_processor(processor: Callable[[bool], Any] | None, *, with_text: bool) -> Any:
+    """What `processor(texts)` gives. Raises InputError where there is none."""
     if processor is None:
         raise InputError(
             "images need a model with a processor, and here is none; give a .safetensors file of its inputs"
         )
-    made = processor(with_text)
-    rows = [_processed(made, picture, length) for picture in pictures]
-    for row, picture in zip(rows, pictures, strict=True):
-        _check_alike(row, rows[0], picture.where)
+    return processor(with_text)
+
+
+def stacked(rows: Sequence[Batch]) -> Batch:
+    """Samples of equal shapes as one batch."""
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def _processed(processor: Any, picture: Picture, length: int) -> Batch:
-    """One sample; all tensors of it, the first dimension the sample's."""
+def processed(processor: Any, picture: Picture, length: int = 0) -> Batch:
+    """All tensors of one sample, whose dimension comes first; its text, if any, is filled up to `length` tokens.
+
+    Raises InputError where the image cannot be read, the processor refuses it, or its text is longer.
+    """
     options: dict[str, Any] = {"images": [_opened(picture)], "return_tensors": "pt"}
     if picture.text is not None:
         options |= {"text": [_written(processor, picture)], "padding": "max_length", "max_length": length}

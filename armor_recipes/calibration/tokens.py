@@ -32,7 +32,8 @@ def build_tokens(spec: InputsSpec, *, tokenizer: PreTrainedTokenizerBase | None,
 def has_length(spec: Strict) -> bool:
     """Whether `sequence_length` says how long the texts of some dataset become; files of tensors have lengths of their own."""
     if not isinstance(spec, InputsSpec):
-        return any(tensors_path(dataset) is None for dataset in datasets_of(spec))
+        images = getattr(spec, "image_column", None) is not None
+        return not images and any(tensors_path(dataset) is None for dataset in datasets_of(spec))
     try:
         return any(part.has_text or part.reads_text_beside or part.dataset == RANDOM_INPUTS for part in _parts(spec))
     except InputError:

@@ -11,16 +11,15 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.calibration.files import Cell
 from armor_recipes.calibration.pools import tensors_path
 from armor_recipes.calibration.tensors import LABELS, check_arguments, check_values, load_tensors
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.evaluation.contract import Measure, Measurement, Reading, Room, Value
+from armor_recipes.evaluation.images import labelled, read_pictures
 from armor_recipes.evaluation.intervals import wilson
 from armor_recipes.evaluation.outputs import inference, outputs
-from armor_recipes.evaluation.samples import Rows, Samples, Texts, column, text_of, tokenised
-from armor_recipes.recipe.problems import nearest
+from armor_recipes.evaluation.samples import Rows, Samples, Texts, column, label_of, text_of, tokenised
 from armor_recipes.recipe.schema import ClassificationSpec, Strict
 
 _CLASSIFIER = re.compile("For(?!Token)[A-Za-z]*Classification")
@@ -53,9 +52,11 @@ class Classification(Measure[ClassificationSpec]):
     def read(cls, spec: ClassificationSpec, reading: Reading) -> Self:
         """Read samples and labels."""
         path = tensors_path(spec.dataset)
-        if path is not None:
+        if path is not None and spec.image_column is None:
             rows, labels = _from_tensors(spec, path, reading)
             return cls(rows, labels, spec.dataset, spec.batch_size, 0)
+        if spec.image_column is not None:
+            return cls._of_images(spec, spec.image_column, reading)
         cells = column(spec.dataset, spec.split, spec.text_column, "text_column", spec.samples)
         marks = column(spec.dataset, spec.split, spec.label_column or "label", "label_column", spec.samples)
         texts = tokenised(
@@ -66,6 +67,12 @@ class Classification(Measure[ClassificationSpec]):
         size = spec.batch_size if reading.tokenizer.pad_token_id is not None else 1
         labels = torch.tensor([label_of(cell, reading) for cell in marks])
         return cls(texts, labels, spec.dataset, size, texts.cut)
+
+    @classmethod
+    def _of_images(cls, spec: ClassificationSpec, image_column: str, reading: Reading) -> Self:
+        rows = labelled(spec, image_column, reading)
+        pictures = read_pictures([picture for picture, _ in rows], reading, spec.dataset)
+        return cls(pictures, torch.tensor([label for _, label in rows]), spec.dataset, spec.batch_size, 0)
 
     @plain_torch()
     def after(self, model: nn.Module, room: Room) -> Measurement:
@@ -107,22 +114,6 @@ def ranks_of(logits: Tensor, labels: Tensor) -> Tensor:
 def rate(name: str, hits: int, count: int) -> Value:
     """A rate with Wilson's interval."""
     return Value(name, hits / count, wilson(hits, count))
-
-
-def label_of(cell: Cell, reading: Reading) -> int:
-    """A label as a number of a class: itself, or by its name in the model's config. Raises InputError."""
-    value, known = cell.value, reading.labels
-    if isinstance(value, str):
-        if value not in known:
-            raise InputError(
-                f"{cell.where}: `label_column` holds {value!r}, no class of the model; {nearest(value, known, noun='class')}"
-            )
-        return known[value]
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"{cell.where}: `label_column` holds {value!r:.80}, neither a class's number nor its name")
-    if not 0 <= value < len(known):
-        raise InputError(f"{cell.where}: `label_column` holds {value}; the model's classes are 0 to {len(known) - 1}")
-    return value
 
 
 def _from_tensors(spec: ClassificationSpec, path: Path, reading: Reading) -> tuple[Rows, Tensor]:

@@ -108,6 +108,7 @@ class Reading:
         model: what the model can be called with.
         inputs: chooses the samples that a section with the keys of `calibration` describes.
         labels: the numbers of its classes by their names.
+        processor: gives the model's processor of images, with text (True) or without; None where there is none.
 
     """
 
@@ -115,6 +116,7 @@ class Reading:
     model: ModelInputs
     inputs: Callable[[InputsSpec], InputSet]
     labels: Mapping[str, int] = field(default_factory=dict)
+    processor: Callable[[bool], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, Protocol
 
 import torch
 
-from armor_recipes.calibration.files import Cell, Column, read_path
-from armor_recipes.calibration.hub import read_hub
+from armor_recipes.calibration.files import Cell, Column
 from armor_recipes.calibration.inputs import TOKENS, Batch, hash_inputs, leading, some_of
-from armor_recipes.calibration.text import BUILTIN, builtin_rows, is_empty, local_path
+from armor_recipes.calibration.text import cells, is_empty
 from armor_recipes.calibration.windows import check_vocabulary
 from armor_recipes.errors import InputError
 from armor_recipes.evaluation.contract import Reading
+from armor_recipes.recipe.problems import nearest
 
 #: Texts handed to the tokenizer at once.
 _AT_ONCE = 512
@@ -121,19 +121,15 @@ def _tokens(encoding: Any) -> list[dict[str, list[int]]]:
 
 def column(dataset: str, split: str, name: str, key: str, at_most: int | None) -> list[Cell]:
     """The first values of a dataset's column (None: all), which the recipe's key `key` names. Raises InputError."""
-    wanted = Column(name, key)
-    cells = _cells(dataset, split, wanted)
-    found = [cell for _, cell in zip(range(at_most), cells, strict=False)] if at_most is not None else list(cells)
+    return first_rows(dataset, cells(dataset, split, Column(name, key)), at_most)
+
+
+def first_rows(dataset: str, rows: Iterable[Cell], at_most: int | None) -> list[Cell]:
+    """The first rows (None: all) of a dataset. Raises InputError where there are fewer."""
+    found = list(islice(rows, at_most))
     if not found or (at_most is not None and len(found) < at_most):
         raise InputError(f"{dataset} has {len(found)} rows, but {at_most or 'some'} are asked for; lower `samples`")
     return found
-
-
-def _cells(dataset: str, split: str, wanted: Column) -> Iterable[Cell]:
-    if dataset.startswith(BUILTIN):
-        return builtin_rows(dataset, wanted)
-    path = local_path(dataset)
-    return read_hub(dataset, split, wanted) if path is None else read_path(path, wanted)
 
 
 def text_of(cell: Cell, key: str) -> str:
@@ -143,3 +139,19 @@ def text_of(cell: Cell, key: str) -> str:
     if is_empty(cell.value):
         raise InputError(f"{cell.where}: `{key}` holds an empty text; correct or remove the row")
     return cell.value
+
+
+def label_of(cell: Cell, reading: Reading, said: str = "`label_column` holds") -> int:
+    """A label as a number of a class: itself, or by its name in the model's config. Raises InputError, in which it is `said`."""
+    value, known = cell.value, reading.labels
+    if isinstance(value, str):
+        if value not in known:
+            raise InputError(
+                f"{cell.where}: {said} {value!r}, no class of the model; {nearest(value, known, noun='class')}"
+            )
+        return known[value]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{cell.where}: {said} {value!r:.80}, neither a class's number nor its name")
+    if not 0 <= value < len(known):
+        raise InputError(f"{cell.where}: {said} {value}; the model's classes are 0 to {len(known) - 1}")
+    return value

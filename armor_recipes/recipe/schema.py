@@ -265,11 +265,17 @@ class ClassificationSpec(Strict):
 
     dataset: Name = Field(
         title="Dataset",
-        description="JSON, JSONL or parquet file (relative to this file) or hub id, with a text and a label in each row; or "
-        "safetensors files with the model's inputs and the labels, a row for each sample.",
+        description="JSON, JSONL or parquet file (relative to this file) or hub id, with a text or an image and a label in each "
+        "row; folder of images with a sub-folder for each class; or safetensors files with the model's inputs and the labels, a "
+        "row for each sample.",
     )
     split: Name = Field(default="test", title="Split", description="Split of a hub dataset.")
     text_column: Name = Field(default="text", title="Text column", description="Column that holds the text.")
+    image_column: Name | None = Field(
+        default=None,
+        title="Image column",
+        description="Column that holds images, put through the model's processor; needed for a folder of images, too.",
+    )
     label_column: Name | None = Field(
         default=None,
         title="Label column",

@@ -51,7 +51,7 @@ def read_data(
         for entry in entries if spec in tokens else ():
             with refused.noted(f"{entry.where}: {entry.name}"):
                 modifiers[entry.key].check_windows(tokens[spec].origins)
-    reading = Reading(tokenizer, inputs, samples, labels or {})
+    reading = Reading(tokenizer, inputs, samples, labels or {}, processor)
     measures: list[Measure[Any]] = []
     for measure, spec in asked(recipe.evaluation):
         if all(map(wanted, datasets_of(spec))):

@@ -87,11 +87,12 @@ def _evaluate(
 
 def _reading(source: ModelSource, shapes: PreTrainedModel) -> Reading:
     tokenizer, inputs = load_tokenizer(source), model_inputs(shapes)
+    processor = partial(load_processor, source)
 
     def samples(spec: InputsSpec) -> InputSet:
-        return build_inputs(spec, inputs, tokenizer=tokenizer, processor=partial(load_processor, source))
+        return build_inputs(spec, inputs, tokenizer=tokenizer, processor=processor)
 
-    return Reading(tokenizer, inputs, samples, class_numbers(source.config))
+    return Reading(tokenizer, inputs, samples, class_numbers(source.config), processor)
 
 
 def _is_packed(model: str) -> bool:

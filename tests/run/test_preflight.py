@@ -56,8 +56,12 @@ def test_a_model_given_that_cannot_be_written_is_left_as_it_was(
 
 
 def test_a_table_that_is_never_saved_and_was_rounded_is_told_before_anything_is_computed(tmp_path: Path) -> None:
-    sizes = {f"{part}_{size}": 1 for part in ("encoder", "decoder") for size in ("layers", "attention_heads")}
-    ids = dict.fromkeys(("pad_token_id", "decoder_start_token_id", "eos_token_id", "forced_eos_token_id"), 0)
+    sizes: dict[str, Any] = {
+        f"{part}_{size}": 1 for part in ("encoder", "decoder") for size in ("layers", "attention_heads")
+    }
+    ids: dict[str, Any] = dict.fromkeys(
+        ("pad_token_id", "decoder_start_token_id", "eos_token_id", "forced_eos_token_id"), 0
+    )
     config = MarianConfig(vocab_size=96, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, **sizes, **ids)
     MarianMTModel(config).bfloat16().save_pretrained(tmp_path / "m")
     given = MarianMTModel.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
