@@ -29,11 +29,13 @@ from armor_recipes.run import Result
 
 #: A name, or what follows a layer's in one, around its last number.
 _LAST_NUMBER = re.compile(r"(.*\.)(\d+)((?:\.[^.\d][^.]*)*)$")
+#: Lists of blocks that a plan's title names.
+_MOST_LISTS = 6
 
 
 def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
     """Every module with shape, blocks and bytes, modules of a layer that differ by a number alone on one line; then totals."""
-    table = Table(title=Text(f"Plan for {plan.model}: {len(plan.layers)} decoder layers"))
+    table = Table(title=Text(f"Plan for {plan.model}: {_blocks(plan.layers)}"))
     for heading in ("module", "modifier", "shape", "block", "blocks", "stored"):
         table.add_column(heading, overflow="fold")
     for heading in ("bytes before", "after", "factors"):
@@ -63,6 +65,19 @@ def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
     lines += _shared_lines(plan)
     lines += plan.notes
     return Group(table, Text("\n".join(lines)))
+
+
+def _blocks(names: Sequence[str]) -> str:
+    """How many blocks there are; where they are not one list of layers, which: encoder and decoder, towers, single modules."""
+    lists = _short(names)
+    if len(lists) <= 1:
+        return _count(len(names), "layer")
+    more = f" and {len(lists) - _MOST_LISTS} more" if len(lists) > _MOST_LISTS else ""
+    return f"{_count(len(names), 'block')} ({', '.join(lists[:_MOST_LISTS])}{more})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 class _OfModifier(Protocol):

@@ -183,7 +183,7 @@ def capture_stream(model: nn.Module, stack: Stack, inputs: Batch, *, batch_size:
     probe = probe_stack(model, stack, inputs, hooks)
     if probe.problem:
         raise PlanError(
-            f"{type(model).__name__}: running its {len(stack.modules)} decoder layers one by one does not reproduce the model "
+            f"{type(model).__name__}: running its {len(stack.modules)} blocks {stack.name} one by one does not reproduce the model "
             f"({probe.problem}): its layers share state, which is not supported"
         )
     return open_stream(model, stack, inputs, batch_size=batch_size, hooks=hooks, same=probe.same)

@@ -70,7 +70,7 @@ def _stage(kinds: Mapping[str, Schema]) -> Schema:
     group = {"anyOf": [modifiers, {"type": "array", "items": {**modifiers, "maxProperties": 1}, "minItems": 1}]}
     return {
         "title": "Stage",
-        "description": "One pass over the decoder layers; holds groups of modifiers, which run in the order written.",
+        "description": "One pass over the layers; holds groups of modifiers, which run in the order written.",
         "type": "object",
         "patternProperties": {f"{GROUP}$": group},
         "additionalProperties": False,
