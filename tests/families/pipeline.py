@@ -24,6 +24,7 @@ from armor_recipes.integrations.exporting import export_folder
 from armor_recipes.integrations.loading import lay_out
 from armor_recipes.integrations.models import meta_model, open_model
 from armor_recipes.integrations.names import fused_of, loaded_as
+from armor_recipes.model.inputs import model_inputs
 from armor_recipes.recipe.schema import ModelSpec, ModifierConfig
 from armor_recipes.run import apply, job
 from tests.families.stock import StockProcess
@@ -114,7 +115,7 @@ class _Family:
     def __init__(self, record: Record, folder: Path, stock: StockProcess, kind: type[PreTrainedModel] | None) -> None:
         self.record, self.folder, self.stock, self.kind, self.asked = record, folder, stock, kind, kind
         self.source, self.out, self.dense = folder / "source", folder / "out", folder / "dense"
-        self.skipping, self.can_generate = False, False
+        self.skipping, self.can_generate, self.reads_windows = False, False, False
         self.in_memory: list[Tensor] = []
         self.rounded: list[Tensor] = []
         self.generated: Tensor | None = None
@@ -138,6 +139,8 @@ class _Family:
         self.ignore = outside(model)
         self.inputs: Inputs = inputs_for(model)
         self.ignore += uncalled(model, self.inputs, self.blocks)
+        known = model_inputs(model)
+        self.reads_windows = known.vocab_size is not None and not known.encoder_decoder
         self.record.inputs = tuple(self.inputs)
         cast: nn.Module = model
         cast.to(STORED)
@@ -212,7 +215,7 @@ class _Family:
 
     def calibration(self, file: Path) -> dict[str, Any]:
         """These inputs; windows of random tokens where they are token ids and nothing else."""
-        if self.inputs.keys() == {"input_ids"} and self.inputs["input_ids"].dim() == 2:
+        if self.reads_windows and self.inputs.keys() == {"input_ids"} and self.inputs["input_ids"].dim() == 2:
             return {"dataset": "builtin:random-tokens", "samples": 8, "sequence_length": 24, "batch_size": 4}
         return {"dataset": str(file), "samples": 2, "batch_size": 2}
 

@@ -323,7 +323,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {
         "is_decoder": False,
         "attn_layers": ["local", "lsh"],
-        "axial_pos_shape": [4, 4],
+        "axial_pos_shape": [4, 8],
         "axial_pos_embds_dim": [32, 32],
         "num_buckets": 4,
         "local_attn_chunk_length": 4,
