@@ -18,7 +18,7 @@ from armor_recipes.modifiers.kinds.contract import Planned, Planning, Row, Skipp
 from armor_recipes.plan.experts import expert_notes, expert_problems, plan_experts
 from armor_recipes.plan.plan import Plan, Totals, last_of_each
 from armor_recipes.plan.serving import PackedModule, serve_problems, straddling
-from armor_recipes.plan.sharing import resolve_shared
+from armor_recipes.plan.sharing import resolve_shared, stacks_with_shared_weights
 from armor_recipes.plan.targets import Matched, not_linear, resolve_targets
 from armor_recipes.recipe import ModifierEntry, Recipe
 
@@ -85,7 +85,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
         ignored=tuple(name for name in ignored if name not in touched),
         totals=_totals(rows, model, itemsize),
         skipped=tuple(skipped),
-        notes=(*_straddling(subject, rows), *expert_notes(recipe, experts)),
+        notes=(*_straddling(subject, rows), *expert_notes(recipe, experts), *_by_passes(subject, rows, modifiers)),
         experts=experts,
     )
 
@@ -230,6 +230,16 @@ def _straddling(subject: _Subject, rows: Sequence[Row]) -> tuple[str, ...]:
         block = names[subject.stacks.block_of(name) or 0]
         found.setdefault(sentence.replace(block, "{}"), []).append(block)
     return tuple(once(text, blocks) for text, blocks in found.items())
+
+
+def _by_passes(subject: _Subject, rows: Sequence[Row], modifiers: Modifiers) -> tuple[str, ...]:
+    """A sentence on each stack whose statistics will come from passes of the whole model, as far as shapes tell."""
+    learning = (row for row in rows if modifiers[row.modifier].needs.streams)
+    observed = dict.fromkeys(shape.name for row in learning for shape in row.observed)
+    return tuple(
+        f"blocks of {name} share weights: its statistics come from passes of the whole model, one for each block and batch"
+        for name in stacks_with_shared_weights(observed, subject.linears, subject.stacks)
+    )
 
 
 def _totals(rows: Sequence[Row], model: nn.Module, itemsize: int) -> Totals:

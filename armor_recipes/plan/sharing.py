@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from armor_recipes.errors import UnfitError
@@ -40,6 +40,17 @@ def resolve_shared(names: Sequence[str], ignored: Collection[str], linears: Line
             fit.append(name)
             uses |= {name: tuple(place.module for place in linears.others(name))} if places else {}
     return Shared(tuple(fit), uses, unfit)
+
+
+def stacks_with_shared_weights(names: Iterable[str], linears: Linears, stacks: Stacks) -> tuple[str, ...]:
+    """The stacks of those linear modules whose weights other blocks use, too: such blocks are not run one by one."""
+    found: dict[str, None] = {}
+    for name in names:
+        own = stacks.block_of(name)
+        others = {stacks.block_of(place.module) for place in linears.others(name) if place.linear} - {own, None}
+        if own is not None and others:
+            found[stacks.of_block(own).name] = None
+    return tuple(found)
 
 
 def _refusal(

@@ -149,6 +149,8 @@ def test_shared_weights_are_solved_once_on_all_their_uses(propagate: str, seen: 
     assert session.model.get_parameter(f"{AGAIN}.weight") is session.model.get_parameter(f"{SHARED}.weight")
     (told,) = session.section("passes_of_the_whole_model")
     assert told.reason == "its blocks share weights"
+    (note,) = session.plan.notes
+    assert note.startswith("blocks of model.layers share weights: its statistics come from passes of the whole model")
 
 
 def test_layers_that_share_weights_are_not_compared_by_themselves() -> None:
