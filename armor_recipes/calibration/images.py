@@ -81,17 +81,17 @@ def picture_of(folder: Path, cell: Cell) -> Picture | None:
             )
 
 
-def load_images(pictures: Sequence[Picture], processor: Callable[[bool], Any] | None, length: int) -> Batch:
-    """Named tensors of images, and of their texts padded to `length` tokens, as the model's processor makes them.
+def load_images(pictures: Sequence[Picture], processor: Callable[[bool], Any] | None, length: int) -> tuple[Batch, ...]:
+    """Named tensors of each image, and of its text padded to `length` tokens, as the model's processor makes them.
 
     `processor(texts)` gives it, with or without a tokenizer. Raises InputError where it cannot be had, an image cannot be read,
-    or samples come out in different shapes.
+    or samples come out with different tensors; their shapes may differ.
     """
     made = made_processor(processor, with_text=any(picture.text is not None for picture in pictures))
     rows = [processed(made, picture, length) for picture in pictures]
     for row, picture in zip(rows, pictures, strict=True):
         _check_alike(row, rows[0], picture.where)
-    return stacked(rows)
+    return tuple(rows)
 
 
 def made_processor(processor: Callable[[bool], Any] | None, *, with_text: bool) -> Any:
@@ -101,11 +101,6 @@ def made_processor(processor: Callable[[bool], Any] | None, *, with_text: bool) 
             "images need a model with a processor, and here is none; give a .safetensors file of its inputs"
         )
     return processor(with_text)
-
-
-def stacked(rows: Sequence[Batch]) -> Batch:
-    """Samples of equal shapes as one batch."""
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def processed(processor: Any, picture: Picture, length: int = 0) -> Batch:
@@ -170,9 +165,9 @@ def _check_length(tensors: Batch, picture: Picture, length: int) -> None:
 
 
 def _check_alike(row: Batch, first: Batch, where: str) -> None:
-    shapes, expected = ({name: list(x.shape[1:]) for name, x in batch.items()} for batch in (row, first))
-    if shapes != expected:
+    made, expected = ({name: (x.ndim, x.dtype) for name, x in batch.items()} for batch in (row, first))
+    if made != expected:
+        shapes = [{name: list(x.shape[1:]) for name, x in batch.items()} for batch in (row, first)]
         raise InputError(
-            f"{where}: the processor makes {shapes} of it, and {expected} of the first; give images of one size, or a "
-            "processor that makes them so"
+            f"{where}: the processor makes {shapes[0]} of it, and {shapes[1]} of the first; give images of one kind"
         )

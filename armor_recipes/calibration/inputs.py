@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 #: Named arguments of a model's forward pass; the first dimension of each is the sample's.
 Batch: TypeAlias = Mapping[str, Tensor]
+
+#: Names of a batch with the shape of one sample and the dtype of each.
+Form: TypeAlias = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
 #: The name of token ids among them, `(N, L)` int64.
 TOKENS = "input_ids"
@@ -54,9 +57,11 @@ class Source:
 class InputSet:
     """N samples on the CPU, as named tensors `(N, …)`; windows of text are `input_ids` `(N, L)`, int64.
 
-    `sha256` is the hash of shapes and values. `asked` is the number of samples asked for; N is smaller only where the recipe says
-    `at_most`. `origins` has for each sample the place of its source in `sources`. `prefix` is what every window of text begins
-    with, `suffix` what it ends with, `end_of_text` the id put after each document, if any.
+    Where samples are of several shapes (images of several sizes), those of equal shapes follow one another: `tensors` are the
+    first of these groups, and `others` the rest. `sha256` is the hash of shapes and values. `asked` is the number of samples asked
+    for; N is smaller only where the recipe says `at_most`. `origins` has for each sample the place of its source in `sources`.
+    `prefix` is what every window of text begins with, `suffix` what it ends with, `end_of_text` the id put after each document, if
+    any.
     """
 
     tensors: Batch
@@ -67,9 +72,23 @@ class InputSet:
     prefix: tuple[int, ...] = ()
     end_of_text: int | None = None
     suffix: tuple[int, ...] = ()
+    others: tuple[Batch, ...] = ()
 
     def __len__(self) -> int:
-        return len(leading(self.tensors))
+        return sum(len(leading(group)) for group in self.groups)
+
+    @property
+    def groups(self) -> tuple[Batch, ...]:
+        """The samples in order, those of equal shapes together."""
+        return (self.tensors, *self.others)
+
+    def sample(self, place: int) -> Batch:
+        """One sample."""
+        for group in self.groups:
+            if place < len(leading(group)):
+                return some_of(group, slice(place, place + 1))
+            place -= len(leading(group))
+        raise IndexError(place)
 
     @property
     def is_windows(self) -> bool:
@@ -87,8 +106,8 @@ class InputSet:
         return " + ".join(source.dataset for source in self.sources)
 
     def batches(self, size: int) -> list[Batch]:
-        """The samples in order, `size` at a time."""
-        return [some_of(self.tensors, slice(start, start + size)) for start in range(0, len(self), size)]
+        """The samples in order, at most `size` at a time, of one shape each."""
+        return batched(self.groups, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +159,12 @@ def hash_inputs(tensors: Batch) -> str:
     return digest.hexdigest()
 
 
+def hash_groups(groups: Sequence[Batch]) -> str:
+    """`hash_inputs` of samples of one shape; of several groups the sha256 of theirs, one after the other."""
+    hashes = list(map(hash_inputs, groups))
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(b"".join(map(bytes.fromhex, hashes))).hexdigest()
+
+
 def hash_tokens(ids: Tensor) -> str:
     """sha256 in hex of N, L and the ids `(N, L)` row by row, each as a little-endian 64-bit integer."""
     digest = hashlib.sha256(np.asarray(ids.shape, dtype="<i8").tobytes())
@@ -150,6 +175,31 @@ def hash_tokens(ids: Tensor) -> str:
 def leading(batch: Batch) -> Tensor:
     """What tells the size of a batch: its token ids `(B, L)` if there are any, else its first tensor."""
     return batch[TOKENS] if TOKENS in batch else next(iter(batch.values()))
+
+
+def form_of(batch: Batch) -> Form:
+    """Names, shapes of a sample and dtypes: samples that have these alike can be one batch."""
+    return tuple((name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in batch.items())
+
+
+def places_by_form(forms: Iterable[Form]) -> list[list[int]]:
+    """The places of forms that are alike, in the order in which they first come."""
+    found: dict[Form, list[int]] = {}
+    for place, form in enumerate(forms):
+        found.setdefault(form, []).append(place)
+    return list(found.values())
+
+
+def stacked(batches: Sequence[Batch]) -> Batch:
+    """Batches of equal forms as one."""
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def batched(groups: Iterable[Batch], size: int) -> list[Batch]:
+    """The samples of groups in order, at most `size` at a time, none of two groups together."""
+    return [
+        some_of(group, slice(start, start + size)) for group in groups for start in range(0, len(leading(group)), size)
+    ]
 
 
 def arguments(batch: Batch) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -21,7 +21,7 @@ from armor_recipes.calibration.images import (
     load_images,
     picture_of,
 )
-from armor_recipes.calibration.inputs import TOKENS, Batch, ModelInputs
+from armor_recipes.calibration.inputs import TOKENS, Batch, ModelInputs, leading
 from armor_recipes.calibration.pairs import Pair, load_pairs, pair_columns, pair_of
 from armor_recipes.calibration.random_inputs import draw
 from armor_recipes.calibration.stream import open_stream, stream_rows
@@ -116,10 +116,18 @@ class Tools:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """Samples that were drawn, and how many of them were cut to the length asked for."""
+    """Samples that were drawn, in batches of equal shapes, and how many of them were cut to the length asked for."""
 
-    tensors: Batch
+    batches: tuple[Batch, ...]
     cut: int = 0
+
+    @classmethod
+    def of(cls, tensors: Batch, cut: int = 0) -> Drawn:
+        """Samples of one shape."""
+        return cls((tensors,), cut)
+
+    def __len__(self) -> int:
+        return sum(len(leading(batch)) for batch in self.batches)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,6 +149,8 @@ class Pool:
     found: str = "samples"
     advice: str = "name more"
     is_text: bool = False
+    of_any_shape: bool = False
+    """Whether a sample may have another shape than others."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,7 +196,7 @@ def _random_inputs(dataset: str, rule: Rule) -> Pool:
             f"{dataset} needs a model whose inputs are known, here is none; use {RANDOM_TOKENS} or a .safetensors file of inputs"
         )
     inputs = rule.inputs.random(rule.length)
-    return Pool(dataset, None, lambda samples, generator: Drawn(draw(inputs, samples, generator)))
+    return Pool(dataset, None, lambda samples, generator: Drawn.of(draw(inputs, samples, generator)))
 
 
 def _stored(files: TensorFiles, rule: Rule, *, stream: bool) -> Pool:
@@ -206,7 +216,7 @@ def _stored(files: TensorFiles, rule: Rule, *, stream: bool) -> Pool:
         numbers = torch.randperm(len(files), generator=generator)[:samples].tolist()
         tensors = {name: tensor for name, tensor in files.rows(numbers).items() if name != LABELS}
         check_values(tensors, rule.inputs, files.dataset)
-        return Drawn(tensors)
+        return Drawn.of(tensors)
 
     return Pool(files.dataset, len(files), taken, len(files))
 
@@ -218,7 +228,7 @@ def _pairs(part: Part, columns: Columns, tools: Tools, rule: Rule, needed: int) 
         tensors, cut = load_pairs(pairs, rule.inputs, tools.tokenizer, rule.length)
         for name in ("input_ids", "decoder_input_ids"):
             check_vocabulary(tensors[name], rule.inputs.vocabulary, part.dataset)
-        return Drawn(tensors, cut)
+        return Drawn.of(tensors, cut)
 
     return _pool_of_rows(part.dataset, rows, made)
 
@@ -237,12 +247,13 @@ def _pictures(part: Part, column: str, tools: Tools, rule: Rule, needed: int) ->
     rows = _rows(part, columns, partial(picture_of, folder), rule, needed, found)
 
     def made(pictures: list[Picture]) -> Drawn:
-        tensors = load_images(pictures, tools.processor, rule.length)
-        check_arguments(list(tensors), rule.inputs, f"what the processor makes of {part.dataset}")
-        check_values(tensors, rule.inputs, part.dataset)
-        return Drawn(tensors)
+        rows = load_images(pictures, tools.processor, rule.length)
+        check_arguments(list(rows[0]), rule.inputs, f"what the processor makes of {part.dataset}")
+        for row, picture in zip(rows, pictures, strict=True):
+            check_values(row, rule.inputs, picture.where)
+        return Drawn(rows)
 
-    return _pool_of_rows(part.dataset, rows, made)
+    return replace(_pool_of_rows(part.dataset, rows, made), of_any_shape=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -303,7 +314,7 @@ def _pool_of_rows(dataset: str, found: _Rows[Row], made: Callable[[list[Row]], D
 
 
 def _around(windows: Tensor, rule: Rule) -> Drawn:
-    return Drawn({TOKENS: with_prefix(windows, rule.prefix, rule.length, rule.suffix)})
+    return Drawn.of({TOKENS: with_prefix(windows, rule.prefix, rule.length, rule.suffix)})
 
 
 def _windows(windows: Tensor, rule: Rule, samples: int, generator: Generator) -> Drawn:

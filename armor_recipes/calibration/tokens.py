@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from armor_recipes.calibration.inputs import TOKENS, Batch, InputSet, ModelInputs, Source, hash_inputs, leading
+from armor_recipes.calibration.inputs import (
+    TOKENS,
+    Batch,
+    Form,
+    InputSet,
+    ModelInputs,
+    Source,
+    batched,
+    form_of,
+    hash_groups,
+    places_by_form,
+    stacked,
+)
 from armor_recipes.calibration.pools import Drawn, Part, Pool, Rule, Tools, open_pool, tensors_path
 from armor_recipes.calibration.text import RANDOM_INPUTS
 from armor_recipes.calibration.windows import window_ends
@@ -72,19 +85,37 @@ def build_inputs(
         _check_count(pool, count, total)
     generator = torch.Generator().manual_seed(spec.seed)
     taken = [pool.draw(count, generator) for pool, count in zip(pools, counts, strict=True)]
-    drawn = [each.tensors for each in taken]
-    _check_alike(pools, drawn)
-    tensors = {name: torch.cat([batch[name] for batch in drawn]) for name in drawn[0]}
-    origins = torch.arange(len(drawn)).repeat_interleave(torch.tensor(counts))
-    if len(drawn) > 1:
-        order = torch.randperm(total, generator=generator)
-        tensors, origins = {name: tensor[order] for name, tensor in tensors.items()}, origins[order]
+    _check_alike(pools, taken)
+    order = torch.randperm(total, generator=generator) if len(pools) > 1 else torch.arange(total)
+    groups, order = _grouped([batch for each in taken for batch in each.batches], order)
+    origins = torch.arange(len(pools)).repeat_interleave(torch.tensor(counts))[order]
     sources = tuple(starmap(_source, zip(pools, taken, strict=True)))
     has_text = any(pool.is_text for pool in pools)
     end = tokenizer.eos_token_id if tokenizer is not None and has_text else None
     return InputSet(
-        tensors, hash_inputs(tensors), asked, sources, tuple(origins.tolist()), rule.prefix, end, rule.suffix
+        groups[0],
+        hash_groups(groups),
+        asked,
+        sources,
+        tuple(origins.tolist()),
+        rule.prefix,
+        end,
+        rule.suffix,
+        groups[1:],
     )
+
+
+def _grouped(batches: Sequence[Batch], order: Tensor) -> tuple[tuple[Batch, ...], Tensor]:
+    """All samples in that order, but where they are of several shapes those of one shape together; and the order then."""
+    if len(set(map(form_of, batches))) == 1:
+        whole = stacked(batches)
+        in_order = bool((order == torch.arange(len(order))).all())
+        return (whole if in_order else {name: tensor[order] for name, tensor in whole.items()},), order
+    samples = [row for batch in batches for row in batched([batch], 1)]
+    samples = [samples[place] for place in order.tolist()]
+    places = places_by_form(map(form_of, samples))
+    groups = tuple(stacked([samples[place] for place in some]) for some in places)
+    return groups, order[[place for some in places for place in some]]
 
 
 def _rule(
@@ -195,11 +226,12 @@ def _check_count(pool: Pool, count: int, total: int) -> None:
     )
 
 
-def _check_alike(pools: Sequence[Pool], drawn: Sequence[Batch]) -> None:
-    """Raise InputError where the samples of a mix are not of one form."""
-    forms = [{name: (tuple(x.shape[1:]), x.dtype) for name, x in batch.items()} for batch in drawn]
+def _check_alike(pools: Sequence[Pool], taken: Sequence[Drawn]) -> None:
+    """Raise InputError where the samples of a mix are not the same tensors; images may be of several shapes."""
+    forms = [form_of(drawn.batches[0]) for drawn in taken]
     for pool, form in zip(pools, forms, strict=True):
-        if form != forms[0]:
+        of_any_shape = pool.of_any_shape and pools[0].of_any_shape
+        if form != forms[0] and not (of_any_shape and _kinds(form) == _kinds(forms[0])):
             raise InputError(
                 f"the samples of {pool.dataset} ({_described(form)}) are not of the same form as those of {pools[0].dataset} "
                 f"({_described(forms[0])}); a mix needs the same tensors, equal in shape and dtype: give each a modifier of its "
@@ -207,17 +239,20 @@ def _check_alike(pools: Sequence[Pool], drawn: Sequence[Batch]) -> None:
             )
 
 
-def _described(form: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
-    return ", ".join(
-        f"{name} {list(shape)} {str(dtype).removeprefix('torch.')}" for name, (shape, dtype) in form.items()
-    )
+def _kinds(form: Form) -> list[tuple[str, int, torch.dtype]]:
+    """Names, numbers of dimensions and dtypes."""
+    return [(name, len(shape), dtype) for name, shape, dtype in form]
+
+
+def _described(form: Form) -> str:
+    return ", ".join(f"{name} {list(shape)} {str(dtype).removeprefix('torch.')}" for name, shape, dtype in form)
 
 
 def _source(pool: Pool, taken: Drawn) -> Source:
-    samples = len(leading(taken.tensors))
+    samples, ids = len(taken), sum(map(_ids_in, taken.batches))
     if pool.count is None:
-        return Source(pool.dataset, 0, 0, _ids_in(taken.tensors), samples, samples)
-    tokens = pool.tokens if pool.is_text else _ids_in(taken.tensors)
+        return Source(pool.dataset, 0, 0, ids, samples, samples)
+    tokens = pool.tokens if pool.is_text else ids
     available = None if pool.stream else pool.count
     return Source(
         pool.dataset, pool.documents, pool.empty, tokens, available, samples, pool.stream, pool.short, taken.cut

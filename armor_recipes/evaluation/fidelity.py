@@ -68,17 +68,17 @@ class Fidelity(Measure[FidelitySpec]):
     def read(cls, spec: FidelitySpec, reading: Reading) -> Self:
         """Choose the samples as for calibration. Raises InputError for one that is nothing but padding."""
         inputs = reading.inputs(spec)
-        for name, tensor in inputs.tensors.items():
+        for name, tensor in (pair for group in inputs.groups for pair in group.items()):
             if name.endswith("attention_mask") and not bool(tensor.flatten(1).any(dim=1).all()):
                 raise InputError(f"{inputs.dataset}: a sample's {name} is zero everywhere; remove the sample")
         return cls(inputs, spec.output, spec.batch_size)
 
     def dense_bytes(self, model: nn.Module) -> int:
         """Bytes of logits over the vocabulary, or of hidden states, of all tokens; what has no tokens is small."""
-        ids = self.inputs.tensors.get("decoder_input_ids", self.inputs.tensors.get(TOKENS))
+        ids = [group.get("decoder_input_ids", group.get(TOKENS)) for group in self.inputs.groups]
         facts = model_facts(model)
         width = head_rows(model) or facts.hidden_size
-        return 0 if ids is None or width is None else ids.numel() * width * 4
+        return sum(each.numel() * (width or 0) * 4 for each in ids if each is not None)
 
     @plain_torch()
     def before(self, model: nn.Module, room: Room) -> None:
@@ -115,10 +115,10 @@ class Fidelity(Measure[FidelitySpec]):
         return self._measurement(rows, name, positions)
 
     def _batches(self, model: nn.Module) -> list[Batch]:
-        ids = self.inputs.tensors.get(TOKENS)
-        if ids is None:
+        lengths = [group[TOKENS].shape[1] for group in self.inputs.groups if TOKENS in group]
+        if not lengths:
             return self.inputs.batches(self.batch_size)
-        return self.inputs.batches(fitting_batch(self.batch_size, ids.shape[1], vocabulary(model)))
+        return self.inputs.batches(fitting_batch(self.batch_size, max(lengths), vocabulary(model)))
 
     def _measurement(self, rows: list[Likeness], name: str, positions: int) -> Measurement:
         columns = {

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from armor_recipes.calibration.files import Cell, Column, Columns
 from armor_recipes.calibration.images import (
     Picture,
@@ -18,9 +16,8 @@ from armor_recipes.calibration.images import (
     made_processor,
     picture_of,
     processed,
-    stacked,
 )
-from armor_recipes.calibration.inputs import Batch, hash_inputs
+from armor_recipes.calibration.inputs import Batch, form_of, hash_inputs, places_by_form, stacked
 from armor_recipes.calibration.pools import tensors_path
 from armor_recipes.calibration.tensors import check_arguments, check_values
 from armor_recipes.calibration.text import cells, local_path
@@ -58,15 +55,14 @@ def read_pictures(pictures: Sequence[Picture], reading: Reading, dataset: str) -
     """Put each image through the model's processor once, and keep its shapes. Raises InputError for what cannot be used."""
     processor = made_processor(reading.processor, with_text=False)
     digest = hashlib.sha256(len(pictures).to_bytes(8, "little"))
-    groups: dict[tuple[tuple[str, torch.Size, torch.dtype], ...], list[int]] = {}
-    for place, picture in enumerate(pictures):
+    forms = []
+    for picture in pictures:
         made = processed(processor, picture)
         check_arguments(list(made), reading.model, f"what the processor makes of {dataset}")
         check_values(made, reading.model, picture.where)
         digest.update(bytes.fromhex(hash_inputs(made)))
-        form = tuple((name, tensor.shape, tensor.dtype) for name, tensor in made.items())
-        groups.setdefault(form, []).append(place)
-    return Pictures(tuple(pictures), processor, tuple(map(tuple, groups.values())), digest.hexdigest())
+        forms.append(form_of(made))
+    return Pictures(tuple(pictures), processor, tuple(map(tuple, places_by_form(forms))), digest.hexdigest())
 
 
 def labelled(spec: ClassificationSpec, image_column: str, reading: Reading) -> list[tuple[Picture, int]]:

@@ -25,6 +25,7 @@ class PassStream:
     """The activations of one calibration set at the blocks of a stack, each time by a pass of the whole model as it is now.
 
     Args:
+        groups: the samples, those of one shape together.
         uses: for a block those that use its weights, too: a pass goes as far as the last of them.
         originals: weights, by parameter, that stand in the place of the model's own in a pass: the dense model's; None for none.
 
@@ -39,7 +40,7 @@ class PassStream:
         model: nn.Module,
         stacks: Stacks,
         stack: Stack,
-        inputs: Batch,
+        groups: Sequence[Batch],
         *,
         batch_size: int,
         hooks: Hooks,
@@ -48,8 +49,8 @@ class PassStream:
     ) -> None:
         self._model, self._stacks, self._stack = model, stacks, stack
         self._hooks, self._uses, self._originals = hooks, uses, originals
-        self._reads = reads_of(model, stack.names[0], inputs)
-        self.batches = tuple(batches_of(model, inputs, batch_size))
+        self._reads = reads_of(model, stack.names[0], groups[0])
+        self.batches = tuple(batches_of(model, groups, batch_size))
         self.padding: Padding = NO_PADDING
         self.passes = self._batch = 0
         self._counts = [self._count(batch) for batch in self.batches]

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.calibration.inputs import TOKENS, Batch, arguments, leading, some_of
+from armor_recipes.calibration.inputs import TOKENS, Batch, arguments, batched, some_of
 from armor_recipes.compute import drawn_alike, is_out_of_memory
 from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.model.blocks import Stack
@@ -164,16 +164,16 @@ def probe_stack(model: nn.Module, stack: Stack, inputs: Batch, hooks: Hooks) -> 
 
 
 def open_stream(
-    model: nn.Module, stack: Stack, inputs: Batch, *, batch_size: int, hooks: Hooks, same: bool = True
+    model: nn.Module, stack: Stack, groups: Sequence[Batch], *, batch_size: int, hooks: Hooks, same: bool = True
 ) -> Stream:
     """Take the first block's inputs for every batch, and the other blocks' arguments unless all have the `same`.
 
-    The model's forward pass is stopped at the last of them.
+    Samples of a group are of one shape. The model's forward pass is stopped at the last of them.
     """
-    batches = batches_of(model, inputs, batch_size)
+    batches = batches_of(model, groups, batch_size)
     found = [_watch(model, stack, batch, hooks, blocks=1 if same else None) for batch in batches]
     calls = [[call for _, call in seen.calls] for seen in found]
-    reads = reads_of(model, stack.names[0], inputs)
+    reads = reads_of(model, stack.names[0], groups[0])
     paddings = [padding_of(batch, reads, first[0]) for batch, first in zip(batches, calls, strict=True)]
     return Stream(calls, stack, batches, paddings)
 
@@ -186,13 +186,12 @@ def capture_stream(model: nn.Module, stack: Stack, inputs: Batch, *, batch_size:
             f"{type(model).__name__}: running its {len(stack.modules)} blocks {stack.name} one by one does not reproduce the model "
             f"({probe.problem}): its layers share state, which is not supported"
         )
-    return open_stream(model, stack, inputs, batch_size=batch_size, hooks=hooks, same=probe.same)
+    return open_stream(model, stack, [inputs], batch_size=batch_size, hooks=hooks, same=probe.same)
 
 
-def batches_of(model: nn.Module, inputs: Batch, size: int) -> list[Batch]:
-    """The samples in order, `size` at a time, where the model is."""
-    total = len(leading(inputs))
-    return [on_device(some_of(inputs, slice(start, start + size)), model) for start in range(0, total, size)]
+def batches_of(model: nn.Module, groups: Sequence[Batch], size: int) -> list[Batch]:
+    """The samples in order, at most `size` of a group at a time, where the model is."""
+    return [on_device(batch, model) for batch in batched(groups, size)]
 
 
 class forward_errors:  # noqa: N801 - reads as a statement

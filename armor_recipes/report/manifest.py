@@ -132,15 +132,15 @@ def calibration_rows(facts: Facts) -> list[dict[str, Any]]:
     """What was calibrated on: for each set who used it, how many windows came of how many asked, and what each dataset gave.
 
     `bos` are the ids that every window begins with, `suffix` those that it ends with, if any, `end_of_text` is the one put after
-    each document, or null; where samples are more than token ids, `inputs` are dtype and shape of one. Each source says whether it
-    was a `stream`. Local files go by their names alone, so that nothing depends on the folder.
+    each document, or null; where samples are more than token ids, `inputs` are dtype and shape of one, or all `shapes` that there
+    are. Each source says whether it was a `stream`. Local files go by their names alone, so that nothing depends on the folder.
     """
     return [
         {
             "modifiers": [entry.key for entry in facts.recipe.modifiers if entry.config.calibration == spec],
             "asked": tokens.asked,
             "samples": len(tokens),
-            "sequence_length": tokens.ids.shape[1] if TOKENS in tokens.tensors else None,
+            "sequence_length": _length(tokens),
             "documents": spec.documents,
             "bos": list(tokens.prefix),
             **({"suffix": list(tokens.suffix)} if tokens.suffix else {}),
@@ -159,11 +159,20 @@ def _source(source: Source) -> dict[str, Any]:
     return row if source.cut else {name: value for name, value in row.items() if name != "cut"}
 
 
+def _length(samples: InputSet) -> int | None:
+    """Tokens of each sample; None where there are none, or not of all as many."""
+    lengths = {group[TOKENS].shape[1] for group in samples.groups if TOKENS in group}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
 def _inputs(samples: InputSet) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape[1:])}
-        for name, x in sorted(samples.tensors.items())
-    }
+    """Dtype and shape of a sample's tensors, of those that have several shapes all, in the order of the samples."""
+    found = {}
+    for name, x in sorted(samples.tensors.items()):
+        shapes = list(dict.fromkeys(tuple(group[name].shape[1:]) for group in samples.groups))
+        shape = {"shape": list(shapes[0])} if len(shapes) == 1 else {"shapes": list(map(list, shapes))}
+        found[name] = {"dtype": str(x.dtype).removeprefix("torch."), **shape}
+    return found
 
 
 def state_hash(model: nn.Module, dtypes: Mapping[str, torch.dtype], default: torch.dtype) -> str:

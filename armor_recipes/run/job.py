@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from armor_recipes.calibration.inputs import Batch, some_of
+from armor_recipes.calibration.inputs import Batch
 from armor_recipes.calibration.random_inputs import draw
 from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_header, write_whole
@@ -286,7 +286,7 @@ class _Run:
     def probe(self) -> Batch:
         """A calibration sample, or random inputs, to compare outputs on."""
         for samples in self.ready.data.tokens.values():
-            return some_of(samples.tensors, slice(1))
+            return samples.sample(0)
         length = min(_PROBED, self.job.source.facts.positions or _PROBED)
         return draw(random_inputs(self.job.shapes, length), 1, torch.Generator().manual_seed(0))
 

@@ -8,7 +8,7 @@ from functools import reduce
 
 from torch import nn
 
-from armor_recipes.calibration.inputs import Batch, InputSet, some_of
+from armor_recipes.calibration.inputs import Batch, InputSet
 from armor_recipes.errors import PlanError
 from armor_recipes.model.blocks import Stacks, inner_name
 from armor_recipes.model.experts import every_expert, expert_of
@@ -75,14 +75,14 @@ def _names(shares: Sequence[Share]) -> list[str]:
 def _samples(inputs: InputSet) -> Iterator[Batch]:
     """The first sample of each source."""
     for place in dict.fromkeys(map(inputs.origins.index, inputs.origins)):
-        yield some_of(inputs.tensors, slice(place, place + 1))
+        yield inputs.sample(place)
 
 
 def _others(inputs: InputSet) -> Iterator[Batch]:
     """All samples but the first of each source."""
     for place in range(len(inputs.origins)):
         if inputs.origins.index(inputs.origins[place]) != place:
-            yield some_of(inputs.tensors, slice(place, place + 1))
+            yield inputs.sample(place)
 
 
 def _observed(share: Share) -> list[str]:

@@ -73,10 +73,10 @@ class Opening:
         probes: dict[CalibrationSpec, StackProbe] = {}
         reason = "its blocks share weights" if self.sharing else ""
         for key in (key for key in self.keys if key[1] in kinds):
-            spec, inputs = key[0], self.tokens[key[0]].tensors
+            spec, inputs = key[0], self.tokens[key[0]]
             if not reason:
                 if spec not in probes:
-                    probes[spec] = probe_stack(self.model, self.stack, inputs, self.hooks)
+                    probes[spec] = probe_stack(self.model, self.stack, inputs.tensors, self.hooks)
                 problem = probes[spec].problem
                 reason = f"running its blocks one by one does not reproduce the model ({problem})" if problem else ""
             if reason:
@@ -84,7 +84,7 @@ class Opening:
             else:
                 same = probes[spec].same
                 streams[key] = open_stream(
-                    self.model, self.stack, inputs, batch_size=spec.batch_size, hooks=self.hooks, same=same
+                    self.model, self.stack, inputs.groups, batch_size=spec.batch_size, hooks=self.hooks, same=same
                 )
         return Door(streams, reason)
 
@@ -93,7 +93,7 @@ class Opening:
             self.model,
             self.stacks,
             self.stack,
-            self.tokens[key[0]].tensors,
+            self.tokens[key[0]].groups,
             batch_size=key[0].batch_size,
             hooks=self.hooks,
             uses=lambda block: self.sharing.get(block, ()),

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,38 @@ def test_tables_hold_bytes_or_paths(folder: Path, processor: Callable[[bool], An
     assert found.sources[0].empty == 1
     streamed = build(tmp_path / "rows.jsonl", MODEL, processor, samples=2, stream=True)
     assert set(shades(streamed)) < set(shades(expected))
+
+
+class AsItIs:
+    """A processor that leaves sizes as they are."""
+
+    def __call__(self, images: list[Any], return_tensors: str) -> dict[str, torch.Tensor]:
+        assert return_tensors == "pt"
+        (image,) = images
+        return {"pixel_values": torch.full((1, 3, image.height, image.width), float(image.getpixel((0, 0))[0]))}
+
+
+def test_images_of_several_sizes_are_batched_by_shape(tmp_path: Path) -> None:
+    sizes = [(2, 2), (4, 2), (2, 2), (2, 6), (4, 2)]
+    for i, size in enumerate(sizes):
+        (tmp_path / f"{i % 2}").mkdir(exist_ok=True)
+        Image.new("L", size, i).save(tmp_path / f"{i % 2}" / f"{i}.png")
+    found = build(tmp_path, MODEL, lambda _: AsItIs(), samples=5, seed=3)
+    drawn = torch.tensor([0, 2, 4, 1, 3])[torch.randperm(5, generator=torch.Generator().manual_seed(3))].tolist()
+    shapes = list(dict.fromkeys(sizes[i] for i in drawn))
+    expected = [[i for i in drawn if sizes[i] == shape] for shape in shapes]
+    assert [group["pixel_values"][:, 0, 0, 0].tolist() for group in found.groups] == expected
+    assert [found.sample(place)["pixel_values"][0, 0, 0, 0] for place in range(5)] == [*chain(*expected)]
+    assert [len(batch["pixel_values"]) for batch in found.batches(1)] == [1] * 5
+    assert (len(found), len(found.batches(2)), found.sources[0].taken) == (5, 3, 5)
+    assert found.sha256 == build(tmp_path, MODEL, lambda _: AsItIs(), samples=5, seed=3).sha256
+    assert found.sha256 != build(tmp_path, MODEL, lambda _: AsItIs(), samples=5, seed=4).sha256
+    mix = [{"dataset": str(tmp_path / name), "weight": weight} for name, weight in (("0", 3), ("1", 2))]
+    spec = CalibrationSpec(dataset=mix, image_column="image", samples=5)
+    mixed = build_inputs(spec, MODEL, processor=lambda _: AsItIs())
+    numbers = [int(mixed.sample(place)["pixel_values"][0, 0, 0, 0]) for place in range(5)]
+    assert [number % 2 for number in numbers] == list(mixed.origins)
+    assert sorted(numbers) == [0, 1, 2, 3, 4]
 
 
 def test_text_goes_with_images(folder: Path, both: Callable[[bool], Any], tmp_path: Path) -> None:

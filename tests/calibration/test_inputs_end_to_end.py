@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import Dinov2Config, Dinov2Model
 
 from armor_recipes import apply
 from armor_recipes.errors import InputError, PlanError
@@ -60,3 +61,30 @@ def test_a_length_says_nothing_of_files_of_tensors(tmp_path: Path) -> None:
     apply(calibrated(tmp_path, str(tmp_path / "x.safetensors"), sequence_length=100_000))
     with pytest.raises(PlanError, match="sequence_length 100000 is longer than"):
         apply(calibrated(tmp_path, "builtin:random-inputs", sequence_length=100_000), overwrite=True)
+
+
+def test_images_of_several_sizes_go_through_a_run(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
+    with torch.random.fork_rng():
+        Dinov2Model(config).save_pretrained(tmp_path / "model")
+    kept = {"image_processor_type": "BitImageProcessor", "do_resize": False, "do_center_crop": False}
+    (tmp_path / "model/preprocessor_config.json").write_text(json.dumps(kept))
+    (tmp_path / "images").mkdir()
+    for i, size in enumerate([(8, 8), (12, 8), (8, 8), (12, 8), (8, 8)]):
+        image.new("L", size, 40 * i).save(tmp_path / f"images/{i}.png")
+    data = {"dataset": str(tmp_path / "images"), "image_column": "image", "samples": 5}
+    made = {
+        **recipe(tmp_path / "model", tmp_path / "out", WandaModifier={"targets": [r"re:.*(query|fc\d)$"]}),
+        "calibration": {**data, "batch_size": 2},
+        "evaluation": {"fidelity": data},
+    }
+    result = apply(made)
+    (row,) = json.loads((result.output / "armor_manifest.json").read_text())["calibration"]
+    assert sorted(row["inputs"]["pixel_values"]["shapes"]) == [[3, 8, 8], [3, 8, 12]]
+    assert row["sequence_length"] is None
+    assert {found.tokens for found in result.modules.values()} == {3 * (1 + 4) + 2 * (1 + 6)}
+    assert result.evaluations[0].after.size.startswith("5 samples")
+    again = apply(made, output=tmp_path / "again")
+    files = [(each.output / "model.safetensors").read_bytes() for each in (result, again)]
+    assert files[0] == files[1]

@@ -42,9 +42,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
 
 
 def moments(
-    model: nn.Module, tensors: dict[str, Tensor], names: list[str], kept: Any = lambda _, x: x
+    model: nn.Module, tensors: dict[str, Tensor], names: list[str], kept: Any = lambda _, x: x, others: Any = ()
 ) -> dict[str, Tensor]:
-    """By hand: mean squares of what the modules read, over all of their calls, in plain passes of two samples."""
+    """By hand: mean squares of what the modules read, over all of their calls, in plain passes of two samples of one shape."""
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -53,8 +53,9 @@ def moments(
         for name in names
     ]
     with torch.no_grad():
-        for start in range(0, len(next(iter(tensors.values()))), 2):
-            feed(model, {name: tensor[start : start + 2] for name, tensor in tensors.items()})
+        for group in (tensors, *others):
+            for start in range(0, len(next(iter(group.values()))), 2):
+                feed(model, {name: tensor[start : start + 2] for name, tensor in group.items()})
     for handle in handles:
         handle.remove()
     return {name: torch.cat(parts).double().square().mean(0).float() for name, parts in seen.items() if parts}
@@ -119,6 +120,49 @@ def test_dense_statistics_are_those_of_the_dense_model(kind: str, seen: dict[str
     with session_on(make_stacked(kind), tensors, NoWagModifier=options(kind, propagate="dense")) as session:
         session.run()
     assert_close(seen, moments(make_stacked(kind), tensors, list(seen)))
+
+
+# --- images of several sizes ------------------------------------------------------------------------------------------------
+
+
+def of_two_sizes() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs of Qwen3-VL: three samples of 4 by 4 patches, two of 4 by 6, which are more tokens of the same text."""
+    small = {name: tensor[:3] for name, tensor in inputs_for("qwen3-vl").items()}
+    large = {name: tensor[3:] for name, tensor in inputs_for("qwen3-vl").items()}
+    large["pixel_values"] = torch.randn(2, 24, 48, generator=torch.Generator().manual_seed(3))
+    large["image_grid_thw"] = torch.tensor([[1, 4, 6]] * 2)
+    start, image, end = large["input_ids"][0, [1, 2, 6]].tolist()
+    large["input_ids"][:, 1:9] = torch.tensor([start, *[image] * 6, end])
+    large["mm_token_type_ids"] = (large["input_ids"] == image).long()
+    return small, large
+
+
+@pytest.mark.parametrize("propagate", ["compressed", "dense"])
+def test_samples_of_several_shapes_are_batched_by_shape(propagate: str, seen: dict[str, Tensor]) -> None:
+    small, large = of_two_sizes()
+    entry = options("qwen3-vl", propagate=propagate)
+    with session_on(make_stacked("qwen3-vl"), small, large, NoWagModifier=entry) as session:
+        session.run()
+    model = make_stacked("qwen3-vl")
+    if propagate == "dense":
+        assert_close(seen, moments(model, small, list(seen), others=[large]))
+        return
+    for group in groups_of(session):
+        found = moments(model, small, group, others=[large])
+        assert_close({name: seen[name] for name in group}, found)
+        for name in group:
+            model.get_parameter(f"{name}.weight").data.copy_(session.model.get_parameter(f"{name}.weight").data)
+
+
+@pytest.mark.parametrize("refiner", ["BlockRefineModifier", "DistillationModifier"])
+def test_factors_are_trained_on_samples_of_several_shapes(refiner: str) -> None:
+    targets = [r"re:.*(visual\.blocks|language_model).*(qkv|q_proj|fc\d|up_proj)$"]
+    entries = {"ARMORModifier": {**ARMORED, "targets": targets}, refiner: {"targets": targets, "epochs": 1}}
+    with session_on(make_stacked("qwen3-vl"), *of_two_sizes(), **entries) as session:
+        session.run()
+    found = session.section("refinements")
+    assert found
+    assert all(result.losses[-1] <= result.losses[0] for result in found)
 
 
 # --- weights that several layers share --------------------------------------------------------------------------------------

@@ -169,21 +169,21 @@ def inputs_for(kind: str) -> dict[str, Tensor]:
     return {"input_ids": ids}
 
 
-def input_set(tensors: Batch) -> InputSet:
-    """The tensors as a calibration."""
-    count = len(next(iter(tensors.values())))
+def input_set(tensors: Batch, *others: Batch) -> InputSet:
+    """The tensors as a calibration; others are of other shapes."""
+    count = sum(len(next(iter(group.values()))) for group in (tensors, *others))
     source = Source("tensors", 0, 0, 0, count, count)
-    return InputSet(dict(tensors), "", count, (source,), (0,) * count)
+    return InputSet(dict(tensors), "", count, (source,), (0,) * count, others=others)
 
 
 def session_on(
     model: nn.Module,
     tensors: Batch,
-    *,
+    *others: Batch,
     batch_size: int = 2,
     **chosen: Mapping[str, Any],
 ) -> Session:
-    """A session of one stage on a model, planned on its own shapes and calibrated on the tensors."""
+    """A session of one stage on a model, planned on its own shapes and calibrated on the tensors, `others` of other shapes."""
     mapping = recipe("builtin:stdlib-llama", **chosen)
     mapping["calibration"]["batch_size"] = batch_size
     mapping["output"]["format"] = "dense"
@@ -192,5 +192,5 @@ def session_on(
     instances = {entry.key: known[entry.kind](entry.config) for entry in asked.modifiers}
     plan = make_plan(asked, model, instances, itemsize=4)
     specs = {entry.config.calibration for entry in asked.modifiers if entry.config.calibration is not None}
-    tokens = dict.fromkeys(specs, input_set(tensors))
+    tokens = dict.fromkeys(specs, input_set(tensors, *others))
     return Session(asked, plan, model, instances, tokens, stored_dtype=torch.float32)

@@ -397,8 +397,8 @@ def _parts_of(windows: int, tokens: int) -> list[slice]:
 
 def _tried(block: nn.Module, calls: Sequence[Sequence[LayerCall]], parts: list[list[slice]]) -> list[list[slice]]:
     """The parts, and none of a batch that the block does not take part by part; tried on the first batch of each size."""
-    apart: dict[int, bool] = {}
-    sizes = [len(uses[0].hidden) for uses in calls]
+    apart: dict[tuple[int, ...], bool] = {}
+    sizes = [tuple(uses[0].hidden.shape[:2]) for uses in calls]
     for size, uses, found in zip(sizes, calls, parts, strict=True):
         if size not in apart:
             apart[size] = len(found) == 1 or all(call.comes_apart(block, found) for call in uses)
