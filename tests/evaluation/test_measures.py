@@ -136,8 +136,8 @@ class _Huge:
     dataset = "a"
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.zeros(1, dtype=torch.int64).expand(10**12)}
+    def groups(self) -> list[dict[str, torch.Tensor]]:
+        return [{"input_ids": torch.zeros(1, dtype=torch.int64).expand(10**12)}]
 
 
 @pytest.fixture(scope="module")
