@@ -2,8 +2,8 @@
 
 One config group for every distinct block size, core type and group size, `format: sparse-24-bitmask`, with the full names
 of its modules as targets. `weights` is what the schema asks for; of a quantised core it says bits, strategy and group size.
-What else a loader has to know before it reads tensors is the block size, the core type and who shares an input factor,
-and `weights.observer_kwargs` is the one free field that compressed-tensors keeps when it writes a config again: unknown
+What else a loader has to know before it reads tensors is the block size, the core type, who shares an input factor and whose
+weight is tied, and `weights.observer_kwargs` is the one free field that compressed-tensors keeps when it writes a config again: unknown
 keys are dropped, and `block_structure` is accepted with one strategy only, which a quantised core could not use.
 """
 
@@ -22,11 +22,13 @@ from armor_recipes.errors import CheckpointError
 
 FORMAT = "sparse-24-bitmask"
 QUANT_METHOD = "compressed-tensors"
-FORMAT_VERSION = 2
-"""Of the layout, written to `armor_manifest.json`; see docs/checkpoint.md for what later releases will read."""
+FORMAT_VERSION = 3
+"""Of the layout, the latest that is read; see docs/checkpoint.md for what later releases will read."""
+_VERSION_WITHOUT_TIES = 2
 SCHEMA_VERSION = "0.17.0"
 """The oldest compressed-tensors whose schema reads this: a constant, so that equal runs give equal bytes."""
 BLOCK_SIZE_KEY, CORE_KEY, INPUT_FACTOR_KEY = "armor_block_size", "armor_core", "armor_input_factor"
+TIED_KEY = "armor_tied_weights"
 CORE_TYPES = tuple(KEPT_PER_VALUE)
 """What the kept values of a core can be. `float`: numbers in the checkpoint's float dtype, which the tensor itself tells.
 `int8`, `int4`: integers, with scales in that dtype."""
@@ -50,6 +52,8 @@ class LayerSpec:
     """Full name of the module whose B this layer uses; None where it has its own."""
     group_size: int | None = None
     """Kept values of a row that have one scale; None for a whole row, and where the core is not quantised."""
+    tied_to: str | None = None
+    """Full name of the module whose weight this layer has, under which the tensors of both are stored; None where it has its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,10 @@ def tensor_names(core: str) -> tuple[str, ...]:
 
 
 def quantization_config(
-    layers: Mapping[str, PackedLinear | LayerSpec], ignore: Sequence[str], shared: Mapping[str, str] | None = None
+    layers: Mapping[str, PackedLinear | LayerSpec],
+    ignore: Sequence[str],
+    shared: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Describe these layers, with keys and an order that depend on nothing but the arguments.
 
@@ -109,15 +116,18 @@ def quantization_config(
         layers: full module name → packed layer, or block size, core type and group size of one; not empty.
         ignore: full names of the linear modules left dense.
         shared: full name of a module without a B of its own → of the module of the same group whose B it uses.
+        tied: full name of a further module that has the weight of a layer, and is none of `layers` → of that layer.
     """
     groups: dict[LayerSpec, list[str]] = defaultdict(list)
-    for name, layer in layers.items():
+    stored, tied = dict(shared or {}), tied or {}
+    for name, layer in {**layers, **{use: layers[owner] for use, owner in tied.items()}}.items():
         _check_target(name)
         groups[LayerSpec(layer.block_size, layer.core, None, layer.group_size)].append(name)
     ordered = sorted(groups, key=lambda spec: (spec.block_size, spec.core, spec.group_size or 0))
+    used = stored | {use: stored[owner] for use, owner in tied.items() if owner in stored}
     return {
         "config_groups": {
-            f"group_{index}": _group(sorted(groups[spec]), spec, shared or {}) for index, spec in enumerate(ordered)
+            f"group_{index}": _group(sorted(groups[spec]), spec, used, tied) for index, spec in enumerate(ordered)
         },
         "format": FORMAT,
         "global_compression_ratio": None,
@@ -186,19 +196,48 @@ def input_factors_of(weights: object, *, targets: Collection[str], where: str) -
     Raises:
         CheckpointError: starting with `where`, for names outside `targets`, and for an owner that is a sharer itself.
     """
-    value = _observer_kwargs(weights).get(INPUT_FACTOR_KEY, {})
+    return _pairs(weights, INPUT_FACTOR_KEY, "B", targets=targets, where=where)
+
+
+def tied_weights_of(weights: object, *, targets: Collection[str], where: str) -> dict[str, str]:
+    """Map each target without tensors of its own → the target whose weight it has, from a group's `weights`.
+
+    Raises:
+        CheckpointError: starting with `where`, for names outside `targets`, for an owner that is tied itself, and for a target that
+            does not use the B that its owner uses.
+    """
+    tied = _pairs(weights, TIED_KEY, "weight", targets=targets, where=where)
+    used = input_factors_of(weights, targets=targets, where=where)
+    for use, owner in tied.items():
+        if used.get(use) != used.get(owner):
+            raise CheckpointError(
+                f"{where}: {TIED_KEY} gives {shown(use)} the weight of {shown(owner)}, but by {INPUT_FACTOR_KEY} the B of the one is "
+                f"not that of the other"
+            )
+    return tied
+
+
+def _pairs(weights: object, key: str, what: str, *, targets: Collection[str], where: str) -> dict[str, str]:
+    """What maps targets of a group to others, of which none is mapped itself."""
+    value = _observer_kwargs(weights).get(key, {})
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for pair in value.items() for name in pair):
-        raise CheckpointError(
-            f"{where}: {INPUT_FACTOR_KEY} is {shown(value)}; it must map module names to module names"
-        )
+        raise CheckpointError(f"{where}: {key} is {shown(value)}; it must map module names to module names")
     known = frozenset(targets)
     for sharer, owner in value.items():
         if sharer not in known or owner not in known or owner in value:
             raise CheckpointError(
-                f"{where}: {INPUT_FACTOR_KEY} lets {shown(sharer)} use the B of {shown(owner)}; both must be targets of this "
-                "group, and the second must have a B of its own"
+                f"{where}: {key} lets {shown(sharer)} use the {what} of {shown(owner)}; both must be targets of this "
+                f"group, and the second must have a {what} of its own"
             )
     return dict(value)
+
+
+def version_of(config: object) -> int:
+    """The lowest format version that describes a folder, from the `quantization_config` that it was written with, if any."""
+    groups = config.get("config_groups") if isinstance(config, Mapping) else None
+    found = groups.values() if isinstance(groups, Mapping) else ()
+    tied = any(TIED_KEY in _observer_kwargs(g.get("weights")) for g in found if isinstance(g, Mapping))
+    return FORMAT_VERSION if tied else _VERSION_WITHOUT_TIES
 
 
 def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
@@ -232,11 +271,14 @@ def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
     return specs
 
 
-def _group(targets: list[str], spec: LayerSpec, shared: Mapping[str, str]) -> dict[str, Any]:
+def _group(
+    targets: list[str], spec: LayerSpec, shared: Mapping[str, str], tied: Mapping[str, str]
+) -> dict[str, Any]:
     kwargs: dict[str, Any] = {BLOCK_SIZE_KEY: list(spec.block_size), CORE_KEY: spec.core}
-    owners = {name: shared[name] for name in targets if name in shared}
-    if owners:
-        kwargs[INPUT_FACTOR_KEY] = owners
+    for key, owners in ((INPUT_FACTOR_KEY, shared), (TIED_KEY, tied)):
+        named = {name: owners[name] for name in targets if name in owners}
+        if named:
+            kwargs[key] = named
     return {
         "format": FORMAT,
         "input_activations": None,
@@ -269,7 +311,8 @@ def _group_specs(group: object, *, where: str) -> dict[str, LayerSpec]:
     weights = group.get("weights")
     spec = layer_spec_of(weights, where=where)
     owners = input_factors_of(weights, targets=targets, where=where)
-    return {target: replace(spec, input_factor=owners.get(target)) for target in targets}
+    tied = tied_weights_of(weights, targets=targets, where=where)
+    return {t: replace(spec, input_factor=owners.get(t), tied_to=tied.get(t)) for t in targets}
 
 
 def _observer_kwargs(weights: object) -> Mapping[str, Any]:

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from armor_recipes.checkpoint.companions import is_inside, is_stale, without_missing_code
 from armor_recipes.checkpoint.config import (
-    FORMAT_VERSION,
     SCALE,
     TENSOR_NAMES,
     VALUES,
     LayerSpec,
+    layer_specs,
     named_tensors,
     quantization_config,
+    version_of,
 )
 from armor_recipes.checkpoint.files import (
     CONFIG_FILE,
@@ -122,6 +123,14 @@ class Source:
         return read_layer(name, self.tensors, None if owner is None else read_layer(owner, self.tensors))
 
     @property
+    def tied(self) -> tuple[str, ...]:
+        """Modules of an ARMOR checkpoint whose weight is stored under another's name, sorted."""
+        if self.kind != "armor":
+            return ()
+        specs = layer_specs(self.config.get("quantization_config"), where=str(self.folder / CONFIG_FILE))
+        return tuple(sorted(name for name, spec in specs.items() if spec.tied_to is not None))
+
+    @property
     def main(self) -> str:
         """The part of a layer's tensor names in whose file the layer is written."""
         return VALUES if self.legacy is None else self.legacy.parts[0]
@@ -194,6 +203,11 @@ def _check_source(source: Source, to: Target) -> None:
         raise PlanError(f"{source.folder} is dense already: every stock loader reads it")
     if source.kind == "armor" and to == "armor":
         raise PlanError(f"{source.folder} is an ARMOR checkpoint already")
+    if source.tied and to == "sparse-24-bitmask":
+        raise PlanError(
+            f"{source.folder} stores the weight of {source.tied[0]} under the name of another module that has it, too, and "
+            f"{to} cannot: export to dense-2of4"
+        )
     if not source.specs:
         raise PlanError(f"{source.folder} has no linear layer with 2:4 weights: there is nothing to convert to {to}")
 
@@ -316,7 +330,7 @@ def _write_manifest(source: Source, destination: Path, to: Target) -> None:
     manifest = source.folder / MANIFEST_FILE
     digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": version_of(read_config(destination).get("quantization_config")),
         "armor_recipes": __version__,
         "export": {"to": to, "source_manifest_sha256": digest},
         "files": sorted({*files_below(destination), MANIFEST_FILE}),

@@ -91,7 +91,8 @@ class CheckpointSize:
 def read_layers(folder: Path) -> dict[str, PackedLinear]:
     """Read and check (`PackedLinear.validate`) every packed layer of a checkpoint, by full module name, sorted.
 
-    Layers that share a B hold the same tensor. Those of a legacy folder have block size 1 and identity factors.
+    Layers that share a B hold the same tensor. A weight that several modules share is one layer, under the name by which it is
+    stored. Layers of a legacy folder have block size 1 and identity factors.
 
     Raises:
         CheckpointError: naming the file and the tensor, if the folder holds no packed layers or is damaged.
@@ -180,18 +181,23 @@ def format_version(folder: Path) -> int | None:
 
 def stored_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the tensors that an ARMOR layer stores itself, bias aside."""
+    if spec.tied_to is not None:
+        return ()
     return tuple(part for part in tensor_names(spec.core) if part != INPUT_FACTOR or spec.input_factor is None)
 
 
 def checked_layers(folder: Path, quantization: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, LayerSpec]:
     """Map ARMOR layer → what the config says of it, sorted; checks that exactly these layers' tensors are there, in their shapes.
 
+    Modules whose weight is tied to another's are not among them: they store nothing.
+
     Raises:
         CheckpointError: naming the file and the tensor.
     """
     where = str(folder / CONFIG_FILE)
     specs = layer_specs(quantization, where=where)
-    for name, spec in specs.items():
+    own = {name: spec for name, spec in specs.items() if spec.tied_to is None}
+    for name, spec in own.items():
         _check_layer(name, spec, tensors, where=where)
         if spec.input_factor is not None:
             _check_same_width(name, spec.input_factor, tensors)
@@ -203,7 +209,7 @@ def checked_layers(folder: Path, quantization: Any, tensors: Mapping[str, Tensor
             raise CheckpointError(
                 f"{info.file}: {shown(tensor)} belongs to no layer that {where} names: the two do not match"
             )
-    return dict(sorted(specs.items()))
+    return dict(sorted(own.items()))
 
 
 def _check_layer(name: str, spec: LayerSpec, tensors: Mapping[str, TensorInfo], *, where: str) -> None:

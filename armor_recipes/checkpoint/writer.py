@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +26,7 @@ from armor_recipes.errors import CheckpointError, PlanError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+L = TypeVar("L")
 DEFAULT_SHARD_BYTES = 5_000_000_000
 #: Keys of config.json that transformers reads and does not write, or that a run sets for itself.
 _NOT_SAVED = ("attn_implementation", "_attn_implementation", "return_dict")
@@ -48,8 +49,8 @@ def write_checkpoint(
 
     Args:
         model: in memory, in any float dtype. The weights of the modules named in `layers` are not written.
-        layers: full module name → what is written in place of that module's weight; all tensors then go by the model's own
-            names. Empty: a plain dense model, without `quantization_config`, under the names that every stock loader reads.
+        layers: full module name → what is written in place of that module's weight, once where several have that weight; all
+            tensors then go by the model's own names. Empty: a plain dense model, without `quantization_config`, under the names that every stock loader reads.
         destination: an empty folder, see `armor_recipes.checkpoint.staging`.
         dtype: what config.json names, and what the layers must be packed in.
         dtypes: of float tensors on disk, by their names in the model; those that it does not name are in `dtype`.
@@ -57,13 +58,15 @@ def write_checkpoint(
         max_shard_bytes: larger models are split into several files.
 
     Raises:
-        PlanError: if a layer is no linear layer of the model, or shares its weight.
+        PlanError: if a layer is no linear layer of the model, or shares its weight with something that is none.
         CheckpointError: if a number does not fit `dtype`, or a layer was packed in another.
     """
     check_layers(model, layers)
+    layers, tied = stored_once(model, layers)
     shared = shared_input_factors({name: layers[name] for name, _ in model.named_modules() if name in layers})
-    config = quantization_config(layers, _dense_linears(model, layers), shared) if layers else None
-    state = _state_dict(model, layers, dtypes or {}, dtype, shared)
+    dense = _dense_linears(model, {*layers, *tied})
+    config = quantization_config(layers, dense, shared, tied) if layers else None
+    state = _state_dict(model, layers, dtypes or {}, dtype, shared, tied)
     with _config_for_saving(model, config), _own_names(model, wanted=bool(layers)) as renamed:
         model.save_pretrained(
             destination, state_dict=state, max_shard_size=max_shard_bytes, save_original_format=renamed
@@ -89,7 +92,8 @@ def write_configs(
     """
     structure = model if shapes is None else shapes
     check_layers(structure, layers)
-    config = quantization_config(layers, _dense_linears(structure, layers)) if layers else None
+    layers, tied = stored_once(structure, layers)
+    config = quantization_config(layers, _dense_linears(structure, {*layers, *tied}), None, tied) if layers else None
     with _config_for_saving(model, config):
         model.config.save_pretrained(destination)
         if model.can_generate():
@@ -146,16 +150,36 @@ def _list_in_index(file: Path, added: Mapping[str, Tensor], shard: str) -> None:
 
 def check_layers(model: PreTrainedModel, layers: Mapping[str, object]) -> None:
     """Check that these modules can be written as ARMOR layers. Raises `PlanError` naming the module and the reason."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     classes = {base.__name__ for module in modules.values() for base in type(module).__mro__}
-    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    ties = tied_modules(model)
     for name in layers:
         if not isinstance(modules.get(name), nn.Linear):
             raise PlanError(f"{name}: no linear layer of {type(model).__name__} has this name")
-        if f"{name}.{VALUES}" in tied:
-            raise PlanError(f"{name} shares its weight with another module: it cannot be packed, add it to `ignore`")
+        other = next((other for other in ties.get(name, ()) if not isinstance(modules.get(other), nn.Linear)), None)
+        if other is not None:
+            raise PlanError(f"{name} shares its weight with {other}: it cannot be packed, add it to `ignore`")
         if name in classes:
             raise PlanError(f"{name} is also the name of a class in this model: a config group could not name it alone")
+
+
+def tied_modules(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Map each module whose weight transformers ties → all that have this weight, first the one under which saving keeps it.
+
+    One whose parameter goes by another name than `weight` stands there by the parameter's name.
+    """
+    groups: dict[str, list[str]] = {}
+    for use, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, [source]).append(use)
+    named = [tuple(name.removesuffix(f".{VALUES}") for name in group) for group in groups.values()]
+    return {name: group for group in named for name in group}
+
+
+def stored_once(model: PreTrainedModel, layers: Mapping[str, L]) -> tuple[dict[str, L], dict[str, str]]:
+    """The layers by the names under which their tensors are stored, and the other modules with their weights → these names."""
+    ties = tied_modules(model)
+    stored = {ties.get(name, (name,))[0]: layer for name, layer in layers.items()}
+    return stored, {use: name for name in stored for use in ties.get(name, ())[1:]}
 
 
 def shared_input_factors(layers: Mapping[str, PackedLinear]) -> dict[str, str]:
@@ -190,7 +214,7 @@ def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def _dense_linears(model: PreTrainedModel, layers: Mapping[str, object]) -> list[str]:
+def _dense_linears(model: PreTrainedModel, layers: Collection[str]) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
 
 
@@ -200,11 +224,15 @@ def _state_dict(
     dtypes: Mapping[str, torch.dtype],
     dtype: torch.dtype,
     shared: Mapping[str, str],
+    tied: Mapping[str, str],
 ) -> dict[str, Tensor]:
     """Collect every tensor to write, by name. What shares memory in the model shares it here, and is written once."""
     state: dict[str, Tensor] = {}
     cast: dict[tuple[object, ...], Tensor] = {}
+    gone = {f"{use}.{VALUES}" for use in tied}
     for name, tensor in sorted(model.state_dict().items()):
+        if name in gone:
+            continue
         layer = layers.get(name.removesuffix(f".{VALUES}")) if name.endswith(f".{VALUES}") else None
         if layer is not None:
             module = name.removesuffix(f".{VALUES}")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from armor_recipes.checkpoint.config import SCALE, TENSOR_NAMES
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import PlanError
 from armor_recipes.integrations.transformers import ArmorCompressor
@@ -41,9 +42,12 @@ def to_dense(model: M) -> M:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ArmorLinear)}
     _refuse_offloaded(layers)
     _refuse_others(model, layers)
+    tied = {name: other for name, layer in layers.items() if (other := layer.tied_to) is not None}
     with torch.no_grad():
-        for layer in layers.values():
-            _make_plain(layer)
+        for name in sorted(layers, key=tied.__contains__):  # stable: those that others are tied to come first
+            _make_plain(layers[name])
+            if name in tied:
+                layers[name].weight = tied[name].weight
         if layers:
             restore(model)
     for part in model.modules() if layers else ():
@@ -81,6 +85,11 @@ def _make_plain(layer: ArmorLinear) -> None:
 
 def _forget_quantization(model: PreTrainedModel) -> None:
     """What a stock quantizer sets on a model, so that nothing claims packed layers: saving, casting, adapters, or a Trainer."""
+    packed = (*TENSOR_NAMES[1:], SCALE)
+    for keys in ("all_tied_weights_keys", "_tied_weights_keys"):
+        known = model.__dict__.get(keys)
+        if known is not None:
+            setattr(model, keys, {n: m for n, m in known.items() if n.rpartition(".")[2] not in packed})
     for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
         model.__dict__.pop(name, None)
     model.__dict__["is_quantized"] = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from armor_recipes.checkpoint.config import FORMAT
+from armor_recipes.checkpoint.config import FORMAT, SCALE, TENSOR_NAMES, VALUES
+from armor_recipes.errors import CheckpointError
 from armor_recipes.model.facts import text_config
 from armor_recipes.model.forms import forms_of, layouts, linearise
 
@@ -35,6 +37,38 @@ def lay_out(model: PreTrainedModel, names: Collection[str]) -> tuple[str, ...]:
     forms = linearise(model, frozenset(forms_of(model, names)))
     _leave_alone(model, forms)
     return forms
+
+
+def tie_packed(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Let transformers tie all tensors of packed layers whose weights it ties, as it loads, and as it saves.
+
+    Args:
+        model: with packed layers, as yet empty.
+        tied: full name of a layer → of the one under whose name the tensors of both are stored.
+
+    Raises:
+        CheckpointError: where the model does not tie these weights.
+    """
+    for use, owner in tied.items():
+        known: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+        if known.get(f"{use}.{VALUES}") != f"{owner}.{VALUES}":
+            raise CheckpointError(
+                f"quantization_config gives {use} the weight of {owner}, which this {type(model).__name__} does not tie: config.json "
+                "does not belong to this model, or its tie_word_embeddings was changed"
+            )
+        own = [part for part in (*TENSOR_NAMES, SCALE) if part in model.get_submodule(use)._parameters]
+        found = {f"{use}.{part}": f"{owner}.{part}" for part in own}
+        known.update(found)
+        _save_once(model, found)
+
+
+def _save_once(model: Any, tied: Mapping[str, str]) -> None:
+    """Saving leaves out tied tensors by patterns of names; where these name weights alone they are told of the rest."""
+    parts = {name: part for name, part in model.named_modules() if getattr(part, "_tied_weights_keys", None)}
+    patterns = [f"{name}.{key}" if name else key for name, part in parts.items() for key in part._tied_weights_keys]
+    unknown = {use: owner for use, owner in tied.items() if not any(re.search(p, use) for p in patterns)}
+    if unknown:
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **unknown}
 
 
 def _leave_alone(model: PreTrainedModel, forms: Collection[str]) -> None:
@@ -74,7 +108,7 @@ def _laying_out(process: Callable[..., Any]) -> Callable[..., Any]:
         targets = {target: group for group in groups.values() for target in group.targets}
         lay_out(model, (*targets, *ignore))
         self.__dict__[_READING] = model, _names_in(options.get("checkpoint_files"))
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         if not all(map(_is_ours, groups.values())) or not modules.keys() >= {*targets, *ignore}:
             return process(self, model, **options)
         _attach(modules, {target: group for target, group in targets.items() if target not in ignore})

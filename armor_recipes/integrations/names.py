@@ -14,6 +14,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from armor_recipes.checkpoint.config import OUTPUT_FACTOR, VALUES
 from armor_recipes.errors import VerificationError
 from armor_recipes.model.forms import fused_keys, fused_state, layouts
 
@@ -78,7 +79,7 @@ def left_behind(
     if packed:
         parts = fused_of(model)
         missing = {fused for part, fused in parts.items() if part not in written}
-        held = ({parts.get(name, name) for name in written} | set(written)) - missing
+        held = ({parts.get(name, name) for name in written} | set(written) | _packed_with(model, written)) - missing
     else:
         held = {target for targets in loaded_as(model, written).values() for target in targets}
     left = []
@@ -91,6 +92,15 @@ def left_behind(
             raise VerificationError(f"{lost}, a part of {name} in the model's files, was not written: this is a bug")
         left.append(name)
     return tuple(sorted(left))
+
+
+def _packed_with(model: PreTrainedModel, written: Collection[str]) -> set[str]:
+    """Weights of the model that are tied to one that was written packed: it stands for them, and files have no place for theirs."""
+    return {
+        use
+        for use, source in model.all_tied_weights_keys.items()
+        if f"{source.removesuffix(VALUES)}{OUTPUT_FACTOR}" in written
+    }
 
 
 def _loads(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:

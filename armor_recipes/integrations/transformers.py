@@ -26,6 +26,7 @@ from armor_recipes.checkpoint.config import (
     named_tensors,
     quantization_config,
     tensor_names,
+    tied_weights_of,
 )
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_header, read_tensor
 from armor_recipes.checkpoint.header import read_json
@@ -34,7 +35,7 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.reader import check_folder
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import ArmorError, CheckpointError, PlanError
-from armor_recipes.integrations.loading import wrap_quantizer
+from armor_recipes.integrations.loading import tie_packed, wrap_quantizer
 from armor_recipes.integrations.upstream import (
     VERSIONS,
     BaseCompressor,
@@ -124,8 +125,8 @@ def register() -> None:
     Besides the registration, `ModelCompressor.add_decompress_hook` is wrapped: the hook decompresses a model at its
     first forward pass, for lack of kernels, and marks its config `decompressed`, which a model saved later then says of
     itself. ARMOR layers run as they are, so where a model has no other compressed modules no hook is added. It is called once all
-    modules of a model are laid out: the place where layers that share a B are joined, since a compressor sees one module, without
-    its name.
+    modules of a model are laid out: the place where layers that share a B or a weight are joined, since a compressor sees one
+    module, without its name.
     """
     if getattr(_registered(), "__module__", None) == __name__:  # as it was before this module was reloaded
         release(FORMAT)
@@ -305,17 +306,25 @@ def _forget_quantization(module: nn.Linear) -> None:
 def _join_sharers(model: nn.Module) -> None:
     """Let layers use the B of the module that their config group names. Raises `CheckpointError` where they cannot."""
     where = "quantization_config"
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, ArmorLinear)}
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in modules if isinstance(module, ArmorLinear)}
     attached: Any = [getattr(layer, "quantization_scheme", None) for layer in layers.values()]
     for scheme in {id(scheme): scheme for scheme in attached if scheme is not None}.values():
-        owners = input_factors_of(scheme.weights.model_dump(), targets=scheme.targets, where=where)
-        for sharer, owner in owners.items():
+        weights = scheme.weights.model_dump()
+        owners = input_factors_of(weights, targets=scheme.targets, where=where)
+        tied = tied_weights_of(weights, targets=scheme.targets, where=where)
+        for sharer, owner in (*owners.items(), *tied.items()):
             if sharer not in layers or owner not in layers:
+                what = "weight" if sharer in tied else "B"
                 raise CheckpointError(
-                    f"{where} lets {sharer} use the B of {owner}, and one of them is no ARMOR layer here"
+                    f"{where} lets {sharer} use the {what} of {owner}, and one of them is no ARMOR layer here"
                 )
             layers[sharer].label, layers[owner].label = sharer, owner
+        for sharer, owner in owners.items():
             layers[sharer].share_input_factor(layers[owner])
+        for use, owner in tied.items():
+            layers[use].tie(layers[owner])
+        tie_packed(model, tied)
 
 
 def _unless_all_armor(add_hook: Callable[..., None]) -> Callable[..., None]:

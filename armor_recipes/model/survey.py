@@ -23,7 +23,7 @@ class Survey:
         blocks: how often each block is called, by its number, in the order of the first calls.
         readers: for each of the named modules the first that reads the very same tensor, often itself, in the order in which they
             are first called, those that are never called last.
-        called: the named modules that are called.
+        called: the named modules that are called, or another that has the weight of one.
         logits: whether the model's output has any.
     """
 
@@ -43,9 +43,16 @@ class Survey:
         return replace(self, blocks={**self.blocks, **more}, called=self.called | other.called)
 
 
-def survey(model: nn.Module, stacks: Stacks, names: Sequence[str], sample: Batch, hooks: Hooks) -> Survey:
+def survey(
+    model: nn.Module,
+    stacks: Stacks,
+    names: Sequence[str],
+    sample: Batch,
+    hooks: Hooks,
+    sharing: Mapping[str, Sequence[str]],
+) -> Survey:
     """One pass of a sample. Modules that are called several times read the same if they do each time; those that are never called
-    stand for themselves.
+    stand for themselves. `sharing` names all modules that have a module's weight: their calls are its own.
 
     No input is kept longer than the model keeps it. Raises InputError where the model's own code fails.
     """
@@ -71,7 +78,8 @@ def survey(model: nn.Module, stacks: Stacks, names: Sequence[str], sample: Batch
         for index, block in ((index, stack.block(index)) for stack in stacks.every for index in stack.indices):
             hooks.before(block, count(index))
         for name in names:
-            hooks.before(model.get_submodule(name), keep(name))
+            for module in dict.fromkeys(map(model.get_submodule, sharing.get(name, (name,)))):
+                hooks.before(module, keep(name))
         with forward_errors(model, sample):
             output = feed_alike(model, on_device(sample, model))
     first: dict[tuple[int, ...], str] = {}

@@ -201,7 +201,7 @@ def _unservable(recipe: Recipe, subject: _Subject, rows: Sequence[Row]) -> list[
         return []
     entries = {entry.key: entry for entry in recipe.modifiers}
     packed = {
-        row.name: PackedModule(entries[row.modifier], (row.d_out, row.d_in), row.spec)
+        row.name: PackedModule(entries[row.modifier], (row.d_out, row.d_in), row.spec, row.uses)
         for row in last_of_each(rows).values()
         if row.spec is not None
     }

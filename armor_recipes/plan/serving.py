@@ -23,6 +23,7 @@ class PackedModule(NamedTuple):
     entry: ModifierEntry
     shape: tuple[int, int]
     spec: LayerSpec
+    uses: tuple[str, ...] = ()
 
 
 def serve_problems(
@@ -32,6 +33,14 @@ def serve_problems(
     fused = fused_layers(linears, facts)
     for name, module in packed.items():
         last = name.rpartition(".")[2]
+        if module.uses:
+            yield (
+                module.entry,
+                name,
+                f"{name}: its weight is that of {', '.join(module.uses)}, too, and a server makes such layers once, under a name "
+                "that no checkpoint has; leave out `serve` and serve what `armor export` makes dense, or add the module to `ignore`",
+            )
+            continue
         parts = fused.get(name) if last in FUSED else None
         if last not in SIDES and parts is None:
             known = ", ".join(SIDES)

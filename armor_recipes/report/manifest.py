@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from armor_recipes.calibration.inputs import TOKENS, InputSet, Source
-from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.evaluation import Evaluation
 from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
 from armor_recipes.modifiers.kinds.module import ModulePlan
@@ -78,11 +77,11 @@ def _shared(value: Any) -> Any:
     return without_folders(value) if isinstance(value, str) else value
 
 
-def build_manifest(facts: Facts, tensors: Mapping[str, str]) -> dict[str, Any]:
-    """Plain data for the manifest; `tensors` are SHA-256 by name, as written."""
+def build_manifest(facts: Facts, tensors: Mapping[str, str], *, format_version: int) -> dict[str, Any]:
+    """Plain data for the manifest; `tensors` are SHA-256 by name, as written, in a layout of `format_version`."""
     plans, totals, experts = facts.plan.stored, facts.totals, facts.experts
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version,
         "armor_recipes": __version__,
         "versions": {name: version(name) for name in _PACKAGES},
         "compute": {

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import Batch
 from armor_recipes.calibration.random_inputs import draw
-from armor_recipes.checkpoint.config import FORMAT_VERSION
+from armor_recipes.checkpoint.config import version_of
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_header, write_whole
 from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, staged
@@ -254,16 +254,18 @@ class _Run:
 
     def write_rest(self, folder: Path, facts: Facts) -> None:
         """Write everything else but the report; the manifest comes last, since it hashes the tensors."""
+        version = version_of(read_config(folder).get("quantization_config"))
         there = None if self.given else self.job.source.stored()
         if there is not None:
             self.carried = left_behind(self.model, read_header(folder), there.tensors, packed=self.job.packed)
         if there is not None and self.carried:
             # Listed first: a loader refuses tensors of no module that no manifest names.
-            listed = {"format_version": FORMAT_VERSION, "carried_over": list(self.carried)}
+            listed = {"format_version": version, "carried_over": list(self.carried)}
             write_whole(folder / MANIFEST_FILE, json.dumps(listed).encode())
             carry_over(folder, there, self.carried)
         write_beside(folder, self.ready.files(facts, self.job.source), tokenizer=self.ready.tokenizer)
-        manifest = {**build_manifest(facts, tensor_hashes(folder)), "carried_over": list(self.carried)}
+        manifest = build_manifest(facts, tensor_hashes(folder), format_version=version)
+        manifest["carried_over"] = list(self.carried)
         manifest["files"] = sorted({*files_below(folder), MANIFEST_FILE, "report.json"})
         write_whole(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from armor_recipes.checkpoint.companions import PROCESSORS, TOKENIZERS, Companions, companions
+from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config
 from armor_recipes.checkpoint.staging import tried
 from armor_recipes.checkpoint.writer import DEFAULT_SHARD_BYTES, write_beside, write_configs
@@ -155,7 +156,7 @@ def _try_files(job: Job, ready: Ready, folder: Path) -> None:
         results=(),
         evaluations=(),
     )
-    manifest = json.dumps(build_manifest(facts, {})).encode()
+    manifest = json.dumps(build_manifest(facts, {}, format_version=FORMAT_VERSION)).encode()
     write_beside(folder, {**ready.files(facts, job.source), MANIFEST_FILE: manifest})
 
 
@@ -179,7 +180,7 @@ def _bytes_of_tensors(job: Job, model: PreTrainedModel | None) -> int:
     subject = job.shapes
     state: dict[str, Tensor] = subject.state_dict()
     dtypes = written_dtypes(subject, job.source)
-    planned = {f"{row.name}.weight" for row in job.plan.modules}
+    planned = {f"{n}.weight" for row in job.plan.modules for n in (row.name, *(row.uses if job.packed else ()))}
     rest = {n: t for n, t in state.items() if n not in planned and n not in subject.all_tied_weights_keys}
     nbytes: int = sum(t.numel() * (dtypes[n].itemsize if n in dtypes else t.element_size()) for n, t in rest.items())
     total: int = job.plan.totals.bytes_after + nbytes

@@ -40,6 +40,7 @@ class ArmorLinear(nn.Linear):
     _loaded: bool
     _owner: ArmorLinear | None
     _sharers: list[ArmorLinear]
+    _tied_to: ArmorLinear | None
     _prepared: tuple[object, Any] | None
 
     @classmethod
@@ -71,7 +72,7 @@ class ArmorLinear(nn.Linear):
         for name, tensor in named_tensors(packed).items():
             setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
         linear.backend, linear.label, linear._loaded, linear._prepared = None, "", True, None
-        linear._owner, linear._sharers = None, []
+        linear._owner, linear._sharers, linear._tied_to = None, [], None
         return linear
 
     def share_input_factor(self, owner: ArmorLinear) -> None:
@@ -92,6 +93,20 @@ class ArmorLinear(nn.Linear):
             )
         del self.armor_b
         self._join(owner)
+
+    def tie(self, other: ArmorLinear) -> None:
+        """Run from what `other` prepares, as long as the parameters of both are the same ones."""
+        if other is not self:
+            self.__dict__["_tied_to"] = other  # not by setattr, which would make it a submodule of this layer
+
+    @property
+    def tied_to(self) -> ArmorLinear | None:
+        """The layer whose parameters this one has; None where it has its own."""
+        other = self._tied_to
+        if not isinstance(other, ArmorLinear):
+            return None
+        theirs = other._stored()
+        return other if all(theirs.get(name) is tensor for name, tensor in self._stored().items()) else None
 
     def _join(self, owner: ArmorLinear) -> None:
         self.__dict__["_owner"] = owner  # not by setattr, which would make the owner a submodule of this layer
@@ -145,7 +160,7 @@ class ArmorLinear(nn.Linear):
         for name in tensor_names(packed.core):
             if name != INPUT_FACTOR or self._owner is None:
                 delattr(self, name)
-        for name in ("backend", "label", "_loaded", "_prepared", "_owner", "_sharers"):
+        for name in ("backend", "label", "_loaded", "_prepared", "_owner", "_sharers", "_tied_to"):
             del self.__dict__[name]
         dense: nn.Linear = self
         dense.__class__ = nn.Linear
@@ -196,14 +211,14 @@ class ArmorLinear(nn.Linear):
 
     @torch.no_grad()
     def _cached(self) -> Any:
-        backend = choose_backend(self.backend)
+        backend, holder = choose_backend(self.backend), self.tied_to or self
         key = backend.name, tuple(_Version(tensor) for tensor in self._stored().values())
-        if self._prepared is None or self._prepared[0] != key:
-            self._prepared = None  # the old one is freed before the new one is made
+        if holder._prepared is None or holder._prepared[0] != key:
+            holder._prepared = None  # the old one is freed before the new one is made
             # What inference mode makes could not be used in a later backward pass, nor what autocast rounds.
             with plain_torch(), torch.no_grad():
-                self._prepared = key, backend.prepare(self.packed(), self._name())
-        return self._prepared[1]
+                holder._prepared = key, backend.prepare(self.packed(), self._name())
+        return holder._prepared[1]
 
     def _check_loaded(self) -> None:
         """Refuse a layer that transformers filled in part: of tensors that it does not find it only logs the names.

@@ -44,20 +44,20 @@ def look(
     found: dict[CalibrationSpec, Survey] = {}
     for spec in specs if first is None else dict.fromkeys([first, *specs]):
         with every_expert(model):  # one sample may not be routed to all of them
-            seen = [survey(model, stacks, names, sample, hooks) for sample in _samples(tokens[spec])]
+            seen = [survey(model, stacks, names, sample, hooks, sharing) for sample in _samples(tokens[spec])]
             found[spec] = reduce(Survey.and_also, seen)
             wanted = {name for share in learning if share.entry.config.calibration == spec for name in _observed(share)}
             for sample in _others(tokens[spec]):
-                missing = _unreached(wanted, found[spec], sharing, moe)
+                missing = _unreached(wanted, found[spec], moe)
                 if not missing or not all(_may_come(name, found[spec], stacks) for name in missing):
                     break
-                found[spec] = found[spec].and_also(survey(model, stacks, names, sample, hooks))
+                found[spec] = found[spec].and_also(survey(model, stacks, names, sample, hooks, sharing))
     if not found:
         return Survey({}, {}, frozenset(), logits=True)
     for share in learning:
         spec = share.entry.config.calibration
         assert spec is not None
-        _check_reached(share, found[spec], sharing, moe)
+        _check_reached(share, found[spec], moe)
         _check_logits(share, found[spec], model)
     total, *others = found.values()
     for other in others:
@@ -92,7 +92,7 @@ def _observed(share: Share) -> list[str]:
     return list(dict.fromkeys(shape.name for row in share.rows for shape in row.observed))
 
 
-def _unreached(names: Iterable[str], seen: Survey, sharing: Mapping[str, Sequence[str]], moe: MoeSpec) -> list[str]:
+def _unreached(names: Iterable[str], seen: Survey, moe: MoeSpec) -> list[str]:
     """Those that are not called, nor others that share their weights.
 
     One expert of several that are called is left to the statistics, and all of them where the recipe skips those without tokens.
@@ -103,7 +103,7 @@ def _unreached(names: Iterable[str], seen: Survey, sharing: Mapping[str, Sequenc
     for name in names:
         expert = expert_of(name)
         passed_over = expert is not None and (skips or expert.layer in reached)
-        if not passed_over and seen.called.isdisjoint(sharing.get(name, (name,))):
+        if not passed_over and name not in seen.called:
             missing.append(name)
     return missing
 
@@ -116,8 +116,8 @@ def _may_come(name: str, seen: Survey, stacks: Stacks) -> bool:
     return _MEMBER.search(inner_name(stacks.block_name(block), name)) is not None
 
 
-def _check_reached(share: Share, seen: Survey, sharing: Mapping[str, Sequence[str]], moe: MoeSpec) -> None:
-    missing = _unreached(_observed(share), seen, sharing, moe)
+def _check_reached(share: Share, seen: Survey, moe: MoeSpec) -> None:
+    missing = _unreached(_observed(share), seen, moe)
     if missing:
         experts = ", or set `moe.below: skip`" if all(map(expert_of, missing)) else ""
         reason = (

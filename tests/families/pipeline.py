@@ -189,6 +189,7 @@ class _Family:
         self.sizes = {
             row.name: row.shape.d_out * row.shape.d_in for row in result.plan.modules if row.stored_as == "packed"
         }
+        self.uses = {row.name: row.uses for row in result.plan.modules}
         self.record.taken = sum(self.sizes.values())
         self.record.untaken = tuple(
             name for name in self.blocks if not any(p == name or p.startswith(name + ".") for p in self.packed)
@@ -253,8 +254,8 @@ class _Family:
         equal(outputs(model, self.inputs), self.in_memory, "load")
         written = tensors(self.out)
         with torch.no_grad():
-            for name in self.packed:  # as the dense export stores them
-                weight = model.get_submodule(name).to_dense().weight
+            for name, use in ((name, use) for name in self.packed for use in (name, *self.uses[name])):
+                weight = model.get_submodule(use).to_dense().weight  # as the dense export stores them
                 weight.copy_(
                     weight.to(written[f"{name}.weight"].dtype)
                 ).requires_grad_()  # as in the stock process: see runtime/backends
@@ -376,14 +377,15 @@ def outside(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def uncalled(model: nn.Module, inputs: Inputs, blocks: dict[str, int]) -> list[str]:
-    """Linear modules of blocks that these inputs never reach, or whose weights are read without a call."""
-    reached: set[str] = set()
-    linears = {name: m for name, m in model.named_modules() if name in blocks and is_linear(m)}
-    handles = [m.register_forward_pre_hook(lambda _m, _a, name=name: reached.add(name)) for name, m in linears.items()]
+    """Linear modules whose weights are those of blocks, and that these inputs never reach, or that are read without a call."""
+    reached: set[int] = set()
+    linears: dict[str, Any] = {name: m for name, m in model.named_modules() if is_linear(m)}
+    own = {id(linears[name].weight) for name in blocks if name in linears}
+    handles = [m.register_forward_pre_hook(lambda m, _: reached.add(id(m.weight))) for m in linears.values()]
     model(**inputs)
     for handle in handles:
         handle.remove()
-    return [name for name in linears if name not in reached]
+    return [name for name, m in linears.items() if id(m.weight) in own - reached]
 
 
 @torch.no_grad()

@@ -229,9 +229,8 @@ def tied() -> Any:
     return model
 
 
-def planned(llama: Path, model: Any, *, dense: bool = True, **fields: Any) -> Plan:
+def planned(llama: Path, model: Any, **fields: Any) -> Plan:
     mapping = recipe(llama, ARMORModifier=armor(**fields))
-    mapping["output"]["format"] = "dense" if dense else "compressed-tensors"
     return make_plan(read_recipe(mapping), model, make_job(recipe(llama, ARMORModifier=ARMOR)).modifiers, itemsize=2)
 
 
@@ -258,10 +257,6 @@ def test_a_weight_of_several_layers_is_planned_once(llama: Path, tied: Any) -> N
             "layers.0.q is tied to layers.1.q (Linear), which `ignore` holds back",
         ),
         ({"targets": ["re:layers.*v$"]}, "layers.1.v is tied to embed (Embedding);"),
-        (
-            {"targets": ["re:layers.*q$"], "dense": False},
-            "layers.0.q is that of layers.1.q, too, and the packed layout",
-        ),
     ],
 )
 def test_a_weight_is_never_changed_for_a_module_that_is_not_to_change(

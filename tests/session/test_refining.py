@@ -147,7 +147,7 @@ def test_modules_that_read_the_same_tensor_are_found(kind: str) -> None:
     model = make_model(kind)
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     with torch.no_grad():
-        found = survey(model, find_stacks(model), names, some_of(INPUTS, slice(1)), Hooks()).readers
+        found = survey(model, find_stacks(model), names, some_of(INPUTS, slice(1)), Hooks(), {}).readers
     for name in names:
         layer, _, module = name.rpartition(".")
         first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(module, module)
@@ -159,7 +159,7 @@ def test_the_first_that_is_named_stands_for_all() -> None:
     model = make_model()
     names = [f"model.layers.1.self_attn.{name}_proj" for name in "vok"]
     with torch.no_grad():
-        found = survey(model, find_stacks(model), names, some_of(INPUTS, slice(1)), Hooks()).readers
+        found = survey(model, find_stacks(model), names, some_of(INPUTS, slice(1)), Hooks(), {}).readers
     assert [found[name] for name in names] == [names[0], names[1], names[0]]
 
 
@@ -176,7 +176,7 @@ def test_modules_that_are_called_twice_or_never_stand_for_themselves() -> None:
     model.layers = nn.ModuleList([Odd()])
     names = [f"layers.0.{name}" for name in ("linear", "same", "twice", "never")]
     with torch.no_grad():
-        found = survey(model, find_stacks(model), names, some_of(INPUTS, slice(1)), Hooks()).readers
+        found = survey(model, find_stacks(model), names, some_of(INPUTS, slice(1)), Hooks(), {}).readers
     assert list(found.values()) == [names[0], names[0], names[2], names[3]]
 
 

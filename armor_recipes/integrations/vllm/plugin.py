@@ -88,13 +88,24 @@ class ArmorConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ArmorConfig:
-        """Read a `quantization_config`. Raises `CheckpointError` where it is not ours, or the legacy one."""
+        """Read a `quantization_config`.
+
+        Raises:
+            CheckpointError: where it is not ours, or the legacy one, or several layers have one weight.
+        """
         if is_legacy(config):
             raise CheckpointError(
                 "config.json: a legacy folder of plain 2:4 (`sparsity_config`) is not served; serve what `armor "
                 "export FOLDER OUT --to dense-2of4` makes of it"
             )
-        return cls(layer_specs(config, where="config.json"))
+        specs = layer_specs(config, where="config.json")
+        tied = next((name for name, spec in specs.items() if spec.tied_to is not None), None)
+        if tied is not None:
+            raise CheckpointError(
+                f"config.json: {tied} has the weight of {specs[tied].tied_to}, and vLLM makes such layers once, under a name that no "
+                "checkpoint has; serve what `armor export FOLDER OUT --to dense` makes of it"
+            )
+        return cls(specs)
 
     def maybe_update_config(
         self,

@@ -287,13 +287,7 @@ def _plan_module(planning: Planning, modifier: Modifier[Any], name: str) -> Modu
         )
     linear = planning.linears.modules[name]
     shape = ModuleShape(name, linear.out_features, linear.in_features, planning.itemsize)
-    row = ModulePlan.of(planning, modifier, shape, layer, modifier.plan(shape))
-    if row.uses and row.stored_as == "packed" and planning.recipe.output.format != "dense":
-        raise UnfitError(
-            f"the weight of {name} is that of {', '.join(row.uses)}, too, and the packed layout has no weights of several modules",
-            f"set output.format: dense, or add {name!r} to `ignore`",
-        )
-    return row
+    return ModulePlan.of(planning, modifier, shape, layer, modifier.plan(shape))
 
 
 @dataclass(frozen=True, slots=True)
