@@ -85,7 +85,12 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
         ignored=tuple(name for name in ignored if name not in touched),
         totals=_totals(rows, model, itemsize),
         skipped=tuple(skipped),
-        notes=(*_straddling(subject, rows), *expert_notes(recipe, experts), *_by_passes(subject, rows, modifiers)),
+        notes=(
+            *recipe.notes,
+            *_straddling(subject, rows),
+            *expert_notes(recipe, experts),
+            *_by_passes(subject, rows, modifiers),
+        ),
         experts=experts,
     )
 

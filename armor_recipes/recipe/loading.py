@@ -9,6 +9,7 @@ from typing import Any
 
 from armor_recipes.errors import RecipeError
 from armor_recipes.recipe.composition import Files, apply_overrides, passable, set_value
+from armor_recipes.recipe.dialect import Dialect
 from armor_recipes.recipe.problems import Mark, Problems
 from armor_recipes.recipe.python_source import read_mapping
 from armor_recipes.recipe.recipe import ModifierEntry, Recipe
@@ -23,7 +24,7 @@ DATA_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet", ".safetensors")
 DATA_PREFIXES = ("./", "../", "/", "~/")
 _ADD_DATASET = "name the text to calibrate on, for example `dataset: builtin:pydoc`"
 _MISSING_SECTION = {
-    ("model",): "add `model: NAME`",
+    ("model",): "add `model: NAME`, or give --set model.id=NAME",
     ("model", "id"): "add `id: NAME`, a hub id, a local folder or builtin:NAME",
     ("output",): "add `output: {path: FOLDER}` or give --output FOLDER",
     ("output", "path"): "add `path: FOLDER` or give --output FOLDER",
@@ -118,6 +119,8 @@ def _finish(
 
 
 def _check(table: Table, registry: Registry, problems: Problems) -> Recipe:
+    dialect = Dialect(registry, problems)
+    table = dialect.read(table)
     sections = _sections(table, problems)
     default = table.entries.get("calibration")
     placed = list(Stages(registry, problems).walk(table))
@@ -142,6 +145,7 @@ def _check(table: Table, registry: Registry, problems: Problems) -> Recipe:
         serve=sections.serve,
         moe=sections.moe or MoeSpec(),
         resolved=_resolved(table),
+        notes=dialect.notes,
     )
 
 
@@ -167,7 +171,10 @@ def _config(
         missing=_MISSING_FIELD,
     )
     if model.needs_calibration and "calibration" not in fields.entries:
-        text = f"required, but missing: {modifier.kind} needs data; add a top-level `calibration` or one of its own"
+        text = (
+            f"required, but missing: {modifier.kind} needs data; add a top-level `calibration` or one of its own, or give "
+            "--set calibration.dataset=NAME"
+        )
         problems.add(modifier.mark, (*modifier.path, "calibration"), text)
     return config
 

@@ -50,7 +50,7 @@ class Recipe:
 
     `resolved` is the merged input as plain data: without `extends`, with `model` as a mapping and groups as mappings,
     paths as the user wrote them. The typed sections hold data files as absolute paths. `files` are the recipe files that
-    were read, without links.
+    were read, without links. `notes` are sentences on what was left out of them.
     """
 
     model: ModelSpec
@@ -63,6 +63,7 @@ class Recipe:
     moe: MoeSpec
     resolved: dict[str, Any]
     files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def datasets(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from armor_recipes.recipe.llmcompressor import not_here
 from armor_recipes.recipe.problems import Mark, Problems, nearest, shorten, show
 from armor_recipes.recipe.schema import ModifierConfig, Sections
 from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, holds_bad, is_null, plain
@@ -25,7 +26,6 @@ SECTIONS = tuple(Sections.model_fields)
 DROPPED = {
     "args": "write the values into the modifiers, or override them with --set",
     "recipe_args": "write the values into the modifiers, or override them with --set",
-    "run_type": "remove it: every stage is one pass over the layers",
     "enabled": "remove it, and the stage with it if it is not to run",
 }
 """Keys that llm-compressor takes and drops, and what to do instead."""
@@ -131,7 +131,8 @@ class Stages:
         if kind not in self.registry:
             broken = self.registry.broken if isinstance(self.registry, KnownModifiers) else ()
             known = nearest(kind, self.registry, noun="registered modifier")
-            self.problems.add(mark, path, "; ".join([f"unknown modifier {show(kind)}", known, *broken]))
+            text = not_here(kind, self.registry) or f"unknown modifier {show(kind)}; {known}"
+            self.problems.add(mark, path, "; ".join([text, *broken]))
         return kind in self.registry
 
     def _expect(self, entry: Entry, path: tuple[str, ...], text: str) -> None:

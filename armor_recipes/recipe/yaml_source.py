@@ -1,9 +1,11 @@
 """A safe YAML reader that keeps the place of every key and value, and refuses what would be misread.
 
 YAML 1.1 as PyYAML reads it (so that llm-compressor's recipes mean the same), but for three traps: `1e-4` is a number,
-as in YAML 1.2; `010` and `1:30` are text and not numbers in base 8 and 60; dates are text. Refused: duplicate keys,
-keys that are not text, tags beyond the plain types, NaN and infinity, several documents, recursive aliases, aliases
-that expand beyond 10,000 nodes, nesting beyond 64 levels, files over 1 MB or not in UTF-8.
+as in YAML 1.2; `010` and `1:30` are text and not numbers in base 8 and 60; dates are text. Tuples and words of
+enumerations, as llm-compressor tags them, are lists and words, and nothing is ever called. Of Markdown the front matter
+is read, and JSON as the YAML that it is. Refused: duplicate keys, keys that are not text, other tags beyond the plain
+types, NaN and infinity, several documents, recursive aliases, aliases that expand beyond 10,000 nodes, nesting beyond
+64 levels, files over 1 MB or not in UTF-8.
 """
 
 from __future__ import annotations
@@ -26,6 +28,11 @@ MAX_DEPTH = 64
 MAX_INT = 2**64
 
 _TAG = "tag:yaml.org,2002:"
+_LISTS = (f"{_TAG}seq", f"{_TAG}python/tuple")
+_ENUMERATION = f"{_TAG}python/object/apply:compressed_tensors."
+"""How llm-compressor writes a word of an enumeration: as a call of its class with the word. The word is read, nothing is called."""
+_NOT_GIVEN = f"{_TAG}python/object/apply:llmcompressor.sentinel.Sentinel"
+"""How llm-compressor writes a field that was not given."""
 _DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$")
 _FLOAT = re.compile(
     r"""(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -34,6 +41,10 @@ _FLOAT = re.compile(
     |[-+]?\.(?:inf|Inf|INF)
     |\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
+)
+_JSON = re.compile(r"""\t|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}""")
+_FRONT_MATTER = re.compile(
+    r"\s*^(?P<fence>---|\+\+\+)[ \t]*\r?\n(?P<yaml>.*?)^(?P=fence)[ \t]*\r?$", re.DOTALL | re.MULTILINE
 )
 UNENCODABLE = re.compile("[\0\ud800-\udfff]")
 _UNUSUAL_BREAK = re.compile("[\r\x85\u2028\u2029\ufeff]")
@@ -104,7 +115,34 @@ def read_file(path: Path, problems: Problems) -> Table | None:
         line = data.count(b"\n", 0, error.start) + 1
         problems.add(Mark(str(path), line, path.parent), (), "not UTF-8 text; save the recipe as UTF-8")
         return None
-    return _only_mapping(parse(text, Mark(str(path), 1, path.parent), problems), problems)
+    source = _yaml_of(text, path.suffix.lower(), mark, problems)
+    return None if source is None else _only_mapping(parse(source, Mark(str(path), 1, path.parent), problems), problems)
+
+
+def _yaml_of(text: str, suffix: str, mark: Mark, problems: Problems) -> str | None:
+    """The YAML in a file, line for line where it stands, or None after noting why there is none."""
+    if suffix == ".py":
+        problems.add(mark, (), f"is Python and not run: `armor convert {mark.source}` makes a recipe of it")
+        return None
+    if suffix == ".json":
+        return _JSON.sub(_as_yaml, text)
+    if suffix != ".md":
+        return text
+    found = _FRONT_MATTER.match(text)
+    if found is None:
+        problems.add(mark, (), "has no front matter: put the recipe between two lines of --- at its beginning")
+        return None
+    return "\n" * text.count("\n", 0, found.start("yaml")) + found["yaml"]
+
+
+def _as_yaml(found: re.Match[str]) -> str:
+    """What JSON allows and YAML does not: tabs between values, and characters as pairs of escapes."""
+    text = found[0]
+    return (
+        " "
+        if text == "\t"
+        else text.encode().decode("unicode_escape").encode("utf-16", "surrogatepass").decode("utf-16")
+    )
 
 
 def parse(text: str, start: Mark, problems: Problems) -> Node | None:
@@ -209,8 +247,10 @@ class _Builder:
         match node:
             case yaml.ScalarNode():
                 return self._scalar(node, mark)
-            case yaml.SequenceNode(tag=f) if f == f"{_TAG}seq":
+            case yaml.SequenceNode(tag=f) if f in _LISTS:
                 return self._items(node, mark)
+            case yaml.SequenceNode(tag=f, value=[yaml.ScalarNode() as word]) if f.startswith(_ENUMERATION):
+                return self._scalar(word, mark)
             case yaml.MappingNode(tag=f) if f == f"{_TAG}map":
                 return Table(self._entries(node), mark)
             case _:
@@ -246,7 +286,7 @@ class _Builder:
                 inherited |= self._inherited(value_node, mark)
                 continue
             key = self._key(key_node, mark)
-            if key is None:
+            if key is None or value_node.tag.startswith(_NOT_GIVEN):
                 continue
             with self._under(key):
                 entry = Entry(mark, self.build(value_node))

@@ -86,9 +86,11 @@ def test_commands_of_the_docs_parse(words: list[str]) -> None:
 
 @pytest.fixture
 def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the recipes and README's first recipe in it."""
+    """A folder with the recipes and README's first recipe in it, and one as llm-compressor writes it beside a checkpoint."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "first.yaml").write_text(blocks("yaml", page=ROOT / "README.md")[0].text, encoding="utf-8")
+    written = r"{WandaModifier: {requires_calibration_data: true, targets: ['re:.*_proj$']}}"
+    (tmp_path / "recipe.yaml").write_text(f"default_stage:\n  default_modifiers: {written}\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -105,7 +107,7 @@ def test_recipes_of_commands_plan(words: list[str], tmp_path: Path) -> None:
     params = command.make_context(words[0], given).params
     recipe = read_recipe(params["recipes"], overrides=params["overrides"] or (), output=params["output"])
     model = planned_model(recipe.model.id, tmp_path / "model")
-    recipe = read_recipe(params["recipes"], overrides=params["overrides"] or (), model=model)
+    recipe = read_recipe(params["recipes"], overrides=params["overrides"] or (), output=params["output"], model=model)
     assert prepare(recipe).plan.modules
 
 

@@ -169,8 +169,8 @@ SECTIONS = [
     ("  a_modifiers:", "  foo:", "4: a_stage.foo: unknown key; valid keys: NAME_modifiers"),
     (
         "  a_modifiers:",
-        "  run_type: oneshot\n  a_modifiers:",
-        "4: a_stage.run_type: unknown key, which llm-compressor would drop",
+        "  run_type: train\n  a_modifiers:",
+        "4: a_stage.run_type: llm-compressor trains in such a stage, and nothing here does",
     ),
     ("a_stage:", "a_stag:", "3: a_stag: unknown key; nearest valid key: a_stage"),
     ("a_stage:", "prune:", "3: prune: unknown key; nearest valid key: prune_stage"),
