@@ -54,7 +54,7 @@ def apply_command(
 ) -> None:
     """Prune a language model as RECIPE says, and write a checkpoint that loads in transformers."""
     from armor_recipes.cli.quiet import quiet_libraries
-    from armor_recipes.cli.tables import plan_table, resolved_recipe, result_json, summary
+    from armor_recipes.cli.tables import plan_table, resolved_recipe, result_json, summary, warning_lines
     from armor_recipes.cli.view import progress_view
     from armor_recipes.run import execute, prepare
     from armor_recipes.run.job import read_recipe
@@ -72,7 +72,7 @@ def apply_command(
         return
     if report is not None:
         check_report_file(report)
-    for note in job.plan.notes if not quiet else ():
+    for note in (*job.plan.notes, *warning_lines(job.plan)) if not quiet else ():
         err.print(note, markup=False)
     with progress_view(err, quiet=quiet) as view:
         result = execute(job, overwrite=overwrite, observer=view)

@@ -64,6 +64,7 @@ def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
     lines += skipped_lines(plan)
     lines += _shared_lines(plan)
     lines += plan.notes
+    lines += warning_lines(plan)
     return Group(table, Text("\n".join(lines)))
 
 
@@ -154,6 +155,15 @@ def _ranges(numbers: Sequence[str]) -> str:
         else:
             spans.append([number, number])
     return "{" + ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans) + "}"
+
+
+def warning_lines(plan: Plan) -> list[str]:
+    """The plan's warnings, counted."""
+    count = len(plan.warnings)
+    return [
+        f"warning {number} of {count}: {entry_name(one.modifier)}: {one.text}"
+        for number, one in enumerate(plan.warnings, 1)
+    ]
 
 
 def skipped_lines(plan: Plan) -> list[str]:
@@ -251,7 +261,7 @@ def summary(result: Result) -> RenderableType:
     lines += _rearrangement_lines(result)
     lines += _refinement_lines(result)
     lines += _change_lines(result) + _expert_lines(result)
-    lines += skipped_lines(result.plan)
+    lines += skipped_lines(result.plan) + warning_lines(result.plan)
     lines += [f"{name}: {count}" for name, count in sorted(total_counts(result).items())]
     lines.append(
         f"{totals.modules} modules in {report['seconds']:.0f} s, peak memory {size(report['peak_memory_bytes'])}"

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SolveProgress = Callable[[int, int, float], None]
 Propagate = Literal["compressed", "dense"]
 StoredAs = Literal["packed", "dense"]
+#: Why a method that computes new weights cannot follow one of category `quantize`.
+UNROUNDED = "it would put unrounded numbers in the place of quantised ones"
 CoreType = Literal["float", "int8", "int4"]
 
 
@@ -267,13 +269,19 @@ class AnyModifier(ABC, Generic[C]):
         kind: how its plan is made and its steps are run; set by the class of each kind.
         config_type: the pydantic class of the fields a recipe may give.
         category: what it does to a weight; two modifiers of one category never share a module.
-        cannot_follow: categories after which it cannot run on the same module, with the reason for each.
+        traits: words beside the category by which the rules of others know it, such as `factors` for what makes some.
+        cannot_follow: categories and traits after which it cannot run on the same module, with the reason for each.
+        needs_before: categories and traits of which one must have run on a module of its own, with the reason for each.
+        needs_after: categories and traits of which one must run on a module of its own later, with the reason for each.
     """
 
     kind: ClassVar[Kind]
     config_type: ClassVar[type[ModifierConfig]]
     category: ClassVar[str]
+    traits: ClassVar[tuple[str, ...]] = ()
     cannot_follow: ClassVar[Mapping[str, str]] = {}
+    needs_before: ClassVar[Mapping[str, str]] = {}
+    needs_after: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: C) -> None:
         self.config = config
@@ -288,6 +296,17 @@ class AnyModifier(ABC, Generic[C]):
 
         Asked before any weight is read, with the windows that came: with `samples: {at_most: N}` the plan does not know them.
         """
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What rules about order may call it: its category and its traits."""
+        return (self.category, *self.traits)
+
+    def poor_after(self, earlier: AnyModifier[Any]) -> str:  # noqa: ARG002 - for those that have a figure
+        """What was measured of it where it follows another one on a module and that is legal, but poor: the figure, and what is
+        better, as a sentence; empty where nothing was. The plan warns of it.
+        """
+        return ""
 
     @property
     def needs(self) -> Needs:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from armor_recipes.calibration.statistics import InputSecondMoment
 from armor_recipes.errors import UnfitError
-from armor_recipes.modifiers.base import CalibratedConfig, Estimate, ModuleShape, SolveProgress
+from armor_recipes.modifiers.base import UNROUNDED, CalibratedConfig, Estimate, ModuleShape, SolveProgress
 from armor_recipes.modifiers.kinds.module import Modifier, Outcome
 from armor_recipes.solver import relative_loss
 from armor_recipes.solver.baselines import adapter_rank, low_rank_adapter
@@ -37,6 +37,7 @@ class PruningModifier(Modifier[C]):
     """A method that keeps N of every M weights and stores no factors. Subclasses say how in `prune`."""
 
     category: ClassVar[str] = "prune"
+    cannot_follow: ClassVar[Mapping[str, str]] = {"quantize": UNROUNDED}
 
     @property
     def pattern(self) -> Pattern:

@@ -14,12 +14,13 @@ from armor_recipes.model.blocks import Stacks, find_stacks
 from armor_recipes.model.facts import ModelFacts, model_facts
 from armor_recipes.model.linears import Linears, find_linears
 from armor_recipes.modifiers import AnyModifier
-from armor_recipes.modifiers.kinds.contract import Planned, Planning, Row, Skipped, entry_name, once
+from armor_recipes.modifiers.kinds.contract import Planned, Planning, Row, Skipped, once
 from armor_recipes.plan.experts import expert_notes, expert_problems, plan_experts
-from armor_recipes.plan.plan import Plan, Totals, last_of_each
+from armor_recipes.plan.order import order_problems, order_warnings
+from armor_recipes.plan.plan import Plan, PlanWarning, Totals, last_of_each
 from armor_recipes.plan.serving import PackedModule, serve_problems, straddling
 from armor_recipes.plan.sharing import resolve_shared, stacks_with_shared_weights
-from armor_recipes.plan.targets import Matched, not_linear, resolve_targets
+from armor_recipes.plan.targets import Matched, not_linear, resolve_targets, vain_ignores
 from armor_recipes.recipe import ModifierEntry, Recipe
 
 #: The number of one of many in a module's name.
@@ -70,7 +71,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
         skipped += found.skipped
         problems += [f"{entry.where}: {entry.name}: {problem}" for problem in found.problems]
         before.append((entry, modifier))
-    problems += _conflicts(recipe, rows, modifiers) + _late_dense(recipe, modifiers)
+    problems += order_problems(recipe, rows, modifiers) + _late_dense(recipe, modifiers)
     problems += _conflicts_of_kinds(recipe, rows, modifiers)
     problems += expert_problems(recipe, model, rows, modifiers)
     problems += _unservable(recipe, subject, rows)
@@ -92,6 +93,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
             *_by_passes(subject, rows, modifiers),
         ),
         experts=experts,
+        warnings=_warnings(recipe, subject, rows, modifiers),
     )
 
 
@@ -132,6 +134,16 @@ def _plan_entry(
     return Planned(found.rows, problems + found.problems, skipped)
 
 
+def _warnings(recipe: Recipe, subject: _Subject, rows: Sequence[Row], modifiers: Modifiers) -> tuple[PlanWarning, ...]:
+    """What is asked for in vain, and what was measured to be poor."""
+    vain = [
+        PlanWarning(entry.key, text)
+        for entry in recipe.modifiers
+        for text in vain_ignores(subject.modules, entry.config)
+    ]
+    return (*vain, *order_warnings(recipe, rows, modifiers))
+
+
 def _in_order(recipe: Recipe, rows: Sequence[Row]) -> tuple[Row, ...]:
     """By stage, block and the recipe's order; what is done to the whole model after its last block."""
     order = {entry.key: i for i, entry in enumerate(recipe.modifiers)}
@@ -153,28 +165,6 @@ def _check_first(
                 f"it reorders a layer before anything in it is observed or changed, but {other.name} ({other.where}) stands "
                 f"before it in {entry.stage}; move it to the front of its stage"
             )
-
-
-def _conflicts(recipe: Recipe, rows: Sequence[Row], modifiers: Modifiers) -> list[str]:
-    """Two modifiers of one category on a module, or one that cannot follow another, as messages."""
-    where = {entry.key: entry.where for entry in recipe.modifiers}
-    seen: dict[str, list[str]] = {}
-    problems = []
-    for row, name in [(taker, name) for taker in rows for name in taker.takes]:
-        for earlier in seen.setdefault(name, []):
-            category, previous = modifiers[row.modifier].category, modifiers[earlier].category
-            if category == previous:
-                problems.append(
-                    f"{where[row.modifier]}: {entry_name(row.modifier)}: {name} is already taken by "
-                    f"{entry_name(earlier)} ({where[earlier]}), and both {category}; narrow the targets of one of them"
-                )
-            elif previous in modifiers[row.modifier].cannot_follow:
-                reason = modifiers[row.modifier].cannot_follow[previous]
-                problems.append(
-                    f"{where[row.modifier]}: {entry_name(row.modifier)}: cannot follow {entry_name(earlier)} on {name}: {reason}"
-                )
-        seen[name].append(row.modifier)
-    return problems
 
 
 def _conflicts_of_kinds(recipe: Recipe, rows: Sequence[Row], modifiers: Modifiers) -> list[str]:

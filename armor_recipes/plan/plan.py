@@ -27,13 +27,22 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanWarning:
+    """What an entry asks for in vain, or what is legal and was measured to be poor. `modifier` is the entry's key."""
+
+    modifier: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All rows of work, by section, stage, block and modifier order; `ignored` are linear modules that an `ignore` held back.
 
     `layers` are the names of the blocks, by their numbers; `skipped` are targeted modules that an entry with `unfit: skip` cannot
     change, with the reason; `notes` are sentences on what comes out otherwise than it went in; `forms` are the names of modules
     that become linear layers (fused experts, transposed layers), some of which are in `rows`;
-    `experts` is what the experts of mixtures are calibrated on.
+    `experts` is what the experts of mixtures are calibrated on; `warnings` tell what is asked for in vain or was measured to be
+    poor.
     Plans are equal, and have equal hashes, where they say the same.
     """
 
@@ -46,6 +55,7 @@ class Plan:
     forms: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     experts: tuple[ExpertsPlan, ...] = ()
+    warnings: tuple[PlanWarning, ...] = ()
     _by_place: Mapping[tuple[str, int | None], tuple[Row, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -118,7 +128,8 @@ class Plan:
         }
         forms = {"linear_forms": list(self.forms)} if self.forms else {}
         experts = {"experts": [asdict(layer) for layer in self.experts]} if self.experts else {}
-        return {"model": self.model, "layers": list(self.layers), **sections, **others, **forms, **experts}
+        warnings = {"warnings": [asdict(one) for one in self.warnings]} if self.warnings else {}
+        return {"model": self.model, "layers": list(self.layers), **sections, **others, **forms, **experts, **warnings}
 
     @property
     def sha256(self) -> str:

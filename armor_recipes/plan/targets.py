@@ -62,6 +62,15 @@ def resolve_targets(modules: Sequence[tuple[str, nn.Module]], config: ModifierCo
     return Matched(*(tuple(name for name in order if name in found) for found in (taken, ignored, others)))
 
 
+def vain_ignores(modules: Sequence[tuple[str, nn.Module]], config: ModifierConfig) -> list[str]:
+    """A sentence on each pattern of `ignore` that matches no module of the model."""
+    return [
+        f"`ignore` {pattern!r} matches no module of this model and holds nothing back"
+        for pattern in config.ignore
+        if not any(is_match(name, module, pattern) for name, module in modules)
+    ]
+
+
 def not_linear(name: str, module: nn.Module) -> UnfitError:
     """Why a module with weights of its own is no target."""
     return UnfitError(

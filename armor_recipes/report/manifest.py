@@ -114,9 +114,12 @@ def _module(result: ModuleResult, plan: ModulePlan) -> dict[str, Any]:
     return {"block_size": None if plan.block_size is None else list(plan.block_size), **result.to_dict()}
 
 
-def skipped_rows(plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """Targeted modules that were left as they are, with the reasons, as `skipped`; nothing where there are none."""
-    return {"skipped": [asdict(one) for one in plan.skipped]} if plan.skipped else {}
+def skipped_rows(plan: Plan) -> dict[str, list[Any]]:
+    """Targeted modules that were left as they are, with the reasons, as `skipped`, and the plan's `warnings`; nothing where there
+    are none.
+    """
+    skipped: dict[str, list[Any]] = {"skipped": [asdict(one) for one in plan.skipped]} if plan.skipped else {}
+    return {**skipped, "warnings": [asdict(one) for one in plan.warnings]} if plan.warnings else skipped
 
 
 def sections(results: Sequence[StepResult]) -> dict[str, list[dict[str, Any]]]:

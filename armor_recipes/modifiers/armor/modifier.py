@@ -13,7 +13,7 @@ from armor_recipes.calibration.split import GramMoments, SplitGram
 from armor_recipes.calibration.statistics import InputSecondMoment
 from armor_recipes.errors import NumericalError, PlanError, UnfitError
 from armor_recipes.modifiers.armor.config import ARMORConfig
-from armor_recipes.modifiers.base import Estimate, ModuleShape, SolveProgress, WithGradients
+from armor_recipes.modifiers.base import UNROUNDED, Estimate, ModuleShape, SolveProgress, WithGradients
 from armor_recipes.modifiers.kinds.module import Modifier, Outcome
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.seeding import module_seed
@@ -53,6 +53,8 @@ class ARMORModifier(Modifier[ARMORConfig]):
 
     config_type = ARMORConfig
     category: ClassVar[str] = "prune"
+    traits: ClassVar[tuple[str, ...]] = ("factors",)
+    cannot_follow: ClassVar[Mapping[str, str]] = {"quantize": UNROUNDED}
 
     def plan(self, module: ModuleShape) -> Estimate:
         """Resolve the block size against the module's shape; PlanError names the sizes that would divide it.

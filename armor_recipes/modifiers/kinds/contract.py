@@ -70,6 +70,11 @@ class Row:
         return ()
 
     @property
+    def touches(self) -> tuple[str, ...]:
+        """Modules whose weights it changes in any way, which rules about order are about."""
+        return tuple(dict.fromkeys((*self.takes, *self.shapes)))
+
+    @property
     def observed(self) -> tuple[ModuleShape, ...]:
         """Modules whose inputs feed a statistic."""
         return ()

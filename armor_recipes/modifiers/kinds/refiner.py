@@ -63,6 +63,11 @@ class RefinePlan(Row):
     part_bytes: int
 
     @property
+    def touches(self) -> tuple[str, ...]:
+        """The modules whose factors are trained."""
+        return self.modules
+
+    @property
     def side_by_side(self) -> tuple[int, int]:
         """Parts of batches."""
         return self.parts, self.part_bytes

@@ -1,0 +1,140 @@
+"""Rules about the order of modifiers: what is refused, with an order that works, and what is warned of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from torch import Tensor
+
+from armor_recipes import apply
+from armor_recipes.errors import PlanError
+from armor_recipes.modifiers import AnyModifier, Estimate, Modifier, ModuleShape, Outcome, SolveProgress, registry
+from armor_recipes.recipe import ModifierConfig
+from tests.support.engine import ATTENTION, MLP, make_job, recipe
+
+FIRST_LINE = r"ScaleModifier: cannot follow ARMORModifier on .*\(and 7 more like it: .*\): it scales what was fitted; "
+
+
+class ScaleConfig(ModifierConfig):
+    """Nothing of its own."""
+
+
+class ScaleModifier(Modifier[ScaleConfig]):
+    """Leaves weights as they are, and is one of a kind in its rules."""
+
+    config_type = ScaleConfig
+    category: ClassVar[str] = "scale"
+    cannot_follow: ClassVar[dict[str, str]] = {"factors": "it scales what was fitted"}
+
+    def plan(self, module: ModuleShape) -> Estimate:
+        return Estimate(stored_bytes=module.dense_bytes, flops=1.0, peak_bytes=1)
+
+    def statistic(self, module: ModuleShape) -> Any:
+        raise AssertionError("nothing to calibrate")
+
+    def solve(self, module: ModuleShape, weight: Tensor, statistic: Any, on_progress: SolveProgress | None) -> Outcome:
+        return Outcome(weight=weight.float(), losses=(0.0,))
+
+    def loss(self, weight: Tensor, statistic: Any, approximation: Tensor) -> float:
+        return 0.0
+
+    def poor_after(self, earlier: AnyModifier[Any]) -> str:
+        return "perplexity 52.8, 39.4 without" if "prune" in earlier.words else ""
+
+
+class StretchModifier(ScaleModifier):
+    """Must come before pruning."""
+
+    category: ClassVar[str] = "stretch"
+    cannot_follow: ClassVar[dict[str, str]] = {"scale": "it stretches what was scaled", "prune": "it fills zeros"}
+    needs_after: ClassVar[dict[str, str]] = {"prune": "it only makes room for a modifier that prunes"}
+
+
+class ShrinkModifier(ScaleModifier):
+    """Must come after scaling."""
+
+    category: ClassVar[str] = "shrink"
+    cannot_follow: ClassVar[dict[str, str]] = {}
+    needs_before: ClassVar[dict[str, str]] = {"scale": "it takes back what a modifier has scaled"}
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    registry.modifiers()
+    before = dict(registry._REGISTERED)
+    for kind in (ScaleModifier, StretchModifier, ShrinkModifier):
+        registry.register(kind)
+    yield
+    registry._REGISTERED.clear()
+    registry._REGISTERED.update(before)
+
+
+def planned(model: Path, *names: str, **fields: Any) -> Any:
+    """The plan of modifiers that all take the attention's projections, in that order."""
+    block = {"block_size": 8} if "ARMORModifier" in names else {}
+    given = {name: {"targets": [ATTENTION], **fields, **(block if name == "ARMORModifier" else {})} for name in names}
+    mapping = recipe(model, **given)
+    if not any(name in ("ARMORModifier", "WandaModifier") for name in names):
+        del mapping["calibration"]
+    return make_job(mapping).plan
+
+
+def test_a_wrong_order_is_refused_with_one_that_works(llama: Path) -> None:
+    with pytest.raises(PlanError, match=FIRST_LINE + r"an order that works: ScaleModifier, ARMORModifier$"):
+        planned(llama, "ARMORModifier", "ScaleModifier")
+    with pytest.raises(
+        PlanError, match=r"an order that works: StretchModifier, ScaleModifier, ARMORModifier"
+    ) as caught:
+        planned(llama, "ARMORModifier", "ScaleModifier", "StretchModifier")
+    assert str(caught.value).count("cannot follow") == 3
+    assert planned(llama, "StretchModifier", "ScaleModifier", "ARMORModifier").warnings == ()
+
+
+def test_where_no_order_works_that_is_said(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScaleModifier, "cannot_follow", {"stretch": "it scales what was stretched"})
+    with pytest.raises(PlanError, match=r"it stretches what was scaled; no order of them works: remove one, or narrow"):
+        planned(llama, "ScaleModifier", "StretchModifier", "WandaModifier")
+
+
+def test_rules_are_about_modules_that_both_take(llama: Path) -> None:
+    armor = {"targets": [MLP], "block_size": 8}
+    assert make_job(recipe(llama, ARMORModifier=armor, ScaleModifier={"targets": [ATTENTION]})).plan.warnings == ()
+
+
+def test_what_must_come_before_or_after_is_asked_for(llama: Path) -> None:
+    with pytest.raises(
+        PlanError, match=r"StretchModifier: it only makes room for a modifier that prunes; put one that"
+    ):
+        planned(llama, "StretchModifier", "ScaleModifier")
+    with pytest.raises(
+        PlanError, match=r"ShrinkModifier: it takes back what a modifier has scaled; put one .* before it"
+    ):
+        planned(llama, "ShrinkModifier")
+    assert planned(llama, "ScaleModifier", "ShrinkModifier").warnings == ()
+
+
+def test_what_was_measured_to_be_poor_is_warned_of_with_the_figure(llama: Path) -> None:
+    plan = planned(llama, "WandaModifier", "ScaleModifier")
+    (warning,) = plan.warnings
+    assert warning.modifier == "prune_stage.armor_modifiers.ScaleModifier"
+    assert warning.text.startswith("after WandaModifier on model.layers.0.self_attn.q_proj (and 7 more like it: ")
+    assert warning.text.endswith("): perplexity 52.8, 39.4 without")
+    assert plan.to_dict()["warnings"] == [{"modifier": warning.modifier, "text": warning.text}]
+
+
+def test_an_ignore_that_matches_nothing_is_a_warning_that_is_counted(llama: Path, tmp_path: Path) -> None:
+    fields = {"targets": [MLP], "ignore": ["lm_head", "re:.*router$", r"re:.*layers\.0\..*", "Conv1d"]}
+    result = apply(recipe(llama, tmp_path / "out", WandaModifier=fields))
+    told = [warning.text for warning in result.plan.warnings]
+    assert told == [
+        f"`ignore` {name!r} matches no module of this model and holds nothing back"
+        for name in ("re:.*router$", "Conv1d")
+    ]
+    for name in ("armor_manifest.json", "report.json"):
+        assert [row["text"] for row in json.loads((result.output / name).read_text())["warnings"]] == told
+    again = apply(recipe(llama, tmp_path / "again", WandaModifier={**fields, "ignore": ["lm_head"]}))
+    assert "warnings" not in again.report
