@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 
 from tests.skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 - hooks
+from tests.support.forks import Forks
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Many tests compare bits of loaded models; `auto`, the default, is tested in tests/runtime.
@@ -35,6 +36,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.engine import save_model  # what imports a hub's client, after HF_HUB_OFFLINE is set
 
     return save_model(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs scripts in processes of their own, which find torch and transformers imported."""
+    with Forks() as started:
+        yield started
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from armor_recipes.integrations.names import fused_of, loaded_as
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.recipe.schema import ModelSpec, ModifierConfig
 from armor_recipes.run import apply, job
-from tests.families.stock import StockProcess
+from tests.families.stock import Stock
 from tests.families.structures import Structure
 from tests.support.families import main_class, tiny_config, tiny_model
 from tests.support.family_inputs import Inputs, inputs_for, tensors_of
@@ -78,7 +78,7 @@ class EndedError(Exception):
         self.outcome, self.reason = outcome, reason
 
 
-def run_family(model_type: str, folder: Path, stock: StockProcess, kind: type[PreTrainedModel] | None = None) -> Record:
+def run_family(model_type: str, folder: Path, stock: Stock, kind: type[PreTrainedModel] | None = None) -> Record:
     """Take one model type through the tool, in an empty folder; never raises but for what no family is to blame for."""
     record = Record(model_type)
     run = _Family(record, folder, stock, kind)
@@ -112,7 +112,7 @@ def run_family(model_type: str, folder: Path, stock: StockProcess, kind: type[Pr
 class _Family:
     """The steps; each raises EndedError or what it meets, or returns a word for the record."""
 
-    def __init__(self, record: Record, folder: Path, stock: StockProcess, kind: type[PreTrainedModel] | None) -> None:
+    def __init__(self, record: Record, folder: Path, stock: Stock, kind: type[PreTrainedModel] | None) -> None:
         self.record, self.folder, self.stock, self.kind, self.asked = record, folder, stock, kind, kind
         self.source, self.out, self.dense = folder / "source", folder / "out", folder / "dense"
         self.skipping, self.can_generate, self.reads_windows = False, False, False

@@ -1,8 +1,7 @@
-"""Reads `[folder, class, inputs, outputs]` from each line of its input; runs as a program, without this package."""
+"""Runs the model of a folder: arguments `folder, class, inputs, outputs`; a script of a process without this package."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import warnings
@@ -41,18 +40,17 @@ def run(folder: str, model_class: str, given: str, found: str) -> str:
 
 
 def main() -> None:
-    """Answer each line with one."""
+    """Print the answer."""
     assert "armor_recipes" not in sys.modules
     warnings.simplefilter("ignore")
     logging.disable()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    for line in sys.stdin:
-        try:
-            answer = run(*json.loads(line))
-        except Exception as error:
-            answer = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        print(json.dumps(answer), flush=True)
+    try:
+        answer = run(*sys.argv[1:])
+    except Exception as error:
+        answer = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    print("ANSWER", answer)
 
 
 if __name__ == "__main__":

@@ -7,26 +7,25 @@ With ARMOR_FAMILY_RECORDS=FOLDER each structure's record is kept there, and one 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.families.pipeline import Record, read_record, run_family, write_record
-from tests.families.stock import StockProcess
+from tests.families.stock import Stock
 from tests.families.structures import TEN, Structure, expected, structures
+from tests.support.forks import Forks
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own of old families
 RECORDS = os.environ.get("ARMOR_FAMILY_RECORDS")
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockProcess]:
-    with StockProcess(tmp_path_factory.mktemp("stock")) as process:
-        yield process
+def stock(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Stock:
+    return Stock(tmp_path_factory.mktemp("stock"), forks)
 
 
-def record_of(structure: Structure, folder: Path, stock: StockProcess) -> Record:
+def record_of(structure: Structure, folder: Path, stock: Stock) -> Record:
     """From RECORDS where it is there."""
     if RECORDS and (kept := read_record(structure, Path(RECORDS))):
         return kept
@@ -47,11 +46,11 @@ def check(structure: Structure, record: Record) -> None:
 
 
 @pytest.mark.parametrize("structure", TEN, ids=str)
-def test_ten_families(structure: Structure, tmp_path: Path, stock: StockProcess) -> None:
+def test_ten_families(structure: Structure, tmp_path: Path, stock: Stock) -> None:
     check(structure, record_of(structure, tmp_path, stock))
 
 
 @pytest.mark.families
 @pytest.mark.parametrize("structure", [s for s in structures() if s not in TEN], ids=str)
-def test_every_other_family(structure: Structure, tmp_path: Path, stock: StockProcess) -> None:
+def test_every_other_family(structure: Structure, tmp_path: Path, stock: Stock) -> None:
     check(structure, record_of(structure, tmp_path, stock))

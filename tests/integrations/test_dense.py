@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import armor_recipes
 from armor_recipes.errors import PlanError
 from armor_recipes.runtime.linear import ArmorLinear
+from tests.support.forks import Forks
 from tests.support.packed import MODELS, logits, write
 
 KIND = "llama-attention-bias-gqa"
@@ -70,14 +69,12 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("kind", [KIND, "qwen2-tied"])
-def test_it_is_saved_as_a_dense_folder_that_a_stock_loader_reads(kind: str, tmp_path: Path) -> None:
+def test_it_is_saved_as_a_dense_folder_that_a_stock_loader_reads(kind: str, tmp_path: Path, forks: Forks) -> None:
     write(kind, tmp_path / "model")
     model = armor_recipes.to_dense(armor_recipes.load(tmp_path / "model", dtype=torch.float32))
     model.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
-    command = [sys.executable, "-c", STOCK, str(tmp_path / "dense"), str(tmp_path / "logits.pt")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    forks.run(STOCK, tmp_path / "dense", tmp_path / "logits.pt", folder=tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model), rtol=1e-5, atol=1e-6)
     assert torch.equal(logits(armor_recipes.load(tmp_path / "dense")), logits(model))
 

@@ -22,6 +22,7 @@ from armor_recipes.checkpoint.verify import verify
 from armor_recipes.checkpoint.writer import tensor_hashes, write_checkpoint
 from armor_recipes.errors import CheckpointError, PlanError, RecipeError, VerificationError
 from armor_recipes.integrations.exporting import export_folder
+from tests.support.forks import Forks
 from tests.support.packed import IGNORED, logits, made_up, random_mask, session_model, write
 
 KIND = "llama-attention-bias-gqa"
@@ -69,7 +70,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stock_logits(folder: Path, tmp_path: Path) -> torch.Tensor:
+def stock_logits(folder: Path, tmp_path: Path, forks: Forks) -> torch.Tensor:
     """Of a stock transformers in a fresh process."""
     script = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
@@ -78,14 +79,8 @@ def stock_logits(folder: Path, tmp_path: Path) -> torch.Tensor:
         "with torch.no_grad(): torch.save(model(tokens).logits, sys.argv[2])\n"
         "assert not any(name.startswith('armor_recipes') for name in sys.modules)\n"
     )
-    run_python(sys_executable(), script, folder, tmp_path / "logits.pt")
+    forks.run(script, folder, tmp_path / "logits.pt", folder=tmp_path)
     return torch.load(tmp_path / "logits.pt")
-
-
-def sys_executable() -> str:
-    import sys
-
-    return sys.executable
 
 
 def run_python(python: str, script: str, *args: Path) -> str:
@@ -102,13 +97,13 @@ def run_python(python: str, script: str, *args: Path) -> str:
     return done.stdout
 
 
-def test_dense_loads_in_stock_transformers_with_the_same_logits(checkpoint: Path, tmp_path: Path) -> None:
+def test_dense_loads_in_stock_transformers_with_the_same_logits(checkpoint: Path, tmp_path: Path, forks: Forks) -> None:
     out = tmp_path / "dense"
     done = export_folder(checkpoint, out, to="dense")
     assert (done.layers, done.left_out) == (13, ())
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert (out / "LICENSE").read_bytes() == b"free"
-    assert torch.equal(stock_logits(out, tmp_path), logits(armor_recipes.load(checkpoint)))
+    assert torch.equal(stock_logits(out, tmp_path, forks), logits(armor_recipes.load(checkpoint)))
     assert verify(out).tensors == len(load_file(out / "model.safetensors"))
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -45,6 +42,7 @@ from armor_recipes.model.hooks import Hooks
 from armor_recipes.run import apply, prepare
 from armor_recipes.run.job import read_recipe
 from tests.support.engine import recipe
+from tests.support.forks import Forks
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -257,7 +255,7 @@ def test_packed_experts_are_loaded_as_they_were_and_exported_for_stock_loaders(
     assert tensors(tmp_path / "saved").keys() == tensors(folders / kind).keys()
 
 
-def test_dense_output_is_read_by_a_process_without_this_package(folders: Path, tmp_path: Path) -> None:
+def test_dense_output_is_read_by_a_process_without_this_package(folders: Path, tmp_path: Path, forks: Forks) -> None:
     models: dict[str, Any] = {kind: make(kind) for kind in ("mixtral", "gpt2")}
     for kind, model in models.items():
         assert apply(mapping(folders, kind, tmp_path / kind, "dense"), model).plan.forms
@@ -270,9 +268,7 @@ for folder in sys.argv[1:]:
     assert not any(info.values()) and "armor_recipes" not in sys.modules
     torch.save(model(input_ids=torch.arange(24)[None] * 5 % 96, use_cache=False).logits, folder + "/logits")
 """
-    arguments = [sys.executable, "-c", code, *(str(tmp_path / kind) for kind in models)]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run(arguments, check=True, capture_output=True, env={**os.environ, **threads})
+    forks.run(code, *(tmp_path / kind for kind in models), folder=tmp_path)
     for kind, model in models.items():
         assert torch.equal(torch.load(tmp_path / kind / "logits"), logits(model))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from armor_recipes.checkpoint.writer import write_checkpoint
 from armor_recipes.errors import ArmorError
 from armor_recipes.integrations import transformers as registration
 from armor_recipes.integrations import upstream, vllm
+from tests.support.forks import Forks
 from tests.support.packed import logits, session_model, write
 
 KIND = "llama-attention-bias-gqa"
@@ -107,6 +107,7 @@ def test_reloading_registers_once() -> None:
         registration.register()
 
 
+ROOT = Path(__file__).parents[2]
 NAMES: list[tuple[Any, str]] = [
     (offload_module, "unwrap_offload_forward"),
     (helpers, "is_module_quantized"),
@@ -143,11 +144,8 @@ for name in ("load", "apply", "to_dense"):
 """
 
 
-def test_importing_us_beside_another_version_warns_and_using_us_says_why(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", OTHER_VERSION]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    warned, *used = done.stdout.splitlines()
+def test_importing_us_beside_another_version_warns_and_using_us_says_why(tmp_path: Path, forks: Forks) -> None:
+    warned, *used = forks.run(OTHER_VERSION, folder=tmp_path, path=ROOT).splitlines()
     assert (
         warned.count("armor_recipes does not work with compressed_tensors.compressors in this process: ArmorError:")
         == 1
