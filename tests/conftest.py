@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Read when torch is loaded. A thread that waits for others does so asleep: it would take the processor from those that work.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
 import pytest
 import torch
 from hypothesis import settings

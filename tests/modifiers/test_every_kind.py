@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from armor_recipes.modifiers import config_types, modifiers
 from armor_recipes.modifiers.kinds.changes import Changes
+from armor_recipes.run import Job
 from armor_recipes.session import Session
 from armor_recipes.session import session as loop
 from armor_recipes.session.commit import commit
@@ -81,10 +83,37 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def run(job: Any) -> Session:
+def run(job: Job) -> Session:
     with make_session(job) as session:
         session.run()
     return session
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A job's first run, and what was around it."""
+
+    job: Job
+    session: Session
+    parameters: dict[str, Tensor]
+    states: tuple[object, object]
+    states_after: tuple[object, object]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[f"{name}-{index}" for name, index in CASES])
+def ran(request: pytest.FixtureRequest, llama: Path) -> Ran:
+    """One run of a case for all tests of it, which leave it as it is."""
+    job = make_job(mapping(llama, *request.param))
+    session = make_session(job)
+    before, states = parameters(session.model), around(job)
+    with session:
+        session.run()
+    return Ran(job, session, before, states, around(job))
+
+
+def around(job: Job) -> tuple[object, object]:
+    """What a run must leave as it is: global generators, and the modifiers of its job."""
+    return rng_states(), {key: dict(modifier.__dict__) for key, modifier in job.modifiers.items()}
 
 
 def choices(annotation: Any) -> set[Any]:
@@ -131,14 +160,10 @@ def test_the_plan_is_a_value(name: str, index: int, llama: Path) -> None:
         assert row.section in job.plan.to_dict()
 
 
-@case
-def test_a_run_is_whole_and_repeatable(name: str, index: int, llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_run_is_whole_and_repeatable(ran: Ran, tmp_path: Path, monkeypatch: Any) -> None:
     """The same bits again, with two threads, with changes that were written and read; nothing global or shared is touched."""
-    job = make_job(mapping(llama, name, index))
-    before, states = rng_states(), {key: dict(m.__dict__) for key, m in job.modifiers.items()}
-    first = run(job)
-    assert rng_states() == before
-    assert {key: dict(m.__dict__) for key, m in job.modifiers.items()} == states
+    job, first = ran.job, ran.session
+    assert ran.states == ran.states_after
     assert hook_count(first.model) == 0
     assert first.model.training is False
     numbers = [n for r in first.results.values() for n in (*r.losses, r.stored_loss, r.error)]
@@ -162,14 +187,9 @@ def test_a_run_is_whole_and_repeatable(name: str, index: int, llama: Path, tmp_p
     assert [r.to_dict() for r in second.state.results] == [r.to_dict() for r in first.state.results]
 
 
-@case
-def test_the_run_is_what_was_planned(name: str, index: int, llama: Path) -> None:
+def test_the_run_is_what_was_planned(ran: Ran) -> None:
     """Weights that change are those of the plan's rows, and norms where a refiner trains them."""
-    job = make_job(mapping(llama, name, index))
-    session = make_session(job)
-    before = parameters(session.model)
-    with session:
-        session.run()
+    job, session, before = ran.job, ran.session, ran.parameters
     after = parameters(session.model)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     planned = {f"{name}.weight" for name in job.plan.shapes}
