@@ -3,8 +3,8 @@
 One config group for every distinct block size, core type and group size, `format: sparse-24-bitmask`, with the full names
 of its modules as targets. `weights` is what the schema asks for; of a quantised core it says bits, strategy and group size.
 What else a loader has to know before it reads tensors is the block size, the core type, who shares an input factor and whose
-weight is tied, and `weights.observer_kwargs` is the one free field that compressed-tensors keeps when it writes a config again: unknown
-keys are dropped, and `block_structure` is accepted with one strategy only, which a quantised core could not use.
+weight is tied, and `weights.observer_kwargs` is the one free field that compressed-tensors keeps when it writes a config again:
+unknown keys are dropped, and `block_structure` is accepted with one strategy only, which a quantised core could not use.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class LayerSpec:
     group_size: int | None = None
     """Kept values of a row that have one scale; None for a whole row, and where the core is not quantised."""
     tied_to: str | None = None
-    """Full name of the module whose weight this layer has, under which the tensors of both are stored; None where it has its own."""
+    """Full name of the module whose weight this layer has, under which the tensors of both are stored; None where it has its
+    own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +212,8 @@ def tied_weights_of(weights: object, *, targets: Collection[str], where: str) ->
     for use, owner in tied.items():
         if used.get(use) != used.get(owner):
             raise CheckpointError(
-                f"{where}: {TIED_KEY} gives {shown(use)} the weight of {shown(owner)}, but by {INPUT_FACTOR_KEY} the B of the one is "
-                f"not that of the other"
+                f"{where}: {TIED_KEY} gives {shown(use)} the weight of {shown(owner)}, but by {INPUT_FACTOR_KEY} the B of the one "
+                "is not that of the other"
             )
     return tied
 
@@ -271,9 +272,7 @@ def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
     return specs
 
 
-def _group(
-    targets: list[str], spec: LayerSpec, shared: Mapping[str, str], tied: Mapping[str, str]
-) -> dict[str, Any]:
+def _group(targets: list[str], spec: LayerSpec, shared: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, Any]:
     kwargs: dict[str, Any] = {BLOCK_SIZE_KEY: list(spec.block_size), CORE_KEY: spec.core}
     for key, owners in ((INPUT_FACTOR_KEY, shared), (TIED_KEY, tied)):
         named = {name: owners[name] for name in targets if name in owners}

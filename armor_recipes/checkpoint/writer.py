@@ -50,7 +50,8 @@ def write_checkpoint(
     Args:
         model: in memory, in any float dtype. The weights of the modules named in `layers` are not written.
         layers: full module name → what is written in place of that module's weight, once where several have that weight; all
-            tensors then go by the model's own names. Empty: a plain dense model, without `quantization_config`, under the names that every stock loader reads.
+            tensors then go by the model's own names. Empty: a plain dense model, without `quantization_config`, under the names
+            that every stock loader reads.
         destination: an empty folder, see `armor_recipes.checkpoint.staging`.
         dtype: what config.json names, and what the layers must be packed in.
         dtypes: of float tensors on disk, by their names in the model; those that it does not name are in `dtype`.

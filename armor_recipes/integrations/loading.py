@@ -53,8 +53,8 @@ def tie_packed(model: nn.Module, tied: Mapping[str, str]) -> None:
         known: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
         if known.get(f"{use}.{VALUES}") != f"{owner}.{VALUES}":
             raise CheckpointError(
-                f"quantization_config gives {use} the weight of {owner}, which this {type(model).__name__} does not tie: config.json "
-                "does not belong to this model, or its tie_word_embeddings was changed"
+                f"quantization_config gives {use} the weight of {owner}, which this {type(model).__name__} does not tie: "
+                "config.json does not belong to this model, or its tie_word_embeddings was changed"
             )
         own = [part for part in (*TENSOR_NAMES, SCALE) if part in model.get_submodule(use)._parameters]
         found = {f"{use}.{part}": f"{owner}.{part}" for part in own}

@@ -38,7 +38,7 @@ def serve_problems(
                 module.entry,
                 name,
                 f"{name}: its weight is that of {', '.join(module.uses)}, too, and a server makes such layers once, under a name "
-                "that no checkpoint has; leave out `serve` and serve what `armor export` makes dense, or add the module to `ignore`",
+                "that no checkpoint has; leave out `serve` and serve a dense export, or add the module to `ignore`",
             )
             continue
         parts = fused.get(name) if last in FUSED else None

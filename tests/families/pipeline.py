@@ -254,11 +254,12 @@ class _Family:
         equal(outputs(model, self.inputs), self.in_memory, "load")
         written = tensors(self.out)
         with torch.no_grad():
-            for name, use in ((name, use) for name in self.packed for use in (name, *self.uses[name])):
-                weight = model.get_submodule(use).to_dense().weight  # as the dense export stores them
-                weight.copy_(
-                    weight.to(written[f"{name}.weight"].dtype)
-                ).requires_grad_()  # as in the stock process: see runtime/backends
+            for name in self.packed:
+                for use in (name, *self.uses[name]):  # as the dense export stores them
+                    weight = model.get_submodule(use).to_dense().weight
+                    weight.copy_(
+                        weight.to(written[f"{name}.weight"].dtype)
+                    ).requires_grad_()  # as in the stock process: see runtime/backends
         self.rounded = outputs(model, self.inputs)
         return None
 

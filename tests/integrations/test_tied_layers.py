@@ -1,4 +1,4 @@
-"""A packed weight that several modules have: stored once, one in memory, in every way a model is loaded, saved, copied and exported."""
+"""A packed weight that several modules have: stored once, one in memory, however a model is loaded, saved, copied and exported."""
 
 from __future__ import annotations
 

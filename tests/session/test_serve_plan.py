@@ -11,6 +11,7 @@ from armor_recipes.errors import PlanError, RecipeError
 from armor_recipes.run import Job, prepare
 from armor_recipes.run.job import read_recipe
 from tests.support.engine import ARMOR, ATTENTION, recipe, save_model
+from tests.support.stacks import make_stacked
 
 L0 = "model.layers.0"
 
@@ -113,6 +114,16 @@ def test_names_that_no_server_is_known_to_split(tmp_path: Path) -> None:
     (line,) = refusal(model, [1], ARMORModifier={**ARMOR, "targets": [r"re:.*query_key_value$"]})
     assert "query_key_value: how a server fuses and splits a module of this name is not known" in line
     assert "leave out `serve`" in line
+
+
+def test_a_weight_of_several_layers_is_not_served(tmp_path: Path) -> None:
+    model: Any = make_stacked("zamba2")
+    model.save_pretrained(tmp_path / "m")
+    targets = [r"re:.*shared_transformer\.self_attn\.o_proj$"]
+    (line,) = refusal(tmp_path / "m", [1], ARMORModifier={**ARMOR, "targets": targets})
+    assert (
+        "layers.1.shared_transformer.self_attn.o_proj: its weight is that of model.layers.3.shared_transformer" in line
+    )
 
 
 def test_without_serve_and_dense_nothing_is_asked(gqa: Path) -> None:

@@ -197,6 +197,21 @@ def test_shared_weights_are_solved_once_on_all_their_uses(propagate: str, seen: 
     assert note.startswith("blocks of model.layers share weights: its statistics come from passes of the whole model")
 
 
+def test_a_shared_module_that_only_one_layer_calls_learns_from_that_layer(seen: dict[str, Tensor]) -> None:
+    """Zamba2's layers hold each other's adapters, and read with their own what they read with the shared projection."""
+    where = "model.layers.{}.shared_transformer.feed_forward.gate_up_proj{}"
+    both, first, second = (where.format(1, part) for part in ("", "_adapter_list.0.0", "_adapter_list.1.0"))
+    last = where.format(3, "_adapter_list.1.0")
+    wanted = [r"re:.*gate_up_proj$", r"re:.*adapter_list\.\d\.0$"]
+    with session_on(make_stacked("zamba2"), inputs_for("zamba2"), NoWagModifier={"targets": wanted}) as session:
+        session.run()
+    assert set(seen) == {both, first, second}
+    by_hand = moments(make_stacked("zamba2"), inputs_for("zamba2"), [both, where.format(3, ""), first, last])
+    assert_close({first: seen[first], last: seen[second]}, {name: by_hand[name] for name in (first, last)})
+    torch.testing.assert_close(seen[both], (by_hand[both] + by_hand[where.format(3, "")]) / 2, rtol=1e-4, atol=1e-9)
+    assert session.results[first].tokens == session.results[second].tokens == 50
+
+
 def test_layers_that_share_weights_are_not_compared_by_themselves() -> None:
     wanted = r"ARMORModifier: the weight of .*shared.*used by several layers, and propagate: matched"
     with pytest.raises(PlanError, match=wanted):

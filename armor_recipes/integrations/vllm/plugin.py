@@ -102,8 +102,8 @@ class ArmorConfig(QuantizationConfig):  # type: ignore[misc]
         tied = next((name for name, spec in specs.items() if spec.tied_to is not None), None)
         if tied is not None:
             raise CheckpointError(
-                f"config.json: {tied} has the weight of {specs[tied].tied_to}, and vLLM makes such layers once, under a name that no "
-                "checkpoint has; serve what `armor export FOLDER OUT --to dense` makes of it"
+                f"config.json: {tied} has the weight of {specs[tied].tied_to}, and vLLM makes such layers once, under a name that "
+                "no checkpoint has; serve what `armor export FOLDER OUT --to dense` makes of it"
             )
         return cls(specs)
 
