@@ -244,12 +244,12 @@ def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(model).forward).parameters
 
 
-def feed(model: nn.Module, batch: Batch) -> Any:
-    """The model's output for a batch on its device, without a cache of keys and values."""
+def feed(model: nn.Module, batch: Batch, **options: Any) -> Any:
+    """The model's output for a batch on its device, without a cache of keys and values; `options` are further arguments."""
     parameters = parameters_of(model)
     passed_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     takes_cache = "use_cache" in parameters or (passed_on and model_facts(model).caches)
-    named = arguments(batch)
+    named = {**arguments(batch), **options}
     return model(**named, use_cache=False) if takes_cache else model(**named)
 
 

@@ -104,10 +104,11 @@ class TrainingRefiner(Refiner[C]):
         trained = unit.factor_values - (0 if self.config.core else weights // 2)
         beside = self.scope == "model"  # the dense model, its weights in 16 bits; a layer's targets are there already
         passes = (_PASSES_WITH_CORE if self.config.core else _PASSES) + beside
-        kept = _KEPT * sum(m.d_out + m.d_in for m in unit.modules) + _KEPT_OUTPUT * unit.width
+        stride = self.logit_stride(unit)
+        kept = _KEPT * sum(m.d_out + m.d_in for m in unit.modules) + _KEPT_OUTPUT * unit.width // stride
         return Estimate(
             stored_bytes=0,
-            flops=2.0 * passes * unit.parameters * unit.tokens * self.config.epochs,
+            flops=2.0 * passes * (unit.parameters - unit.head + unit.head / stride) * unit.tokens * self.config.epochs,
             peak_bytes=4 * (_COPIES * trained + weights) + 2 * weights * beside,
             parts=self.config.accumulate * unit.batch_parts,
             part_bytes=4 * trained + kept * unit.batch_tokens // unit.batch_parts,

@@ -391,6 +391,51 @@ def test_hidden_layers_are_evenly_spread(asked: int | str, total: int, layers: t
     assert kind(kind.config_type(hidden_layers=asked)).hidden_layers(total) == layers
 
 
+class WithAllLogits(nn.Module):
+    """A causal model that cannot be asked for the logits of some tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.config, self.inner = model.config, model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, WithAllLogits])
+@pytest.mark.parametrize(("stride", "first"), [(1, 0), (3, 0), (3, 4), (40, 7)])
+@torch.no_grad()
+def test_logits_of_every_nth_token_with_the_masks_of_the_same(stride: int, first: int, wrap: Any) -> None:
+    model = make_model()
+    ids = torch.arange(26).view(2, 13) % 32
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    wanted = list(range(first % stride if stride < 13 else 0, 13, stride))
+    found, thinned = refiner._some_logits(wrap(model), {"input_ids": ids, "attention_mask": mask}, stride, first)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    assert found.logits
+    assert torch.allclose(found.tensors[0], logits[:, wanted], atol=1e-6)
+    assert torch.equal(thinned["attention_mask"], mask[:, wanted])
+
+
+@pytest.mark.parametrize(("asked", "head", "stride"), [("auto", 0, 1), ("auto", 128, 1), ("auto", 257, 3), (5, 0, 5)])
+def test_logits_of_a_large_vocabulary_are_compared_at_some_tokens(asked: int | str, head: int, stride: int) -> None:
+    made: Any = DistillationModifier(DistillationModifier.config_type(logit_stride=asked))
+    one = replace(unit(4096, 512), head=head)
+    assert made.logit_stride(one) == stride
+    assert made.plan(one).flops == pytest.approx(
+        made.plan(unit(4096, 512)).flops * (1 - (head - head / stride) / 10_000)
+    )
+
+
+def test_a_session_compares_some_logits_and_tells_it(llama: Path) -> None:
+    (found,) = run(mapping(llama, "DistillationModifier", epochs=2, logit_stride=4)).section("refinements")
+    assert min(found.losses) < 0.95 * found.losses[0]
+    assert found.record()["logit_stride"] == 4
+    (plain,) = run(mapping(llama, "DistillationModifier")).section("refinements")
+    assert "logit_stride" not in plain.record()
+
+
 # --- the plan ----------------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from armor_recipes.modifiers.kinds.refiner import UnitOutput
+from armor_recipes.modifiers.kinds.refiner import RefineUnit, UnitOutput
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner, learning_rate_field
 
@@ -37,6 +37,12 @@ class DistillationConfig(RefineConfig):
         title="Weight of hidden states",
         description="Of the mean of ln(1 + their relative squared error), in the sum with the divergence of the logits in nats.",
     )
+    logit_stride: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        title="Stride of logits",
+        description="Logits are compared at every so-many-th token of a window, hidden states at all of them. `auto`: 1, or where "
+        "a vocabulary is so large that its logits cost more than the layers, as many as make them cost no more.",
+    )
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
         title="Compute dtype",
@@ -57,6 +63,12 @@ class DistillationModifier(TrainingRefiner[DistillationConfig]):
         asked = self.config.hidden_layers
         count = total if asked == "all" else min(asked, total)
         return tuple((i + 1) * total // count - 1 for i in range(count))
+
+    def logit_stride(self, unit: RefineUnit) -> int:
+        """As the config asks; `auto` is 1 unless the vocabulary's matrix has more numbers than the modules that are trained."""
+        if self.config.logit_stride != "auto":
+            return self.config.logit_stride
+        return max(1, -(-unit.head // sum(m.d_out * m.d_in for m in unit.modules)))
 
     def compute_dtype(self, parameter: Tensor) -> torch.dtype:
         """As the config asks; `auto` is bfloat16 where the parameter's device multiplies it in hardware, else its dtype."""

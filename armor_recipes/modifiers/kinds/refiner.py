@@ -12,14 +12,14 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from armor_recipes.calibration.inputs import leading, some_of
+from armor_recipes.calibration.inputs import TOKENS, Batch, leading, some_of
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import CheckpointError, PlanError, UnfitError
 from armor_recipes.events import UnitRefined
 from armor_recipes.model.calls import LayerCall, hidden_states
-from armor_recipes.model.outputs import main_output
+from armor_recipes.model.outputs import MainOutput, main_output
 from armor_recipes.model.padding import kept_of, reads_of, written_or_read
-from armor_recipes.model.replay import feed
+from armor_recipes.model.replay import feed, parameters_of
 from armor_recipes.model.views import dense_view, frozen, shared_names, view
 from armor_recipes.modifiers.base import AnyModifier, C, Estimate, ModuleShape, Needs, SolveProgress
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult, StepResult, loaded_weight
@@ -40,6 +40,8 @@ from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.solver import TrainableFactors, TrainableLinear
 
 _ALL = slice(None)
+#: The argument by which transformers' causal models are told for which tokens they are to compute logits.
+_KEEP = "logits_to_keep"
 #: Tokens that a CPU computes together at least, where a batch has as many. A pass over fewer costs mostly what does not depend on
 #: their number: on the embedded model, one of 64 tokens half of its time, one of 512 a tenth.
 _PART_TOKENS = 512
@@ -61,6 +63,7 @@ class RefinePlan(Row):
     peak_bytes: int
     parts: int
     part_bytes: int
+    logit_stride: int = 1
 
     @property
     def touches(self) -> tuple[str, ...]:
@@ -79,7 +82,7 @@ class RefineResult(StepResult):
 
     `unit` is a block's name, or `model`. `compute_dtype` is that of its forward and backward passes. `norm_values` counts the
     numbers in norms that changed, `whole_batches` the batches whose windows the block does not take one by one. `outputs` names
-    what of a model's output was compared where that is not its logits.
+    what of a model's output was compared where that is not its logits, and `logit_stride` n that those of every n-th token were.
     """
 
     section: ClassVar[str] = "refinements"
@@ -97,11 +100,12 @@ class RefineResult(StepResult):
     compute_dtype: str
     seconds: float
     outputs: str = ""
+    logit_stride: int = 1
 
     def record(self) -> dict[str, Any]:
-        """As plain data; `outputs` only where they are not logits."""
-        data = StepResult.record(self)
-        return data if self.outputs else {key: value for key, value in data.items() if key != "outputs"}
+        """As plain data; `outputs` and `logit_stride` only where they are not all logits."""
+        usual = {"outputs": "", "logit_stride": 1}
+        return {key: value for key, value in StepResult.record(self).items() if usual.get(key) != value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +132,7 @@ class RefineUnit:
         tokens: calibration tokens.
         batch_tokens: tokens of one batch.
         batch_parts: parts of a batch that a CPU computes side by side.
+        head: numbers of the matrix that gives a model's logits, among `parameters`; 0 for a block.
     """
 
     modules: tuple[ModuleShape, ...]
@@ -137,6 +142,7 @@ class RefineUnit:
     tokens: int
     batch_tokens: int
     batch_parts: int
+    head: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +272,10 @@ class Refiner(AnyModifier[C]):
         """Of a model with so many layers, those whose hidden states the loss compares (scope `model`)."""
         return ()
 
+    def logit_stride(self, unit: RefineUnit) -> int:  # noqa: ARG002 - for those that override it
+        """n, where the loss compares the logits of every n-th token (scope `model`)."""
+        return 1
+
     def compute_dtype(self, parameter: Tensor) -> torch.dtype:
         """Of the passes (scope `model`), given a parameter of the model."""
         return parameter.dtype
@@ -308,6 +318,7 @@ def _plan_unit(planning: Planning, refiner: Refiner[Any], index: int | None, fou
         tokens=calibration_tokens(spec),
         batch_tokens=spec.batch_size * spec.sequence_length,
         batch_parts=len(_parts_of(spec.batch_size, spec.sequence_length)),
+        head=_head(planning) if index is None else 0,
     )
     cost = refiner.plan(unit)
     return RefinePlan(
@@ -321,7 +332,15 @@ def _plan_unit(planning: Planning, refiner: Refiner[Any], index: int | None, fou
         peak_bytes=cost.peak_bytes,
         parts=cost.parts,
         part_bytes=cost.part_bytes,
+        logit_stride=refiner.logit_stride(unit),
     )
+
+
+def _head(planning: Planning) -> int:
+    """Numbers of the matrix that gives logits of a vocabulary; 0 where there is none."""
+    head = getattr(planning.model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    return weight.numel() if isinstance(weight, Tensor) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +353,7 @@ class _Job:
     unit: str
     module: nn.Module
     context: BlockContext
+    logit_stride: int
 
     @classmethod
     def of(cls, share: Share, row: RefinePlan, context: BlockContext) -> _Job:
@@ -341,7 +361,7 @@ class _Job:
         without = left_alone(context.state)
         packed = {name: context.state.factors[name] for name in row.modules if name not in without}
         module = context.model if context.block is None else context.module
-        return cls(share, refiner, packed, row.unit, module, context)
+        return cls(share, refiner, packed, row.unit, module, context, row.logit_stride)
 
     @property
     def prefix(self) -> str:
@@ -435,10 +455,10 @@ def _train_model(job: _Job) -> _Trained:
     def run(network: nn.Module, batch: int, windows: slice) -> UnitOutput:
         taken = {name: _tap(network.get_submodule(name)) for name in tapped}
         given = some_of(batches[batch], windows)
-        found = main_output(feed(network, given))
+        found, thinned = _some_logits(network, given, job.logit_stride, batch)
         compared.add(found.names)
         hidden = [kept_of(given, tapped[name], output) for name, outputs in taken.items() for output in outputs]
-        first, *others = [kept_of(given, written_or_read(given), tensor) for tensor in found.tensors]
+        first, *others = [kept_of(thinned, written_or_read(given), tensor) for tensor in found.tensors]
         return UnitOutput(first, (*others, *hidden), logits=found.logits)
 
     def forward(batch: int, windows: slice = _ALL) -> UnitOutput:
@@ -450,7 +470,31 @@ def _train_model(job: _Job) -> _Trained:
     task = RefineTask(factors, vectors, len(batches), forward, target, _parts([leading(batch) for batch in batches]))
     trained = _train(job, task, tokens=sum(leading(batch).numel() for batch in batches), compute=compute)
     outputs = "" if compared == {("logits",)} else ", ".join(sorted({name for names in compared for name in names}))
-    return replace(trained, result=replace(trained.result, outputs=outputs))
+    stride = 1 if outputs else job.logit_stride
+    return replace(trained, result=replace(trained.result, outputs=outputs, logit_stride=stride))
+
+
+def _some_logits(network: nn.Module, batch: Batch, stride: int, first: int) -> tuple[MainOutput, Batch]:
+    """What counts of a model's output, of logits those of every n-th token; and the batch's masks of the same tokens.
+
+    They begin at a place that depends on the batch, so that all places of a window count. A model that takes `logits_to_keep` is
+    spared the others; of one that does not, they are left out afterwards.
+    """
+    if stride == 1:
+        return main_output(feed(network, batch)), batch
+    length = batch[TOKENS].shape[1] if TOKENS in batch else 0
+    kept = torch.arange(first % stride, length, stride, device=leading(batch).device)
+    spares = length > stride and _KEEP in parameters_of(network)
+    found = main_output(feed(network, batch, **{_KEEP: kept}) if spares else feed(network, batch))
+    if not found.logits or found.tensors[0].ndim < 3:
+        return found, batch
+    (logits,) = found.tensors
+    if not spares or logits.shape[1] != len(kept):
+        length = logits.shape[1]
+        kept = torch.arange(first % stride if length > stride else 0, length, stride, device=logits.device)
+        logits = logits[:, kept]
+    thinned = {name: x[:, kept] for name, x in batch.items() if x.ndim == 2 and x.shape[1] == length}
+    return replace(found, tensors=(logits,)), thinned
 
 
 def _converted(model: nn.Module, dtype: torch.dtype, *, but: Collection[str]) -> nn.Module:
