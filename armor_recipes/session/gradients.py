@@ -84,7 +84,8 @@ def stage_gradients(shares: Sequence[Share], rows: Sequence[Row], context: Block
     gradients = {}
     for (spec, seed), takers in wanted.items():
         context.observer(PhaseStarted("gradients of the outputs"))
-        found = output_gradients(context.model, _doors(context, takers), list(takers), context.batches(spec), seed=seed)
+        users = {name: context.users(name) for name in takers}
+        found = output_gradients(context.model, _doors(context, takers), users, context.batches(spec), seed=seed)
         found = found.of_enough(context.moe)
         for name, share in takers.items():
             weight = context.weights.read(f"{name}.weight")
@@ -101,10 +102,16 @@ def _doors(context: BlockContext, names: Collection[str]) -> list[str]:
 
 
 def output_gradients(
-    model: nn.Module, doors: Sequence[str], names: Sequence[str], batches: Sequence[Batch], *, seed: int
+    model: nn.Module,
+    doors: Sequence[str],
+    names: Mapping[str, Sequence[str]],
+    batches: Sequence[Batch],
+    *,
+    seed: int,
 ) -> OutputGradients:
     """What the loss's gradient is at each of the named modules' outputs, by one pass over the batches and back.
 
+    `names` gives for each module all that have its weight: what is at their outputs is added up.
     Gradients go back to the inputs of the modules `doors`, which lie before all that are named.
     The loss is the cross-entropy of each token's prediction, summed over a batch, of labels that are drawn from the
     prediction itself: the diagonal of the Fisher information at the outputs. Draws depend on the seed and the batch's index
@@ -131,17 +138,23 @@ class _Pass:
     """One batch forward and back through a view of the model with hooks of its own: squared gradients summed over rows."""
 
     def __init__(
-        self, model: nn.Module, doors: Sequence[str], names: Sequence[str], batch: Batch, generator: torch.Generator
+        self,
+        model: nn.Module,
+        doors: Sequence[str],
+        names: Mapping[str, Sequence[str]],
+        batch: Batch,
+        generator: torch.Generator,
     ) -> None:
         self.sums: dict[str, Tensor] = {}
         self.rows = dict.fromkeys(names, 0)
         self._starts: list[Tensor] = []
         self._batch = batch
-        network = view(model, {}, copied=[*doors, *names])
+        network = view(model, {}, copied=[*doors, *(user for users in names.values() for user in users)])
         for door in doors:
             network.get_submodule(door).register_forward_pre_hook(self._enter, with_kwargs=True)
-        for name in names:
-            network.get_submodule(name).register_forward_hook(self._watch(name, reads_of(model, name, batch)))
+        for name, users in names.items():
+            for user in users:  # a module that stands at several places is one for each of them in the view
+                network.get_submodule(user).register_forward_hook(self._watch(name, reads_of(model, user, batch)))
         with torch.enable_grad():
             logits: Tensor = feed(network, batch).logits
             gradient = self._drawn(logits.detach(), generator)

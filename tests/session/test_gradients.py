@@ -30,6 +30,7 @@ from tests.support.engine import (
     rng_states,
     save_model,
 )
+from tests.support.stacks import make_stacked
 
 WEIGHED = {**ARMOR, "gradient_power": 0.5}
 LINEAR = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"]
@@ -40,9 +41,19 @@ def batches(count: int = 3) -> list[Tensor]:
     return [torch.randint(SIZES["vocab_size"], (2, 10), generator=generator) for _ in range(count)]
 
 
-def gradients(model: nn.Module, names: list[str], ids: list[Tensor], seed: int = 0) -> dict[str, Tensor]:
+def gradients(
+    model: nn.Module,
+    names: list[str],
+    ids: list[Tensor],
+    seed: int = 0,
+    uses: dict[str, tuple[str, ...]] | None = None,
+) -> dict[str, Tensor]:
     found = output_gradients(
-        model, [find_stacks(model).names[0]], names, [{"input_ids": batch} for batch in ids], seed=seed
+        model,
+        [find_stacks(model).names[0]],
+        {name: (name, *(uses or {}).get(name, ())) for name in names},
+        [{"input_ids": batch} for batch in ids],
+        seed=seed,
     )
     return {name: found.mean_square(name, len(model.get_parameter(f"{name}.weight"))) for name in names}
 
@@ -70,6 +81,14 @@ def by_hand(model: nn.Module, names: list[str], ids: list[Tensor], seed: int) ->
             sums[name] = sums[name] + output.grad.double().square().sum((0, 1))
     model.zero_grad()
     return {name: (total / sum(b.numel() for b in ids)).float() for name, total in sums.items()}
+
+
+def test_a_weight_of_several_modules_has_the_gradients_at_all_of_them() -> None:
+    model = make_stacked("zamba2")
+    shared, again = (f"model.layers.{layer}.shared_transformer.self_attn.q_proj" for layer in (1, 3))
+    apart = by_hand(model, [shared, again], batches(), 0)
+    found = gradients(model, [shared], batches(), uses={shared: (again,)})
+    torch.testing.assert_close(found[shared], (apart[shared] + apart[again]) / 2, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-gqa-tied", "qwen2-sliding"])
