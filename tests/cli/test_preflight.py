@@ -16,8 +16,9 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from tests.support.commands import Shell, finished, process, write_recipe
+from tests.support.commands import Shell, finished, forked, write_recipe
 from tests.support.engine import ARMOR, make_model, recipe
+from tests.support.forks import Fork, Forks
 from tests.support.tokenizers import byte_tokenizer
 
 LONG = {**ARMOR, "iterations": 10**7, "targets": [r"re:.*layers\.1\..*q_proj$"], "solver": "adam"}
@@ -45,25 +46,23 @@ def problems(done: Any, code: int) -> list[str]:
 # --- two runs on one output ---------------------------------------------------------------------------------------------
 
 
-def reach(running: subprocess.Popen[str], text: str) -> None:
+def reach(running: Fork, text: str) -> None:
     """Wait until a command has said this."""
-    assert running.stderr is not None
     assert any(text in line for line in running.stderr), "the command ended before that"
 
 
 @pytest.fixture
-def busy(llama: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def busy(llama: Path, tmp_path: Path, forks: Forks) -> Iterator[Fork]:
     """A run on `out` in another process, in the middle of a solve."""
-    running = process(
-        "armor-apply", write_recipe(tmp_path, llama, ARMORModifier=SHORT, ARMORModifier__long=LONG), cwd=tmp_path
-    )
+    file = write_recipe(tmp_path, llama, ARMORModifier=SHORT, ARMORModifier__long=LONG)
+    running = forked(forks, "armor-apply", file, cwd=tmp_path)
     reach(running, "layer 1/")
     yield running
     running.kill()
     finished(running)
 
 
-def test_two_runs_on_one_output(shell: Shell, busy: subprocess.Popen[str], llama: Path, tmp_path: Path) -> None:
+def test_two_runs_on_one_output(shell: Shell, busy: Fork, llama: Path, tmp_path: Path) -> None:
     file = write_recipe(tmp_path, llama, ARMORModifier=SHORT)
     (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
     for words in ([], ["--overwrite"], ["--output", tmp_path / "link" / "out"], ["--output", "deep/../out"]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,13 @@ import pytest
 from armor_recipes.checkpoint.writer import tensor_hashes
 from armor_recipes.integrations.transformers import load
 from armor_recipes.run import apply
-from tests.support.commands import finished, process, write_recipe
+from tests.support.commands import finished, forked, write_recipe
 from tests.support.engine import ARMOR
+from tests.support.forks import Fork, Forks
 
 
-def wait_for_a_solve(running: subprocess.Popen[str]) -> None:
+def wait_for_a_solve(running: Fork) -> None:
     """Until the first layer is done, so that the second is being solved."""
-    assert running.stderr is not None
     for line in running.stderr:
         if "layer 1/" in line:
             return
@@ -39,13 +38,13 @@ LONG = {**ARMOR, "iterations": 10**7, "targets": [r"re:.*layers\.1\..*q_proj$"],
     ],
 )
 def test_a_signal_leaves_the_old_checkpoint_or_none(
-    llama: Path, tmp_path: Path, number: signal.Signals, code: int, old: bool
+    llama: Path, tmp_path: Path, forks: Forks, number: signal.Signals, code: int, old: bool
 ) -> None:
     if old:
         apply(write_recipe(tmp_path, llama))
     before = tensor_hashes(tmp_path / "out") if old else None
     file = write_recipe(tmp_path, llama, ARMORModifier=SHORT, ARMORModifier__long=LONG)
-    running = process("armor-apply", file, *(["--overwrite"] if old else []), cwd=tmp_path)
+    running = forked(forks, "armor-apply", file, *(["--overwrite"] if old else []), cwd=tmp_path)
     wait_for_a_solve(running)
     running.send_signal(number)
     running.send_signal(number)  # an impatient one, which must not cut the cleaning up short

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from armor_recipes.cli import apply
 from armor_recipes.cli.streams import flush, patient_output
 from armor_recipes.errors import ResourceError
 from armor_recipes.integrations.transformers import load
-from tests.support.commands import LISTEN, START, write_recipe
+from tests.support.commands import LISTEN, START, finished, forked, surroundings, write_recipe
 from tests.support.engine import ARMOR
+from tests.support.forks import Forks
 
 FULL = Path("/dev/full")
 
@@ -117,67 +117,84 @@ def test_streams_are_put_back_and_those_in_memory_stay(capsys: pytest.CaptureFix
     assert capsys.readouterr().out == "seen\n"
 
 
-def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def shell(command: str, cwd: Path) -> subprocess.CompletedProcess[bytes]:
     """Run a command line of a POSIX shell; `armor-apply` in it is ours."""
     start = shlex.join([sys.executable, "-c", START["armor-apply"]])
     return subprocess.run(
         ["bash", "-c", "set -o pipefail; " + command.replace("armor-apply", start)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(apply.__file__).parents[2]), **environment},
+        env=surroundings(),
         capture_output=True,
         timeout=120,
         check=False,
     )
 
 
-@pytest.mark.parametrize(
-    ("command", "code", "said"),
-    [
-        ("armor-apply recipe.yaml 2>&1 | head -1", 0, b""),
-        ("armor-apply recipe.yaml --json > /dev/full", 7, b"error: results cannot be written"),
-        ("armor-apply recipe.yaml >&- 2>&- <&-", 0, b""),
-    ],
-)
-def test_a_run_goes_on_without_its_readers(llama: Path, tmp_path: Path, command: str, code: int, said: bytes) -> None:
-    write_recipe(tmp_path, llama)
-    done = shell(command, tmp_path)
-    assert done.returncode == code, done.stderr
-    assert done.stderr.splitlines()[-1:] == [] if not said else said in done.stderr
-    assert b"Traceback" not in done.stderr
+def whole(tmp_path: Path) -> bool:
+    """The run wrote all, and nothing else."""
     assert load(tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
+    return sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
 
 
-def test_a_plan_on_an_ascii_terminal(llama: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_without_streams(llama: Path, tmp_path: Path) -> None:
     write_recipe(tmp_path, llama)
-    done = shell("armor-apply recipe.yaml --plan --output ö☃", tmp_path, PYTHONIOENCODING="ascii")
+    done = shell("armor-apply recipe.yaml >&- 2>&- <&-", tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert rb"\xf6\u2603" in done.stdout
+    assert whole(tmp_path)
+
+
+def test_a_run_goes_on_without_its_reader(llama: Path, tmp_path: Path, forks: Forks) -> None:
+    """As in `armor-apply recipe.yaml 2>&1 | head -1`."""
+    reader, writer = os.pipe()
+    file = write_recipe(tmp_path, llama)
+    with forked(forks, "armor-apply", file, cwd=tmp_path, streams={1: writer, 2: writer}) as running:
+        os.close(writer)
+        with os.fdopen(reader, encoding="utf-8") as lines:
+            assert lines.readline()
+        assert running.wait() == 0
+    assert whole(tmp_path)
+
+
+def test_a_full_disk_behind_a_stream_is_told(llama: Path, tmp_path: Path, forks: Forks) -> None:
+    file = write_recipe(tmp_path, llama)
+    with FULL.open("w") as full:
+        done = finished(forked(forks, "armor-apply", file, "--json", cwd=tmp_path, streams={1: full.fileno()}))
+    assert done.code == 7
+    assert "error: results cannot be written" in done.err
+    assert "Traceback" not in done.err
+    assert whole(tmp_path)
+
+
+def test_a_plan_on_an_ascii_terminal(llama: Path, tmp_path: Path, forks: Forks) -> None:
+    command = ["armor-apply", write_recipe(tmp_path, llama), "--plan", "--output", "ö☃"]
+    done = finished(forked(forks, *command, cwd=tmp_path, PYTHONIOENCODING="ascii"))
+    assert (done.code, done.err) == (0, "")
+    assert r"\xf6\u2603" in done.out
 
 
 LONG = {**ARMOR, "iterations": 10**7, "targets": [r"re:.*layers\.1\..*q_proj$"], "solver": "adam"}
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_a_terminal_that_is_closed(llama: Path, tmp_path: Path, ignored: bool) -> None:
+def test_a_terminal_that_is_closed(llama: Path, tmp_path: Path, forks: Forks, ignored: bool) -> None:
     """It ends a run, unless the signal is ignored (`nohup`, `disown`): then what is printed has nowhere to go, and no more."""
     file = write_recipe(tmp_path, llama, **({} if ignored else {"ARMORModifier": LONG}))
     master, slave = pty.openpty()
     # The first terminal that the leader of a session opens is the one that it is told the end of.
-    prelude = "import os; os.open(os.ttyname(0), os.O_RDWR); "
+    prelude = "import os; os.setsid(); os.open(os.ttyname(0), os.O_RDWR); "
     prelude += LISTEN + ("signal.signal(signal.SIGHUP, signal.SIG_IGN); " if ignored else "")
-    running = subprocess.Popen(
-        [sys.executable, "-c", prelude + START["armor-apply"].removeprefix(LISTEN), str(file)],
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(apply.__file__).parents[2]), "TERM": "xterm"},
+    running = forks.start(
+        prelude + START["armor-apply"].removeprefix(LISTEN),
+        file,
+        folder=tmp_path,
+        environment={**surroundings(), "TERM": "xterm"},
+        streams=dict.fromkeys(range(3), slave),
     )
     os.close(slave)
-    read = b""
-    while b"layer" not in read:
-        read += os.read(master, 4096)
-    os.close(master)
-    assert running.wait(timeout=60) == (0 if ignored else 129)
+    with running:
+        read = b""
+        while b"layer" not in read:
+            read += os.read(master, 4096)
+        os.close(master)
+        assert running.wait() == (0 if ignored else 129)
     assert sorted(path.name for path in tmp_path.iterdir()) == (["out"] if ignored else []) + ["recipe.yaml"]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import yaml
 
 from armor_recipes.cli import apply, main
 from tests.support.engine import recipe
+from tests.support.forks import Fork, Forks
 
 MAINS: dict[str, Callable[[], object]] = {"armor-apply": apply.main, "armor": main.main}
 #: A job in a background shell inherits an ignored SIGINT, one under `nohup` an ignored SIGHUP, and so would what it starts: these
@@ -62,16 +64,31 @@ def process(*command: object, cwd: Path, **environment: str) -> subprocess.Popen
     return subprocess.Popen(
         [sys.executable, "-c", START[name], *words],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(apply.__file__).parents[2]), **environment},
+        env={**surroundings(), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def finished(running: subprocess.Popen[str]) -> Done:
+def surroundings() -> dict[str, str]:
+    """The environment of commands in a process of their own: this package is found."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(apply.__file__).parents[2])}
+
+
+def forked(
+    forks: Forks, *command: object, cwd: Path, streams: Mapping[int, int] = MappingProxyType({}), **environment: str
+) -> Fork:
+    """Start it in a fork of a process that has imported torch and transformers, which takes a third of the time."""
+    name, *words = command
+    found = {**surroundings(), **environment}
+    return forks.start(START[str(name)], *words, folder=cwd, environment=found, streams=streams)
+
+
+def finished(running: subprocess.Popen[str] | Fork) -> Done:
     """Wait for it."""
     out, err = running.communicate(timeout=60)
+    assert running.returncode is not None
     return Done(running.returncode, out, err)
 
 

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
+from threading import Timer
+from types import MappingProxyType, TracebackType
 
 PROGRAM = Path(__file__).with_name("fork_program.py")
 
@@ -49,11 +50,16 @@ class Fork:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def communicate(self) -> tuple[str, str]:
-        """What it prints from now on to both files, when it has ended."""
-        with self, ThreadPoolExecutor(1) as pool:
-            errors = pool.submit(self.stderr.read)
-            return self.stdout.read(), errors.result()
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        """What it prints from now on to both files, when it has ended; one that takes longer is killed."""
+        late = Timer(timeout, self.kill)
+        late.start()
+        try:
+            with self, ThreadPoolExecutor(1) as pool:
+                errors = pool.submit(self.stderr.read)
+                return self.stdout.read(), errors.result()
+        finally:
+            late.cancel()
 
 
 class Forks:
@@ -87,8 +93,18 @@ class Forks:
                 )
         return self.channel
 
-    def start(self, code: str, *arguments: object, folder: Path, environment: Mapping[str, str]) -> Fork:
-        """Start a script as `python -c CODE ARGUMENTS` in a working directory."""
+    def start(
+        self,
+        code: str,
+        *arguments: object,
+        folder: Path,
+        environment: Mapping[str, str],
+        streams: Mapping[int, int] = MappingProxyType({}),
+    ) -> Fork:
+        """Start a script as `python -c CODE ARGUMENTS` in a working directory.
+
+        `streams` are descriptors by the number that the script knows them by, 0 to 2; the others are nothing, and two pipes.
+        """
         request = {
             "code": code,
             "arguments": [str(argument) for argument in arguments],
@@ -96,8 +112,10 @@ class Forks:
             "environment": dict(environment),
         }
         ours, theirs = zip(os.pipe(), os.pipe(), os.pipe(), strict=True)
-        socket.send_fds(self.connected(), [json.dumps(request).encode() + b"\n"], theirs)
-        for place in theirs:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        given = [streams.get(number, place) for number, place in enumerate((nothing, *theirs))]
+        socket.send_fds(self.connected(), [json.dumps(request).encode() + b"\n"], given)
+        for place in (nothing, *theirs):
             os.close(place)
         return Fork(*ours)
 
