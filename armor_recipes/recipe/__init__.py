@@ -1,6 +1,7 @@
 """The recipe: what a user may write, how files compose, and what is said when something is wrong."""
 
 from armor_recipes.recipe.composition import builtin_recipes
+from armor_recipes.recipe.conversion import Converted, convert_recipe
 from armor_recipes.recipe.json_schema import json_schema
 from armor_recipes.recipe.loading import load_recipe, load_recipe_mapping, load_section
 from armor_recipes.recipe.recipe import ModifierEntry, Recipe
@@ -25,6 +26,7 @@ __all__ = [
     "AtMost",
     "CalibrationSpec",
     "ClassificationSpec",
+    "Converted",
     "EvaluationSpec",
     "FidelitySpec",
     "ModelSpec",
@@ -38,6 +40,7 @@ __all__ = [
     "ServeSpec",
     "WeightedDataset",
     "builtin_recipes",
+    "convert_recipe",
     "json_schema",
     "load_recipe",
     "load_recipe_mapping",

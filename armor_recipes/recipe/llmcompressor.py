@@ -240,6 +240,7 @@ STATES = (
 
 
 AWQ = "AWQModifier"
+SCHEMES = ("scheme", "config_groups")
 MOVED_FROM_AWQ = _QUANTISATION
 """Fields that AWQModifier had before llm-compressor 0.14: they belong to a quantisation modifier after it."""
 _MOVED = Field(
@@ -260,3 +261,9 @@ def field_of(kind: str, name: str) -> Field | None:
     if known is None and neighbour is not None and name in neighbour.fields:
         return Field(_one_of(), _text(f"a field of llm-compressor's {kind} that is not here: remove it"))
     return known
+
+
+def name_here(kind: str, name: str, known: Collection[str]) -> str:
+    """The name that a field has here, with the same meaning and value: its own where nothing else is `known`."""
+    field = None if name in known else field_of(kind, name)
+    return next((other for other in (field.renamed if field is not None else ()) if other in known), name)

@@ -115,12 +115,13 @@ def _finish(
             table = set_value(table, (section, key), Scalar(value, mark, text=value), mark)
     if len(problems.found) > before:
         problems.raise_if_any()
-    return _check(table, registry, problems)
-
-
-def _check(table: Table, registry: Registry, problems: Problems) -> Recipe:
     dialect = Dialect(registry, problems)
-    table = dialect.read(table)
+    recipe = check(dialect.read(table), registry, problems)
+    return replace(recipe, notes=dialect.notes)
+
+
+def check(table: Table, registry: Registry, problems: Problems) -> Recipe:
+    """Return the recipe that a merged tree in our words makes. Raises RecipeError with all problems, also those noted before."""
     sections = _sections(table, problems)
     default = table.entries.get("calibration")
     placed = list(Stages(registry, problems).walk(table))
@@ -145,7 +146,6 @@ def _check(table: Table, registry: Registry, problems: Problems) -> Recipe:
         serve=sections.serve,
         moe=sections.moe or MoeSpec(),
         resolved=_resolved(table),
-        notes=dialect.notes,
     )
 
 

@@ -38,7 +38,7 @@ def _build(value: object, path: tuple[str, ...], mark: Mark, problems: Problems)
             return Items(tuple(children), mark)
         case PathLike():
             return _build(fspath(value), path, mark, problems)
-        case None | bool() | int() | float() | str() if _usable(value):
+        case None | bool() | int() | float() | str() if usable(value):
             return Scalar(value, mark, text="" if value is None else str(value))
         case _:
             kind = type(value).__name__
@@ -51,14 +51,15 @@ def _build(value: object, path: tuple[str, ...], mark: Mark, problems: Problems)
 def _table(value: Mapping[object, object], path: tuple[str, ...], mark: Mark, problems: Problems) -> Table:
     entries = {}
     for key, child in value.items():
-        if isinstance(key, str) and _usable(key):
+        if isinstance(key, str) and usable(key):
             entries[key] = Entry(mark, _build(child, (*path, key), mark, problems))
         else:
             _bad(f"a key must be text (key {show(key)})", path, mark, problems)
     return Table(entries, mark)
 
 
-def _usable(value: object) -> bool:
+def usable(value: object) -> bool:
+    """Whether a recipe can hold a text or number: no NUL, finite, below 2^64."""
     match value:
         case str():
             return not UNENCODABLE.search(value)

@@ -98,7 +98,15 @@ Dumper.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
 
 
 def read_file(path: Path, problems: Problems) -> Table | None:
-    """Return the mapping in the YAML file at `path`, or None after noting what is wrong with the file."""
+    """Return the mapping in the YAML, JSON or Markdown file at `path`, or None after noting what is wrong with the file."""
+    text = read_text(path, problems)
+    mark = Mark(str(path), None, path.parent)
+    source = None if text is None else _yaml_of(text, path.suffix.lower(), mark, problems)
+    return None if source is None else only_mapping(parse(source, Mark(str(path), 1, path.parent), problems), problems)
+
+
+def read_text(path: Path, problems: Problems) -> str | None:
+    """Return what is in the file at `path`, or None after noting why that cannot be read."""
     mark = Mark(str(path), None, path.parent)
     try:
         with path.open("rb") as file:
@@ -110,13 +118,11 @@ def read_file(path: Path, problems: Problems) -> Table | None:
         problems.add(mark, (), f"larger than {MAX_BYTES:,} bytes; a recipe is a small file")
         return None
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         problems.add(Mark(str(path), line, path.parent), (), "not UTF-8 text; save the recipe as UTF-8")
         return None
-    source = _yaml_of(text, path.suffix.lower(), mark, problems)
-    return None if source is None else _only_mapping(parse(source, Mark(str(path), 1, path.parent), problems), problems)
 
 
 def _yaml_of(text: str, suffix: str, mark: Mark, problems: Problems) -> str | None:
@@ -190,7 +196,8 @@ def _next_mark(loader: yaml.SafeLoader) -> yaml.Mark:
     return mark
 
 
-def _only_mapping(node: Node | None, problems: Problems) -> Table | None:
+def only_mapping(node: Node | None, problems: Problems) -> Table | None:
+    """Return the mapping that a recipe must be, or None after noting what it is instead."""
     if node is None or isinstance(node, Table):
         return node
     found = "is empty" if isinstance(node, Scalar) and node.value is None else "does not hold a mapping"

@@ -229,7 +229,17 @@ def test_recipes_are_listed_and_printed(shell: Shell) -> None:
         assert shell("armor", "recipes", path.stem).out == path.read_text()
 
 
-@pytest.mark.parametrize("verb", ["eval", "inspect", "export", "verify", "schema", "recipes", ""])
+def test_convert_prints_a_recipe_and_tells_of_what_it_wrote(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "prune.py").write_text(
+        "recipe = [WandaModifier(targets=['re:.*mlp.*'], requires_calibration_data=True)]"
+    )
+    done = shell("armor", "convert", str(tmp_path / "prune.py"))
+    group = {"WandaModifier": {"targets": ["re:.*mlp.*"]}}
+    assert yaml.safe_load(done.out) == {"default_stage": {"default_modifiers": group}}
+    assert "requires_calibration_data" in done.err
+
+
+@pytest.mark.parametrize("verb", ["eval", "inspect", "export", "verify", "schema", "recipes", "convert", ""])
 def test_every_verb_has_help(shell: Shell, verb: str) -> None:
     done = shell("armor", *([verb] if verb else []), "-h")
     assert (done.code, "Usage: armor" in done.out) == (0, True)

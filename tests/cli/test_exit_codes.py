@@ -102,6 +102,7 @@ USAGE = [
     ("armor", "eval", "builtin:stdlib-llama", "--dataset", ""),
     ("armor", "eval", "builtin:stdlib-llama", "--device", "toaster"),
     ("armor", "recipes", "no-such-recipe"),
+    ("armor", "convert", "no-such-recipe.py"),
     ("armor", "inspect"),
 ]
 
