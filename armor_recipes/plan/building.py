@@ -20,7 +20,7 @@ from armor_recipes.plan.order import order_problems, order_warnings
 from armor_recipes.plan.plan import Plan, PlanWarning, Totals, last_of_each
 from armor_recipes.plan.serving import PackedModule, serve_problems, straddling
 from armor_recipes.plan.sharing import resolve_shared, stacks_with_shared_weights
-from armor_recipes.plan.targets import Matched, not_linear, resolve_targets, vain_ignores
+from armor_recipes.plan.targets import Matched, Tree, not_linear, resolve_targets, vain_ignores
 from armor_recipes.recipe import ModifierEntry, Recipe
 
 #: The number of one of many in a module's name.
@@ -37,12 +37,13 @@ class _Subject:
     stacks: Stacks
     facts: ModelFacts
     linears: Linears
-    modules: Sequence[tuple[str, nn.Module]]
+    tree: Tree
 
     @classmethod
     def of(cls, model: nn.Module) -> _Subject:
         modules = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
-        return cls(model, find_stacks(model), model_facts(model), find_linears(model), modules)
+        stacks = find_stacks(model)
+        return cls(model, stacks, model_facts(model), find_linears(model), Tree(modules, stacks))
 
 
 def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsize: int) -> Plan:
@@ -61,7 +62,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
         modifier = modifiers[entry.key]
         try:
             _check_first(entry, modifier, before)
-            matched = resolve_targets(subject.modules, entry.config)
+            matched = resolve_targets(subject.tree, entry.config)
             found = _plan_entry(subject, recipe, entry, modifier, matched, rows, before, itemsize)
             if not found.rows or any(row.takes for row in found.rows):
                 ignored.update(dict.fromkeys(matched.ignored))
@@ -137,9 +138,7 @@ def _plan_entry(
 def _warnings(recipe: Recipe, subject: _Subject, rows: Sequence[Row], modifiers: Modifiers) -> tuple[PlanWarning, ...]:
     """What is asked for in vain, and what was measured to be poor."""
     vain = [
-        PlanWarning(entry.key, text)
-        for entry in recipe.modifiers
-        for text in vain_ignores(subject.modules, entry.config)
+        PlanWarning(entry.key, text) for entry in recipe.modifiers for text in vain_ignores(subject.tree, entry.config)
     ]
     return (*vain, *order_warnings(recipe, rows, modifiers))
 

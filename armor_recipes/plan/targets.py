@@ -4,20 +4,59 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from compressed_tensors.utils import is_match
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from armor_recipes.errors import PlanError, UnfitError
+from armor_recipes.model.blocks import Stacks
 from armor_recipes.model.forms import fused_names
 from armor_recipes.model.linears import is_linear
-from armor_recipes.recipe.schema import ModifierConfig
+from armor_recipes.model.roles import Role, roles
+from armor_recipes.recipe.schema import PRESET, ModifierConfig
 
 #: Dimensions of weights that hold those of several experts.
 _EXPERT_DIMENSIONS = 3
+#: Roles of the linear modules that a preset of targets means.
+_PRESETS: Mapping[str, tuple[Role, ...]] = {
+    f"{PRESET}attention": ("attention",),
+    f"{PRESET}mlp": ("mlp",),
+    f"{PRESET}all-linear": ("attention", "mlp", "other"),
+}
+
+
+@dataclass(frozen=True)
+class Tree:
+    """All modules of a model with their names, a module that stands at several places at each of them; and its stacks."""
+
+    modules: Sequence[tuple[str, nn.Module]]
+    stacks: Stacks
+
+    @cached_property
+    def roles(self) -> Mapping[str, Role]:
+        """What linear modules in blocks are for, by name."""
+        return roles(self.modules, self.stacks)
+
+    def matches(self, name: str, module: nn.Module, *targets: str) -> bool:
+        """Whether a module is what one of the targets means."""
+        others = [target for target in targets if target not in _PRESETS]
+        wanted = {role for target in targets for role in _PRESETS.get(target, ())}
+        return (bool(others) and bool(is_match(name, module, others))) or (
+            bool(wanted) and self.roles.get(name) in wanted
+        )
+
+    def skips(self, name: str, config: ModifierConfig) -> bool:
+        """Whether a module is in one of the first or last blocks of its list that the entry leaves alone."""
+        skip = config.skip_layers
+        block = None if skip is None else self.stacks.block_of(name)
+        if skip is None or block is None:
+            return False
+        indices = self.stacks.of_block(block).indices
+        return len(indices) > 1 and not indices[0] + skip.first <= block < indices[-1] + 1 - skip.last
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +74,8 @@ class Matched:
     others: tuple[str, ...]
 
 
-def resolve_targets(modules: Sequence[tuple[str, nn.Module]], config: ModifierConfig) -> Matched:
-    """Names of what `targets` matches and `ignore` does not, of all modules of a model with their names.
+def resolve_targets(tree: Tree, config: ModifierConfig) -> Matched:
+    """Names of what `targets` matches, and neither `ignore` nor `skip_layers` holds back.
 
     A pattern may pass over containers (modules without weights of their own). It is a PlanError when one of the targets
     matches nothing linear (unless `optional: true`).
@@ -44,9 +83,10 @@ def resolve_targets(modules: Sequence[tuple[str, nn.Module]], config: ModifierCo
     taken: set[str] = set()
     ignored: set[str] = set()
     others: set[str] = set()
+    modules = tree.modules
     for target in config.targets:
-        matched = [(name, m) for name, m in modules if is_match(name, m, target)]
-        held = {name for name, m in matched if config.ignore and is_match(name, m, config.ignore)}
+        matched = [(name, m) for name, m in modules if tree.matches(name, m, target)]
+        held = {name for name, m in matched if tree.matches(name, m, *config.ignore) or tree.skips(name, config)}
         linear = {name for name, m in matched if is_linear(m)}
         passed = held | linear
         others |= {name for name, m in matched if name not in passed and _has_weights(m)}
@@ -56,18 +96,28 @@ def resolve_targets(modules: Sequence[tuple[str, nn.Module]], config: ModifierCo
         ignored |= linear & held
     if not taken and not others and not config.optional:
         raise PlanError(
-            f"`ignore` holds back all {len(ignored)} modules that {list(config.targets)} matches; narrow `ignore`"
+            f"{_holding(config)} holds back all {len(ignored)} modules that {list(config.targets)} matches; narrow it"
         )
     order = [name for name, _ in modules]
     return Matched(*(tuple(name for name in order if name in found) for found in (taken, ignored, others)))
 
 
-def vain_ignores(modules: Sequence[tuple[str, nn.Module]], config: ModifierConfig) -> list[str]:
+def _holding(config: ModifierConfig) -> str:
+    return (
+        "`ignore`"
+        if config.skip_layers is None
+        else "`skip_layers`"
+        if not config.ignore
+        else "`ignore` with `skip_layers`"
+    )
+
+
+def vain_ignores(tree: Tree, config: ModifierConfig) -> list[str]:
     """A sentence on each pattern of `ignore` that matches no module of the model."""
     return [
         f"`ignore` {pattern!r} matches no module of this model and holds nothing back"
         for pattern in config.ignore
-        if not any(is_match(name, module, pattern) for name, module in modules)
+        if not any(tree.matches(name, module, pattern) for name, module in tree.modules)
     ]
 
 
@@ -111,6 +161,8 @@ def _fused(target: str, modules: Sequence[tuple[str, nn.Module]]) -> str | None:
 
 
 def _nothing_matched(target: str, modules: Sequence[tuple[str, nn.Module]]) -> str:
+    if target in _PRESETS:
+        return f"target {target!r} finds no linear module in repeated layers of this model: name modules, or say `optional: true`"
     linear = [name for name, module in modules if is_linear(module)]
     linear = list({_of_block(name): name for name in reversed(linear)}.values())[::-1]
     wanted = target.removeprefix("re:").replace("\\", "").replace(".*", "").rstrip("$")

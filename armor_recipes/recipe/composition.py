@@ -13,12 +13,27 @@ from pathlib import Path
 
 from armor_recipes.recipe import yaml_source
 from armor_recipes.recipe.problems import Mark, Problems, nearest, shorten, show
-from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, is_null, merge, merge_entry, nest, without
+from armor_recipes.recipe.tree import (
+    Entry,
+    Items,
+    Node,
+    Scalar,
+    Table,
+    is_null,
+    merge,
+    merge_entry,
+    nest,
+    plain,
+    without,
+)
+from armor_recipes.recipe.variables import in_full
 
 MAX_FILES = 64
 MAX_EXTENDS = 16
 MAX_SET_KEYS = 32
 MAX_PATH = 400
+REMOVE = "remove"
+"""The key that takes keys out of the recipes that a file is laid over."""
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -44,7 +59,7 @@ class Files:
         """Return the files laid over each other in order; None if none of them could be read."""
         here = Path()
         tables = [self._load(str(path), folder=here, named_at=None, chain=()) for path in paths]
-        return _overlay([table for table in tables if table is not None])
+        return self._overlay([table for table in tables if table is not None])
 
     def extend(self, table: Table, *, chain: tuple[Path, ...] = ()) -> Table:
         """Return `table` laid over the files that its key `extends` names, relative to the file that names them."""
@@ -55,7 +70,14 @@ class Files:
         bases = [
             self._load(name, folder=mark.folder, named_at=mark, chain=chain) for name, mark in self._names(entry.node)
         ]
-        return _overlay([*(base for base in bases if base is not None), own]) or own
+        return self._overlay([*(base for base in bases if base is not None), own]) or own
+
+    def _overlay(self, tables: Sequence[Table]) -> Table | None:
+        """Return the tables merged in order, each after what it removes of those before it; None if there are none."""
+        result: Node | None = None
+        for table in tables:
+            result = table if result is None else merge(*remove(result, table, self.problems))
+        return result if isinstance(result, Table) else None
 
     def _names(self, node: Node) -> list[tuple[str, Mark]]:
         nodes = node.nodes if isinstance(node, Items) else (node,)
@@ -132,7 +154,8 @@ def _expanded(name: str) -> str:
 
 
 def normalise(table: Table) -> Table:
-    """Return `table` with `model: NAME` written as `model: {id: NAME}`."""
+    """Return `table` with `model: NAME` written as `model: {id: NAME}`, and variables in full."""
+    table = in_full(table)
     entry = table.entries.get("model")
     if entry is None or not isinstance(entry.node, Scalar) or is_null(entry.node):
         return table
@@ -193,12 +216,35 @@ def passable(table: Table, path: tuple[str, ...], mark: Mark, problems: Problems
     return True
 
 
-def _overlay(tables: Sequence[Table]) -> Table | None:
-    """Return the tables merged in order, None if there are none."""
-    result: Node | None = None
-    for table in tables:
-        result = table if result is None else merge(result, table)
-    return result if isinstance(result, Table) else None
+def remove(base: Node, table: Table, problems: Problems) -> tuple[Node, Table]:
+    """Return `base` without what the key `remove` of `table` names, and `table` without that key."""
+    entry = table.entries.get(REMOVE)
+    if entry is None:
+        return base, table
+    nodes = entry.node.nodes if isinstance(entry.node, Items) else (entry.node,)
+    for node in nodes:
+        path = str(node.value).split(".") if isinstance(node, Scalar) else []
+        left = _removed(base, path)
+        if left is None:
+            value = show(plain(node))
+            problems.add(
+                node.mark,
+                (REMOVE,),
+                f"{value} is no key of the recipes before this one; write its keys with dots between",
+            )
+        base = base if left is None else left
+    return base, without(table, REMOVE)
+
+
+def _removed(node: Node, path: Sequence[str]) -> Table | None:
+    """Return a mapping without the value at `path`; None where there is none."""
+    if not path or not isinstance(node, Table) or path[0] not in node.entries:
+        return None
+    if len(path) == 1:
+        return without(node, path[0])
+    entry = node.entries[path[0]]
+    left = _removed(entry.node, path[1:])
+    return None if left is None else Table({**node.entries, path[0]: Entry(entry.mark, left)}, node.mark)
 
 
 def _real(path: Path) -> Path:

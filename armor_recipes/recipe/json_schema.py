@@ -13,6 +13,13 @@ from armor_recipes.recipe.stages import GROUP, STAGE
 
 EXTENDS_TITLE = "Extends"
 EXTENDS_DESCRIPTION = "Recipe file, or list of recipe files, that this one is laid over; relative to this file."
+REMOVE_DESCRIPTION = (
+    "Keys, with dots between, to take out of the recipes that this one is laid over: a stage, a modifier, a section."
+)
+VARS_DESCRIPTION = (
+    "Variables: name to default, or to `{default, type, description}` with a type of `int`, `float`, `str` or `bool`; "
+    "`${name}` stands for the value wherever one can, `--set vars.name=VALUE` gives another."
+)
 PARTIAL = "PartialCalibration"
 _REF = "#/$defs/"
 
@@ -37,7 +44,12 @@ def json_schema(registry: Mapping[str, type[ModifierConfig]]) -> Schema:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A recipe of armor-recipes",
         "type": "object",
-        "properties": {"extends": _extends(), **_with_short_model(sections["properties"])},
+        "properties": {
+            "extends": _extends(),
+            "remove": _remove(),
+            "vars": _vars(),
+            **_with_short_model(sections["properties"]),
+        },
         "patternProperties": {f"{STAGE}$": _stage(kinds)},
         "additionalProperties": False,
         "$defs": defs,
@@ -61,6 +73,16 @@ def _extends() -> Schema:
     file = {"type": "string", "minLength": 1}
     forms = [file, {"type": "array", "items": file, "minItems": 1}]
     return {"title": EXTENDS_TITLE, "description": EXTENDS_DESCRIPTION, "anyOf": forms}
+
+
+def _remove() -> Schema:
+    path = {"type": "string", "minLength": 1}
+    forms = [path, {"type": "array", "items": path, "minItems": 1}]
+    return {"title": "Remove", "description": REMOVE_DESCRIPTION, "anyOf": forms}
+
+
+def _vars() -> Schema:
+    return {"title": "Variables", "description": VARS_DESCRIPTION, "type": "object"}
 
 
 def _stage(kinds: Mapping[str, Schema]) -> Schema:

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from armor_recipes.errors import RecipeError
-from armor_recipes.recipe.composition import Files, apply_overrides, passable, set_value
+from armor_recipes.recipe.composition import REMOVE, Files, apply_overrides, passable, set_value
 from armor_recipes.recipe.dialect import Dialect
 from armor_recipes.recipe.problems import Mark, Problems
 from armor_recipes.recipe.python_source import read_mapping
 from armor_recipes.recipe.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import ModifierConfig, MoeSpec, Sections
 from armor_recipes.recipe.stages import SECTIONS, STAGE, Placed, Stages, listed_names
-from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, is_null, merge, plain
+from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, is_null, merge, plain, without
 from armor_recipes.recipe.validation import Model, validate
+from armor_recipes.recipe.variables import substitute
 
 Registry = Mapping[str, type[ModifierConfig]]
 
@@ -113,6 +114,9 @@ def _finish(
         mark = Mark(f"--{section} {value}".strip(), None, Path())
         if value is not None and passable(table, (section, key), mark, problems):
             table = set_value(table, (section, key), Scalar(value, mark, text=value), mark)
+    if REMOVE in table.entries:
+        problems.add(table.entries[REMOVE].mark, (REMOVE,), "there is no recipe before this one; name it in `extends`")
+    table = substitute(without(table, REMOVE), problems)
     if len(problems.found) > before:
         problems.raise_if_any()
     dialect = Dialect(registry, problems)
@@ -145,6 +149,7 @@ def check(table: Table, registry: Registry, problems: Problems) -> Recipe:
         evaluation=sections.evaluation,
         serve=sections.serve,
         moe=sections.moe or MoeSpec(),
+        metadata=sections.metadata,
         resolved=_resolved(table),
     )
 

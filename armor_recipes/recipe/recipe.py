@@ -13,6 +13,7 @@ import yaml
 from armor_recipes.recipe.schema import (
     CalibrationSpec,
     EvaluationSpec,
+    MetadataSpec,
     ModelSpec,
     ModifierConfig,
     MoeSpec,
@@ -64,6 +65,7 @@ class Recipe:
     resolved: dict[str, Any]
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    metadata: MetadataSpec | None = None
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -78,11 +80,11 @@ class Recipe:
         return yaml.dump(self.resolved, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
     def hash(self) -> str:
-        """Return the SHA-256, in hex, of the canonical JSON of `resolved` without `output.path`.
+        """Return the SHA-256, in hex, of the canonical JSON of `resolved` without `output.path` and `metadata`.
 
         Keys are sorted where their order means nothing and kept where it does: stages, groups and modifiers.
         """
-        sections = {key: value for key, value in self.resolved.items() if not key.endswith(STAGE)}
+        sections = {key: value for key, value in self.resolved.items() if not key.endswith(STAGE) and key != "metadata"}
         output = {key: value for key, value in sections["output"].items() if key != "path"}
         stages = [
             [

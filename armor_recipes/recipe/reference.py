@@ -10,13 +10,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, PlainSerializer
 from pydantic.fields import FieldInfo
 
-from armor_recipes.recipe.json_schema import EXTENDS_DESCRIPTION
+from armor_recipes.recipe.json_schema import EXTENDS_DESCRIPTION, REMOVE_DESCRIPTION, VARS_DESCRIPTION
 from armor_recipes.recipe.schema import (
     AtMost,
     CalibrationSpec,
     ClassificationSpec,
     EvaluationSpec,
     FidelitySpec,
+    MetadataSpec,
     ModelSpec,
     ModifierConfig,
     MoeSpec,
@@ -25,11 +26,13 @@ from armor_recipes.recipe.schema import (
     RetrievalSpec,
     Sections,
     ServeSpec,
+    SkippedLayers,
     WeightedDataset,
 )
 
 _PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("metadata", MetadataSpec),
     ("model", ModelSpec),
     ("calibration", CalibrationSpec),
     ("calibration.samples", AtMost),
@@ -42,6 +45,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("output", OutputSpec),
     ("serve", ServeSpec),
     ("moe", MoeSpec),
+    ("skip_layers (of a modifier)", SkippedLayers),
 )
 
 
@@ -50,7 +54,12 @@ def reference_markdown(registry: Mapping[str, type[ModifierConfig]]) -> str:
 
     The part about sections does not depend on `registry` and comes first; kinds are in alphabetical order.
     """
-    top = [_row("extends", "text or list of text", "none", EXTENDS_DESCRIPTION), *_rows(Sections.model_fields)]
+    top = [
+        _row("extends", "text or list of text", "none", EXTENDS_DESCRIPTION),
+        _row("remove", "text or list of text", "none", REMOVE_DESCRIPTION),
+        _row("vars", "mapping", "none", VARS_DESCRIPTION),
+        *_rows(Sections.model_fields),
+    ]
     parts = [_table("Top level", "The keys beside the stages.", top)]
     parts += [_table(f"`{name}`", _summary(model), _rows(model.model_fields)) for name, model in _SECTIONS]
     parts.append(_table("Every modifier", "The keys that all modifiers share.", _rows(ModifierConfig.model_fields)))

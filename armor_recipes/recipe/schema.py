@@ -29,8 +29,15 @@ Bos = Annotated[
 ]
 
 
+PRESET = "preset:"
+"""What the name of a set of modules begins with, in `targets` and `ignore`."""
+PRESETS = ("attention", "mlp", "all-linear")
+
+
 def _check_target(target: str) -> str:
-    """Return `target`; ValueError if it is a `re:` pattern that is not a regular expression."""
+    """Return `target`; ValueError if it is a `re:` pattern that is not a regular expression, or a preset that is none."""
+    if target.startswith(PRESET) and target.removeprefix(PRESET) not in PRESETS:
+        raise ValueError(f"is no preset of targets; there are {', '.join(PRESET + name for name in PRESETS)}")
     if not target.startswith("re:"):
         return target
     try:
@@ -408,9 +415,25 @@ class MoeSpec(Strict):
     )
 
 
+class MetadataSpec(Strict):
+    """What a recipe says of itself. It changes nothing of a run, and the recipe's hash leaves it out."""
+
+    title: Name | None = Field(default=None, title="Title", description="What it does, in a line.")
+    description: Name | None = Field(default=None, title="Description", description="Whatever a reader should know.")
+    tested_on: Annotated[
+        tuple[Name, ...], BeforeValidator(_one_or_many, json_schema_input_type=Name | tuple[Name, ...])
+    ] = Field(default=(), title="Tested on", description="Models and machines on which it was run.")
+    expected: Name | None = Field(
+        default=None, title="Expected", description="The figure that it gave there, and on what text."
+    )
+
+
 class Sections(Strict):
     """The sections of a recipe beside its stages."""
 
+    metadata: MetadataSpec | None = Field(
+        default=None, title="Metadata", description="Title, what it was tested on, and the figure to expect."
+    )
     model: ModelSpec = Field(
         title="Model", description="The model to compress; a plain string is its `id`. Required, here or by argument."
     )
@@ -431,6 +454,13 @@ class Sections(Strict):
     )
 
 
+class SkippedLayers(Strict):
+    """How many of the first and last layers of each list of layers are left alone."""
+
+    first: Annotated[int, Field(ge=0)] = Field(default=0, title="First", description="So many layers from the start.")
+    last: Annotated[int, Field(ge=0)] = Field(default=0, title="Last", description="So many layers from the end.")
+
+
 class ModifierConfig(Strict):
     """Base of every modifier's configuration: the keys that all modifiers share.
 
@@ -442,10 +472,17 @@ class ModifierConfig(Strict):
 
     targets: Annotated[Targets, Field(min_length=1)] = Field(
         title="Targets",
-        description="Modules to change: exact names, `re:` patterns on the full name, or class names such as `Linear`.",
+        description="Modules to change: exact names, `re:` patterns on the full name, class names such as `Linear`, or sets: "
+        "`preset:attention` and `preset:mlp` (linear modules of the repeated layers in and outside of attention, routers "
+        "of experts apart), `preset:all-linear` (all of them).",
     )
     ignore: Targets = Field(
         default=(), title="Ignore", description="Modules to leave alone although `targets` matches them; same notation."
+    )
+    skip_layers: SkippedLayers | None = Field(
+        default=None,
+        title="Skipped layers",
+        description="First and last layers to leave alone, such as `{first: 1, last: 2}`, of each list of layers in the model.",
     )
     optional: bool = Field(
         default=False, title="Optional", description="Whether `targets` may match no module at all without an error."

@@ -147,7 +147,7 @@ class Stages:
             return f"a group of modifiers stands inside a stage: write `default_stage: {{{_as_group(key)}: …}}`"
         if isinstance(node, Table) and any(name.endswith(GROUP) for name in node.entries):
             return f"unknown key; nearest valid key: {_with_suffix(key, STAGE)} (the name of a stage ends in {STAGE})"
-        return f"unknown key; {_nearest_or_rule(key, [*SECTIONS, 'extends'], STAGE)}"
+        return f"unknown key; {_nearest_or_rule(key, [*SECTIONS, 'extends', 'remove', 'vars'], STAGE)}"
 
 
 def listed_names(nodes: tuple[Node, ...]) -> Iterator[tuple[int, str, Entry | None]]:
