@@ -36,7 +36,7 @@ FIELDS = [
     (
         "targets: [x], zzz: 1",
         "zzz",
-        "unknown key; valid keys: targets, ignore, optional, unfit, calibration, seed, block_size",
+        "unknown key; valid keys: targets, ignore, skip_layers, optional, unfit, calibration, seed, block_size",
     ),
     ("targets: [x], solver: exat", "solver", "must be 'exact' or 'adam' (value 'exat'); nearest value: exact"),
     ("targets: [x], tolerance: -1e-4", "tolerance", "must be at least 0.0 (value -1e-4)"),
@@ -145,7 +145,8 @@ SECTIONS = [
     (
         "a_stage:",
         "foo: 1\na_stage:",
-        "3: foo: unknown key; valid keys: model, calibration, output, evaluation, serve, moe, extends, NAME_stage",
+        "3: foo: unknown key; valid keys: metadata, model, calibration, output, evaluation, serve, moe, extends, "
+        "remove, vars, NAME_stage",
     ),
     (
         "a_stage:",
@@ -460,5 +461,5 @@ def test_messages_print_on_one_line_each(tmp_path: Path) -> None:
     found = errors(tmp_path, HEAD + STAGE + '"a\\nb\\e": 1\n')
     assert found == [
         "recipe.yaml:6: a\\nb\\x1b: unknown key; "
-        "valid keys: model, calibration, output, evaluation, serve, moe, extends, NAME_stage"
+        "valid keys: metadata, model, calibration, output, evaluation, serve, moe, extends, remove, vars, NAME_stage"
     ]

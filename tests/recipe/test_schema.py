@@ -62,7 +62,7 @@ def test_models_cannot_be_changed() -> None:
 
 def test_json_schema_names_sections_stages_and_kinds() -> None:
     whole = json_schema(REGISTRY)
-    assert set(whole["properties"]) == {"extends", *schema.Sections.model_fields}
+    assert set(whole["properties"]) == {"extends", "remove", "vars", *schema.Sections.model_fields}
     assert whole["additionalProperties"] is False
     stage = whole["patternProperties"][f"{STAGE}$"]
     modifiers = stage["patternProperties"]["_modifiers$"]["anyOf"][0]
