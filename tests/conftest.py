@@ -50,10 +50,10 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture
 def in_interpreter() -> Callable[..., None]:
-    """Run a test module in Triton's interpreter, in a process of its own: TRITON_INTERPRET counts when Triton is imported."""
+    """Run test modules in Triton's interpreter, in a process of its own: TRITON_INTERPRET counts when Triton is imported."""
 
-    def run(module: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(module), *options]
+    def run(*arguments: Path | str) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

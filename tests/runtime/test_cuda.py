@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +18,7 @@ from armor_recipes.runtime.backends import BACKEND_VARIABLE, choose_backend
 from tests.runtime.test_cpu_backends import holding
 from tests.runtime.test_integer_kernel import quantized
 from tests.runtime.test_kernel import DTYPES, TOLERANCE, error, expected, packed
+from tests.support.forks import Forks
 
 CORES = ("float", "int8", "int4")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -34,9 +33,9 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(tokens, 64, generator=torch.Generator().manual_seed(tokens)).to(dtype)
 
 
-def test_no_module_of_the_package_imports_triton() -> None:
+def test_no_module_of_the_package_imports_triton(forks: Forks, tmp_path: Path) -> None:
     code = "import sys, armor_recipes.runtime.cuda; assert 'armor_recipes.runtime.triton_kernel' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    forks.run(code, folder=tmp_path, path=Path(__file__).parents[2])
 
 
 def test_chosen_by_name_and_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +97,10 @@ def test_gradients_are_those_of_the_reference(core: str, tokens: int) -> None:
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the process in which the kernel runs")
 def test_the_kernels_in_the_interpreter(in_interpreter: Callable[..., None]) -> None:
-    in_interpreter(Path(__file__).with_name("test_triton_kernel.py"))
+    """Those of the solver too: one process for both, which takes seconds to start."""
+    here = Path(__file__)
+    sweep = here.parents[1] / "solver" / "test_triton_sweep.py"
+    in_interpreter(here.with_name("test_triton_kernel.py"), sweep, "-k", "test_triton_kernel or torch_form")
 
 
 @needs_gpu

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.serving import group_problem, split_problem
 from armor_recipes.errors import CheckpointError
 from armor_recipes.integrations.vllm.parts import FusedLinear, InputFactors, Piece, Share, lay_out
+from tests.support.forks import Forks
 from tests.support.packed import made_up, quantized
 
 Q, K, V, O_ = "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj"
@@ -267,6 +267,6 @@ def test_groups_need_one_kind() -> None:
         assert "runs as one layer with q (block size [8, 8], float core)" in problem
 
 
-def test_neither_the_package_nor_the_parts_import_vllm() -> None:
+def test_neither_the_package_nor_the_parts_import_vllm(forks: Forks, tmp_path: Path) -> None:
     code = "import sys, armor_recipes, armor_recipes.integrations.vllm.parts; assert 'vllm' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    forks.run(code, folder=tmp_path, path=Path(__file__).parents[2])
