@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -538,8 +539,16 @@ def pruned(llama: Path) -> Session:
     return run(mapping(llama))
 
 
-def test_only_factors_and_norms_change(llama: Path, pruned: Session, name: str) -> None:
-    session = run(mapping(llama, name))
+@pytest.fixture(scope="module")
+def refined(llama: Path) -> Callable[[str], Session]:
+    """The model after ARMOR and a refiner, one for all tests, which leave it as it is."""
+    return cache(lambda name: run(mapping(llama, name)))
+
+
+def test_only_factors_and_norms_change(
+    llama: Path, pruned: Session, refined: Callable[[str], Session], name: str
+) -> None:
+    session = refined(name)
     dense = dict(make_session(make_job(mapping(llama))).model.named_parameters())
     for parameter, value in session.model.named_parameters():
         if not is_norm(parameter) and parameter.removesuffix(".weight") not in session.results:
@@ -673,8 +682,16 @@ def test_only_the_targets_are_trained(llama: Path, pruned: Session, name: str) -
     assert [r.modules for r in session.section("refinements")] == [1]
 
 
-def test_a_shared_input_factor_stays_one(llama: Path, name: str) -> None:
-    shared, untrained = (run(mapping(llama, n, armor={"share_input_factor": True})) for n in (name, ""))
+@pytest.fixture(scope="module")
+def untrained(llama: Path) -> Session:
+    """The model after ARMOR alone, with shared input factors."""
+    return run(mapping(llama, armor={"share_input_factor": True}))
+
+
+def test_a_shared_input_factor_stays_one(
+    llama: Path, untrained: Session, refined: Callable[[str], Session], name: str
+) -> None:
+    shared = run(mapping(llama, name, armor={"share_input_factor": True}))
     for layer in (0, 1):
         for group in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]):
             packed = [shared.results[f"model.layers.{layer}.{module}"].packed for module in group]
@@ -682,7 +699,7 @@ def test_a_shared_input_factor_stays_one(llama: Path, name: str) -> None:
             assert before is not None
             assert all(p is not None and torch.equal(p.b, packed[0].b) for p in packed)  # type: ignore[union-attr]
             assert not torch.equal(packed[0].b, before.b)  # type: ignore[union-attr]
-    free = [run(mapping(llama, name)).results[f"model.layers.0.mlp.{m}_proj"].packed for m in ("gate", "up")]
+    free = [refined(name).results[f"model.layers.0.mlp.{m}_proj"].packed for m in ("gate", "up")]
     assert not torch.equal(free[0].b, free[1].b)  # type: ignore[union-attr]
 
 
