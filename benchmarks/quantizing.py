@@ -21,8 +21,8 @@ from armor_recipes.solver.result import StopReason
 
 #: Fields of `QuantizationModifier` by the name of the core.
 CORES: dict[str, dict[str, Any]] = {
-    "int8": {"num_bits": 8},
-    "int4": {"num_bits": 4, "strategy": "group", "group_size": 32},
+    "int8": {"config_groups": {"core": {"weights": {"num_bits": 8, "strategy": "channel"}}}},
+    "int4": {"config_groups": {"core": {"weights": {"num_bits": 4, "group_size": 64}}}},
 }
 
 

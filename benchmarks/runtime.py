@@ -301,7 +301,9 @@ def generated_model(work: Path, layers: int, block: int) -> Model:
     bf16 = factored(dense, block)
 
     def make(folder: Path, fields: Mapping[str, Any]) -> None:
-        rounded(dense, bf16, folder, num_bits=fields["num_bits"], group_size=fields.get("group_size"))
+        weights = fields["config_groups"]["core"]["weights"]
+        size = weights.get("group_size")
+        rounded(dense, bf16, folder, num_bits=weights["num_bits"], group_size=size and size // 2)
 
     name = f"7B shapes, block {block}, layers: {layers}"
     return Model(name, dense, with_cores(bf16, work / bf16.name.removesuffix("-bf16"), make))

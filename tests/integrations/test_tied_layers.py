@@ -26,7 +26,7 @@ from armor_recipes.integrations.dense import to_dense
 from armor_recipes.integrations.exporting import export_folder
 from armor_recipes.run import apply
 from armor_recipes.runtime.linear import ArmorLinear
-from tests.support.engine import SIZES, recipe
+from tests.support.engine import SIZES, core, recipe
 from tests.support.packed import logits, made_up, quantized
 from tests.support.stacks import make_stacked
 
@@ -280,7 +280,7 @@ def test_a_recipe_packs_them_once_also_where_the_source_has_them_twice(tmp_path:
         tmp_path / "source",
         tmp_path / "out",
         ARMORModifier={**own, "iterations": 1},
-        QuantizationModifier={"targets": [r"re:.*q_proj$"], "num_bits": 8},
+        QuantizationModifier=core(targets=[r"re:.*q_proj$"]),
     )
     result = apply(mapping)
     rows = {row.name: row for row in result.plan.modules}

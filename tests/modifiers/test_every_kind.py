@@ -19,7 +19,7 @@ from armor_recipes.run import Job
 from armor_recipes.session import Session
 from armor_recipes.session import session as loop
 from armor_recipes.session.commit import commit
-from tests.support.engine import ALL, ARMOR, MLP, hook_count, make_job, make_session, recipe, rng_states
+from tests.support.engine import ALL, ARMOR, MLP, core, hook_count, make_job, make_session, recipe, rng_states
 
 DOWN = r"re:.*mlp\.down_proj$"
 SMALL: dict[str, Any] = {"targets": [ALL], "block_size": 8, "iterations": 2}
@@ -42,10 +42,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "SparseGPTModifier": [{"targets": [ALL]}, {"targets": [ALL], "propagate": "dense", "adapter_block": 4}],
     "WandaModifier": [{"targets": [ALL]}, {"targets": [ALL], "propagate": "dense"}],
     "QuantizationModifier": [
-        {"targets": [MLP]},
-        {"targets": [MLP], "num_bits": 4, "strategy": "group", "group_size": 8},
-        {"targets": [MLP], "resolve": False, "objective": "hessian"},
-        {"targets": [MLP], "objective": "hessian", "rounding": "gptq"},
+        core(targets=[MLP]),
+        core(4, 16, targets=[MLP]),
+        core(targets=[MLP], resolve=False, objective="hessian"),
+        core(targets=[MLP], objective="hessian", rounding="gptq"),
     ],
     "BlockRefineModifier": [
         TRAINED,

@@ -22,7 +22,7 @@ from armor_recipes.modifiers.kinds.experts import minimum_tokens
 from armor_recipes.recipe import MoeSpec
 from armor_recipes.session import Session
 from armor_recipes.session.looking import look
-from tests.support.engine import inputs_of
+from tests.support.engine import core, inputs_of
 from tests.support.mixtures import (
     COUNT,
     EXPERTS,
@@ -165,7 +165,7 @@ def test_factors_and_training_after_it(below: str) -> None:
     fields = {
         "ARMORModifier": {**ARMOR, "share_input_factor": True},
         "BlockRefineModifier": {"epochs": 1},
-        "QuantizationModifier": {"targets": [EXPERTS], "iterations": 1},
+        "QuantizationModifier": core(targets=[EXPERTS], iterations=1),
     }
     session = poor(below, **fields)
     by = {(one.modifier.split(".")[-1], one.done) for one in session.section("experts_below")}

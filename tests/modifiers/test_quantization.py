@@ -9,6 +9,7 @@ from typing import Any
 import pydantic
 import pytest
 import torch
+import yaml
 
 import armor_recipes
 from armor_recipes.checkpoint.reader import inspect, read_layers
@@ -20,6 +21,7 @@ from tests.support.engine import (
     ARMOR,
     ATTENTION,
     MLP,
+    core,
     hook_count,
     make_job,
     make_session,
@@ -30,11 +32,11 @@ from tests.support.engine import (
 
 CASES: list[dict[str, Any]] = [
     {},
-    {"strategy": "group", "group_size": 8},
-    {"num_bits": 4},
-    {"num_bits": 4, "strategy": "group", "group_size": 16},
-    {"num_bits": 4, "objective": "hessian", "rounding": "gptq"},
-    {"num_bits": 4, "resolve": False},
+    core(group_size=16),
+    core(4),
+    core(4, 32),
+    core(4, objective="hessian", rounding="gptq"),
+    core(4, resolve=False),
 ]
 REFINE = {"targets": [ALL], "epochs": 1, "held_out": 0.4}
 
@@ -46,7 +48,7 @@ def source(tmp_path: Path) -> Path:
 
 def wanted(source: Path, output: Path | str = "out", **fields: Any) -> dict[str, Any]:
     armor = fields.pop("armor", ARMOR)
-    return recipe(source, output, ARMORModifier=armor, QuantizationModifier={"targets": [ALL], **fields})
+    return recipe(source, output, ARMORModifier=armor, QuantizationModifier={"targets": [ALL], **core(), **fields})
 
 
 def refusal(mapping: dict[str, Any]) -> str:
@@ -61,16 +63,16 @@ def test_from_plan_to_folder(source: Path, tmp_path: Path, fields: dict[str, Any
         wanted(source, tmp_path / "out", **fields)
     )  # the run verifies the folder's logits bit for bit
     last = {row.name: row for row in result.plan.modules}
-    core = "int4" if fields.get("num_bits") == 4 else "int8"
+    wanted_core = "int4" if "'num_bits': 4" in str(fields) else "int8"
     assert len(last) == 14
     assert len(result.plan.modules) == 28
     sizes = {layer.name: layer for layer in inspect(tmp_path / "out").layers}
     for name, row in last.items():
-        assert (row.core, sizes[name].core, sizes[name].nbytes) == (core, core, row.bytes_after)
+        assert (row.core, sizes[name].core, sizes[name].nbytes) == (wanted_core, wanted_core, row.bytes_after)
         first, change = result.modules[name], result.modules[name].changes[0]
         assert first.losses[-1] > 0
         assert change.modifier == row.modifier
-        assert change.core == core
+        assert change.core == wanted_core
         assert change.tokens == 60
         assert change.stored_loss <= change.losses[0] * (1 + 1e-5)
         assert len(change.losses) == change.iterations + 1
@@ -79,14 +81,14 @@ def test_from_plan_to_folder(source: Path, tmp_path: Path, fields: dict[str, Any
     assert result.plan.totals.bytes_before == sum(layer.dense_nbytes for layer in sizes.values())
     manifest = json.loads((tmp_path / "out" / "armor_manifest.json").read_text())
     row = next(iter(manifest["modules"].values()))["changes"][0]
-    assert (row["core"], row["modifier"]) == (core, next(iter(last.values())).modifier)
-    assert f"stored as {core} by QuantizationModifier" in (tmp_path / "out" / "README.md").read_text()
+    assert (row["core"], row["modifier"]) == (wanted_core, next(iter(last.values())).modifier)
+    assert f"stored as {wanted_core} by QuantizationModifier" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_equal_runs_write_equal_bytes(source: Path, tmp_path: Path) -> None:
     before = rng_states()
     for name in ("one", "two"):
-        armor_recipes.apply(wanted(source, tmp_path / name, num_bits=4))
+        armor_recipes.apply(wanted(source, tmp_path / name, **core(4)))
     assert rng_states() == before
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two")]
     differ = {name for name in files[0] if files[0][name] != files[1][name]}
@@ -97,7 +99,7 @@ def test_equal_runs_write_equal_bytes(source: Path, tmp_path: Path) -> None:
 
 def test_a_later_stage_gives_the_factors_of_the_first(source: Path, tmp_path: Path) -> None:
     mapping = recipe(source, tmp_path / "out")
-    mapping["pack_stage"] = {"late_modifiers": {"QuantizationModifier": {"targets": [ALL], "resolve": False}}}
+    mapping["pack_stage"] = {"late_modifiers": {"QuantizationModifier": core(targets=[ALL], resolve=False)}}
     result = armor_recipes.apply(mapping)
     armor_recipes.apply(recipe(source, tmp_path / "float"))
     floats, integers = read_layers(tmp_path / "float"), read_layers(tmp_path / "out")
@@ -116,7 +118,7 @@ def test_after_a_refiner_of_the_layer(source: Path, tmp_path: Path) -> None:
         tmp_path / "out",
         ARMORModifier=ARMOR,
         BlockRefineModifier=REFINE,
-        QuantizationModifier={"targets": [MLP]},
+        QuantizationModifier=core(targets=[MLP]),
     )
     result = armor_recipes.apply(mapping)
     assert {name for name, module in result.modules.items() if module.changes} == {
@@ -139,7 +141,7 @@ def test_modules_that_share_a_b_go_on_sharing(source: Path, tmp_path: Path) -> N
 
 
 def test_the_model_in_memory_is_what_a_loader_makes(source: Path) -> None:
-    job = make_job(wanted(source, num_bits=4, strategy="group", group_size=8))
+    job = make_job(wanted(source, **core(4, 16)))
     with make_session(job) as session:
         session.run()
     assert hook_count(session.model) == 0
@@ -152,36 +154,36 @@ def test_the_model_in_memory_is_what_a_loader_makes(source: Path) -> None:
 
 def test_refusals_say_what_to_do(source: Path) -> None:
     assert "no modifier before it makes 2:4 factors for model.layers.0.self_attn.q_proj" in refusal(
-        recipe(source, QuantizationModifier={"targets": [ALL]})
+        recipe(source, QuantizationModifier=core(targets=[ALL]))
     )
-    text = refusal(recipe(source, QuantizationModifier={"targets": [ALL]}, ARMORModifier=ARMOR))
+    text = refusal(recipe(source, QuantizationModifier=core(targets=[ALL]), ARMORModifier=ARMOR))
     assert "put it after an ARMORModifier" in text
     assert "(WandaModifier stores it dense)" in refusal(
-        recipe(source, WandaModifier={"targets": [ALL]}, QuantizationModifier={"targets": [ALL]})
+        recipe(source, WandaModifier={"targets": [ALL]}, QuantizationModifier=core(targets=[ALL]))
     )
-    text = refusal(wanted(source, strategy="group", group_size=24))
-    assert "group_size 24 does not divide the 16 kept values in a row of" in text
-    assert "sizes that fit: [8, 16], or strategy: channel" in text
+    text = refusal(wanted(source, **core(group_size=48)))
+    assert "group_size 48 is no multiple of 16 that divides the 32 columns of" in text
+    assert "sizes that fit: [16, 32], or strategy: channel" in text
     dense = wanted(source)
     dense["output"]["format"] = "dense"
     assert "set output.format: compressed-tensors" in refusal(dense)
     twice = recipe(
         source,
         ARMORModifier=ARMOR,
-        QuantizationModifier__a={"targets": [ALL]},
-        QuantizationModifier__b={"targets": [ATTENTION], "num_bits": 4},
+        QuantizationModifier__a=core(targets=[ALL]),
+        QuantizationModifier__b=core(4, targets=[ATTENTION]),
     )
     assert "both quantize" in refusal(twice)
 
 
 def test_refiners_stand_before_it(source: Path) -> None:
     after = recipe(
-        source, ARMORModifier=ARMOR, QuantizationModifier={"targets": [ALL]}, BlockRefineModifier={"targets": [ALL]}
+        source, ARMORModifier=ARMOR, QuantizationModifier=core(targets=[ALL]), BlockRefineModifier={"targets": [ALL]}
     )
     text = refusal(after)
     assert "QuantizationModifier makes the core of model.layers.0.self_attn.q_proj int8 before it" in text
     same = recipe(
-        source, ARMORModifier=ARMOR, DistillationModifier={"targets": [ALL]}, QuantizationModifier={"targets": [ALL]}
+        source, ARMORModifier=ARMOR, DistillationModifier={"targets": [ALL]}, QuantizationModifier=core(targets=[ALL])
     )
     assert "put this one into a later stage" in refusal(same)
 
@@ -189,14 +191,14 @@ def test_refiners_stand_before_it(source: Path) -> None:
 def test_sizes_of_a_7b_model_at_block_128() -> None:
     """All linear weights of a Llama 7B layer together, as a share of their bytes in bfloat16."""
     shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-    for fields, most in (({}, 0.40), ({"num_bits": 4, "strategy": "group", "group_size": 32}, 0.27)):
-        modifier = QuantizationModifier(QuantizationConfig(targets=("Linear",), **fields))
+    for fields, most in ((core(), 0.40), (core(4, 64), 0.27)):
+        modifier = QuantizationModifier(QuantizationConfig.model_validate({"targets": "Linear", **fields}))
         costs = [modifier.plan(ModuleShape("m", *shape, 2), (128, 128)) for shape in shapes]
         assert sum(cost.stored_bytes for cost in costs) <= most * 2 * sum(a * b for a, b in shapes)
 
 
 def test_int4_rows_of_no_multiple_of_16_are_refused() -> None:
-    modifier = QuantizationModifier(QuantizationConfig(targets=("Linear",), num_bits=4))
+    modifier = QuantizationModifier(QuantizationConfig.model_validate(core(4)))
     with pytest.raises(PlanError, match=r"multiple of 16 entries, model\.odd has 24.*`ignore`"):
         modifier.plan(ModuleShape("model.odd", 16, 24, 2), (8, 8))
 
@@ -204,17 +206,34 @@ def test_int4_rows_of_no_multiple_of_16_are_refused() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"strategy": "group"},
-        {"group_size": 8},
-        {"strategy": "group", "group_size": 12},
-        {"rounding": "gptq"},
-        {"num_bits": 2},
+        {},
+        {"scheme": "W4A16", **core()},
+        {"scheme": "W1A1"},
+        {"config_groups": {"a": {"targets": ["x"]}}},
+        {"bypass_divisibility_checks": True, "scheme": "W4A16"},
+        core(rounding="gptq"),
     ],
 )
 def test_fields_that_do_not_fit_together(fields: dict[str, Any]) -> None:
     with pytest.raises(pydantic.ValidationError):
-        QuantizationConfig(targets=("Linear",), **fields)
+        QuantizationConfig.model_validate({"targets": "Linear", **fields})
 
 
 def test_every_modifier_of_factors_is_tested_here() -> None:
     assert {name for name, kind in modifiers().items() if issubclass(kind, FactorModifier)} == {"QuantizationModifier"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"num_bits": 4}, "{num_bits: 4, strategy: channel}"),
+        ({"num_bits": 4, "strategy": "group", "group_size": 32}, "{num_bits: 4, group_size: 64}"),
+        ({"strategy": "channel"}, "{num_bits: 8, strategy: channel}"),
+    ],
+)
+def test_the_spelling_of_earlier_releases_is_refused_with_the_new_line(old: dict[str, Any], new: str) -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        QuantizationConfig.model_validate({"targets": ["Linear"], **old})
+    line = f"`config_groups: {{core: {{weights: {new}}}}}`"
+    assert line in str(caught.value)
+    QuantizationConfig.model_validate({"targets": ["Linear"], **yaml.safe_load(line.strip("`"))})

@@ -20,11 +20,12 @@ from armor_recipes.report.manifest import sections
 from armor_recipes.run import Result, apply
 from armor_recipes.runtime.linear import ArmorLinear
 from armor_recipes.session import Session
+from tests.support.engine import core
 from tests.support.mixtures import COUNT, EXPERTS, LAYER, make_mixture, mixture_recipe, run, shun
 
 ARMOR: dict[str, Any] = {"targets": [EXPERTS], "block_size": 8, "iterations": 1}
 KEYS = [f"prune_stage.armor_modifiers.{name}" for name in ("ARMORModifier", "QuantizationModifier")]
-QUANTIZED = {"ARMORModifier": ARMOR, "QuantizationModifier": {"targets": [EXPERTS], "iterations": 1}}
+QUANTIZED = {"ARMORModifier": ARMOR, "QuantizationModifier": core(targets=[EXPERTS], iterations=1)}
 
 
 def session_of(below: str, minimum: int = 7, **fields: Any) -> Session:

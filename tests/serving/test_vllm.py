@@ -31,6 +31,7 @@ from transformers import (
 import armor_recipes
 from armor_recipes.checkpoint.export import Source, export
 from armor_recipes.checkpoint.reader import inspect
+from tests.support.engine import core
 from tests.support.serve_tokens import NEW_TOKENS, PROMPTS
 
 pytestmark = [
@@ -61,7 +62,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 ALL = r"re:.*(self_attn|mlp)\..*_proj$"
 #: Layer 1 keeps a whole fused group dense, and a layer that is split by columns.
 DENSE = [r"re:.*layers\.1\.self_attn\.[qkv]_proj$", r"re:.*layers\.1\.mlp\.down_proj$"]
-INT8 = {"QuantizationModifier": {"targets": [ALL], "ignore": DENSE}}
+INT8 = {"QuantizationModifier": core(targets=[ALL], ignore=DENSE)}
 CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "llama-shared": ("llama", True, {}),
     "llama-int8": ("llama", False, INT8),

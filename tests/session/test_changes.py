@@ -20,7 +20,7 @@ from armor_recipes.modifiers.kinds.changes import Changes, loaded_weight
 from armor_recipes.modifiers.kinds.contract import BlockContext, State, Unit
 from armor_recipes.session import session as loop
 from armor_recipes.session.commit import commit
-from tests.support.engine import ALL, ARMOR, ATTENTION, MLP, make_job, make_session, recipe
+from tests.support.engine import ALL, ARMOR, ATTENTION, MLP, core, make_job, make_session, recipe
 
 PACKAGE = Path(armor_recipes.__file__).parent
 SMALL = {"epochs": 1, "held_out": 0.4}
@@ -30,7 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ChannelPermutationModifier": {"targets": [r"re:.*down_proj$"]},
         "ARMORModifier": {**ARMOR, "gradient_power": 0.5},
         "BlockRefineModifier": SMALL,
-        "QuantizationModifier": {"targets": [MLP]},
+        "QuantizationModifier": core(targets=[MLP]),
     },
     "matched and distilled": {
         "ARMORModifier": {**ARMOR, "propagate": "matched", "shrinkage": 0.1, "share_input_factor": True},

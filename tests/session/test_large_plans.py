@@ -20,13 +20,13 @@ from armor_recipes.model.linears import Linears
 from armor_recipes.modifiers import modifiers
 from armor_recipes.plan import Plan, RunEstimate, building, estimate_run, make_plan, targets
 from armor_recipes.run.job import read_recipe
-from tests.support.engine import recipe
+from tests.support.engine import core, recipe
 from tests.support.large import mixture
 
 KINDS: dict[str, dict[str, Any]] = {
     "ARMORModifier": {"targets": [r"re:.*self_attn\..*_proj$"], "block_size": 64},
     "ARMORModifier__experts": {"targets": [r"re:.*mlp\..*_proj$"], "block_size": 32},
-    "QuantizationModifier": {"targets": ["Linear"], "ignore": ["lm_head", r"re:.*mlp\.gate$"]},
+    "QuantizationModifier": core(targets=["Linear"], ignore=["lm_head", r"re:.*mlp\.gate$"]),
     "BlockRefineModifier": {"targets": [r"re:.*self_attn\..*_proj$"], "ignore": ["re:.*"], "optional": True},
 }
 

@@ -10,7 +10,7 @@ import pytest
 from armor_recipes.errors import PlanError, RecipeError
 from armor_recipes.run import Job, prepare
 from armor_recipes.run.job import read_recipe
-from tests.support.engine import ARMOR, ATTENTION, recipe, save_model
+from tests.support.engine import ARMOR, ATTENTION, core, recipe, save_model
 from tests.support.stacks import make_stacked
 
 L0 = "model.layers.0"
@@ -62,7 +62,7 @@ def test_columns_are_split_too(gqa: Path) -> None:
 
 def test_groups_of_scales_are_not_cut(gqa: Path) -> None:
     def modifiers(group_size: int) -> dict[str, Any]:
-        quantization = {"targets": [r"re:.*down_proj$"], "strategy": "group", "group_size": group_size}
+        quantization = core(group_size=2 * group_size, targets=[r"re:.*down_proj$"])
         return {"ARMORModifier": armor("down"), "QuantizationModifier": quantization}
 
     (line,) = refusal(gqa, [1, 2, 4], **modifiers(16))
@@ -89,7 +89,7 @@ def test_heads_are_not_cut(gqa: Path) -> None:
             "v_proj (block size [8, 16], float core)",
         ),
         (
-            {"ARMORModifier": armor("q", "k", "v"), "QuantizationModifier": {"targets": [r"re:.*q_proj$"]}},
+            {"ARMORModifier": armor("q", "k", "v"), "QuantizationModifier": core(targets=[r"re:.*q_proj$"])},
             "QuantizationModifier",
             "q",
             "k_proj (block size [8, 8], float core)",

@@ -12,7 +12,7 @@ from rich.console import Console
 from armor_recipes.cli.tables import plan_table, summary
 from armor_recipes.errors import PlanError
 from armor_recipes.run import apply
-from tests.support.engine import ARMOR, ATTENTION, MLP, make_job, recipe, save_model
+from tests.support.engine import ARMOR, ATTENTION, MLP, core, make_job, recipe, save_model
 
 SKIP = {"unfit": "skip"}
 
@@ -79,7 +79,7 @@ def test_nothing_left_is_an_error_unless_it_may_be(gqa: Path) -> None:
     ("name", "fields", "reason"),
     [
         ("NoWagModifier", {"targets": ["Linear"]}, "the weight of lm_head is tied"),
-        ("QuantizationModifier", {"targets": [ATTENTION, MLP]}, "no modifier before it makes 2:4 factors for"),
+        ("QuantizationModifier", core(targets=[ATTENTION, MLP]), "no modifier before it makes 2:4 factors for"),
         ("ChannelPermutationModifier", {"targets": [r"re:.*(o|down|up)_proj$"]}, "`producers` does not say what makes"),
     ],
 )
@@ -93,7 +93,7 @@ def test_every_kind_leaves_what_it_cannot_take(gqa: Path, name: str, fields: dic
 
 
 def test_a_refiner_leaves_integer_cores(gqa: Path) -> None:
-    armor, quantization = {**ARMOR, "targets": [MLP]}, {"targets": [r"re:.*down_proj$"]}
+    armor, quantization = {**ARMOR, "targets": [MLP]}, core(targets=[r"re:.*down_proj$"])
     before = {"ARMORModifier": armor, "QuantizationModifier": quantization}
     with pytest.raises(PlanError, match="a refiner trains and stores float cores; put it before that"):
         make_job(recipe(gqa, **before, BlockRefineModifier={"targets": ["Linear"]}))

@@ -94,6 +94,12 @@ def save_model(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfl
     return folder
 
 
+def core(num_bits: int = 8, group_size: int | None = None, **fields: Any) -> dict[str, Any]:
+    """Fields of `QuantizationModifier` that store a core as integers, a scale for each row or for groups of dense columns."""
+    weights = {"num_bits": num_bits, **({"group_size": group_size} if group_size else {"strategy": "channel"})}
+    return {"config_groups": {"core": {"weights": weights}}, **fields}
+
+
 def recipe(model: Path | str, output: Path | str = "out", **modifiers: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe of one stage, by default ARMOR everywhere; `modifiers` are name → fields, `@` written as `__`."""
     group = {name.replace("__", "@"): dict(fields) for name, fields in modifiers.items()} or {"ARMORModifier": ARMOR}

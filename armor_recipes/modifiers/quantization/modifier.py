@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -12,7 +12,7 @@ from armor_recipes.errors import UnfitError
 from armor_recipes.modifiers.base import Estimate, ModuleShape, SolveProgress
 from armor_recipes.modifiers.kinds.factor import FactorModifier, FactorOutcome
 from armor_recipes.modifiers.registry import register
-from armor_recipes.recipe.schema import ModifierConfig
+from armor_recipes.modifiers.schemes import SchemeConfig
 from armor_recipes.solver.hessian import hessian_loss, regularize
 from armor_recipes.solver.normalize import relative_loss
 from armor_recipes.solver.quantize import Rounding, requantize
@@ -24,25 +24,9 @@ _PRODUCTS = 8
 _WORKING_COPIES = 12
 
 
-class QuantizationConfig(ModifierConfig):
+class QuantizationConfig(SchemeConfig):
     """Store the kept values of S as int8 or int4, and re-solve A and B around them."""
 
-    needs_calibration: ClassVar[bool] = True
-
-    num_bits: Literal[8, 4] = Field(
-        default=8, title="Bits", description="Of a kept value: 8 (integers from -127 to 127) or 4 (from -8 to 7)."
-    )
-    strategy: Literal["channel", "group"] = Field(
-        default="channel",
-        title="Strategy",
-        description="What has one scale: `channel`, the kept values of a row; `group`, each `group_size` of them.",
-    )
-    group_size: Annotated[int, Field(strict=True, ge=8, multiple_of=8)] | None = Field(
-        default=None,
-        title="Group size",
-        description="`group`: kept values that have one scale, a multiple of 8. They are counted along the packed row, where two "
-        "of every four columns remain: 32 kept values stand for 64 columns.",
-    )
     resolve: Annotated[bool, Field(strict=True)] = Field(
         default=True,
         title="Re-solve A and B",
@@ -76,11 +60,34 @@ class QuantizationConfig(ModifierConfig):
 
     @model_validator(mode="after")
     def _check_fields(self) -> QuantizationConfig:
-        if (self.strategy == "group") != (self.group_size is not None):
-            raise ValueError("strategy: group goes with a group_size, strategy: channel without one")
         if self.rounding == "gptq" and self.objective != "hessian":
             raise ValueError("rounding: gptq goes with objective: hessian, whose correlations it needs")
         return self
+
+
+def core_of(module: ModuleShape, scheme: Any) -> tuple[Literal[8, 4], int | None]:
+    """Bits and kept values with one scale of a core that is quantised as compressed-tensors' scheme says; raises UnfitError."""
+    weights, kept = scheme.weights, module.d_in // 2
+    advice = f"quantise it otherwise in a group of its own, or add {module.name!r} to `ignore`"
+    plain = weights.type == "int" and weights.symmetric and weights.num_bits in (8, 4)
+    if not plain or weights.strategy not in ("channel", "group"):
+        raise UnfitError(
+            f"the core of {module.name} is stored as symmetric integers of 8 or 4 bits with a scale for a row or for groups of it, "
+            f"not as {'' if weights.symmetric else 'asymmetric '}{weights.type}{weights.num_bits} by {weights.strategy}",
+            advice,
+        )
+    if scheme.input_activations is not None or scheme.output_activations is not None:
+        raise UnfitError(f"activations of a 2:4 core are not quantised, and those of {module.name} are to be", advice)
+    if weights.num_bits == 4 and kept % 8:
+        raise UnfitError(f"int4 needs rows of a multiple of 16 entries, {module.name} has {module.d_in}", advice)
+    size = weights.group_size if weights.strategy == "group" else None
+    if size is not None and (size % 16 or module.d_in % size):
+        sizes = [size for size in range(16, module.d_in + 1, 16) if module.d_in % size == 0]
+        raise UnfitError(
+            f"group_size {size} is no multiple of 16 that divides the {module.d_in} columns of {module.name}",
+            f"sizes that fit: {sizes}, or strategy: channel",
+        )
+    return (8 if weights.num_bits == 8 else 4), None if size is None else size // 2
 
 
 @register
@@ -94,22 +101,12 @@ class QuantizationModifier(FactorModifier[QuantizationConfig]):
         """Check that groups are whole; PlanError names what to do."""
         config, (b_o, b_i) = self.config, block_size
         kept = module.d_in // 2
-        if config.num_bits == 4 and kept % 8:
-            raise UnfitError(
-                f"int4 needs rows of a multiple of 16 entries, {module.name} has {module.d_in}",
-                f"set num_bits: 8, or add {module.name!r} to `ignore`",
-            )
-        group = config.group_size or kept
-        if kept % group:
-            sizes = [size for size in range(8, kept + 1, 8) if kept % size == 0]
-            raise UnfitError(
-                f"group_size {group} does not divide the {kept} kept values in a row of {module.name}",
-                f"sizes that fit: {sizes}, or strategy: channel",
-            )
+        num_bits, size = self._core_of(module)
+        group = size or kept
         entries = module.d_out * module.d_in
         factor_bytes = (module.d_out * b_o + module.d_in * b_i) * module.itemsize
         scale_bytes = module.d_out * (kept // group) * module.itemsize
-        core_bytes = entries // 2 * config.num_bits // 8 + entries // 8 + scale_bytes
+        core_bytes = entries // 2 * num_bits // 8 + entries // 8 + scale_bytes
         cycles = config.iterations if config.resolve else 0
         flops = 60.0 * entries + 1.0 * cycles * _PRODUCTS * entries * (b_o + b_i)
         if config.objective == "hessian":
@@ -123,7 +120,7 @@ class QuantizationModifier(FactorModifier[QuantizationConfig]):
             flops=flops,
             peak_bytes=_WORKING_COPIES * entries * 4,
             stored_as="packed",
-            core="int8" if config.num_bits == 8 else "int4",
+            core="int8" if num_bits == 8 else "int4",
             group_size=None if group == kept else group,
         )
 
@@ -134,19 +131,20 @@ class QuantizationModifier(FactorModifier[QuantizationConfig]):
 
     def change(
         self,
-        module: ModuleShape,  # noqa: ARG002 - nothing depends on the name
+        module: ModuleShape,
         factors: SparseFactors,
         statistic: InputSecondMoment | InputGram,
         on_progress: SolveProgress | None,
     ) -> FactorOutcome:
         """Quantise the core, and re-solve A and B."""
         config, (h, gram) = self.config, self._moments(statistic, factors.a)
+        num_bits, group_size = self._core_of(module)
         found = requantize(
             factors,
             h,
             gram=gram,
-            num_bits=config.num_bits,
-            group_size=config.group_size,
+            num_bits=num_bits,
+            group_size=group_size,
             rounding=config.rounding,
             iterations=config.iterations if config.resolve else 0,
             on_progress=on_progress,
@@ -159,6 +157,15 @@ class QuantizationModifier(FactorModifier[QuantizationConfig]):
         if gram is not None:
             return hessian_loss(target, gram, approximation, normalize=False)
         return relative_loss(target, h, approximation, normalize=False)
+
+    def _core_of(self, module: ModuleShape) -> tuple[Literal[8, 4], int | None]:
+        """Bits of a kept value, and how many of them have one scale (None: a row's). Raises UnfitError."""
+        scheme = self.config.scheme_of(module.name.split(" + ")[0])
+        if scheme is None:
+            raise UnfitError(
+                f"no group of config_groups takes {module.name}", "add it to one's `targets`, or to `ignore`"
+            )
+        return core_of(module, scheme)
 
     def _moments(self, statistic: InputSecondMoment | InputGram, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """The mean squares h `(I,)`, and with `hessian` the regularised Gram matrix `(I, I)`, on the device of `like`."""

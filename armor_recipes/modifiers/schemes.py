@@ -1,0 +1,266 @@
+"""Fields of every modifier that quantises: llm-compressor's `scheme` or `config_groups`, resolved by compressed-tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+from torch import nn
+
+from armor_recipes.errors import PlanError
+from armor_recipes.recipe.schema import ModifierConfig, Strict, Targets
+
+_OLD_KEYS = ("num_bits", "strategy", "group_size")
+_ANY_LINEAR = nn.Linear(1, 1, bias=False, device="meta")
+"""What stands for a module where a target is a class: a quantising modifier takes linear modules alone."""
+
+Observer = Annotated[str, Field(min_length=1)]
+
+
+def _as_pair(value: object) -> object:
+    """`128x128` or a list, as a pair."""
+    parts = value.split("x") if isinstance(value, str) else value
+    whole = [int(part) if isinstance(part, str) and part.isdigit() else part for part in parts or ()]  # type: ignore[attr-defined]
+    return tuple(whole) if isinstance(value, str | list) else value
+
+
+class QuantizationArgs(Strict):
+    """How one of weights, inputs or outputs is quantised: compressed-tensors' `QuantizationArgs`, with its defaults."""
+
+    num_bits: Annotated[int, Field(ge=1, le=16)] = Field(default=8, title="Bits", description="Of one number.")
+    type: Literal["int", "float"] = Field(default="int", title="Type", description="`int`, or `float` of as many bits.")
+    symmetric: bool = Field(default=True, title="Symmetric", description="Whether zero is 0, without a zero point.")
+    group_size: Annotated[int, Field(ge=-1)] | None = Field(
+        default=None,
+        title="Group size",
+        description="Columns of the dense weight that have one scale; -1 is a whole row.",
+    )
+    strategy: Literal["tensor", "channel", "group", "block", "token", "tensor_group", "attn_head"] | None = Field(
+        default=None,
+        title="Strategy",
+        description="What has one scale. Left out: `group` with a group_size, `channel` with -1, else `tensor`.",
+    )
+    block_structure: Annotated[
+        tuple[int, int] | None, BeforeValidator(_as_pair, json_schema_input_type=str | tuple[int, int] | None)
+    ] = Field(default=None, title="Block structure", description="`block`: rows and columns that have one scale.")
+    dynamic: bool | Literal["local"] = Field(
+        default=False, title="Dynamic", description="Of activations: whether scales are made of each input as it comes."
+    )
+    actorder: Literal["weight", "static", "group", "dynamic"] | bool | None = Field(
+        default=None, title="Activation order", description="GPTQ's order of columns: `static` (or `weight`), or null."
+    )
+    scale_dtype: str | None = Field(
+        default=None, title="Scale dtype", description="Of stored scales, `torch.uint8` say."
+    )
+    zp_dtype: str | None = Field(default=None, title="Zero point dtype", description="Of stored zero points.")
+    observer: Observer | None = Field(
+        default=None, title="Observer", description="How ranges are found: `memoryless_minmax`, `minmax`."
+    )
+    observer_kwargs: dict[str, Any] = Field(
+        default_factory=dict, title="Observer arguments", description="Further arguments of the observer."
+    )
+
+
+class SchemeGroup(Strict):
+    """What some modules are quantised to: compressed-tensors' `QuantizationScheme`."""
+
+    targets: Targets | None = Field(
+        default=None, title="Targets", description="Modules of the group; left out, the modifier's own."
+    )
+    weights: QuantizationArgs | None = Field(default=None, title="Weights", description="How weights are quantised.")
+    input_activations: QuantizationArgs | None = Field(
+        default=None, title="Input activations", description="How what comes to a module is quantised; null leaves it."
+    )
+    output_activations: QuantizationArgs | None = Field(
+        default=None, title="Output activations", description="How what a module puts out is quantised; null leaves it."
+    )
+    format: str | None = Field(
+        default=None,
+        title="Format",
+        description="Of the packed weight; left out, the one that compressed-tensors infers.",
+    )
+
+
+class SchemeConfig(ModifierConfig):
+    """What modules are quantised to, as a preset or in full."""
+
+    needs_calibration: ClassVar[bool] = True
+
+    targets: Annotated[Targets, Field(min_length=1)] = Field(
+        default=("Linear",),
+        title="Targets",
+        description="Modules to quantise: exact names, `re:` patterns on the full name, or class names such as `Linear`. Groups "
+        "may have targets of their own instead.",
+    )
+    scheme: Annotated[str, Field(min_length=1)] | dict[str, Any] | None = Field(
+        default=None,
+        title="Scheme",
+        description="A preset of compressed-tensors, in capitals or not (`W4A16`, `W8A8`, `FP8_DYNAMIC`, …), or a mapping from "
+        "presets to targets. Either this or `config_groups`.",
+    )
+    config_groups: dict[str, SchemeGroup] | None = Field(
+        default=None,
+        title="Config groups",
+        description="Schemes in full, by names of one's own: `targets`, `weights`, `input_activations`, `output_activations`, in "
+        "compressed-tensors' words. `group_size` counts columns of the dense weight.",
+    )
+    kv_cache_scheme: QuantizationArgs | None = Field(
+        default=None, title="KV cache", description="How keys and values are quantised in a server's cache."
+    )
+    weight_observer: Observer | None = Field(
+        default=None, title="Weight observer", description="The `observer` of all weights that name none."
+    )
+    input_observer: Observer | None = Field(
+        default=None,
+        title="Input observer",
+        description="The `observer` of all static input activations that name none.",
+    )
+    output_observer: Observer | None = Field(
+        default=None,
+        title="Output observer",
+        description="The `observer` of all static output activations that name none.",
+    )
+    observer: dict[str, Observer] | None = Field(
+        default=None,
+        title="Observers",
+        description="The three at once: a mapping of `weights`, `input` and `output`.",
+    )
+    bypass_divisibility_checks: bool = Field(
+        default=False,
+        title="Bypass checks",
+        description="llm-compressor's way around its check that groups are whole; here they must be, so only false is taken.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_words(cls, data: Any) -> Any:
+        """Refuse the spelling of releases before, and give groups' targets to the modifier."""
+        if not isinstance(data, Mapping):
+            return data
+        old = {key: data[key] for key in _OLD_KEYS if key in data}
+        if old:
+            raise ValueError(_new_spelling(old))
+        own = _own_targets(data)
+        if own and data.get("targets", "Linear") in ("Linear", ["Linear"], ("Linear",)):
+            return {**data, "targets": own}
+        if own:
+            raise ValueError("groups with `targets` of their own and `targets` beside them: leave out one or the other")
+        return data
+
+    @model_validator(mode="after")
+    def _check_schemes(self) -> Self:
+        if (self.scheme is None) == (self.config_groups is None):
+            found = "both are given" if self.scheme is not None else "neither is given"
+            raise ValueError(
+                f"what to quantise to is one of `scheme` (a preset, `scheme: W4A16`) and `config_groups`: {found}"
+            )
+        for name, group in (self.config_groups or {}).items():
+            if group.weights is None:
+                raise ValueError(f"config_groups.{name} has no `weights`: a module is quantised with its weight")
+        self._check_presets()
+        if self.bypass_divisibility_checks:
+            raise ValueError(
+                "bypass_divisibility_checks lets groups be cut off at the end of a row, which no format here stores: remove it, "
+                "and set a group_size that divides the rows, or `unfit: skip`"
+            )
+        return self
+
+    def _check_presets(self) -> None:
+        from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, is_preset_scheme
+
+        for name in self._presets:
+            if not is_preset_scheme(name) or not PRESET_SCHEMES[name.upper()].get("weights"):
+                known = ", ".join(sorted(key for key, value in PRESET_SCHEMES.items() if value))
+                raise ValueError(f"scheme {name} is no preset of the installed compressed-tensors; it has {known}")
+
+    @property
+    def _presets(self) -> tuple[str, ...]:
+        """Names of presets that are asked for."""
+        return (self.scheme,) if isinstance(self.scheme, str) else tuple(self.scheme or ())
+
+    @property
+    def schemes(self) -> tuple[Any, ...]:
+        """compressed-tensors' `QuantizationScheme` for each group, in order, with the targets that it takes. Raises PlanError."""
+        from compressed_tensors.quantization import QuantizationScheme
+        from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+
+        if isinstance(self.scheme, str):
+            return (self._observed(preset_name_to_scheme(self.scheme, list(self.targets))),)
+        if self.scheme is not None:
+            chosen = [(name, list(_many(targets))) for name, targets in self.scheme.items()]
+            return tuple(self._observed(preset_name_to_scheme(name, targets)) for name, targets in chosen)
+        found = []
+        for name, group in (self.config_groups or {}).items():
+            fields = group.model_dump(exclude_unset=True)
+            try:
+                scheme = QuantizationScheme(**{**fields, "targets": list(group.targets or self.targets)})
+            except (ValueError, NotImplementedError) as error:
+                raise PlanError(f"config_groups.{name}: compressed-tensors refuses it: {error}") from error
+            found.append(self._observed(scheme))
+        return tuple(found)
+
+    def scheme_of(self, name: str, module: nn.Module = _ANY_LINEAR) -> Any:
+        """compressed-tensors' scheme of a linear module: of the first group that has its name, else whose pattern matches, else its
+        class; None where there is none. Raises PlanError.
+        """
+        from compressed_tensors.utils import is_match
+
+        found: dict[int, Any] = {}
+        for scheme in self.schemes:
+            for target in scheme.targets:
+                if is_match(name, module, target):
+                    found.setdefault(_rank(target, name), scheme)
+        return found[min(found)] if found else None
+
+    def _observed(self, scheme: Any) -> Any:
+        """The scheme with the observers that the modifier names for all."""
+        named = self.observer or {}
+        wanted = {
+            "weights": self.weight_observer or named.get("weights"),
+            "input_activations": self.input_observer or named.get("input"),
+            "output_activations": self.output_observer or named.get("output"),
+        }
+        for part, observer in wanted.items():
+            args = getattr(scheme, part)
+            if observer is not None and args is not None and args.dynamic is False:
+                setattr(scheme, part, args.model_copy(update={"observer": observer}))
+        return scheme
+
+
+def _rank(target: str, name: str) -> int:
+    """How specific a target is for a module, 0 for its very name."""
+    return 0 if target == name else 1 if target.startswith("re:") else 2
+
+
+def _many(targets: object) -> tuple[str, ...]:
+    return (targets,) if isinstance(targets, str) else tuple(targets)  # type: ignore[arg-type]
+
+
+def _own_targets(data: Mapping[str, Any]) -> list[str]:
+    """Targets of the groups, each once; none where a group takes the modifier's."""
+    if isinstance(data.get("scheme"), Mapping):
+        parts = list(data["scheme"].values())
+    else:
+        groups = data.get("config_groups")
+        found = groups.values() if isinstance(groups, Mapping) else ()
+        parts = [group.get("targets") if isinstance(group, Mapping) else None for group in found]
+    known = [part for part in parts if part and isinstance(part, str | list | tuple)]
+    if not known or len(known) < len(parts):
+        return []
+    return list(dict.fromkeys(target for part in known for target in _many(part)))
+
+
+def _new_spelling(old: Mapping[str, object]) -> str:
+    """What to write in the place of `num_bits`, `strategy` and `group_size` on the modifier itself."""
+    size = old.get("group_size")
+    args: dict[str, object] = {"num_bits": old.get("num_bits", 8)}
+    args |= {"group_size": 2 * size} if isinstance(size, int) else {"strategy": "channel"}
+    inner = ", ".join(f"{key}: {value}" for key, value in args.items())
+    counted = (
+        " (group_size counts columns of the dense weight, two for each kept value)" if "group_size" in args else ""
+    )
+    return (
+        f"{', '.join(old)} on the modifier itself is the spelling of an earlier release; in its place write "
+        f"`config_groups: {{core: {{weights: {{{inner}}}}}}}`{counted}"
+    )
