@@ -47,7 +47,7 @@ MODIFIERS: Mapping[str, Neighbour] = {
     ),
     "ConstantPruningModifier": Neighbour(("targets",)),
     "GPTQModifier": Neighbour(
-        (*_QUANTISATION, "block_size", "dampening_frac", "actorder", "batched_quantization", "offload_hessians"),
+        (*_QUANTISATION, "block_size", "dampening_frac", "actorder", "batched_quantization"),
         ("QuantizationModifier",),
     ),
     "LogarithmicEqualizationModifier": Neighbour(
@@ -208,6 +208,9 @@ FIELDS: Mapping[str, Field] = {
     "offload_device": Field(_one_of(), _text("where activations wait, which changes no number: remove it")),
     "mask_structure": Field(_one_of(), _mask_structure),
     "sparsity": Field(_one_of(), _text(_SPARSITY)),
+    "sequential_targets": Field(
+        _one_of(), _text("which layers are calibrated one after the other, as all blocks are here: remove it")
+    ),
     "prunen": Field(_one_of(), _text("it is `mask_structure: N:M` in llm-compressor now, and `pattern` here")),
     "prunem": Field(_one_of(), _text("it is `mask_structure: N:M` in llm-compressor now, and `pattern` here")),
     "sparsity_profile": Field(_one_of(), _text(_OWL)),

@@ -1,0 +1,103 @@
+"""A corpus of recipes in llm-compressor's shapes: how many plan here, and what all others are told is missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from armor_recipes.errors import PlanError, RecipeError
+from armor_recipes.integrations.models import ModelSource, meta_model, open_model
+from armor_recipes.modifiers import config_types, modifiers
+from armor_recipes.recipe import convert_recipe, load_recipe
+from armor_recipes.recipe.llmcompressor import FIELDS, MODIFIERS, RENAMED
+from armor_recipes.recipe.schema import ModelSpec
+from armor_recipes.run.planning import planned
+
+CORPUS: list[dict[str, str]] = yaml.safe_load((Path(__file__).parents[1] / "recipe" / "corpus.yaml").read_text("utf-8"))
+#: How many of them plan at least: it grows as modifiers and fields land.
+PLAN = 0
+#: What a recipe may be told is missing: a modifier of llm-compressor, a field that only it has, or one of older releases.
+MODIFIER = re.compile(r"llm-compressor has (\w+), which is not here: install `armor-recipes\[llmcompressor\]`")
+RENAMED_KIND = re.compile(r"llm-compressor has renamed (\w+): write \w+")
+FIELD = re.compile(r"\.(\w+): \w+ here has no such field; ")
+
+
+@dataclass(frozen=True, slots=True)
+class Tiny:
+    """A model of one architecture whose sides the groups of all presets divide, on the meta device."""
+
+    source: ModelSource
+    model: PreTrainedModel
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 128}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).save_pretrained(folder)
+    source = open_model(ModelSpec(id=str(folder)), device=torch.device("cpu"))
+    return Tiny(source, meta_model(source))
+
+
+def outcome(item: dict[str, str], tiny: Tiny, folder: Path) -> str:
+    """Nothing where the recipe plans, else what it is told. Python goes through `armor convert`."""
+    path = folder / f"recipe.{item['form']}"
+    path.write_text(item["text"], encoding="utf-8")
+    try:
+        if item["form"] == "py":
+            text = convert_recipe(path, registry=config_types()).yaml
+            path = folder / "converted.yaml"
+            path.write_text(text, encoding="utf-8")
+        given = [f"model.id={tiny.source.location}", "calibration.dataset=builtin:random-tokens", "output.path=out"]
+        recipe = load_recipe([path], registry=config_types(), overrides=given)
+        known = modifiers()
+        instances = {entry.key: known[entry.kind](entry.config) for entry in recipe.modifiers}
+        planned(recipe, tiny.source, tiny.model, instances)
+    except (RecipeError, PlanError) as error:
+        return str(error)
+    return ""
+
+
+def misnamed(message: str, text: str) -> Iterator[str]:
+    """Lines of a refusal that do not name what is missing, or name what is not in the recipe or not missing."""
+    known = modifiers()
+    fields = {*FIELDS, *(name for one in MODIFIERS.values() for name in one.fields)}
+    lines = message.splitlines()
+    for line in lines:
+        modifier, field = MODIFIER.search(line), FIELD.search(line)
+        kind, name = modifier[1] if modifier else "", field[1] if field else ""
+        renamed = RENAMED_KIND.search(line)
+        true = (kind in MODIFIERS and kind not in known and kind in text) or (name in fields and name in text)
+        true = true or (renamed is not None and renamed[1] in RENAMED and renamed[1] in text)
+        if not true and not (".targets: required, but missing" in line and len(lines) > 1):
+            yield line
+
+
+def test_recipes_of_the_corpus_plan_or_are_told_the_true_name(tiny: Tiny, tmp_path: Path) -> None:
+    told = [outcome(item, tiny, tmp_path) for item in CORPUS]
+    wrong = [line for item, message in zip(CORPUS, told, strict=True) for line in misnamed(message, item["text"])]
+    assert not wrong
+    count = sum(not message for message in told)
+    assert count >= PLAN, f"{count} of {len(CORPUS)} plan"
+
+
+def test_the_corpus_is_weighted_as_recipes_are() -> None:
+    text = "\n".join(item["text"] for item in CORPUS)
+    counts = {name: sum(f"{name}" in item["text"] for item in CORPUS) for name in MODIFIERS}
+    assert len(CORPUS) >= 100
+    assert sorted(counts, key=lambda name: -counts[name])[:4] == [
+        "QuantizationModifier",
+        "GPTQModifier",
+        "AWQModifier",
+        "AutoRoundModifier",
+    ]
+    for part in ("W4A16", "NVFP4", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP4", "MXFP8", "kv_cache_scheme", "config_groups"):
+        assert part in text
