@@ -15,7 +15,7 @@ from typing import Final
 from armor_recipes.recipe import yaml_source
 from armor_recipes.recipe.problems import Mark, Problems, shorten
 from armor_recipes.recipe.python_source import usable
-from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, nest
+from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, merge_entry, nest
 
 _ARGUMENTS: Final = {
     "dict": (),
@@ -34,12 +34,12 @@ _ENUMERATIONS: Final = (
 _CHANGES: Final = ("append", "extend", "insert", "remove", "pop")
 _KEYS: Final = {
     "dataset": ("calibration", "dataset"),
-    "num_calibration_samples": ("calibration", "samples"),
+    "num_calibration_samples": ("calibration", "samples", "at_most"),
     "max_seq_length": ("calibration", "sequence_length"),
     "batch_size": ("calibration", "batch_size"),
     "output_dir": ("output", "path"),
 }
-"""Where arguments of `oneshot` stand in a recipe."""
+"""Where arguments of `oneshot` stand in a recipe. It takes as many samples as there are where there are fewer."""
 
 
 class _NotLiteralError(Exception):
@@ -86,6 +86,7 @@ class _Reader:
         self.tree = tree
         self.start = start
         self.problems = problems
+        self.built = 0
         self.assigned: dict[str, list[tuple[int, ast.expr]]] = {}
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
@@ -158,9 +159,8 @@ class _Reader:
                 notes.append(f"{self.mark(keyword)}: {keyword.arg} is not read ({error}): give --set {keys}=VALUE")
                 continue
             mark = self.mark(keyword)
-            inner = entries.get(path[0])
-            before = inner.node.entries if inner is not None and isinstance(inner.node, Table) else {}
-            entries[path[0]] = Entry(mark, Table({**before, path[1]: Entry(mark, value)}, mark))
+            layer = Entry(mark, nest(path[1:], value, mark))
+            entries[path[0]] = merge_entry(entries.get(path[0]), layer)
         return entries, notes
 
     def _model(self, node: ast.expr) -> Node:
@@ -232,6 +232,9 @@ class _Reader:
     def build(self, node: ast.expr) -> Node:
         """The tree of a literal value. Raises _NotLiteralError."""
         mark = self.mark(node)
+        self.built += 1
+        if self.built > yaml_source.MAX_NODES:
+            raise _NotLiteralError(node, f"names expand to more than {yaml_source.MAX_NODES:,} values")
         match node:
             case ast.List(elts=elements) | ast.Tuple(elts=elements):
                 return Items(tuple(self.build(element) for element in elements), mark)

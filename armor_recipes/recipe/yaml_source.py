@@ -42,7 +42,7 @@ _FLOAT = re.compile(
     |\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
 )
-_JSON = re.compile(r"""\t|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}""")
+_JSON = re.compile(r"""\\\\|\t|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}""")
 _FRONT_MATTER = re.compile(
     r"\s*^(?P<fence>---|\+\+\+)[ \t]*\r?\n(?P<yaml>.*?)^(?P=fence)[ \t]*\r?$", re.DOTALL | re.MULTILINE
 )
@@ -143,12 +143,13 @@ def _yaml_of(text: str, suffix: str, mark: Mark, problems: Problems) -> str | No
 
 def _as_yaml(found: re.Match[str]) -> str:
     """What JSON allows and YAML does not: tabs between values, and characters as pairs of escapes."""
-    text = found[0]
-    return (
-        " "
-        if text == "\t"
-        else text.encode().decode("unicode_escape").encode("utf-16", "surrogatepass").decode("utf-16")
-    )
+    match found[0]:
+        case "\t":
+            return " "
+        case "\\\\" as backslash:
+            return backslash
+        case pair:
+            return pair.encode().decode("unicode_escape").encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 def parse(text: str, start: Mark, problems: Problems) -> Node | None:

@@ -71,7 +71,7 @@ def test_a_script_becomes_a_recipe(tmp_path: Path) -> None:
     found = converted(tmp_path, SCRIPT)
     assert yaml.safe_load(found.yaml) == {
         "model": {"id": "org/model"},
-        "calibration": {"sequence_length": 2048, "samples": 256},
+        "calibration": {"sequence_length": 2048, "samples": {"at_most": 256}},
         "output": {"path": "out/x"},
         "default_stage": {
             "default_modifiers": {
@@ -147,6 +147,12 @@ def test_forms_of_recipes_in_python(tmp_path: Path, text: str, targets: list[str
         ("recipe = [AutoRoundModifier()]", "llm-compressor has AutoRoundModifier, which is not here"),
         ("recipe = [\n QuantizationModifier(\n  seed=-1, targets='x')]", "quantise.py:3: default_stage.default_modifiers"),
         ("a = b\nb = a\nrecipe = [QuantizationModifier(targets=a)]", "b is not assigned a value above"),
+        (
+            "a0 = ['x']\n" + "".join(f"a{i + 1} = a{i} + a{i}\n" for i in range(40)) + "recipe = QuantizationModifier(targets=a40)",
+            "names expand to more than 10,000 values",
+        ),
+        ("recipe = " + "[" * 500, "not valid Python: too many nested parentheses"),
+        ("recipe = " + "-" * 90_000 + "1", "quantise.py:1"),
         ("a = a\n" * 3 + "recipe = a", "a is not assigned a value above"),
     ],
 )  # fmt: skip

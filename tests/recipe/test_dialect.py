@@ -77,6 +77,14 @@ def test_json_and_front_matter(tmp_path: Path, name: str, text: str) -> None:
     assert loaded(tmp_path, text, name).modifiers[0].config.targets == ("\U0001f600",)
 
 
+def test_a_backslash_in_json_stays_one(tmp_path: Path) -> None:
+    text = json.dumps(
+        {"a_stage": {"b_modifiers": {"QuantizationModifier": {"targets": ["re:\\\\ud83d\\\\ude00\\\\d"]}}}}
+    )
+    found = loaded(tmp_path, text, "recipe.json").modifiers[0].config.targets
+    assert found == tuple(json.loads(text)["a_stage"]["b_modifiers"]["QuantizationModifier"]["targets"])
+
+
 def test_lines_of_front_matter_are_those_of_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "\n---\nfoo: 1\n" + PLAIN + "\n---\n", "card.md")
     with pytest.raises(RecipeError, match=r"card\.md:3: foo: unknown key"):
