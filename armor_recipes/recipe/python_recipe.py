@@ -32,9 +32,10 @@ _ENUMERATIONS: Final = (
     "QuantizationFormat",
 )
 _CHANGES: Final = ("append", "extend", "insert", "remove", "pop")
+_SAMPLES: Final = "num_calibration_samples"
 _KEYS: Final = {
     "dataset": ("calibration", "dataset"),
-    "num_calibration_samples": ("calibration", "samples", "at_most"),
+    _SAMPLES: ("calibration", "samples", "at_most"),
     "max_seq_length": ("calibration", "sequence_length"),
     "batch_size": ("calibration", "batch_size"),
     "output_dir": ("output", "path"),
@@ -161,7 +162,15 @@ class _Reader:
             mark = self.mark(keyword)
             layer = Entry(mark, nest(path[1:], value, mark))
             entries[path[0]] = merge_entry(entries.get(path[0]), layer)
+        counted = any(keyword.arg == _SAMPLES for call in calls[-1:] for keyword in call.keywords)
+        if "calibration" in entries and not counted:
+            entries["calibration"] = merge_entry(entries["calibration"], self._default(calls[-1]))
         return entries, notes
+
+    def _default(self, call: ast.Call) -> Entry:
+        """How many samples `oneshot` takes where it is not told."""
+        mark = self.mark(call)
+        return Entry(mark, nest(_KEYS[_SAMPLES][1:], Scalar(512, mark, text="512"), mark))
 
     def _model(self, node: ast.expr) -> Node:
         """The name of a model, or of what `from_pretrained` loads."""

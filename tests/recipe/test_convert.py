@@ -160,6 +160,15 @@ def test_what_cannot_be_read_is_told_with_its_line(tmp_path: Path, text: str, me
     assert message in refusal(tmp_path, text)
 
 
+def test_oneshot_takes_512_samples_where_it_is_not_told(tmp_path: Path) -> None:
+    call = "oneshot(dataset='d', recipe=[QuantizationModifier(targets='a')]{})"
+    found = [
+        yaml.safe_load(converted(tmp_path, call.format(more)).yaml)["calibration"]
+        for more in ("", ", num_calibration_samples=n()")
+    ]
+    assert found == [{"dataset": "d", "samples": {"at_most": 512}}, {"dataset": "d"}]
+
+
 def test_other_files_are_converted_too(tmp_path: Path) -> None:
     text = "---\nx_stage_0: {y_modifiers: [{GPTQModifier: {percdamp: 0.1, targets: [a]}}]}\n---\n"
     assert yaml.safe_load(converted(tmp_path, text, "card.md").yaml) == {
