@@ -1,8 +1,12 @@
 """Methods that change linear modules: one folder each, a registry, the contract in `base`, and a file for each kind in `kinds`.
 
-What a method of one's own needs is here; CONTRIBUTING.md has two whole ones.
+What a method of one's own needs is here, errors, statistics and maths of lower rooms included: a plug-in imports this module and no
+other. CONTRIBUTING.md has two whole methods, `examples/armor-ria` is a whole package.
 """
 
+from armor_recipes.calibration.split import SplitGram
+from armor_recipes.calibration.statistics import InputGram, InputSecondMoment
+from armor_recipes.errors import NumericalError, PlanError, UnfitError
 from armor_recipes.modifiers.base import (
     AnyModifier,
     CalibratedConfig,
@@ -17,6 +21,11 @@ from armor_recipes.modifiers.kinds.module import Modifier, Outcome
 from armor_recipes.modifiers.kinds.rearranger import Chain, Rearrangement, Rearranger
 from armor_recipes.modifiers.kinds.refiner import RefineOutcome, Refiner, RefineTask, RefineUnit, UnitOutput
 from armor_recipes.modifiers.registry import config_types, modifiers, register
+from armor_recipes.modifiers.seeding import module_seed
+from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner
+from armor_recipes.recipe.schema import ModifierConfig
+from armor_recipes.solver import relative_loss
+from armor_recipes.solver.patterns import magnitude_mask, parse_pattern
 
 __all__ = [
     "AnyModifier",
@@ -25,20 +34,33 @@ __all__ = [
     "Estimate",
     "FactorModifier",
     "FactorOutcome",
+    "InputGram",
+    "InputSecondMoment",
     "Modifier",
+    "ModifierConfig",
     "ModuleShape",
     "Needs",
+    "NumericalError",
     "Outcome",
+    "PlanError",
     "Rearrangement",
     "Rearranger",
+    "RefineConfig",
     "RefineOutcome",
     "RefineTask",
     "RefineUnit",
     "Refiner",
     "SolveProgress",
+    "SplitGram",
     "Statistic",
+    "TrainingRefiner",
+    "UnfitError",
     "UnitOutput",
     "config_types",
+    "magnitude_mask",
     "modifiers",
+    "module_seed",
+    "parse_pattern",
     "register",
+    "relative_loss",
 ]
