@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from armor_recipes.errors import RecipeError
 from armor_recipes.recipe import Converted, ModifierConfig, convert_recipe, load_recipe
@@ -176,3 +178,21 @@ def test_other_files_are_converted_too(tmp_path: Path) -> None:
     }
     with pytest.raises(RecipeError, match="no such file"):
         convert_recipe(tmp_path / "absent.py", registry=REGISTRY)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    position=st.integers(0, len(SCRIPT) - 1),
+    removed=st.integers(0, 12),
+    inserted=st.text("()[]{}*=,'\"ab1.\n @:", max_size=6),
+)
+def test_an_edited_script_is_refused_with_its_place_or_read(
+    tmp_path: Path, position: int, removed: int, inserted: str
+) -> None:
+    text = SCRIPT[:position] + inserted + SCRIPT[position + removed :]
+    try:
+        found, lines = converted(tmp_path, text).yaml, []
+    except RecipeError as error:
+        found, lines = "{}", str(error).split("\n")
+    assert all(line.startswith(f"{tmp_path}/quantise.py") for line in lines)
+    assert isinstance(yaml.safe_load(found), dict)
