@@ -24,7 +24,11 @@ from armor_recipes.run.planning import planned
 CORPUS: list[dict[str, str]] = yaml.safe_load((Path(__file__).parents[1] / "recipe" / "corpus.yaml").read_text("utf-8"))
 #: How many of them plan at least: it grows as modifiers and fields land.
 PLAN = 0
-#: What a recipe may be told is missing: a modifier of llm-compressor, a field that only it has, or one of older releases.
+#: What a recipe may be told is missing: a modifier of llm-compressor, a field that only it has, or one of older releases, or what
+#: a field asks for that is not here. Plain layers, too, while they are not quantised.
+PLAIN_LAYERS = "no modifier before it makes 2:4 factors for"
+#: Fields that any refusal may name, because it says how to mend them.
+EVERYWHERE = {"targets", "ignore", "scheme", "config_groups"}
 MODIFIER = re.compile(r"llm-compressor has (\w+), which is not here: install `armor-recipes\[llmcompressor\]`")
 RENAMED_KIND = re.compile(r"llm-compressor has renamed (\w+): write \w+")
 FIELD = re.compile(r"\.(\w+): \w+ here has no such field; ")
@@ -70,14 +74,20 @@ def misnamed(message: str, text: str) -> Iterator[str]:
     """Lines of a refusal that do not name what is missing, or name what is not in the recipe or not missing."""
     known = modifiers()
     fields = {*FIELDS, *(name for one in MODIFIERS.values() for name in one.fields)}
+    asked = {name for name in fields - EVERYWHERE if name in text}
     lines = message.splitlines()
     for line in lines:
-        modifier, field = MODIFIER.search(line), FIELD.search(line)
-        kind, name = modifier[1] if modifier else "", field[1] if field else ""
-        renamed = RENAMED_KIND.search(line)
-        true = (kind in MODIFIERS and kind not in known and kind in text) or (name in fields and name in text)
-        true = true or (renamed is not None and renamed[1] in RENAMED and renamed[1] in text)
-        if not true and not (".targets: required, but missing" in line and len(lines) > 1):
+        modifier, field, renamed = MODIFIER.search(line), FIELD.search(line), RENAMED_KIND.search(line)
+        if modifier is not None:
+            true = modifier[1] in MODIFIERS and modifier[1] not in known and modifier[1] in text
+        elif renamed is not None:
+            true = renamed[1] in RENAMED and renamed[1] in text
+        elif field is not None:
+            true = field[1] in fields and field[1] in text
+        else:
+            beside = ".targets: required, but missing" in line and len(lines) > 1
+            true = beside or PLAIN_LAYERS in line or any(name in line for name in asked)
+        if not true:
             yield line
 
 
