@@ -137,10 +137,10 @@ def _text(text: str) -> Says:
     return lambda _node, _fields: text
 
 
-def _renamed(*names: str) -> Field:
+def _renamed(*names: str, by: str = "llm-compressor has renamed it") -> Field:
     def says(node: Node, fields: Collection[str]) -> str:
         name = next((name for name in names if name in fields), names[0])
-        return f"llm-compressor has renamed it: write `{name}: {_written(node)}`"
+        return f"{by}: write `{name}: {_written(node)}`"
 
     return Field(_one_of(), says, names)
 
@@ -178,7 +178,7 @@ FIELDS: Mapping[str, Field] = {
     "end": Field(_one_of(0, 0.0, -1, -1.0), _text(_STEPS)),
     "update": Field(_one_of(-1, -1.0), _text(_STEPS)),
     "percdamp": _renamed("dampening_frac", "damping"),
-    "dampening_frac": _renamed("damping"),
+    "dampening_frac": _renamed("damping", by="it is `damping` here"),
     "quantize": Field(
         _one_of(False),
         _text(
