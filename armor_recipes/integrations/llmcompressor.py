@@ -1,33 +1,43 @@
-"""Our modifiers under llm-compressor's base class: its fields, lifecycle and hooks around our statistics and solvers."""
+"""Importing this registers our modifiers with llm-compressor, so that its `oneshot` runs them in its own pipeline.
+
+Each stands under llm-compressor's base class, with its fields, lifecycle and hooks around our statistics and solvers. Needs the
+extra `armor-recipes[llmcompressor]`; nothing else of this package imports it.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, TypeGuard
 
 import torch
 from compressed_tensors.offload import update_offload_parameter
-from llmcompressor.core import Event, State, active_session
-from llmcompressor.modifiers import Modifier as TheirModifier
-from llmcompressor.modifiers.factory import ModifierFactory
-from loguru import logger
 from pydantic import Field, PrivateAttr, create_model, field_serializer, model_validator
 from torch import Tensor, nn
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.writer import check_layers
 from armor_recipes.compute import plain_torch
-from armor_recipes.errors import NumericalError, PlanError
-from armor_recipes.integrations.llmcompressor.cores import attach, check_plain, check_unquantized
-from armor_recipes.integrations.llmcompressor.order import check_alone, check_order
-from armor_recipes.integrations.llmcompressor.saving import guard
+from armor_recipes.errors import ArmorError, NumericalError, PlanError
+from armor_recipes.integrations.oneshot.cores import attach, check_plain, check_unquantized, is_core
+from armor_recipes.integrations.oneshot.order import check_alone, check_order
+from armor_recipes.integrations.oneshot.saving import guard
 from armor_recipes.modifiers import modifiers
 from armor_recipes.modifiers.base import ModuleShape, SolveProgress, Statistic
 from armor_recipes.modifiers.kinds.module import Modifier, Outcome
 from armor_recipes.modifiers.kinds.pool import in_order
 from armor_recipes.plan.targets import resolve_targets
+
+try:
+    from llmcompressor.core import Event, State, active_session
+    from llmcompressor.modifiers import Modifier as TheirModifier
+    from llmcompressor.modifiers.factory import ModifierFactory
+    from loguru import logger
+except ImportError as error:
+    raise ArmorError(
+        f"armor_recipes.integrations.llmcompressor needs llm-compressor, which cannot be imported ({error}): "
+        "install 'armor-recipes[llmcompressor]'"
+    ) from error
 
 #: Fields of ours that a pipeline of llm-compressor answers by itself, or has no place for.
 _NOT_THERE = {
@@ -105,9 +115,9 @@ class OneshotModifier(TheirModifier):  # type: ignore[misc]
     def on_sequential_epoch_end(
         self,
         state: State,
-        event: Event,
+        event: Event,  # noqa: ARG002 - their signature
         modules: Sequence[nn.Module],
-        **_: Any,  # noqa: ARG002 - their signature
+        **_: Any,
     ) -> None:
         """Solve those of these modules that are not solved yet."""
         here = {id(module) for module in modules}
@@ -137,7 +147,8 @@ class OneshotModifier(TheirModifier):  # type: ignore[misc]
         with torch.no_grad():
             for name, outcome in zip(names, in_order([partial(self._solved, n) for n in names], device), strict=True):
                 self._write(name, outcome)
-        guard(model)
+        if any(is_core(self._modules[name]) for name in names):
+            guard(model)
         mean = sum(self._losses[name] for name in names) / len(names)
         logger.info(f"{type(self).__name__}: {len(names)} modules, relative loss {mean:.5f} on average")
 
@@ -172,8 +183,8 @@ def register() -> dict[str, type[OneshotModifier]]:
 
 
 def _is_for_oneshot(method: type[Any], name: str) -> TypeGuard[type[Modifier[Any]]]:
-    own = issubclass(method, Modifier) and not inspect.isabstract(method)
-    return own and method.category == "prune" and name not in ModifierFactory._main_registry
+    own: type[Any] = Modifier
+    return method.kind is own.kind and method.category == "prune" and name not in ModifierFactory._main_registry
 
 
 def _adapted(name: str, method: type[Modifier[Any]]) -> type[OneshotModifier]:
@@ -222,3 +233,8 @@ def _check_structure(model: Any, taken: Mapping[str, nn.Linear]) -> None:
             f"{strange[0]} and {len(strange) - 1} more are linear layers in llm-compressor's pipeline alone (it takes fused "
             "experts apart), and a loader would not find them: add them to `ignore`, or run the recipe with armor-apply"
         )
+
+
+registered = register()
+"""Our modifiers as llm-compressor takes them, by name, which are names of this module. Its own names stay its own."""
+globals().update(registered)

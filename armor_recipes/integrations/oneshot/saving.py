@@ -5,6 +5,7 @@ Without it `save_pretrained` would write S in the place of Ŵ, which any loader 
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from armor_recipes.checkpoint.files import CONFIG_FILE, read_config
 from armor_recipes.checkpoint.writer import write_checkpoint
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import CheckpointError
-from armor_recipes.integrations.llmcompressor.cores import is_core, packed_layer
+from armor_recipes.integrations.oneshot.cores import is_core, packed_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,6 +139,9 @@ def _source_config(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _write_recipe(model: PreTrainedModel, folder: Path) -> None:
+    """What llm-compressor writes beside a model that it has changed, where it has one in this process."""
+    if "llmcompressor" not in sys.modules:
+        return
     from llmcompressor.transformers.compression.compressed_tensors_utils import update_and_save_recipe
 
     update_and_save_recipe(model.name_or_path, str(folder))

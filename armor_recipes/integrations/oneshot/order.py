@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from armor_recipes.errors import PlanError
-from armor_recipes.integrations.llmcompressor.cores import scheme_problem
+from armor_recipes.integrations.oneshot.cores import scheme_problem
 
 _SMOOTHING = ("SmoothQuantModifier", "LogarithmicEqualizationModifier", "AWQModifier")
 _IN_ONE_PIPELINE = (

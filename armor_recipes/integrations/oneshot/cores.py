@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from armor_recipes.checkpoint.packing import GROUP_STEP, PackedLinear
 from armor_recipes.errors import CheckpointError, PlanError
+from armor_recipes.integrations.upstream import unwrap_offload_forward
 from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor
 from armor_recipes.solver.quantize import LEVELS, kept
 from armor_recipes.solver.result import QuantizedValues, SparseFactors
@@ -48,7 +49,10 @@ class CoreLinear(nn.Linear):
 def attach(linear: nn.Linear, packed: PackedLinear) -> Tensor:
     """Turn a linear layer into a core with its factors; returns S `(O, I)`, which the caller writes into its weight."""
     core, mask = packed.unpack()
-    linear.__class__ = CoreLinear
+    with unwrap_offload_forward(linear):  # which holds on to the class's forward as it finds it
+        linear.__class__ = CoreLinear
+        if linear.forward.__func__ is nn.Linear.forward:  # type: ignore[attr-defined]
+            linear.forward = CoreLinear.forward.__get__(linear)  # type: ignore[method-assign]
     setattr(linear, FACTORS, Factors(packed.a, packed.b, mask))
     linear.register_forward_pre_hook(_apply_b)
     linear.register_forward_hook(_apply_a)
