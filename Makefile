@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := pyproject.toml setup.py $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check test-slow test-families test-lowest test-llm-compressor test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
+.PHONY: quickstart test check test-slow test-families test-lowest test-llmcompressor test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -36,8 +36,9 @@ test-families: .venv-dev/.ready
 test-lowest: .venv-lowest/.ready
 	.venv-lowest/bin/python -m pytest $(TWO) -W 'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning'
 
-test-llm-compressor: .venv-llm-compressor/.ready
-	.venv-llm-compressor/bin/python -m pytest $(TWO)
+# The tests with what llm-compressor asks for, and those that run llm-compressor itself (docs/llm-compressor.md).
+test-llmcompressor: .venv-llmcompressor/.ready
+	.venv-llmcompressor/bin/python -m pytest $(TWO) -m "not slow and not vllm and not families"
 
 # The vLLM plugin against vLLM itself (docs/serving.md): about 4 GB; the tests take 12 minutes on 2 cores.
 test-vllm: .venv-vllm/.ready
@@ -75,9 +76,11 @@ PIP := -m pip install --quiet --disable-pip-version-check
 	.venv-dev/bin/python $(PIP) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.venv-lowest/.ready .venv-llm-compressor/.ready: .venv-%/.ready: constraints/%.txt $(SOURCES)
+.venv-llmcompressor/.ready: EXTRAS := dev,llmcompressor
+EXTRAS := dev
+.venv-lowest/.ready .venv-llmcompressor/.ready: .venv-%/.ready: constraints/%.txt $(SOURCES)
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python $(PIP) --constraint constraints/$*.txt --editable '.[dev]'
+	.venv-$*/bin/python $(PIP) --constraint constraints/$*.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 # An environment of its own, for vLLM's pins. Its CPU build asks for three packages whose builds on the index do not fit
@@ -91,5 +94,5 @@ PIP := -m pip install --quiet --disable-pip-version-check
 	touch $@
 
 clean:
-	rm -rf .venv .venv-dev .venv-lowest .venv-llm-compressor .venv-vllm build out armor_recipes.egg-info
+	rm -rf .venv .venv-dev .venv-lowest .venv-llmcompressor .venv-vllm build out armor_recipes.egg-info
 	rm -f armor_recipes/solver/_native*.so armor_recipes/runtime/_native*.so
