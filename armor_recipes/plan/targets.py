@@ -77,8 +77,8 @@ class Matched:
 def resolve_targets(tree: Tree, config: ModifierConfig) -> Matched:
     """Names of what `targets` matches, and neither `ignore` nor `skip_layers` holds back.
 
-    A pattern may pass over containers (modules without weights of their own). It is a PlanError when one of the targets
-    matches nothing linear (unless `optional: true`).
+    A pattern may pass over containers (modules without weights of their own), or take what is in them (`takes_containers`). It is
+    a PlanError when one of the targets matches nothing linear (unless `optional: true`).
     """
     taken: set[str] = set()
     ignored: set[str] = set()
@@ -86,6 +86,8 @@ def resolve_targets(tree: Tree, config: ModifierConfig) -> Matched:
     modules = tree.modules
     for target in config.targets:
         matched = [(name, m) for name, m in modules if tree.matches(name, m, target)]
+        if config.takes_containers:
+            matched = _inside(matched)
         held = {name for name, m in matched if tree.matches(name, m, *config.ignore) or tree.skips(name, config)}
         linear = {name for name, m in matched if is_linear(m)}
         passed = held | linear
@@ -100,6 +102,15 @@ def resolve_targets(tree: Tree, config: ModifierConfig) -> Matched:
         )
     order = [name for name, _ in modules]
     return Matched(*(tuple(name for name in order if name in found) for found in (taken, ignored, others)))
+
+
+def _inside(matched: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The matched modules, with the linear ones inside of each in the place of what has some."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in matched:
+        parts = [] if is_linear(module) else module.named_modules(prefix=name, remove_duplicate=False)
+        found += [part for part in parts if is_linear(part[1])] or [(name, module)]
+    return found
 
 
 def _holding(config: ModifierConfig) -> str:

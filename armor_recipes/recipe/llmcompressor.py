@@ -87,7 +87,7 @@ MODIFIERS: Mapping[str, Neighbour] = {
         ("ARMORModifier", "NoWagModifier"),
     ),
     "SpinQuantModifier": Neighbour((*_ROTATION, "mappings", "norm_mappings", "transform_config"), ("GPTQModifier",)),
-    "WandaPruningModifier": Neighbour((*_PRUNING, "owl_m", "owl_lmbda"), ("WandaModifier", "ARMORModifier")),
+    "WandaPruningModifier": Neighbour((*_PRUNING, "owl_m", "owl_lmbda"), ("ARMORModifier", "NoWagModifier")),
 }
 """Every modifier of llm-compressor 0.14 by name."""
 

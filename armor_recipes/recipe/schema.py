@@ -465,10 +465,11 @@ class ModifierConfig(Strict):
     """Base of every modifier's configuration: the keys that all modifiers share.
 
     A subclass whose modifier cannot work without data sets `needs_calibration = True`; a recipe that gives it none is
-    refused.
+    refused. Where `takes_containers` is set, a target that matches a module with linear ones inside means all of these.
     """
 
     needs_calibration: ClassVar[bool] = False
+    takes_containers: ClassVar[bool] = False
 
     targets: Annotated[Targets, Field(min_length=1)] = Field(
         title="Targets",

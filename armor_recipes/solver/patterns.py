@@ -35,6 +35,11 @@ class Pattern:
         return f"{self.keep}:{self.group}"
 
     @property
+    def sparsity(self) -> float:
+        """The share of the values that it prunes."""
+        return 1 - self.keep / self.group
+
+    @property
     def has_table(self) -> bool:
         """Whether the masks of a group are numbered in lexicographic order and can all be tried (M <= 8)."""
         return self.group <= TABLE_GROUP

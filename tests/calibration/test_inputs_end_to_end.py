@@ -16,7 +16,7 @@ from tests.support.engine import recipe, save_model
 
 
 def calibrated(folder: Path, dataset: str, **keys: object) -> dict[str, object]:
-    made = recipe(save_model(folder / "model"), folder / "out", WandaModifier={"targets": ["re:.*mlp.*"]})
+    made = recipe(save_model(folder / "model"), folder / "out", NoWagModifier={"targets": ["re:.*mlp.*"]})
     made["calibration"] = {"dataset": dataset, "samples": 4, "sequence_length": 8, **keys}
     return made
 
@@ -75,7 +75,7 @@ def test_images_of_several_sizes_go_through_a_run(tmp_path: Path) -> None:
         image.new("L", size, 40 * i).save(tmp_path / f"images/{i}.png")
     data = {"dataset": str(tmp_path / "images"), "image_column": "image", "samples": 5}
     made = {
-        **recipe(tmp_path / "model", tmp_path / "out", WandaModifier={"targets": [r"re:.*(query|fc\d)$"]}),
+        **recipe(tmp_path / "model", tmp_path / "out", NoWagModifier={"targets": [r"re:.*(query|fc\d)$"]}),
         "calibration": {**data, "batch_size": 2},
         "evaluation": {"fidelity": data},
     }

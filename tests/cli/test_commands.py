@@ -69,7 +69,7 @@ def test_a_stream_is_told_by_the_summary_and_the_manifest(shell: Shell, tmp_path
     recipe = {
         "model": "builtin:stdlib-llama",
         "calibration": {"dataset": "rows.jsonl", **drawn},
-        "prune_stage": {"prune_modifiers": {"WandaModifier": {"targets": [r"re:.*layers\.0\..*q_proj$"]}}},
+        "prune_stage": {"prune_modifiers": {"NoWagModifier": {"targets": [r"re:.*layers\.0\..*q_proj$"]}}},
         "output": {"path": "out"},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -89,7 +89,7 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the recipes and README's first recipe in it, and one as llm-compressor writes it beside a checkpoint."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "first.yaml").write_text(blocks("yaml", page=ROOT / "README.md")[0].text, encoding="utf-8")
-    written = r"{WandaModifier: {requires_calibration_data: true, targets: ['re:.*_proj$']}}"
+    written = r"{NoWagModifier: {requires_calibration_data: true, targets: ['re:.*_proj$']}}"
     (tmp_path / "recipe.yaml").write_text(f"default_stage:\n  default_modifiers: {written}\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path

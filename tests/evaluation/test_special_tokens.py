@@ -143,12 +143,12 @@ def test_armor_eval_says_how_windows_begin(folder, text, model, bos, capsys):
 def test_a_run_calibrates_on_such_windows_and_its_manifest_says_so(folder, text, tmp_path, bos, prefix):
     loaded, firsts = LlamaForCausalLM.from_pretrained(folder), set()
     loaded.get_input_embeddings().register_forward_pre_hook(lambda _, args: firsts.update(args[0][:, 0].tolist()))
-    targets = {"targets": ["re:.*q_proj$"]}
+    targets = {"targets": ["re:.*q_proj$"], "pattern": "2:4"}
     mapping = {
         "model": str(folder),
         "calibration": {"dataset": str(text), "samples": 4, "sequence_length": 16, "bos": bos},
         "evaluation": {"perplexity": {"dataset": str(text), "sequence_length": 16, "windows": 2, "bos": bos}},
-        "prune_stage": {"prune_modifiers": {"WandaModifier": targets}},
+        "prune_stage": {"prune_modifiers": {"WandaPruningModifier": targets}},
         "output": {"path": str(tmp_path / "out"), "format": "dense"},
     }
     armor_recipes.apply(mapping, model=loaded)

@@ -39,8 +39,8 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     ],
     "MagnitudeModifier": [{}],
     "NoWagModifier": [{}],
-    "SparseGPTModifier": [{}, {"damping": 0.1}],
-    "WandaModifier": [{}],
+    "SparseGPTModifier": [{"pattern": "2:4"}, {"mask_structure": "2:4", "dampening_frac": 0.1}],
+    "WandaPruningModifier": [{"pattern": "2:4"}],
 }
 #: Refiners go through tests/modifiers/test_refiners.py, rearrangers through test_channel_permutation.py, and modifiers of
 #: factors through test_quantization.py beside it.
@@ -91,23 +91,25 @@ def test_the_registry_is_sorted_and_read_only() -> None:
         modifiers()["X"] = Modifier  # type: ignore[index]
 
 
-@pytest.mark.parametrize("kind", config_types().values(), ids=config_types())
-def test_the_config_is_frozen_and_described(kind: type[ModifierConfig]) -> None:
+@pytest.mark.parametrize("name", config_types())
+def test_the_config_is_frozen_and_described(name: str) -> None:
+    kind = config_types()[name]
     assert issubclass(kind, ModifierConfig)
     assert kind.model_config["frozen"]
     assert kind.model_config["extra"] == "forbid"
     assert kind.__doc__
-    for name, field in kind.model_fields.items():
-        assert field.title, name
-        assert field.description, name
+    for key, field in kind.model_fields.items():
+        assert field.title, key
+        assert field.description, key
         assert field.description.endswith(".")
-    config = kind(targets=("Linear",))
+    fields: dict[str, Any] = {"targets": ("Linear",), **next(iter(EXAMPLES.get(name, [])), {})}
+    config = kind(**fields)
     with pytest.raises(pydantic.ValidationError):
         config.seed = 5
     with pytest.raises(pydantic.ValidationError):
-        kind(targets=("Linear",), blok_size=32)  # type: ignore[call-arg]
+        kind(**fields, blok_size=32)
     assert kind.model_validate(config.model_dump()) == config
-    assert hash(config) == hash(kind(targets=("Linear",)))
+    assert hash(config) == hash(kind(**fields))
 
 
 def test_the_class_declares_itself(modifier: Modifier[Any]) -> None:
@@ -241,5 +243,6 @@ def test_the_seed_is_the_modules_own() -> None:
 
 def test_calibration_is_part_of_the_config() -> None:
     spec = CalibrationSpec(dataset="builtin:random-tokens")
-    for kind in config_types().values():
-        assert kind(targets=("Linear",), calibration=spec).calibration == spec
+    for name, kind in config_types().items():
+        fields: dict[str, Any] = next(iter(EXAMPLES.get(name, [])), {})
+        assert kind(targets=("Linear",), calibration=spec, **fields).calibration == spec

@@ -39,8 +39,15 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "MagnitudeModifier": [{"targets": [ALL]}, {"targets": [ALL], "propagate": "dense", "adapter_block": 4}],
     "NoWagModifier": [{"targets": [ALL]}, {"targets": [ALL], "propagate": "dense", "pattern": "4:8"}],
-    "SparseGPTModifier": [{"targets": [ALL]}, {"targets": [ALL], "propagate": "dense", "adapter_block": 4}],
-    "WandaModifier": [{"targets": [ALL]}, {"targets": [ALL], "propagate": "dense"}],
+    "SparseGPTModifier": [
+        {"targets": [ALL], "pattern": "2:4"},
+        {"targets": [ALL], "mask_structure": "2:4", "propagate": "dense", "adapter_block": 4},
+        {"targets": [ALL], "sparsity": 0.5, "preserve_sparsity_mask": True},
+    ],
+    "WandaPruningModifier": [
+        {"targets": [ALL], "pattern": "2:4"},
+        {"targets": [r"re:.*mlp$"], "sparsity": 0.5, "propagate": "dense"},
+    ],
     "QuantizationModifier": [
         core(targets=[MLP]),
         core(4, 16, targets=[MLP]),

@@ -148,7 +148,7 @@ def test_layer_moment_takes_what_all_experts_of_the_layer_have_seen(monkeypatch:
 def test_it_goes_with_every_statistic(below: str, propagate: str) -> None:
     fields = {
         "ARMORModifier": {**HESSIAN, "propagate": propagate, "targets": [r"re:.*experts\..*(gate|up)_proj"]},
-        "SparseGPTModifier": {"targets": [r"re:.*experts\..*down_proj"], "propagate": propagate},
+        "SparseGPTModifier": {"targets": [r"re:.*experts\..*down_proj"], "pattern": "2:4", "propagate": propagate},
     }
     session = poor(below, **fields)
     assert {name: done for name, (_, done, _, _) in told(session).items()} == {f"{POOR}.{p}": below for p in PARTS}

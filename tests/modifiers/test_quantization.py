@@ -158,8 +158,12 @@ def test_refusals_say_what_to_do(source: Path) -> None:
     )
     text = refusal(recipe(source, QuantizationModifier=core(targets=[ALL]), ARMORModifier=ARMOR))
     assert "put it after an ARMORModifier" in text
-    assert "(WandaModifier stores it dense)" in refusal(
-        recipe(source, WandaModifier={"targets": [ALL]}, QuantizationModifier=core(targets=[ALL]))
+    assert "(WandaPruningModifier stores it dense)" in refusal(
+        recipe(
+            source,
+            WandaPruningModifier={"targets": [ALL], "pattern": "2:4"},
+            QuantizationModifier=core(targets=[ALL]),
+        )
     )
     text = refusal(wanted(source, **core(group_size=48)))
     assert "group_size 48 is no multiple of 16 that divides the 32 columns of" in text

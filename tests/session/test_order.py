@@ -75,10 +75,10 @@ def _registered() -> Iterator[None]:
 
 def planned(model: Path, *names: str, **fields: Any) -> Any:
     """The plan of modifiers that all take the attention's projections, in that order."""
-    block = {"block_size": 8} if "ARMORModifier" in names else {}
-    given = {name: {"targets": [ATTENTION], **fields, **(block if name == "ARMORModifier" else {})} for name in names}
+    needed = {"ARMORModifier": {"block_size": 8}, "WandaPruningModifier": {"pattern": "2:4"}}
+    given = {name: {"targets": [ATTENTION], **fields, **needed.get(name, {})} for name in names}
     mapping = recipe(model, **given)
-    if not any(name in ("ARMORModifier", "WandaModifier") for name in names):
+    if not any(name in ("ARMORModifier", "WandaPruningModifier") for name in names):
         del mapping["calibration"]
     return make_job(mapping).plan
 
@@ -97,7 +97,7 @@ def test_a_wrong_order_is_refused_with_one_that_works(llama: Path) -> None:
 def test_where_no_order_works_that_is_said(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ScaleModifier, "cannot_follow", {"stretch": "it scales what was stretched"})
     with pytest.raises(PlanError, match=r"it stretches what was scaled; no order of them works: remove one, or narrow"):
-        planned(llama, "ScaleModifier", "StretchModifier", "WandaModifier")
+        planned(llama, "ScaleModifier", "StretchModifier", "WandaPruningModifier")
 
 
 def test_rules_are_about_modules_that_both_take(llama: Path) -> None:
@@ -118,17 +118,23 @@ def test_what_must_come_before_or_after_is_asked_for(llama: Path) -> None:
 
 
 def test_what_was_measured_to_be_poor_is_warned_of_with_the_figure(llama: Path) -> None:
-    plan = planned(llama, "WandaModifier", "ScaleModifier")
+    plan = planned(llama, "WandaPruningModifier", "ScaleModifier")
     (warning,) = plan.warnings
     assert warning.modifier == "prune_stage.armor_modifiers.ScaleModifier"
-    assert warning.text.startswith("after WandaModifier on model.layers.0.self_attn.q_proj (and 7 more like it: ")
+    assert warning.text.startswith(
+        "after WandaPruningModifier on model.layers.0.self_attn.q_proj (and 7 more like it: "
+    )
     assert warning.text.endswith("): perplexity 52.8, 39.4 without")
     assert plan.to_dict()["warnings"] == [{"modifier": warning.modifier, "text": warning.text}]
 
 
 def test_an_ignore_that_matches_nothing_is_a_warning_that_is_counted(llama: Path, tmp_path: Path) -> None:
-    fields = {"targets": [MLP], "ignore": ["lm_head", "re:.*router$", r"re:.*layers\.0\..*", "Conv1d"]}
-    result = apply(recipe(llama, tmp_path / "out", WandaModifier=fields))
+    fields = {
+        "targets": [MLP],
+        "pattern": "2:4",
+        "ignore": ["lm_head", "re:.*router$", r"re:.*layers\.0\..*", "Conv1d"],
+    }
+    result = apply(recipe(llama, tmp_path / "out", WandaPruningModifier=fields))
     told = [warning.text for warning in result.plan.warnings]
     assert told == [
         f"`ignore` {name!r} matches no module of this model and holds nothing back"
@@ -136,5 +142,5 @@ def test_an_ignore_that_matches_nothing_is_a_warning_that_is_counted(llama: Path
     ]
     for name in ("armor_manifest.json", "report.json"):
         assert [row["text"] for row in json.loads((result.output / name).read_text())["warnings"]] == told
-    again = apply(recipe(llama, tmp_path / "again", WandaModifier={**fields, "ignore": ["lm_head"]}))
+    again = apply(recipe(llama, tmp_path / "again", WandaPruningModifier={**fields, "ignore": ["lm_head"]}))
     assert "warnings" not in again.report

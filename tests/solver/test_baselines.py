@@ -15,6 +15,7 @@ from armor_recipes.solver.baselines import (
     low_rank_adapter,
     magnitude_scores,
     sparsegpt,
+    unstructured_mask,
     wanda_scores,
 )
 from armor_recipes.solver.patterns import magnitude_mask
@@ -301,3 +302,65 @@ def test_adapters_that_do_not_fit(pruned: tuple[int, ...], moment: tuple[int, ..
 )
 def test_equal_bytes(shape: tuple[int, int], values: int, rank: int) -> None:
     assert adapter_rank(*shape, values) == rank
+
+
+def literal_share(weight: Tensor, gram: Tensor, share: float, columns: int, *, keep_zeros: bool) -> Tensor:
+    """SparseGPT without a pattern, from its formula: the factor of H⁻¹, and a threshold over all rows of each block."""
+    w, factor = weight.double().clone(), torch.linalg.cholesky(torch.linalg.inv(gram.double())).mT
+    zeros = w == 0 if keep_zeros else torch.zeros_like(w, dtype=torch.bool)
+    for start in range(0, w.shape[1], columns):
+        block = slice(start, start + columns)
+        cost = (w[:, block] / factor.diagonal()[block]).square().masked_fill(zeros[:, block], 0.0)
+        rank = int(cost.numel() * share)
+        prune = cost <= cost.flatten().sort().values[rank]
+        if rank <= int(zeros[:, block].sum()) and keep_zeros:
+            prune = zeros[:, block]
+        for j in range(start, min(start + columns, w.shape[1])):
+            found = w[:, j].masked_fill(prune[:, j - start], 0.0)
+            w[:, j:] -= ((w[:, j] - found) / factor[j, j])[:, None] * factor[j, j:]
+            w[:, j] = found
+        w[:, block] = w[:, block].masked_fill(prune, 0.0)
+        w[:, start + columns :] = w[:, start + columns :].masked_fill(zeros[:, start + columns :], 0.0)
+    return w.float()
+
+
+@given(seed=SEEDS, share=st.sampled_from([0.25, 0.5, 0.8]), columns=st.sampled_from([3, 8, 20]), zeros=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_a_share_of_each_block_is_pruned(seed: int, share: float, columns: int, zeros: bool) -> None:
+    weight, gram = problem(seed, 5, 16)
+    if zeros:
+        weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.2] = 0
+    pruned, mask, counts = sparsegpt(
+        weight, gram, damping=0.0, block_columns=columns, sparsity=max(share, 0.5), keep_zeros=zeros
+    )
+    wanted = literal_share(weight, gram, max(share, 0.5), columns, keep_zeros=zeros)
+    assert torch.equal(pruned == 0, wanted == 0)
+    assert torch.equal(mask, pruned != 0)
+    assert counts == {}
+    assert not zeros or not bool(pruned[weight == 0].any())
+    torch.testing.assert_close(pruned, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_zeros_are_kept_in_a_pattern() -> None:
+    weight, gram = problem(3, 6, 16)
+    weight[:, 1::4] = 0
+    pruned, mask, _ = sparsegpt(weight, gram, keep_zeros=True)
+    assert not bool(pruned[:, 1::4].any())
+    assert (mask.view(6, 4, 4).sum(-1) == 2).all()
+    weight[:, ::2] = weight[:, 3::4] = 0
+    with pytest.raises(NumericalError, match=r"100\.0 % of the weights are zero already, more than the 50\.0 %"):
+        sparsegpt(weight, gram, keep_zeros=True)
+
+
+def test_a_share_of_each_row_by_hand() -> None:
+    scores = torch.tensor([[4.0, 1, 3, 2, 5], [0, 0, 0, 0, 0]])
+    assert unstructured_mask(scores, 0.5).tolist() == [
+        [True, False, True, False, True],
+        [False, False, True, True, True],
+    ]
+
+
+@pytest.mark.parametrize("fields", [{"sparsity": 1.0}, {"sparsity": -0.1}, {"sparsity": 0.5, "block_columns": 0}])
+def test_a_share_that_is_none_is_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="sparsity="):
+        sparsegpt(torch.ones(2, 4), torch.eye(4), **fields)  # type: ignore[arg-type]

@@ -10,7 +10,6 @@ from armor_recipes.calibration.statistics import InputSecondMoment
 from armor_recipes.modifiers.pruning import PruningConfig, PruningModifier
 from armor_recipes.modifiers.registry import register
 from armor_recipes.solver.baselines import magnitude_scores
-from armor_recipes.solver.patterns import magnitude_mask
 
 
 class MagnitudeConfig(PruningConfig):
@@ -28,4 +27,4 @@ class MagnitudeModifier(PruningModifier[MagnitudeConfig]):
 
     def prune(self, weight: Tensor, statistic: InputSecondMoment) -> tuple[Tensor, Mapping[str, int]]:  # noqa: ARG002
         """Mask the weight `(O, I)`; kept values are untouched."""
-        return weight * magnitude_mask(magnitude_scores(weight), self.pattern), {}
+        return weight * self.mask(magnitude_scores(weight)), {}

@@ -1,4 +1,4 @@
-"""SparseGPT: plain 2:4 pruning in which kept weights make up for removed ones (arXiv 2301.00774)."""
+"""SparseGPT: plain pruning in which kept weights make up for removed ones (arXiv 2301.00774)."""
 
 from armor_recipes.modifiers.sparsegpt.modifier import SparseGPTConfig, SparseGPTModifier
 

@@ -1,5 +1,5 @@
-"""Wanda: plain 2:4 pruning by weight and activation (arXiv 2306.11695)."""
+"""Wanda: plain pruning by weight and activation (arXiv 2306.11695)."""
 
-from armor_recipes.modifiers.wanda.modifier import WandaConfig, WandaModifier
+from armor_recipes.modifiers.wanda.modifier import WandaPruningConfig, WandaPruningModifier
 
-__all__ = ["WandaConfig", "WandaModifier"]
+__all__ = ["WandaPruningConfig", "WandaPruningModifier"]

@@ -1,0 +1,70 @@
+"""The embedded model in float32, and one recipe run by llm-compressor and by us on the same windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from armor_recipes.builtin import model_folder
+from armor_recipes.calibration.tokens import build_tokens
+from armor_recipes.integrations.models import load_model
+from armor_recipes.session import Session
+from tests.support.engine import make_job
+
+Weights = dict[str, Tensor]
+#: Takes the modifiers of a recipe by their names, and gives llm-compressor's weights and ours.
+Both = Callable[[Mapping[str, Any]], tuple[Weights, Weights]]
+#: Few tokens leave H so close to singular that float32, in which llm-compressor factorises it, decides near ties otherwise.
+CALIBRATION = {"dataset": "builtin:pydoc", "samples": 96, "sequence_length": 128, "batch_size": 1}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the embedded model in float32."""
+    folder, source = tmp_path_factory.mktemp("float32"), model_folder("stdlib-llama")
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def both(model: Path) -> Both:
+    """Runs a recipe's modifiers, in the words of llm-compressor, in its `oneshot` and in a session of ours."""
+
+    def run(modifiers: Mapping[str, Any]) -> tuple[Weights, Weights]:
+        stage = {"prune_stage": {"prune_modifiers": dict(modifiers)}}
+        job = make_job({"model": str(model), "calibration": CALIBRATION, **stage, "output": {"path": "out"}})
+        (spec,) = {entry.config.calibration for entry in job.recipe.modifiers if entry.config.calibration}
+        inputs = build_tokens(spec, tokenizer=AutoTokenizer.from_pretrained(model), vocab_size=2048)
+        theirs = _oneshot(model, stage, inputs.ids)
+        ours = load_model(job.source, device=job.device)
+        with Session(job.recipe, job.plan, ours, job.modifiers, {spec: inputs}, stored_dtype=torch.float32) as session:
+            session.run()
+        return _weights(theirs), _weights(ours)
+
+    return run
+
+
+def _oneshot(model: Path, recipe: Mapping[str, Any], ids: Tensor) -> torch.nn.Module:
+    import yaml
+    from llmcompressor import oneshot
+
+    found: torch.nn.Module = oneshot(
+        model=AutoModelForCausalLM.from_pretrained(model),
+        recipe=yaml.safe_dump(recipe),
+        dataset=Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}),
+        num_calibration_samples=len(ids),
+        shuffle_calibration_samples=False,
+    )
+    return found
+
+
+def _weights(model: torch.nn.Module) -> Weights:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
