@@ -22,11 +22,12 @@ from armor_recipes.errors import ArmorError, NumericalError, PlanError
 from armor_recipes.integrations.oneshot.cores import attach, check_plain, check_unquantized, is_core
 from armor_recipes.integrations.oneshot.order import check_alone, check_order
 from armor_recipes.integrations.oneshot.saving import guard
+from armor_recipes.model.blocks import find_stacks
 from armor_recipes.modifiers import modifiers
 from armor_recipes.modifiers.base import ModuleShape, SolveProgress, Statistic
 from armor_recipes.modifiers.kinds.module import Modifier, Outcome
 from armor_recipes.modifiers.kinds.pool import in_order
-from armor_recipes.plan.targets import resolve_targets
+from armor_recipes.plan.targets import Tree, resolve_targets
 
 try:
     from llmcompressor.core import Event, State, active_session
@@ -89,7 +90,7 @@ class OneshotModifier(TheirModifier):  # type: ignore[misc]
     def on_initialize(self, state: State, **_: Any) -> bool:
         """Resolve the targets, and check modules, sizes and the recipe's order; nothing is changed. Raises PlanError."""
         model = state.model
-        names = resolve_targets(tuple(model.named_modules()), self._ours.config).names
+        names = resolve_targets(Tree(tuple(model.named_modules()), find_stacks(model)), self._ours.config).names
         self._modules = {name: model.get_submodule(name) for name in names}
         for name, module in self._modules.items():
             check_plain(name, module)

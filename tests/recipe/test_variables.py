@@ -105,8 +105,13 @@ def test_inherited_modifiers_stages_and_sections_are_removed(base: Path) -> None
     assert [entry.name for entry in recipe.modifiers] == ["ARMORModifier"]
     assert recipe.stages == ("prune_stage",)
     assert recipe.metadata is None
-    again = load(above(base, "remove: late_stage\nlate_stage: {armor_modifiers: {WandaModifier: {targets: Linear}}}\n"))
-    assert again.modifiers[-1].name == "WandaModifier"
+    again = load(
+        above(
+            base,
+            "remove: late_stage\nlate_stage: {armor_modifiers: {WandaPruningModifier: {targets: Linear, pattern: '2:4'}}}\n",
+        )
+    )
+    assert again.modifiers[-1].name == "WandaPruningModifier"
     other = base.with_name("other.yaml")
     other.write_text("remove: late_stage\n")
     assert load(base, other).stages == ("prune_stage",)
