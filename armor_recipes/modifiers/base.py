@@ -302,9 +302,9 @@ class AnyModifier(ABC, Generic[C]):
         """What rules about order may call it: its category and its traits."""
         return (self.category, *self.traits)
 
-    def poor_after(self, earlier: AnyModifier[Any]) -> str:  # noqa: ARG002 - for those that have a figure
-        """What was measured of it where it follows another one on a module and that is legal, but poor: the figure, and what is
-        better, as a sentence; empty where nothing was. The plan warns of it.
+    def poor_after(self, earlier: AnyModifier[Any], rows: Sequence[Any]) -> str:  # noqa: ARG002 - for those that have a figure
+        """What was measured of it where it follows another one on modules and that is legal, but poor: the figure, and what is
+        better, as a sentence; empty where nothing was. The plan warns of it. `rows` are its own on the modules that both take.
         """
         return ""
 

@@ -35,13 +35,18 @@ def order_problems(recipe: Recipe, rows: Sequence[Row], modifiers: Modifiers) ->
 
 def order_warnings(recipe: Recipe, rows: Sequence[Row], modifiers: Modifiers) -> list[PlanWarning]:
     """What is legal, and was measured to be poor: a sentence with the figure for each two entries."""
-    pairs = _pairs(recipe, _touched(rows))
-    found = [(pair, modifiers[pair.then.key].poor_after(modifiers[pair.first.key])) for pair in pairs]
+    found = [(pair, _poor(pair, rows, modifiers)) for pair in _pairs(recipe, _touched(rows))]
     return [
         PlanWarning(pair.then.key, f"after {pair.first.name} on {once('{}', pair.names)}: {figure}")
         for pair, figure in found
         if figure
     ]
+
+
+def _poor(pair: _Pair, rows: Sequence[Row], modifiers: Modifiers) -> str:
+    names = set(pair.names)
+    own = [row for row in rows if row.modifier == pair.then.key and names.intersection(row.touches)]
+    return modifiers[pair.then.key].poor_after(modifiers[pair.first.key], own)
 
 
 def _touched(rows: Sequence[Row]) -> dict[str, dict[str, None]]:

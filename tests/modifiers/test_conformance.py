@@ -120,7 +120,7 @@ def test_the_class_declares_itself(modifier: Modifier[Any]) -> None:
     rules = (kind.cannot_follow, kind.needs_before, kind.needs_after)
     assert all(isinstance(reason, str) and reason for rule in rules for reason in rule.values())
     assert kind.category in modifier.words
-    assert isinstance(modifier.poor_after(modifier), str)
+    assert isinstance(modifier.poor_after(modifier, ()), str)
 
 
 def test_a_plan_is_made_of_whole_bytes(modifier: Modifier[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,7 +42,8 @@ class ScaleModifier(Modifier[ScaleConfig]):
     def loss(self, weight: Tensor, statistic: Any, approximation: Tensor) -> float:
         return 0.0
 
-    def poor_after(self, earlier: AnyModifier[Any]) -> str:
+    def poor_after(self, earlier: AnyModifier[Any], rows: Sequence[Any]) -> str:
+        assert all(row.name for row in rows)
         return "perplexity 52.8, 39.4 without" if "prune" in earlier.words else ""
 
 
@@ -126,6 +127,18 @@ def test_what_was_measured_to_be_poor_is_warned_of_with_the_figure(llama: Path) 
     )
     assert warning.text.endswith("): perplexity 52.8, 39.4 without")
     assert plan.to_dict()["warnings"] == [{"modifier": warning.modifier, "text": warning.text}]
+
+
+@pytest.mark.parametrize(
+    ("bits", "fields", "figure"), [(4, {"resolve": False}, "38 %"), (4, {}, "12 to 18 %"), (8, {}, "")]
+)
+def test_int4_cores_are_warned_of(llama: Path, bits: int, fields: dict[str, Any], figure: str) -> None:
+    groups = {"core": {"weights": {"num_bits": bits, "strategy": "group", "group_size": 16}}}
+    armor = {"targets": [MLP], "block_size": 8}
+    quantize = {"targets": [MLP], "config_groups": groups, **fields}
+    told = make_job(recipe(llama, ARMORModifier=armor, QuantizationModifier=quantize)).plan.warnings
+    assert bool(told) == bool(figure)
+    assert all(figure in warning.text for warning in told)
 
 
 def test_an_ignore_that_matches_nothing_is_a_warning_that_is_counted(llama: Path, tmp_path: Path) -> None:
