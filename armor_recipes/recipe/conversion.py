@@ -9,13 +9,14 @@ from pathlib import Path
 import yaml
 
 from armor_recipes.recipe import llmcompressor, yaml_source
-from armor_recipes.recipe.composition import Files
+from armor_recipes.recipe.composition import REMOVE, Files
 from armor_recipes.recipe.dialect import Dialect
 from armor_recipes.recipe.loading import Registry, check
 from armor_recipes.recipe.problems import Mark, Problems
 from armor_recipes.recipe.python_recipe import read_python
 from armor_recipes.recipe.stages import GROUP, STAGE
-from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, plain
+from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, plain, without
+from armor_recipes.recipe.variables import substitute
 from armor_recipes.recipe.yaml_source import Dumper
 
 QUANTISER = "QuantizationModifier"
@@ -43,7 +44,7 @@ def convert_recipe(path: Path, *, registry: Registry) -> Converted:
     rewriting = Rewriting(registry)
     dialect = Dialect(registry, problems)
     table = dialect.read(rewriting.read(table))
-    check(_completed(table), registry, problems)
+    check(_completed(substitute(without(table, REMOVE), problems)), registry, problems)
     text = yaml.dump(plain(table), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
     return Converted(text, (*notes, *rewriting.notes, *dialect.notes))
 

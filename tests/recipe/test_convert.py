@@ -180,6 +180,13 @@ def test_other_files_are_converted_too(tmp_path: Path) -> None:
         convert_recipe(tmp_path / "absent.py", registry=REGISTRY)
 
 
+def test_variables_stay_in_what_is_converted(tmp_path: Path) -> None:
+    text = "vars: {rate: 0.1}\na_stage: {b_modifiers: {GPTQModifier: {percdamp: '${rate}', targets: [a]}}}\n"
+    made = yaml.safe_load(converted(tmp_path, text, "own.yaml").yaml)
+    assert made["vars"] == {"rate": {"default": 0.1}}
+    assert made["a_stage"]["b_modifiers"]["GPTQModifier"]["dampening_frac"] == "${rate}"
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     position=st.integers(0, len(SCRIPT) - 1),
