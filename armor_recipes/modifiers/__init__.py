@@ -20,6 +20,7 @@ from armor_recipes.modifiers.kinds.factor import FactorModifier, FactorOutcome
 from armor_recipes.modifiers.kinds.module import Modifier, Outcome
 from armor_recipes.modifiers.kinds.rearranger import Chain, Rearrangement, Rearranger
 from armor_recipes.modifiers.kinds.refiner import RefineOutcome, Refiner, RefineTask, RefineUnit, UnitOutput
+from armor_recipes.modifiers.kinds.smoother import Smoother
 from armor_recipes.modifiers.registry import config_types, modifiers, register
 from armor_recipes.modifiers.seeding import module_seed
 from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner
@@ -50,6 +51,7 @@ __all__ = [
     "RefineTask",
     "RefineUnit",
     "Refiner",
+    "Smoother",
     "SolveProgress",
     "SplitGram",
     "Statistic",

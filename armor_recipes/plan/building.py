@@ -161,7 +161,7 @@ def _check_first(
     for other, earlier in before:
         if other.stage == entry.stage and earlier.needs.when != "before":
             raise PlanError(
-                f"it reorders a layer before anything in it is observed or changed, but {other.name} ({other.where}) stands "
+                f"it changes a layer before others observe or change anything in it, but {other.name} ({other.where}) stands "
                 f"before it in {entry.stage}; move it to the front of its stage"
             )
 

@@ -20,6 +20,7 @@ from armor_recipes.modifiers import (
     Outcome,
     Rearranger,
     Refiner,
+    Smoother,
     config_types,
     modifiers,
 )
@@ -42,9 +43,11 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "SparseGPTModifier": [{"pattern": "2:4"}, {"mask_structure": "2:4", "dampening_frac": 0.1}],
     "WandaPruningModifier": [{"pattern": "2:4"}],
 }
-#: Refiners go through tests/modifiers/test_refiners.py, rearrangers through test_channel_permutation.py, and modifiers of
+#: Refiners go through tests/modifiers/test_refiners.py, rearrangers and smoothers through a file of their own, and modifiers of
 #: factors through test_quantization.py beside it.
-OTHER_KINDS = {name for name, kind in modifiers().items() if issubclass(kind, (FactorModifier, Rearranger, Refiner))}
+OTHER_KINDS = {
+    name for name, kind in modifiers().items() if issubclass(kind, (FactorModifier, Rearranger, Refiner, Smoother))
+}
 CASES = [
     (name, index) for name in modifiers() if name not in OTHER_KINDS for index in range(len(EXAMPLES.get(name, [{}])))
 ]

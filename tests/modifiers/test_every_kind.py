@@ -65,6 +65,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {**TRAINED, "hidden_layers": "all", "compute_dtype": "bfloat16"},
         {**TRAINED, "hidden_layers": 0},
     ],
+    "SmoothQuantModifier": [{}, {"mappings": [[[r"re:.*(gate|up)_proj"], r"re:.*post_attention_layernorm"]]}],
     "ChannelPermutationModifier": [
         {"targets": [DOWN]},
         {"targets": [DOWN, r"re:.*o_proj$"], "propagate": "dense", "block_size": 8},
@@ -76,6 +77,7 @@ AROUND: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ChangingFactors": (BEFORE, {}),
     "Refining": (BEFORE, {}),
     "Rearranging": ({}, {"NoWagModifier": {"targets": [MLP]}}),
+    "Smoothing": ({}, {"NoWagModifier": {"targets": [ALL]}}),
 }
 CASES = [(name, index) for name, fields in OPTIONS.items() for index in range(len(fields))]
 case = pytest.mark.parametrize(("name", "index"), CASES, ids=[f"{name}-{index}" for name, index in CASES])
