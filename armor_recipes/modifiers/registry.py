@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import pkgutil
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from armor_recipes.modifiers.base import AnyModifier
+from armor_recipes.recipe.llmcompressor import MODIFIERS, STEP_PYTHON
 from armor_recipes.recipe.schema import ModifierConfig
 from armor_recipes.recipe.stages import KnownModifiers
 
@@ -46,7 +49,8 @@ def modifiers() -> Mapping[str, type[AnyModifier[Any]]]:
 
 def config_types() -> KnownModifiers:
     """What the recipe loader is handed: the config class of each registered modifier, and which plug-ins cannot be used."""
-    return KnownModifiers({name: cls.config_type for name, cls in modifiers().items()}, broken=_discover())
+    steps = MODIFIERS if os.environ.get(STEP_PYTHON) or find_spec("llmcompressor") is not None else ()
+    return KnownModifiers({name: cls.config_type for name, cls in modifiers().items()}, broken=_discover(), steps=steps)
 
 
 @functools.cache

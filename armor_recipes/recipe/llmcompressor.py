@@ -12,6 +12,8 @@ from armor_recipes.recipe.problems import show
 from armor_recipes.recipe.tree import Node, Scalar, is_null, plain
 
 EXTRA = "armor-recipes[llmcompressor]"
+STEP_PYTHON = "ARMOR_LLMCOMPRESSOR_PYTHON"
+"""The environment variable that names a Python which has llm-compressor, where this one has none."""
 
 _QUANTISATION = (
     "targets",

@@ -15,6 +15,7 @@ from armor_recipes.recipe.python_source import read_mapping
 from armor_recipes.recipe.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import ModifierConfig, MoeSpec, Sections
 from armor_recipes.recipe.stages import SECTIONS, STAGE, Placed, Stages, listed_names
+from armor_recipes.recipe.steps import first_steps
 from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, is_null, merge, plain, without
 from armor_recipes.recipe.validation import Model, validate
 from armor_recipes.recipe.variables import substitute
@@ -128,7 +129,9 @@ def check(table: Table, registry: Registry, problems: Problems) -> Recipe:
     """Return the recipe that a merged tree in our words makes. Raises RecipeError with all problems, also those noted before."""
     sections = _sections(table, problems)
     default = table.entries.get("calibration")
-    placed = list(Stages(registry, problems).walk(table))
+    found = list(Stages(registry, problems).walk(table))
+    steps = first_steps(found, problems)
+    placed = [one for one in found if not one.is_step]
     if not placed and all(problem.path[:1] and problem.path[0] in SECTIONS for problem in problems.found):
         problems.add(table.mark, (), "the recipe has no modifier; add `NAME_stage: {NAME_modifiers: {MODIFIER: {…}}}`")
     configs = [_config(modifier, registry[modifier.kind], default, problems) for modifier in placed]
@@ -151,6 +154,7 @@ def check(table: Table, registry: Registry, problems: Problems) -> Recipe:
         moe=sections.moe or MoeSpec(),
         metadata=sections.metadata,
         resolved=_resolved(table),
+        steps=steps,
     )
 
 

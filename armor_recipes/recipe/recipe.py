@@ -46,6 +46,17 @@ class ModifierEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class StepEntry:
+    """One modifier that only llm-compressor has, with its own fields, which its `oneshot` runs before any of ours."""
+
+    name: str
+    kind: str
+    stage: str
+    fields: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A checked recipe. `modifiers` and `stages` are in the order in which they run.
 
@@ -66,6 +77,8 @@ class Recipe:
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     metadata: MetadataSpec | None = None
+    steps: tuple[StepEntry, ...] = ()
+    """What llm-compressor runs first, in this order."""
 
     @property
     def datasets(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from armor_recipes.recipe.llmcompressor import not_here
@@ -32,11 +32,21 @@ DROPPED = {
 
 
 class KnownModifiers(dict[str, type[ModifierConfig]]):
-    """The config class of each registered modifier by name. `broken` tells of plug-ins whose modifiers are missing, and why."""
+    """The config class of each registered modifier by name.
 
-    def __init__(self, known: Mapping[str, type[ModifierConfig]], *, broken: Sequence[str] = ()) -> None:
+    `broken` tells of plug-ins whose modifiers are missing, and why; `steps` names those that llm-compressor's `oneshot` can run.
+    """
+
+    def __init__(
+        self,
+        known: Mapping[str, type[ModifierConfig]],
+        *,
+        broken: Sequence[str] = (),
+        steps: Collection[str] = (),
+    ) -> None:
         super().__init__(known)
         self.broken = tuple(broken)
+        self.steps = frozenset(steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,7 @@ class Placed:
     kind: str
     fields: Table
     mark: Mark
+    is_step: bool = False
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -96,7 +107,7 @@ class Stages:
                 continue
             table = Table({}, fields.mark) if is_null(fields.node) else fields.node
             if isinstance(table, Table):
-                yield Placed(stage, group, name, kind, table, fields.mark)
+                yield Placed(stage, group, name, kind, table, fields.mark, kind not in self.registry)
             else:
                 self._expect(fields, path, "must be a mapping of the modifier's fields")
 
@@ -128,6 +139,8 @@ class Stages:
         if at and not INSTANCE_NAME.fullmatch(instance):
             text = f"the name after @ is {show(instance)}; it takes letters, digits, - and _"
             self.problems.add(mark, path, text)
+        if kind not in self.registry and isinstance(self.registry, KnownModifiers) and kind in self.registry.steps:
+            return True
         if kind not in self.registry:
             broken = self.registry.broken if isinstance(self.registry, KnownModifiers) else ()
             known = nearest(kind, self.registry, noun="registered modifier")

@@ -25,6 +25,7 @@ from armor_recipes.events import Observer, ignore_events
 from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.models import attention_of, load_model, written_dtypes
 from armor_recipes.integrations.names import left_behind
+from armor_recipes.integrations.oneshot.step import Step, run_step
 from armor_recipes.model.forms import linearise, restore
 from armor_recipes.model.inputs import random_inputs
 from armor_recipes.modifiers import config_types
@@ -208,6 +209,8 @@ class _Run:
     def compress(self) -> Session:
         """Run a session to its end; it holds the results."""
         job = self.job
+        if job.recipe.steps:
+            self.take_steps()
         self.watch.phase("compress")
         with Session(
             job.recipe,
@@ -221,6 +224,23 @@ class _Run:
         ) as session:
             session.run()
         return session
+
+    def take_steps(self) -> None:
+        """Let llm-compressor change the dense model first; all that follows goes on from that."""
+        job, given = self.job, self.ready.data.tokens
+        self.watch.phase("llm-compressor")
+        inputs = None if job.recipe.calibration is None else given.get(job.recipe.calibration)
+        windows = inputs is not None and inputs.is_windows
+        samples = (
+            [] if inputs is None or not windows else [inputs.sample(n)["input_ids"][0] for n in range(len(inputs))]
+        )
+        modifiers = [(step.kind, step.fields) for step in job.recipe.steps]
+        restore(self.model)
+        dtypes = written_dtypes(self.model, job.source)
+        step = Step(modifiers, self.ready.tokenizer, samples)
+        run_step(self.model, step, dtype=job.source.stored_dtype, dtypes=dtypes)
+        linearise(self.model, job.plan.forms)
+        check_weights(self.model, job.plan)
 
     @contextmanager
     def told_as_lost(self, output: Path, facts: Facts) -> Iterator[None]:

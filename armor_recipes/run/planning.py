@@ -94,7 +94,12 @@ def planned(
     plan = make_plan(recipe, shapes, instances, itemsize=source.stored_dtype.itemsize)
     forms = forms_of(shapes, plan.shapes)
     restore(shapes, set(every).difference(forms))
-    return replace(plan, forms=forms, notes=(*plan.notes, *narrowed(plan, source, shapes)))
+    first = tuple(
+        f"{step.where}: {step.name} runs first, on the dense model, by llm-compressor's own oneshot; time and memory of it are not "
+        "in the estimate"
+        for step in recipe.steps
+    )
+    return replace(plan, forms=forms, notes=(*plan.notes, *first, *narrowed(plan, source, shapes)))
 
 
 def parse_device(name: str) -> torch.device:

@@ -1,0 +1,130 @@
+"""Modifiers of llm-compressor as the first step of a run: its own `oneshot`, in a process of its own, on the dense model.
+
+The model is written to a folder that vanishes, `oneshot` runs on it, and the weights are read back into the model in memory. The
+process may be of another Python, where its pins differ from ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from armor_recipes.checkpoint.files import CONFIG_FILE, read_config, write_whole
+from armor_recipes.checkpoint.writer import write_checkpoint
+from armor_recipes.errors import InputError, PlanError, ResourceError
+from armor_recipes.integrations.models import load_dense
+from armor_recipes.recipe.llmcompressor import STEP_PYTHON
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PROGRAM = Path(__file__).with_name("child.py")
+#: Of what a failed process wrote, so much is told.
+_TOLD = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Modifiers of llm-compressor that follow each other, as its recipe has them: (kind, fields)."""
+
+    modifiers: Sequence[tuple[str, Mapping[str, Any]]]
+    tokenizer: Any | None
+    samples: Sequence[Tensor]
+    """Token ids `(L,)` to calibrate on; none for modifiers without data."""
+
+    @property
+    def names(self) -> str:
+        """For messages."""
+        return ", ".join(kind for kind, _ in self.modifiers)
+
+
+@torch.no_grad()
+def run_step(model: PreTrainedModel, step: Step, *, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Change the model's weights as llm-compressor does.
+
+    Args:
+        model: a stock model in memory, in its compute dtype.
+        step: what to run.
+        dtype: what config.json names.
+        dtypes: of float tensors on disk.
+
+    Raises:
+        InputError: where llm-compressor fails; its last lines are told.
+        PlanError: where it leaves a quantised model, or one of another structure: nothing of ours could go on with it.
+    """
+    with tempfile.TemporaryDirectory(prefix="armor-oneshot-") as made:
+        folder = Path(made)
+        (folder / "dense").mkdir()
+        write_checkpoint(model, {}, folder / "dense", dtype=dtype, dtypes=dtypes)
+        if step.tokenizer is not None:
+            step.tokenizer.save_pretrained(str(folder / "dense"))
+        _call(step, folder)
+        _read_back(model, step, folder / "result")
+
+
+def _call(step: Step, folder: Path) -> None:
+    """Run the other process on `dense`, so that it makes `result`."""
+    stage = {"step_stage": {f"step{n}_modifiers": {kind: dict(f)} for n, (kind, f) in enumerate(step.modifiers)}}
+    (folder / "recipe.json").write_text(json.dumps(stage))
+    if step.samples:
+        save_file({str(n): ids.contiguous() for n, ids in enumerate(step.samples)}, folder / "samples.safetensors")
+    python = os.environ.get(STEP_PYTHON) or sys.executable
+    try:
+        done = subprocess.run([python, "-P", str(_PROGRAM), str(folder)], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise InputError(
+            f"{STEP_PYTHON} is {python!r}, which cannot be run ({error.strerror}): name a Python"
+        ) from error
+    if done.returncode < 0:
+        raise ResourceError(f"llm-compressor's oneshot with {step.names} was killed by signal {-done.returncode}")
+    if done.returncode:
+        raise InputError(f"llm-compressor's oneshot with {step.names} failed:\n{done.stderr.strip()[-_TOLD:]}")
+
+
+def _read_back(model: PreTrainedModel, step: Step, result: Path) -> None:
+    config = read_config(result)
+    left = config.pop("quantization_config", None)
+    if left is not None and _is_fused(left):
+        write_whole(result / CONFIG_FILE, json.dumps(config).encode())
+    elif left is not None:
+        raise PlanError(
+            f"{step.names} left a quantised model or online transforms, with which nothing here can go on: run it by itself with "
+            "llm-compressor, or take a modifier of ours"
+        )
+    own: dict[str, Tensor] = model.state_dict()
+    parameter = next(model.parameters())
+    found: dict[str, Tensor] = load_dense(str(result), dtype=parameter.dtype, device=parameter.device).state_dict()
+    changed = next(_other_shapes(own, found), None)
+    if changed is None:
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+        changed = next((name for name, tensor in own.items() if not torch.equal(tensor, found[name])), None)
+    if changed is not None:
+        raise PlanError(
+            f"{step.names} left a model of another structure ({changed} is no tensor of its own here, or of another shape): run it "
+            "by itself with llm-compressor, and give the folder that it writes as `model`"
+        )
+
+
+def _is_fused(quantization: Mapping[str, Any]) -> bool:
+    """Whether it tells of rotations alone that lie in the weights already, so that a loader has nothing to do."""
+    groups = (quantization.get("transform_config") or {}).get("config_groups") or {}
+    places = {apply["location"] for group in groups.values() for apply in group["apply"]}
+    return not quantization.get("config_groups") and places <= {"weight_input", "weight_output"}
+
+
+def _other_shapes(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
+    for name in sorted({*own, *found}):
+        if name not in own or name not in found or own[name].shape != found[name].shape:
+            yield name
