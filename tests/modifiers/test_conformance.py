@@ -43,6 +43,8 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "SparseGPTModifier": [{"pattern": "2:4"}, {"mask_structure": "2:4", "dampening_frac": 0.1}],
     "WandaPruningModifier": [{"pattern": "2:4"}],
 }
+#: What the configs of other kinds cannot do without.
+REQUIRED: dict[str, dict[str, Any]] = {"QuantizationModifier": {"scheme": "W8A16"}}
 #: Refiners go through tests/modifiers/test_refiners.py, rearrangers and smoothers through a file of their own, and modifiers of
 #: factors through test_quantization.py beside it.
 OTHER_KINDS = {
@@ -105,7 +107,7 @@ def test_the_config_is_frozen_and_described(name: str) -> None:
         assert field.title, key
         assert field.description, key
         assert field.description.endswith(".")
-    fields: dict[str, Any] = {"targets": ("Linear",), **next(iter(EXAMPLES.get(name, [])), {})}
+    fields: dict[str, Any] = {"targets": ("Linear",), **REQUIRED.get(name, next(iter(EXAMPLES.get(name, [])), {}))}
     config = kind(**fields)
     with pytest.raises(pydantic.ValidationError):
         config.seed = 5
