@@ -249,5 +249,5 @@ def test_the_seed_is_the_modules_own() -> None:
 def test_calibration_is_part_of_the_config() -> None:
     spec = CalibrationSpec(dataset="builtin:random-tokens")
     for name, kind in config_types().items():
-        fields: dict[str, Any] = next(iter(EXAMPLES.get(name, [])), {})
+        fields: dict[str, Any] = REQUIRED.get(name, next(iter(EXAMPLES.get(name, [])), {}))
         assert kind(targets=("Linear",), calibration=spec, **fields).calibration == spec
