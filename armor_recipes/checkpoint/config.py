@@ -18,6 +18,7 @@ from torch import Tensor
 
 from armor_recipes.checkpoint.header import shown
 from armor_recipes.checkpoint.packing import GROUP_STEP, KEPT_PER_VALUE, PackedLinear
+from armor_recipes.checkpoint.quantized import FORMATS, MIXED, Scheme
 from armor_recipes.errors import CheckpointError
 
 FORMAT = "sparse-24-bitmask"
@@ -110,14 +111,16 @@ def quantization_config(
     ignore: Sequence[str],
     shared: Mapping[str, str] | None = None,
     tied: Mapping[str, str] | None = None,
+    quantized: Mapping[str, Scheme] | None = None,
 ) -> dict[str, Any]:
     """Describe these layers, with keys and an order that depend on nothing but the arguments.
 
     Args:
-        layers: full module name → packed layer, or block size, core type and group size of one; not empty.
+        layers: full module name → packed layer, or block size, core type and group size of one.
         ignore: full names of the linear modules left dense.
         shared: full name of a module without a B of its own → of the module of the same group whose B it uses.
         tied: full name of a further module that has the weight of a layer, and is none of `layers` → of that layer.
+        quantized: full module name → what a plain layer is quantised to. There is a layer here or in `layers`.
     """
     groups: dict[LayerSpec, list[str]] = defaultdict(list)
     stored, tied = dict(shared or {}), tied or {}
@@ -126,11 +129,11 @@ def quantization_config(
         groups[LayerSpec(layer.block_size, layer.core, None, layer.group_size)].append(name)
     ordered = sorted(groups, key=lambda spec: (spec.block_size, spec.core, spec.group_size or 0))
     used = stored | {use: stored[owner] for use, owner in tied.items() if owner in stored}
+    found = [_group(sorted(groups[spec]), spec, used, tied) for spec in ordered] + _plain_groups(quantized or {})
+    formats = {group["format"] for group in found}
     return {
-        "config_groups": {
-            f"group_{index}": _group(sorted(groups[spec]), spec, used, tied) for index, spec in enumerate(ordered)
-        },
-        "format": FORMAT,
+        "config_groups": {f"group_{index}": group for index, group in enumerate(found)},
+        "format": formats.pop() if len(formats) == 1 else MIXED,
         "global_compression_ratio": None,
         "ignore": sorted(ignore),
         "kv_cache_scheme": None,
@@ -138,6 +141,15 @@ def quantization_config(
         "quantization_status": "compressed",
         "version": SCHEMA_VERSION,
     }
+
+
+def _plain_groups(quantized: Mapping[str, Scheme]) -> list[dict[str, Any]]:
+    """A group for each scheme, in the order of their texts."""
+    names: dict[Scheme, list[str]] = defaultdict(list)
+    for name, scheme in quantized.items():
+        _check_target(name)
+        names[scheme].append(name)
+    return [scheme.group(sorted(names[scheme])) for scheme in sorted(names, key=lambda scheme: scheme.text)]
 
 
 def block_size_of(weights: object, *, where: str) -> tuple[int, int]:
@@ -254,7 +266,7 @@ def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
         raise CheckpointError(
             f"{where}: no quantization_config with quant_method {QUANT_METHOD!r}: not an ARMOR checkpoint"
         )
-    _check_field(config, "format", FORMAT, where=where)
+    _check_one_of(config, "format", (FORMAT, MIXED, *FORMATS), where=where)
     _check_field(config, "quantization_status", "compressed", where=where)
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
@@ -264,12 +276,46 @@ def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
     specs: dict[str, LayerSpec] = {}
     for key, group in groups.items():
         place = f"{where}: quantization_config.config_groups.{key}"
+        if _format_of(group, config) in FORMATS:
+            continue
         found = _group_specs(group, where=place)
         twice = sorted(specs.keys() & found.keys())
         if twice:
             raise CheckpointError(f"{place} names {twice[0]}, which another group names, too")
         specs.update(found)
     return specs
+
+
+def plain_schemes(config: object, *, where: str) -> dict[str, Scheme]:
+    """Map full module name → what a `quantization_config` quantises a plain layer to, for each that its groups name in full.
+
+    Raises CheckpointError, starting with `where`, where a group is none that compressed-tensors reads.
+    """
+    groups = config.get("config_groups") if isinstance(config, Mapping) else None
+    found: dict[str, Scheme] = {}
+    for key, group in groups.items() if isinstance(groups, Mapping) else ():
+        chosen = _format_of(group, config)
+        if chosen in FORMATS:
+            scheme = _read_scheme(
+                {**group, "format": chosen}, where=f"{where}: quantization_config.config_groups.{key}"
+            )
+            found |= {str(target): scheme for target in group["targets"]}
+    return found
+
+
+def _format_of(group: object, config: object) -> object:
+    """A group's own format, or that of all."""
+    own = group.get("format") if isinstance(group, Mapping) else None
+    return own or (config.get("format") if isinstance(config, Mapping) else None)
+
+
+def _read_scheme(group: Mapping[str, Any], *, where: str) -> Scheme:
+    from compressed_tensors.quantization import QuantizationScheme
+
+    try:
+        return Scheme.of(QuantizationScheme(**group))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise CheckpointError(f"{where} is no group that compressed-tensors reads: {error}") from error
 
 
 def _group(targets: list[str], spec: LayerSpec, shared: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, Any]:
@@ -322,6 +368,14 @@ def _observer_kwargs(weights: object) -> Mapping[str, Any]:
 def _check_target(name: str) -> None:
     if not name or name.startswith("re:"):
         raise CheckpointError(f"target {shown(name)} is not a full module name; ARMOR groups name every module in full")
+
+
+def _check_one_of(config: Mapping[str, Any], key: str, known: Collection[str], *, where: str) -> None:
+    if config.get(key) not in known:
+        raise CheckpointError(
+            f"{where}: {key} is {shown(config.get(key))}; this release reads {', '.join(map(repr, known))} only, and never looks "
+            "a format up by a name that a checkpoint brings along"
+        )
 
 
 def _check_field(config: Mapping[str, Any], key: str, expected: str, *, where: str) -> None:

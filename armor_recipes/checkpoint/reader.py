@@ -18,6 +18,7 @@ from armor_recipes.checkpoint.config import (
     LayerSpec,
     PackedShapes,
     layer_specs,
+    plain_schemes,
     tensor_names,
 )
 from armor_recipes.checkpoint.files import CONFIG_FILE, MANIFEST_FILE, check_index, check_sizes, read_tensor
@@ -196,6 +197,7 @@ def checked_layers(folder: Path, quantization: Any, tensors: Mapping[str, Tensor
     """
     where = str(folder / CONFIG_FILE)
     specs = layer_specs(quantization, where=where)
+    plain = plain_schemes(quantization, where=where)
     own = {name: spec for name, spec in specs.items() if spec.tied_to is None}
     for name, spec in own.items():
         _check_layer(name, spec, tensors, where=where)
@@ -205,7 +207,7 @@ def checked_layers(folder: Path, quantization: Any, tensors: Mapping[str, Tensor
         name, _, part = tensor.rpartition(".")
         if name in specs and part not in (*stored_names(specs[name]), _BIAS):
             raise CheckpointError(f"{info.file}: {shown(tensor)} is no tensor of this layer, as {where} describes it")
-        if name not in specs and part in (*TENSOR_NAMES[1:], SCALE):
+        if name not in specs and name not in plain and part in (*TENSOR_NAMES[1:], SCALE):
             raise CheckpointError(
                 f"{info.file}: {shown(tensor)} belongs to no layer that {where} names: the two do not match"
             )

@@ -19,6 +19,7 @@ from armor_recipes.checkpoint.config import INPUT_FACTOR, VALUES, LayerSpec, nam
 from armor_recipes.checkpoint.files import CONFIG_FILE, INDEX_FILE, read_header, read_tensor, write_whole
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
 from armor_recipes.checkpoint.reader import check_folder
 from armor_recipes.checkpoint.stored import StoredTensors
 from armor_recipes.errors import CheckpointError, PlanError
@@ -41,6 +42,7 @@ def write_checkpoint(
     destination: Path,
     *,
     dtype: torch.dtype,
+    quantized: Mapping[str, QuantizedLinear] | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
     base_config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -54,6 +56,7 @@ def write_checkpoint(
             that every stock loader reads.
         destination: an empty folder, see `armor_recipes.checkpoint.staging`.
         dtype: what config.json names, and what the layers must be packed in.
+        quantized: full module name → what is written in place of a plain layer's weight.
         dtypes: of float tensors on disk, by their names in the model; those that it does not name are in `dtype`.
         base_config: the source's config.json, of which keys are kept that saving forgets.
         max_shard_bytes: larger models are split into several files.
@@ -62,13 +65,15 @@ def write_checkpoint(
         PlanError: if a layer is no linear layer of the model, or shares its weight with something that is none.
         CheckpointError: if a number does not fit `dtype`, or a layer was packed in another.
     """
-    check_layers(model, layers)
+    plain = quantized or {}
+    check_layers(model, {**layers, **plain})
     layers, tied = stored_once(model, layers)
     shared = shared_input_factors({name: layers[name] for name, _ in model.named_modules() if name in layers})
-    dense = _dense_linears(model, {*layers, *tied})
-    config = quantization_config(layers, dense, shared, tied) if layers else None
-    state = _state_dict(model, layers, dtypes or {}, dtype, shared, tied)
-    with _config_for_saving(model, config), _own_names(model, wanted=bool(layers)) as renamed:
+    dense = _dense_linears(model, {*layers, *tied, *plain})
+    schemes = {name: layer.scheme for name, layer in plain.items()}
+    config = quantization_config(layers, dense, shared, tied, schemes) if layers or plain else None
+    state = _with_quantized(_state_dict(model, layers, dtypes or {}, dtype, shared, tied), plain)
+    with _config_for_saving(model, config), _own_names(model, wanted=bool(layers or plain)) as renamed:
         model.save_pretrained(
             destination, state_dict=state, max_shard_size=max_shard_bytes, save_original_format=renamed
         )
@@ -82,6 +87,7 @@ def write_configs(
     destination: Path,
     *,
     dtype: torch.dtype,
+    quantized: Mapping[str, Scheme] | None = None,
     base_config: Mapping[str, Any] | None = None,
     shapes: PreTrainedModel | None = None,
 ) -> None:
@@ -92,9 +98,11 @@ def write_configs(
     Raises as it does for the layers, and whatever transformers raises for a configuration that it does not save.
     """
     structure = model if shapes is None else shapes
-    check_layers(structure, layers)
+    plain = quantized or {}
+    check_layers(structure, {**layers, **plain})
     layers, tied = stored_once(structure, layers)
-    config = quantization_config(layers, _dense_linears(structure, {*layers, *tied}), None, tied) if layers else None
+    dense = _dense_linears(structure, {*layers, *tied, *plain})
+    config = quantization_config(layers, dense, None, tied, plain) if layers or plain else None
     with _config_for_saving(model, config):
         model.config.save_pretrained(destination)
         if model.can_generate():
@@ -246,6 +254,15 @@ def _state_dict(
             cast[key] = _cast(tensor, dtypes.get(name, dtype), name=name)
         state[name] = cast[key]
     return state
+
+
+def _with_quantized(state: dict[str, Tensor], quantized: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
+    """The tensors with those of quantised layers in the place of their weights, in the order of their names."""
+    gone = {f"{name}.{VALUES}" for name in quantized}
+    kept = {name: tensor for name, tensor in state.items() if name not in gone}
+    for name, layer in quantized.items():
+        kept |= {f"{name}.{part}": tensor for part, tensor in layer.tensors.items()}
+    return dict(sorted(kept.items())) if quantized else kept
 
 
 def _layer_tensors(name: str, layer: PackedLinear, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:

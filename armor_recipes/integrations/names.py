@@ -15,6 +15,7 @@ from transformers.core_model_loading import (
 )
 
 from armor_recipes.checkpoint.config import OUTPUT_FACTOR, VALUES
+from armor_recipes.checkpoint.quantized import WEIGHT_PACKED
 from armor_recipes.errors import VerificationError
 from armor_recipes.model.forms import fused_keys, fused_state, layouts
 
@@ -80,6 +81,9 @@ def left_behind(
         parts = fused_of(model)
         missing = {fused for part, fused in parts.items() if part not in written}
         held = ({parts.get(name, name) for name in written} | set(written) | _packed_with(model, written)) - missing
+        held |= {
+            f"{name.removesuffix(WEIGHT_PACKED)}{VALUES}" for name in written if name.endswith(f".{WEIGHT_PACKED}")
+        }
     else:
         held = {target for targets in loaded_as(model, written).values() for target in targets}
     left = []

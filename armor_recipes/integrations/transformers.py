@@ -36,6 +36,7 @@ from armor_recipes.checkpoint.reader import check_folder
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import ArmorError, CheckpointError, PlanError
 from armor_recipes.integrations.loading import tie_packed, wrap_quantizer
+from armor_recipes.integrations.plain import lay_out_zero_point, run_plain
 from armor_recipes.integrations.upstream import (
     VERSIONS,
     BaseCompressor,
@@ -195,6 +196,7 @@ def load(
     except Exception as error:  # a wrong value in config.json raises whatever the architecture's code meets first
         raise CheckpointError(f"{folder}: transformers cannot load this model: {error}") from error
     own_memory(model)
+    run_plain(model, model.dtype)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its signature
     for name, module in model.named_modules():
@@ -285,7 +287,12 @@ def _checked(compress_model: Callable[..., None]) -> Callable[..., None]:
     def compress_checked(self: Any, model: nn.Module, *args: Any, **options: Any) -> None:
         if any(map(_is_to_be_armor, model.modules())):
             check_registered()
+        shapes = {
+            name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)
+        }
         compress_model(self, model, *args, **options)
+        for name, shape in shapes.items():
+            lay_out_zero_point(model.get_submodule(name), shape)
 
     return compress_checked
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+InputHook = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]
+OutputHook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
 
 class WeightStore(Protocol):
@@ -26,6 +30,9 @@ class WeightStore(Protocol):
     def write(self, parameter: str, value: Tensor, *, same_function: bool = False) -> None:
         """Replace the values. `same_function` says that the model gives what it gave before."""
 
+    def change_activations(self, module: str, before: InputHook | None, after: OutputHook | None) -> None:
+        """Let what comes to a module, and what it puts out, pass through these instead of those given before; None leaves it."""
+
     def lent(self, parameters: Sequence[str]) -> AbstractContextManager[None]:
         """Give the memory of these back while a step holds something in their place; afterwards they mean nothing until written."""
 
@@ -37,6 +44,7 @@ class InMemory:
         self._model = model
         self._stored_dtype = stored_dtype
         self._originals: dict[str, Tensor] | None = None
+        self._handles: dict[str, list[RemovableHandle]] = {}
 
     @property
     def originals(self) -> Mapping[str, Tensor]:
@@ -58,6 +66,15 @@ class InMemory:
             narrow = own.to(self._stored_dtype, copy=True)
             self._originals[parameter] = narrow if torch.equal(narrow.to(own.dtype), own) else own.clone()
         own.copy_(value)
+
+    def change_activations(self, module: str, before: InputHook | None, after: OutputHook | None) -> None:
+        """Register them as hooks, which stay with the model."""
+        found = self._model.get_submodule(module)
+        for handle in self._handles.pop(module, ()):
+            handle.remove()
+        handles = [] if before is None else [found.register_forward_pre_hook(before)]
+        handles += [] if after is None else [found.register_forward_hook(after)]
+        self._handles[module] = handles
 
     @contextmanager
     def lent(self, parameters: Sequence[str]) -> Iterator[None]:

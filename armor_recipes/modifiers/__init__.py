@@ -18,6 +18,7 @@ from armor_recipes.modifiers.base import (
 )
 from armor_recipes.modifiers.kinds.factor import FactorModifier, FactorOutcome
 from armor_recipes.modifiers.kinds.module import Modifier, Outcome
+from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome, Quantizer
 from armor_recipes.modifiers.kinds.rearranger import Chain, Rearrangement, Rearranger
 from armor_recipes.modifiers.kinds.refiner import RefineOutcome, Refiner, RefineTask, RefineUnit, UnitOutput
 from armor_recipes.modifiers.kinds.smoother import Smoother
@@ -44,6 +45,8 @@ __all__ = [
     "NumericalError",
     "Outcome",
     "PlanError",
+    "QuantizedOutcome",
+    "Quantizer",
     "Rearrangement",
     "Rearranger",
     "RefineConfig",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: Called during a solve with (iterations done, at most, best relative loss).
 SolveProgress = Callable[[int, int, float], None]
 Propagate = Literal["compressed", "dense"]
-StoredAs = Literal["packed", "dense"]
+StoredAs = Literal["packed", "dense", "quantized"]
 #: Why a method that computes new weights cannot follow one of category `quantize`.
 UNROUNDED = "it would put unrounded numbers in the place of quantised ones"
 CoreType = Literal["float", "int8", "int4"]
@@ -101,7 +101,8 @@ class Estimate:
         block_size: (b_o, b_i), or None without factors.
         flops: floating-point operations of the solve, for the estimate of time.
         peak_bytes: working memory of the solve.
-        stored_as: `packed` (a 2:4 core and its factors) or `dense` (one plain weight, whatever made it).
+        stored_as: `packed` (a 2:4 core and its factors), `quantized` (a plain weight in a format of compressed-tensors) or
+            `dense` (one plain weight, whatever made it).
         core: what a packed core's kept values are: `float`, `int8` or `int4`.
         group_size: kept values that have one scale; None for a whole row, and where the core is float.
         parts: how many pieces of the work a CPU may compute side by side, of which each takes `part_bytes` besides `peak_bytes`.

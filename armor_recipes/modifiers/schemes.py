@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 from torch import nn
 
+from armor_recipes.checkpoint.quantized import Scheme
 from armor_recipes.errors import PlanError
 from armor_recipes.recipe.schema import ModifierConfig, Strict, Targets
 
@@ -84,8 +85,6 @@ class SchemeGroup(Strict):
 
 class SchemeConfig(ModifierConfig):
     """What modules are quantised to, as a preset or in full."""
-
-    needs_calibration: ClassVar[bool] = True
 
     targets: Annotated[Targets, Field(min_length=1)] = Field(
         default=("Linear",),
@@ -200,8 +199,8 @@ class SchemeConfig(ModifierConfig):
             found.append(self._observed(scheme))
         return tuple(found)
 
-    def scheme_of(self, name: str, module: nn.Module = _ANY_LINEAR) -> Any:
-        """compressed-tensors' scheme of a linear module: of the first group that has its name, else whose pattern matches, else its
+    def scheme_of(self, name: str, module: nn.Module = _ANY_LINEAR) -> Scheme | None:
+        """The scheme of a linear module: of the first group that has its name, else whose pattern matches, else its
         class; None where there is none. Raises PlanError.
         """
         from compressed_tensors.utils import is_match
@@ -211,7 +210,7 @@ class SchemeConfig(ModifierConfig):
             for target in scheme.targets:
                 if is_match(name, module, target):
                     found.setdefault(_rank(target, name), scheme)
-        return found[min(found)] if found else None
+        return Scheme.of(found[min(found)]) if found else None
 
     def _observed(self, scheme: Any) -> Any:
         """The scheme with the observers that the modifier names for all."""

@@ -268,6 +268,7 @@ class _Run:
             layers,
             folder,
             dtype=self.job.source.stored_dtype,
+            quantized={n: result.quantized for n, result in facts.modules.items() if result.quantized is not None},
             dtypes=self.dtypes,
             base_config={} if base is None else read_config(base),
         )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from armor_recipes.calibration.inputs import Batch
 from armor_recipes.errors import InputError, VerificationError
 from armor_recipes.integrations.models import attention_of, load_dense
+from armor_recipes.integrations.plain import dequantized
 from armor_recipes.integrations.transformers import load
 from armor_recipes.model.replay import feed_alike, on_device
 
@@ -38,11 +39,19 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe
     batch = on_device(probe, model)
     with _wanting_gradients(model), _wanting_gradients(loaded):
         _compare_outputs(model, loaded, batch)
-    held = loaded.state_dict()
+    held = loaded.state_dict() | {f"{name}.weight": weight for name, weight in _dequantized(loaded)}
     # What the probe does not pass through, a tower say, is compared here.
     for name, tensor in model.state_dict().items():
         if name in held and held[name].shape == tensor.shape:
             _compare(name, tensor, held[name])
+
+
+def _dequantized(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The weights that plain quantised layers stand for, by module."""
+    for name, module in model.named_modules():
+        weight = dequantized(module)
+        if weight is not None:
+            yield name, weight
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from armor_recipes.checkpoint.quantized import QuantizedLinear
 from armor_recipes.model.store import WeightStore
 from armor_recipes.modifiers.kinds.changes import Changes
 from armor_recipes.modifiers.kinds.contract import State
@@ -28,5 +29,13 @@ def commit(changes: Changes, weights: WeightStore, state: State) -> None:
     state.gradients |= changes.gradients
     for name, result in changes.modules.items():
         kept = changes.factors[name] if changes.packed and name in changes.factors else None
-        state.modules[name] = replace(result, packed=kept)
+        state.modules[name] = replace(result, packed=kept, quantized=changes.quantized.get(name))
+        _run_as_stored(name, changes.quantized.get(name), weights)
     state.results += changes.results
+
+
+def _run_as_stored(name: str, layer: QuantizedLinear | None, weights: WeightStore) -> None:
+    """Let a module's activations be quantised as those of the layer are when it is loaded."""
+    quantizer = None if layer is None else layer.activations(weights.read(f"{name}.weight").dtype)
+    before, after = (None, None) if quantizer is None else quantizer.hooks
+    weights.change_activations(name, before, after)

@@ -14,7 +14,7 @@ import yaml
 import armor_recipes
 from armor_recipes.checkpoint.reader import inspect, read_layers
 from armor_recipes.errors import PlanError
-from armor_recipes.modifiers import FactorModifier, ModuleShape, modifiers
+from armor_recipes.modifiers import FactorModifier, ModuleShape, Quantizer, modifiers
 from armor_recipes.modifiers.quantization import QuantizationConfig, QuantizationModifier
 from tests.support.engine import (
     ALL,
@@ -153,18 +153,6 @@ def test_the_model_in_memory_is_what_a_loader_makes(source: Path) -> None:
 
 
 def test_refusals_say_what_to_do(source: Path) -> None:
-    assert "no modifier before it makes 2:4 factors for model.layers.0.self_attn.q_proj" in refusal(
-        recipe(source, QuantizationModifier=core(targets=[ALL]))
-    )
-    text = refusal(recipe(source, QuantizationModifier=core(targets=[ALL]), ARMORModifier=ARMOR))
-    assert "put it after an ARMORModifier" in text
-    assert "(WandaPruningModifier stores it dense)" in refusal(
-        recipe(
-            source,
-            WandaPruningModifier={"targets": [ALL], "pattern": "2:4"},
-            QuantizationModifier=core(targets=[ALL]),
-        )
-    )
     text = refusal(wanted(source, **core(group_size=48)))
     assert "group_size 48 is no multiple of 16 that divides the 32 columns of" in text
     assert "sizes that fit: [16, 32], or strategy: channel" in text
@@ -197,14 +185,15 @@ def test_sizes_of_a_7b_model_at_block_128() -> None:
     shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
     for fields, most in ((core(), 0.40), (core(4, 64), 0.27)):
         modifier = QuantizationModifier(QuantizationConfig.model_validate({"targets": "Linear", **fields}))
-        costs = [modifier.plan(ModuleShape("m", *shape, 2), (128, 128)) for shape in shapes]
+        core_of = modifier.core(modifier.config.scheme_of("m"))  # type: ignore[arg-type]
+        costs = [core_of.plan(ModuleShape("m", *shape, 2), (128, 128)) for shape in shapes]
         assert sum(cost.stored_bytes for cost in costs) <= most * 2 * sum(a * b for a, b in shapes)
 
 
 def test_int4_rows_of_no_multiple_of_16_are_refused() -> None:
     modifier = QuantizationModifier(QuantizationConfig.model_validate(core(4)))
     with pytest.raises(PlanError, match=r"multiple of 16 entries, model\.odd has 24.*`ignore`"):
-        modifier.plan(ModuleShape("model.odd", 16, 24, 2), (8, 8))
+        modifier.core(modifier.config.scheme_of("model.odd")).plan(ModuleShape("model.odd", 16, 24, 2), (8, 8))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +213,8 @@ def test_fields_that_do_not_fit_together(fields: dict[str, Any]) -> None:
 
 
 def test_every_modifier_of_factors_is_tested_here() -> None:
-    assert {name for name, kind in modifiers().items() if issubclass(kind, FactorModifier)} == {"QuantizationModifier"}
+    taken = (FactorModifier, Quantizer)
+    assert {name for name, kind in modifiers().items() if issubclass(kind, taken)} == {"QuantizationModifier"}
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ARMORModifier": {**ARMOR, "propagate": "matched", "shrinkage": 0.1, "share_input_factor": True},
         "DistillationModifier": SMALL,
     },
+    "quantised": {
+        "QuantizationModifier": {
+            "config_groups": {"a": {"targets": [MLP], "weights": {"group_size": 32}, "input_activations": {}}}
+        },
+    },
     "plain and packed": {
         "NoWagModifier": {"targets": [MLP], "propagate": "dense"},
         "ARMORModifier": {**ARMOR, "targets": [ATTENTION], "propagate": "dense"},

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
 from armor_recipes.errors import CheckpointError
 
 
@@ -72,9 +73,10 @@ class ModuleResult(StepResult):
     """What was done to one module.
 
     `losses` are relative to Ŵ = 0; `stored_loss` is the last one computed again after rounding to the stored dtype;
-    `error` is ‖W − Ŵ‖ / ‖W‖ (Frobenius) of the stored weight; `packed` is what the checkpoint keeps, None for a dense weight:
-    the commit puts it in, and it is no part of a record. `refined` names the refiners that trained the factors afterwards, and
-    `changes` are what factor modifiers did to them then: losses and error are those from before.
+    `error` is ‖W − Ŵ‖ / ‖W‖ (Frobenius) of the stored weight; `packed` (of factors) or `quantized` (of a plain weight) is what the
+    checkpoint keeps, both None for a dense weight: the commit puts it in, and it is no part of a record. `refined` names the
+    refiners that trained the factors afterwards, and `changes` are what factor modifiers did to them then: losses and error are
+    those from before.
     """
 
     name: str
@@ -88,6 +90,7 @@ class ModuleResult(StepResult):
     counts: Mapping[str, int]
     seconds: float
     packed: PackedLinear | None = field(default=None, compare=False)
+    quantized: QuantizedLinear | None = field(default=None, compare=False)
     measures: Mapping[str, float] = field(default_factory=dict)
     refined: tuple[str, ...] = ()
     changes: tuple[FactorChange, ...] = ()
@@ -117,6 +120,7 @@ class Changes:
         step: the unit's key, which names the step within its run.
         weights: new values by parameter, in compute dtype, each of the parameter's shape.
         factors: packed factors by module; None where a plain weight takes their place.
+        quantized: plain weights as they are stored, by module.
         packed: whether the weights of modules with factors are what a loader makes of the factors, bit for bit.
         sharing: for each module the first of those that share its B.
         gradients: g by module, in the order of new rows.
@@ -128,6 +132,7 @@ class Changes:
     step: str
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     factors: Mapping[str, PackedLinear | None] = field(default_factory=dict)
+    quantized: Mapping[str, QuantizedLinear] = field(default_factory=dict)
     packed: bool = False
     sharing: Mapping[str, str] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
@@ -146,6 +151,8 @@ class Changes:
                 found = None if factors is None else getattr(factors, part.name)
                 if found is not None:
                     tensors[f"factors/{name}/{part.name}"] = found
+        for name, layer in self.quantized.items():
+            tensors |= {f"quantized/{name}/{part}": value for part, value in layer.tensors.items()}
         aliases = _aliases(tensors)
         own = {name: value.contiguous() for name, value in tensors.items() if name not in aliases}
         save_file(own, path, {"changes": json.dumps({**self._record(), "aliases": aliases})})
@@ -164,6 +171,7 @@ class Changes:
             "sharing": dict(self.sharing),
             "factors": {name: factors is not None for name, factors in self.factors.items()},
             "folded": {name: str(dtype).removeprefix("torch.") for name, dtype in self._folded.items()},
+            "quantized": {name: [one.scheme.text, *one.tensors] for name, one in self.quantized.items()},
             "weights": list(self.weights),
             "modules": {name: result.record() for name, result in self.modules.items()},
             "results": [[type(result).__name__, result.record()] for result in self.results],
@@ -206,6 +214,10 @@ def _read(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Changes:
         step=record["step"],
         weights=weights,
         factors=factors,
+        quantized={
+            name: QuantizedLinear(Scheme(scheme), {part: tensors[f"quantized/{name}/{part}"] for part in parts})
+            for name, (scheme, *parts) in record["quantized"].items()
+        },
         packed=record["packed"],
         sharing=record["sharing"],
         gradients={name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)},

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from armor_recipes.checkpoint.config import LayerSpec
 from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.quantized import Scheme
 from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.events import ModuleFinished
 from armor_recipes.model.blocks import inner_name
@@ -128,6 +129,11 @@ class ModulePlan(Row):
         if self.stored_as != "packed" or self.block_size is None:
             return None
         return LayerSpec(self.block_size, self.core, None, self.group_size)
+
+    @property
+    def quantized(self) -> Scheme | None:
+        """What a plain weight is quantised to; None where it is not."""
+        return None
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:

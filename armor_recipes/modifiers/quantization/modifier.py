@@ -1,18 +1,25 @@
-"""`QuantizationModifier`: int8 or int4 for the kept values of S, and A and B re-solved around them."""
+"""`QuantizationModifier`: whole weights rounded to a scheme, or the kept values of S, with A and B re-solved around them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.calibration.statistics import InputGram, InputSecondMoment
+from armor_recipes.checkpoint.quantized import Scheme
 from armor_recipes.errors import UnfitError
 from armor_recipes.modifiers.base import AnyModifier, Estimate, ModuleShape, SolveProgress
 from armor_recipes.modifiers.kinds.factor import FactorModifier, FactorOutcome
+from armor_recipes.modifiers.kinds.module import ModulePlan
+from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome, Quantizer
+from armor_recipes.modifiers.plain import plan_plain, quantized
 from armor_recipes.modifiers.registry import register
+from armor_recipes.modifiers.scales import global_scale_of
 from armor_recipes.modifiers.schemes import SchemeConfig
 from armor_recipes.solver.hessian import hessian_loss, regularize
 from armor_recipes.solver.normalize import relative_loss
@@ -26,7 +33,7 @@ _WORKING_COPIES = 12
 
 
 class QuantizationConfig(SchemeConfig):
-    """Store the kept values of S as int8 or int4, and re-solve A and B around them."""
+    """Quantise linear weights by compressed-tensors' schemes; of 2:4 factors the core, and A and B are re-solved around it."""
 
     resolve: Annotated[bool, Field(strict=True)] = Field(
         default=True,
@@ -91,22 +98,25 @@ def core_of(module: ModuleShape, scheme: Any) -> tuple[Literal[8, 4], int | None
     return (8 if weights.num_bits == 8 else 4), None if size is None else size // 2
 
 
-@register
-class QuantizationModifier(FactorModifier[QuantizationConfig]):
-    """Quantises the core of factors that were made before, around the product that they give."""
+class CoreQuantizer(FactorModifier[QuantizationConfig]):
+    """Quantises the core of factors that were made before, around the product that they give.
+
+    `core` has bits and kept values with one scale (None: a row's) where they are planned; else the scheme says them.
+    """
 
     config_type = QuantizationConfig
     category: ClassVar[str] = "quantize"
 
-    def poor_after(self, earlier: AnyModifier[Any], rows: Sequence[Any]) -> str:
-        """What int4 cores were measured to cost (docs/solver.md)."""
-        if "factors" not in earlier.words or all(row.core != "int4" for row in rows):
-            return ""
-        if self.config.resolve:
-            return "int4 cores raised perplexity by 12 to 18 % on SmolLM2-135M, int8 by 0.3 % at most"
-        return (
-            "int4 cores with A and B left raised perplexity by 38 % on SmolLM2-135M, by 12 to 18 % with `resolve: true`"
-        )
+    def __init__(
+        self,
+        config: QuantizationConfig,
+        *,
+        scheme: Scheme | None = None,
+        core: tuple[Literal[8, 4], int | None] | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.scheme = scheme
+        self.core = core
 
     def plan(self, module: ModuleShape, block_size: tuple[int, int]) -> Estimate:
         """Check that groups are whole; PlanError names what to do."""
@@ -171,12 +181,10 @@ class QuantizationModifier(FactorModifier[QuantizationConfig]):
 
     def _core_of(self, module: ModuleShape) -> tuple[Literal[8, 4], int | None]:
         """Bits of a kept value, and how many of them have one scale (None: a row's). Raises UnfitError."""
-        scheme = self.config.scheme_of(module.name.split(" + ")[0])
-        if scheme is None:
-            raise UnfitError(
-                f"no group of config_groups takes {module.name}", "add it to one's `targets`, or to `ignore`"
-            )
-        return core_of(module, scheme)
+        if self.core is not None:
+            return self.core
+        assert self.scheme is not None
+        return core_of(module, self.scheme.args)
 
     def _moments(self, statistic: InputSecondMoment | InputGram, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """The mean squares h `(I,)`, and with `hessian` the regularised Gram matrix `(I, I)`, on the device of `like`."""
@@ -186,3 +194,62 @@ class QuantizationModifier(FactorModifier[QuantizationConfig]):
         return gram.diagonal().contiguous(), regularize(
             gram, shrinkage=self.config.shrinkage, damping=self.config.damping
         )[0]
+
+
+@register
+class QuantizationModifier(Quantizer[QuantizationConfig]):
+    """Quantises linear modules by rounding to nearest: the core of those with factors, the whole weight of others."""
+
+    config_type = QuantizationConfig
+    category: ClassVar[str] = "quantize"
+
+    def poor_after(self, earlier: AnyModifier[Any], rows: Sequence[Any]) -> str:
+        """What int4 cores were measured to cost (docs/solver.md)."""
+        if "factors" not in earlier.words or all(row.core != "int4" for row in rows):
+            return ""
+        if self.config.resolve:
+            return "int4 cores raised perplexity by 12 to 18 % on SmolLM2-135M, int8 by 0.3 % at most"
+        return (
+            "int4 cores with A and B left raised perplexity by 38 % on SmolLM2-135M, by 12 to 18 % with `resolve: true`"
+        )
+
+    def scheme_of(self, name: str, module: Any) -> Scheme | None:
+        """The scheme of the group that takes a module; None where none does."""
+        return self.config.scheme_of(name, module)
+
+    def core(self, scheme: Scheme) -> CoreQuantizer:
+        """What quantises a core to a scheme."""
+        return CoreQuantizer(self.config, scheme=scheme)
+
+    def core_of_row(self, row: ModulePlan) -> CoreQuantizer:
+        """What quantises a core as it was planned."""
+        return CoreQuantizer(self.config, core=(4 if row.core == "int4" else 8, row.group_size))
+
+    def plan(self, module: ModuleShape, scheme: Scheme) -> Estimate:
+        """Check that groups are whole and the scheme is one that can be made here; bytes are those of the tensors themselves."""
+        return plan_plain(module, scheme)
+
+    def observes(self, scheme: Scheme) -> bool:
+        """Whether activations have scales of their own."""
+        parts = (scheme.args.input_activations, scheme.args.output_activations)
+        return any(args is not None and args.dynamic is not True for args in parts)
+
+    def statistic(self, module: ModuleShape) -> Any:
+        """Of factors what their core is quantised on, of other modules the range of their inputs."""
+        if module.block_size is not None:
+            return CoreQuantizer(self.config).statistic(module)
+        return InputRange(module.name, module.d_in)
+
+    def quantize(
+        self,
+        module: ModuleShape,  # noqa: ARG002 - nothing depends on the name
+        weight: Tensor,
+        statistic: InputRange | None,
+        scheme: Scheme,
+        together: Sequence[Tensor],
+    ) -> QuantizedOutcome:
+        """Round to nearest. Modules that read the same tensor have one global scale, where the scheme has any."""
+        shared = None
+        if scheme.args.weights.strategy == "tensor_group":
+            shared = torch.stack([global_scale_of(one) for one in together]).amin(0)
+        return QuantizedOutcome(quantized(weight, scheme, statistic, shared))

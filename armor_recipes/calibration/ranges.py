@@ -1,0 +1,72 @@
+"""The range of a module's inputs: smallest and largest value of each batch, from which observers of static activations choose."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from armor_recipes.calibration.state import Identity, StatisticState, check_same
+from armor_recipes.errors import NumericalError
+
+
+class InputRange:
+    """Smallest and largest input of each call, in order, float32 on the CPU."""
+
+    def __init__(self, name: str, d_in: int) -> None:
+        self.name = name
+        self.d_in = d_in
+        self._tokens = 0
+        self._ranges: list[Tensor] = []
+
+    @property
+    def tokens(self) -> int:
+        """Input rows seen so far."""
+        return self._tokens
+
+    @property
+    def identity(self) -> Identity:
+        """Class, module and width."""
+        return type(self).__name__, self.name, self.d_in
+
+    def update(self, x: Tensor) -> None:
+        """Take inputs `(..., I)`; a call without rows is none."""
+        if not x.numel():
+            return
+        self._tokens += x.numel() // self.d_in
+        self._ranges.append(torch.stack(torch.aminmax(x.detach())).float().cpu())
+
+    def merge(self, other: Self) -> None:
+        """Take all that another one has seen, after all that this one has. Raises ValueError where it is of other inputs."""
+        check_same(self.identity, other.identity)
+        self._tokens += other._tokens
+        self._ranges += other._ranges
+
+    def state(self) -> StatisticState:
+        """All that was seen, bit for bit."""
+        tensors = {"ranges": torch.stack(self._ranges) if self._ranges else torch.zeros(0, 2)}
+        return StatisticState(type(self).__name__, self.name, {"tokens": self._tokens, "width": self.d_in}, tensors)
+
+    def load_state(self, state: StatisticState) -> None:
+        """Go on from what `state` gave. Raises ValueError where the state is of another statistic."""
+        check_same(self.identity, (state.kind, state.module, state.number("width")))
+        self._tokens = state.number("tokens")
+        self._ranges = list(state.tensors["ranges"])
+
+    def extremes(self, *, moving: float | None = None) -> tuple[Tensor, Tensor]:
+        """Smallest and largest of all calls; with `moving`, each call's moves those before by that share.
+
+        Raises NumericalError where nothing was seen, or what is no number.
+        """
+        if not self._ranges:
+            raise NumericalError(f"no calibration token reaches {self.name}: the range of its inputs is unknown")
+        ranges = torch.stack(self._ranges)
+        if not bool(ranges.isfinite().all()):
+            raise NumericalError(f"inputs of {self.name} are not finite during calibration")
+        if moving is None:
+            return ranges[:, 0].amin(), ranges[:, 1].amax()
+        found = ranges[0]
+        for one in ranges[1:]:
+            found = found.lerp(one, moving)
+        return found[0], found[1]

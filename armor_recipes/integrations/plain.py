@@ -1,0 +1,86 @@
+"""Plain quantised layers of a loaded folder, run on the weights that they stand for, and held as they are stored."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme, packed_zero_point
+from armor_recipes.integrations.upstream import is_module_quantized
+from armor_recipes.runtime.linear import ArmorLinear
+
+_DENSE = "_armor_dequantized"
+
+
+def run_plain(model: Any, dtype: torch.dtype) -> None:
+    """Let quantised layers that are no ARMOR layers compute in `dtype`, as compressed-tensors' own forward pass does.
+
+    Its way is to decompress the whole model for good as it is first called. Here tensors stay as stored, so that a model
+    that is saved after it has run is the folder that it came from; each weight is made when its layer is first called.
+    """
+    layers = [m for m in model.modules() if is_module_quantized(m) and not isinstance(m, ArmorLinear)]
+    for module in layers:
+        module.forward = MethodType(_forward, module)
+        module.__dict__[_DENSE] = _Dense(module, dtype)
+    hook = vars(model).pop("ct_decompress_hook", None) if layers else None
+    if hook is not None:
+        hook.remove()
+
+
+def dequantized(module: nn.Module) -> Tensor | None:
+    """The weight `(O, I)` that a quantised layer stands for; None where the module is none that `run_plain` has taken."""
+    found: _Dense | None = module.__dict__.get(_DENSE)
+    return None if found is None else found.weight(module)
+
+
+def lay_out_zero_point(module: Any, shape: tuple[int, int]) -> None:
+    """Give packed zero points the shape that they have in files, where compressed-tensors laid out others."""
+    if (
+        isinstance(module, ArmorLinear)
+        or not is_module_quantized(module)
+        or module.quantization_scheme.weights.symmetric
+    ):
+        return
+    scheme = Scheme.of(module.quantization_scheme)
+    for name, packed in packed_zero_point(scheme, shape, module._parameters).items():
+        value = torch.empty(packed, dtype=torch.int32, device="meta")
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+class _Dense:
+    """A layer's weight in the dtype that it computes in, made on the device of its tensors."""
+
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        self.scheme = Scheme.of(module.quantization_scheme)
+        self.dtype = dtype
+        self._made: tuple[torch.device, Tensor, Any] | None = None
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """The weight."""
+        return self._found(module)[1]
+
+    def run(self, module: nn.Module, x: Tensor) -> Tensor:
+        """X Wᵀ + b, with activations quantised as the scheme says."""
+        _, weight, quantizer = self._found(module)
+        before, after = (None, None) if quantizer is None else quantizer.hooks
+        given = x if before is None else before(module, (x,))[0]
+        output = linear(given, weight, module._parameters["bias"])
+        return output if after is None else after(module, (given,), output)
+
+    def _found(self, module: nn.Module) -> tuple[torch.device, Tensor, Any]:
+        tensors = {name: value.detach() for name, value in module.named_parameters(recurse=False) if name != "bias"}
+        tensors |= dict(module.named_buffers(recurse=False))
+        device = next(iter(tensors.values())).device
+        if self._made is None or self._made[0] != device:
+            layer = QuantizedLinear(self.scheme, tensors)
+            self._made = device, layer.dequantize(self.dtype), layer.activations(self.dtype)
+        return self._made
+
+
+def _forward(self: nn.Module, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
+    found: _Dense = self.__dict__[_DENSE]
+    return found.run(self, input)

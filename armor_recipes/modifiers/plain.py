@@ -1,0 +1,74 @@
+"""Plain weights quantised as a scheme says: what of it can be made here, how many bytes it takes, and the layer that is stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from armor_recipes.calibration.ranges import InputRange
+from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
+from armor_recipes.errors import CheckpointError, UnfitError
+from armor_recipes.modifiers.base import Estimate, ModuleShape
+from armor_recipes.modifiers.scales import activation_scales, check_observer, weight_scales
+
+#: Working copies of an (O, I) float32 matrix while it is rounded and packed.
+_WORKING_COPIES = 4
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+def plan_plain(module: ModuleShape, scheme: Scheme) -> Estimate:
+    """The cost of one weight, its bytes exact. Raises UnfitError where the scheme cannot be made of it, with the reason."""
+    _check(module, scheme)
+    weight = torch.empty(module.d_out, module.d_in, dtype=_DTYPES[module.itemsize], device="meta")
+    try:
+        stored = quantized(weight, scheme, None)
+    except CheckpointError as error:
+        raise UnfitError(
+            f"{module.name}: {error}", f"take another scheme, or add {module.name!r} to `ignore`"
+        ) from error
+    entries = module.d_out * module.d_in
+    return Estimate(
+        stored_bytes=stored.nbytes,
+        flops=20.0 * entries,
+        peak_bytes=_WORKING_COPIES * 4 * entries,
+        stored_as="quantized",
+    )
+
+
+def quantized(
+    weight: Tensor, scheme: Scheme, observed: InputRange | None, global_scale: Tensor | None = None
+) -> QuantizedLinear:
+    """A weight `(O, I)` rounded to nearest, as it is stored. Raises CheckpointError where compressed-tensors cannot store it."""
+    scales = weight_scales(weight, scheme.args.weights, global_scale)
+    return stored(weight, scheme, scales, observed)
+
+
+def stored(weight: Tensor, scheme: Scheme, scales: dict[str, Tensor], observed: InputRange | None) -> QuantizedLinear:
+    """A weight `(O, I)` with scales that were chosen, as it is stored: what is on the grid of the scales stays as it is."""
+    args = scheme.args
+    state = {"weight": weight, **scales}
+    state |= activation_scales("input", args.input_activations, observed, weight)
+    return QuantizedLinear.compress(scheme, state)
+
+
+def _check(module: ModuleShape, scheme: Scheme) -> None:
+    """Raise UnfitError for what is not here, and for groups that are not whole."""
+    args, name = scheme.args, module.name
+    advice = f"take another scheme, or add {name!r} to `ignore`"
+    check_observer(args.weights, "weights")
+    check_observer(args.input_activations, "input activations")
+    if args.output_activations is not None and args.output_activations.dynamic is not True:
+        raise UnfitError(f"{name}: static scales of output activations are not made here", advice)
+    if args.weights.dynamic:
+        raise UnfitError(f"{name}: a weight has no dynamic scales", advice)
+    for part in (args.weights, args.input_activations):
+        size = None if part is None else part.group_size
+        if size is not None and size > 0 and module.d_in % size:
+            fits = [n for n in range(16, module.d_in + 1, 16) if module.d_in % n == 0]
+            raise UnfitError(
+                f"groups of {size} do not divide the {module.d_in} columns of {name}",
+                f"sizes that fit: {fits}; {advice}",
+            )
+    block = args.weights.block_structure
+    if block is not None and module.d_in % block[1]:
+        raise UnfitError(f"blocks of {block[1]} columns do not divide the {module.d_in} of {name}", advice)

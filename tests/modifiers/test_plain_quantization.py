@@ -1,0 +1,181 @@
+"""Plain layers quantised by compressed-tensors' schemes: from the plan to folders that stock loaders run with equal logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import armor_recipes
+from armor_recipes.calibration.ranges import InputRange
+from armor_recipes.checkpoint.quantized import Scheme
+from armor_recipes.checkpoint.reader import read_config
+from armor_recipes.errors import NumericalError, PlanError
+from armor_recipes.modifiers.plain import quantized
+from armor_recipes.modifiers.quantization import QuantizationConfig
+from tests.support.engine import ATTENTION, MLP, make_job, recipe
+
+IDS = torch.arange(10)[None]
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+FORMATS = {
+    "W4A16": "pack-quantized",
+    "w4a16_asym": "pack-quantized",
+    "W8A8": "int-quantized",
+    "FP8": "float-quantized",
+    "FP8_BLOCK": "float-quantized",
+    "NVFP4": "nvfp4-pack-quantized",
+    "MXFP4": "mxfp4-pack-quantized",
+    "MXFP8A16": "mxfp8-quantized",
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / "model"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(
+            LlamaConfig(num_hidden_layers=1, vocab_size=64, max_position_embeddings=64, **SIZES)  # type: ignore[arg-type]
+        )
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+def wanted(source: Path, output: Path | str = "out", **modifiers: Any) -> dict[str, Any]:
+    return recipe(source, output, **modifiers)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_from_plan_to_stock_loader(source: Path, tmp_path: Path, scheme: str) -> None:
+    """The run compares the folder with the model in memory bit for bit; here loaders are compared, and bytes with the plan."""
+    out = tmp_path / "out"
+    result = armor_recipes.apply(
+        wanted(source, out, QuantizationModifier={"scheme": scheme, "ignore": ["lm_head"]}), output=out
+    )
+    config = read_config(out)["quantization_config"]
+    assert config["format"] == FORMATS[scheme]
+    tensors = load_file(out / "model.safetensors")
+    assert sum(value.nbytes for name, value in tensors.items() if "_proj." in name) == result.plan.totals.bytes_after
+    loaded = armor_recipes.load(out)
+    found = logits(loaded)
+    assert torch.equal(found, logits(AutoModelForCausalLM.from_pretrained(out, dtype="auto")))
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name].view(torch.uint8), tensors[name].view(torch.uint8)) for name in tensors)
+
+
+def test_packed_and_plain_layers_in_one_folder(source: Path, tmp_path: Path) -> None:
+    armor = {"targets": [ATTENTION], "block_size": 8, "iterations": 2}
+    plain = {"scheme": "W8A8", "targets": [MLP]}
+    out = tmp_path / "out"
+    armor_recipes.apply(wanted(source, out, ARMORModifier=armor, QuantizationModifier=plain))
+    config = read_config(out)["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    assert [group["format"] for group in config["config_groups"].values()] == ["sparse-24-bitmask", "int-quantized"]
+    loaded = armor_recipes.load(out, backend="folded")
+    assert torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(out, dtype="auto")))
+
+
+def test_groups_of_several_schemes_and_cores(source: Path, tmp_path: Path) -> None:
+    groups = {
+        "core": {"targets": [ATTENTION], "weights": {"group_size": 64}},
+        "plain": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}},
+    }
+    armor = {"targets": [ATTENTION], "block_size": 8, "iterations": 2}
+    modifier = {"config_groups": groups, "ignore": ["lm_head"], "iterations": 1}
+    out = tmp_path / "out"
+    result = armor_recipes.apply(wanted(source, out, ARMORModifier=armor, QuantizationModifier=modifier))
+    last = result.plan.stored
+    assert {(row.stored_as, row.core, row.group_size) for row in last.values()} == {
+        ("packed", "int8", 32),
+        ("quantized", "float", None),
+    }
+    assert read_config(out)["quantization_config"]["config_groups"].keys() == {"group_0", "group_1"}
+
+
+def test_equal_runs_write_equal_bytes(source: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        modifier = {"scheme": "FP8", "ignore": ["lm_head"]}
+        armor_recipes.apply(wanted(source, tmp_path / name, QuantizationModifier=modifier))
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def scheme_of(**fields: Any) -> Scheme:
+    found = QuantizationConfig.model_validate(fields).scheme_of("model.layers.0.mlp.up_proj")
+    assert found is not None
+    return found
+
+
+def test_scales_are_those_of_the_largest_value() -> None:
+    weight = torch.tensor([[1.0, -7.5, 2, 0, 15, 3, 0, 0]])
+    found = quantized(weight, scheme_of(config_groups={"a": {"weights": {"num_bits": 4, "group_size": 4}}}), None)
+    assert torch.equal(found.tensors["weight_scale"], torch.tensor([[1.0, 2.0]]))
+    assert torch.equal(found.dequantize(torch.float32), torch.tensor([[1.0, -8, 2, 0, 14, 4, 0, 0]]))
+
+
+def test_modules_that_read_the_same_tensor_have_one_global_scale(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    modifier = {"scheme": "NVFP4A16", "ignore": ["lm_head"]}
+    armor_recipes.apply(wanted(source, out, QuantizationModifier=modifier))
+    tensors = load_file(out / "model.safetensors")
+    scales = {name: float(value) for name, value in tensors.items() if name.endswith("global_scale")}
+    by_module = {name.split(".")[-2]: value for name, value in scales.items()}
+    assert by_module["q_proj"] == by_module["k_proj"] == by_module["v_proj"]
+    assert by_module["gate_proj"] == by_module["up_proj"] != by_module["down_proj"]
+
+
+def test_ranges_of_inputs() -> None:
+    one, two = InputRange("m", 2), InputRange("m", 2)
+    one.update(torch.tensor([[1.0, -2.0]]))
+    two.update(torch.tensor([[3.0, 0.0], [0.5, -1.0]]))
+    one.merge(two)
+    assert [float(value) for value in one.extremes()] == [-2.0, 3.0]
+    assert [float(value) for value in one.extremes(moving=0.5)] == [-1.5, 2.0]
+    again = InputRange("m", 2)
+    again.load_state(one.state())
+    assert (again.tokens, again.extremes()) == (3, one.extremes())
+    with pytest.raises(NumericalError, match="no calibration token reaches m"):
+        InputRange("m", 2).extremes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"scheme": "W4A16", "targets": ["re:.*down_proj"], "ignore": []}, ""),
+        ({"config_groups": {"a": {"weights": {"group_size": 48}}}}, "groups of 48 do not divide the 128 columns"),
+        ({"scheme": "W8A16", "weight_observer": "mse"}, "observer mse of weights is not here"),
+        ({"config_groups": {"a": {"weights": {"dynamic": True}}}}, "a weight has no dynamic scales"),
+        ({"config_groups": {"a": {"weights": {"strategy": "group"}}}}, "compressed-tensors refuses it"),
+    ],
+)
+def test_refusals(source: Path, fields: dict[str, Any], text: str) -> None:
+    mapping = wanted(source, QuantizationModifier={"ignore": ["lm_head"], **fields})
+    if not text:
+        assert make_job(mapping).plan.modules
+        return
+    with pytest.raises(PlanError) as caught:
+        make_job(mapping)
+    assert text in str(caught.value)
+
+
+def test_static_scales_need_data(source: Path) -> None:
+    static = wanted(source, QuantizationModifier={"scheme": "FP8", "ignore": ["lm_head"]})
+    del static["calibration"]
+    with pytest.raises(PlanError, match="static scales of activations need data"):
+        make_job(static)
+    dynamic = wanted(source, QuantizationModifier={"scheme": "FP8_DYNAMIC", "ignore": ["lm_head"]})
+    del dynamic["calibration"]
+    assert make_job(dynamic).plan.modules
