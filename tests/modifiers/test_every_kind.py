@@ -74,7 +74,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 #: What stands before and after a modifier in its recipe, by kind.
 AROUND: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Solving": ({}, {}),
-    "ChangingFactors": (BEFORE, {}),
+    "Quantizing": (BEFORE, {}),
     "Refining": (BEFORE, {}),
     "Rearranging": ({}, {"NoWagModifier": {"targets": [MLP]}}),
     "Smoothing": ({}, {"NoWagModifier": {"targets": [ALL]}}),
@@ -137,7 +137,7 @@ def choices(annotation: Any) -> set[Any]:
 
 
 #: Of no consequence to a session, or refused there: `optional` says what may match nothing, `unfit` what is not taken.
-PASSED_OVER = {"optional", "unfit"}
+PASSED_OVER = {"optional", "unfit", "bypass_divisibility_checks"}
 
 
 @pytest.mark.parametrize("name", modifiers())
