@@ -18,6 +18,7 @@ from armor_recipes.errors import NumericalError
 from armor_recipes.solver import exact, hessian
 from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
 from armor_recipes.solver.exact import ExactProblem
+from armor_recipes.solver.gauge import apply_gauge, choose_gauge
 from armor_recipes.solver.hessian import HessianProblem
 from armor_recipes.solver.normalize import fill_dead_channels
 from armor_recipes.solver.result import Factors, QuantizedValues, SparseFactors
@@ -63,6 +64,7 @@ def requantize(
     group_size: int | None = None,
     rounding: Rounding = "nearest",
     iterations: int,
+    gauge: bool = True,
     on_progress: Progress | None = None,
 ) -> Requantized:
     """Quantise the kept values of S, symmetrically, then re-solve A and B, S fixed, so that the product stays what it was.
@@ -74,7 +76,8 @@ def requantize(
         num_bits: 8 or 4.
         group_size: kept values of a row that have one scale; None for a scale a row. Must divide I/2.
         rounding: `nearest`, or `gptq` (arXiv 2210.17323) on the kept values alone, which needs `gram`.
-        iterations: cycles of A and B at most; 0 leaves them as they are.
+        iterations: cycles of A and B at most; 0 leaves them as they are, but for the gauge.
+        gauge: choose a scale between B and S first (`armor_recipes.solver.gauge`).
         on_progress: called after each cycle with (done, at most, best relative loss).
 
     Raises:
@@ -83,13 +86,16 @@ def requantize(
     """
     _check(factors, second_moment, gram, num_bits, group_size, rounding)
     h, dead = fill_dead_channels(second_moment.float())
+    target = factors.dense()
+    if gauge:
+        factors = _gauged(factors, h, gram, num_bits=num_bits, group_size=group_size)
     values, weights = kept(factors.core, factors.mask), kept_weights(factors, h, gram)
     found = round_to_nearest(values, weights, num_bits=num_bits, group_size=group_size, dtype=factors.a.dtype)
     if rounding == "gptq" and gram is not None:
         found = gptq(values, factors.mask, input_gram(factors.b, gram), found)
     start = replace(factors, core=spread(found.dequantize(), factors.mask), quantized=found)
     counts = Counter({"dead_channels": dead} if dead else {})
-    return _Resolve.of(factors.dense(), h, gram, factors.b.shape[0], counts).run(start, iterations, on_progress)
+    return _Resolve.of(target, h, gram, factors.b.shape[0], counts).run(start, iterations, on_progress)
 
 
 def round_to_nearest(
@@ -157,16 +163,19 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def kept_weights(factors: SparseFactors, h: Tensor, gram: Tensor | None = None) -> Tensor:
-    """What an error of each kept value weighs in its row, `(O, I/2)`: the mean square of its entry of Bx.
+    """What an error of each kept value weighs in its row, `(O, I/2)`: the mean square of its entry of Bx."""
+    return kept(input_squares(factors.b, h, gram).expand(factors.mask.shape), factors.mask)
+
+
+def input_squares(b: Tensor, h: Tensor, gram: Tensor | None = None) -> Tensor:
+    """The mean square of each entry of Bx, float32 `(I,)`.
 
     With h `(I,)` alone as if the inputs were uncorrelated, with G `(I, I)` the diagonal of `B G Bᵀ`.
     """
-    b = factors.b.float()
+    b = b.float()
     if gram is None:
-        squares = (b.square() * h.view(b.shape[0], 1, -1)).sum(-1).flatten()
-    else:
-        squares = input_gram(b, gram).diagonal()
-    return kept(squares.expand(factors.mask.shape), factors.mask)
+        return (b.square() * h.view(b.shape[0], 1, -1)).sum(-1).flatten()
+    return input_gram(b, gram).diagonal()
 
 
 def input_gram(b: Tensor, gram: Tensor) -> Tensor:
@@ -236,6 +245,19 @@ class _Resolve:
             exact.update_a(self.problem, found)
             exact.update_b(self.problem, found)
         return found
+
+
+def _gauged(
+    factors: SparseFactors, h: Tensor, gram: Tensor | None, *, num_bits: int, group_size: int | None
+) -> SparseFactors:
+    """The factors in the gauge whose rounded core is nearest to the one that is not rounded; unchanged where that is theirs."""
+
+    def error(values: Tensor, weights: Tensor) -> float:
+        found = round_to_nearest(values, weights, num_bits=num_bits, group_size=group_size, dtype=factors.a.dtype)
+        return stable_sum(weights * (values - found.dequantize()).square())
+
+    scale = choose_gauge(factors, input_squares(factors.b, h, gram), error)
+    return factors if bool((scale == 1).all()) else apply_gauge(factors, scale)
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
