@@ -23,17 +23,19 @@ from armor_recipes.errors import CheckpointError
 
 FORMAT = "sparse-24-bitmask"
 QUANT_METHOD = "compressed-tensors"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Of the layout, the latest that is read; see docs/checkpoint.md for what later releases will read."""
-_VERSION_WITHOUT_TIES = 2
+_VERSION_WITHOUT_ACTIVATIONS, _VERSION_WITHOUT_TIES = 3, 2
 SCHEMA_VERSION = "0.17.0"
 """The oldest compressed-tensors whose schema reads this: a constant, so that equal runs give equal bytes."""
 BLOCK_SIZE_KEY, CORE_KEY, INPUT_FACTOR_KEY = "armor_block_size", "armor_core", "armor_input_factor"
 TIED_KEY = "armor_tied_weights"
 CORE_TYPES = tuple(KEPT_PER_VALUE)
 """What the kept values of a core can be. `float`: numbers in the checkpoint's float dtype, which the tensor itself tells.
-`int8`, `int4`: integers, with scales in that dtype."""
-CORE_BITS = {"int8": 8, "int4": 4}
+`int8`, `int4`: integers, with scales in that dtype; `fp8`: float8_e4m3fn, with the same."""
+CORE_BITS = {"int8": 8, "int4": 4, "fp8": 8}
+_NUMBERS = {"int": "int8", "float": "fp8"}
+"""What entries of Bx are rounded to, by the schema's type of 8 bits."""
 VALUES, BITMASK, OUTPUT_FACTOR, INPUT_FACTOR, SCALE = "weight", "bitmask", "armor_a", "armor_b", "weight_scale"
 TENSOR_NAMES = (VALUES, BITMASK, OUTPUT_FACTOR, INPUT_FACTOR)
 """Names of a layer's tensors after its module's name; a quantised core has `SCALE` besides. The values are called `weight`,
@@ -56,6 +58,8 @@ class LayerSpec:
     tied_to: str | None = None
     """Full name of the module whose weight this layer has, under which the tensors of both are stored; None where it has its
     own."""
+    activations: str | None = None
+    """What Bx is rounded to as the layer runs, with one scale a token: `int8` or `fp8`; None leaves it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +130,8 @@ def quantization_config(
     stored, tied = dict(shared or {}), tied or {}
     for name, layer in {**layers, **{use: layers[owner] for use, owner in tied.items()}}.items():
         _check_target(name)
-        groups[LayerSpec(layer.block_size, layer.core, None, layer.group_size)].append(name)
-    ordered = sorted(groups, key=lambda spec: (spec.block_size, spec.core, spec.group_size or 0))
+        groups[LayerSpec(layer.block_size, layer.core, None, layer.group_size, None, layer.activations)].append(name)
+    ordered = sorted(groups, key=lambda spec: (spec.block_size, spec.core, spec.group_size or 0, spec.activations or ""))
     used = stored | {use: stored[owner] for use, owner in tied.items() if owner in stored}
     found = [_group(sorted(groups[spec]), spec, used, tied) for spec in ordered] + _plain_groups(quantized or {})
     formats = {group["format"] for group in found}
@@ -177,10 +181,36 @@ def core_of(weights: object, *, where: str) -> str:
     return str(value)
 
 
-def layer_spec_of(weights: object, *, where: str) -> LayerSpec:
-    """Read block size, core type and group size from a group's `weights`. Raises `CheckpointError`, starting with `where`."""
-    core = core_of(weights, where=where)
-    return LayerSpec(block_size_of(weights, where=where), core, None, _group_size_of(weights, core, where=where))
+def layer_spec_of(weights: object, activations: object = None, *, where: str) -> LayerSpec:
+    """Read block size, core type, group size and what Bx is rounded to from a group's `weights` and `input_activations`.
+
+    Raises `CheckpointError`, starting with `where`.
+    """
+    core, numbers = core_of(weights, where=where), activations_of(activations, where=where)
+    if core == "float" and numbers is not None:
+        raise CheckpointError(
+            f"{where}: input_activations ask for {numbers}, and the core is float: 8-bit activations go with a quantised core"
+        )
+    group_size = _group_size_of(weights, core, where=where)
+    return LayerSpec(block_size_of(weights, where=where), core, None, group_size, None, numbers)
+
+
+def activations_of(value: object, *, where: str) -> str | None:
+    """Read what Bx is rounded to from a group's `input_activations`: `int8`, `fp8`, or None for nothing.
+
+    Raises `CheckpointError`, starting with `where`, for anything but symmetric 8 bits with a dynamic scale for each token.
+    """
+    if value is None:
+        return None
+    args = value if isinstance(value, Mapping) else {}
+    wanted = {"num_bits": 8, "dynamic": True, "strategy": "token", "symmetric": True}
+    numbers = _NUMBERS.get(str(args.get("type")))
+    if numbers is None or any(args.get(key) != expected for key, expected in wanted.items()):
+        raise CheckpointError(
+            f"{where}: input_activations is {shown(value)}; of a core it is null, or 8 bits of type int or float, symmetric, dynamic, "
+            "with strategy token"
+        )
+    return numbers
 
 
 def _group_size_of(weights: object, core: str, *, where: str) -> int | None:
@@ -188,10 +218,11 @@ def _group_size_of(weights: object, core: str, *, where: str) -> int | None:
     if core == "float" or not isinstance(weights, Mapping):
         return None
     bits, strategy, size = (weights.get(key) for key in ("num_bits", "strategy", "group_size"))
-    if bits != CORE_BITS[core] or weights.get("type") != "int" or weights.get("symmetric") is not True:
+    kind = "float" if core == "fp8" else "int"
+    if bits != CORE_BITS[core] or weights.get("type") != kind or weights.get("symmetric") is not True:
         raise CheckpointError(
             f"{where}: weights say {shown(bits)} bits, type {shown(weights.get('type'))}, symmetric "
-            f"{shown(weights.get('symmetric'))}; an {core} core has {CORE_BITS[core]} bits, type int, symmetric true"
+            f"{shown(weights.get('symmetric'))}; an {core} core has {CORE_BITS[core]} bits, type {kind}, symmetric true"
         )
     if strategy == "channel" and size is None:
         return None
@@ -250,7 +281,14 @@ def version_of(config: object) -> int:
     groups = config.get("config_groups") if isinstance(config, Mapping) else None
     found = groups.values() if isinstance(groups, Mapping) else ()
     tied = any(TIED_KEY in _observer_kwargs(g.get("weights")) for g in found if isinstance(g, Mapping))
-    return FORMAT_VERSION if tied else _VERSION_WITHOUT_TIES
+    if any(_new_in_four(g) for g in found if isinstance(g, Mapping)):
+        return FORMAT_VERSION
+    return _VERSION_WITHOUT_ACTIVATIONS if tied else _VERSION_WITHOUT_TIES
+
+
+def _new_in_four(group: Mapping[str, Any]) -> bool:
+    """Whether a release that reads version 3 would run the group's layers otherwise, or not read them."""
+    return group.get("input_activations") is not None or _observer_kwargs(group.get("weights")).get(CORE_KEY) == "fp8"
 
 
 def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
@@ -326,7 +364,7 @@ def _group(targets: list[str], spec: LayerSpec, shared: Mapping[str, str], tied:
             kwargs[key] = named
     return {
         "format": FORMAT,
-        "input_activations": None,
+        "input_activations": _activations(spec.activations),
         "output_activations": None,
         "targets": targets,
         "weights": {
@@ -337,8 +375,22 @@ def _group(targets: list[str], spec: LayerSpec, shared: Mapping[str, str], tied:
             "observer_kwargs": kwargs,
             "strategy": "tensor" if spec.core == "float" else "channel" if spec.group_size is None else "group",
             "symmetric": True,
-            "type": "int",
+            "type": "float" if spec.core == "fp8" else "int",
         },
+    }
+
+
+def _activations(numbers: str | None) -> dict[str, Any] | None:
+    if numbers is None:
+        return None
+    kind = next(kind for kind, name in _NUMBERS.items() if name == numbers)
+    return {
+        "dynamic": True,
+        "group_size": None,
+        "num_bits": 8,
+        "strategy": "token",
+        "symmetric": True,
+        "type": kind,
     }
 
 
@@ -354,7 +406,7 @@ def _group_specs(group: object, *, where: str) -> dict[str, LayerSpec]:
     if len(set(targets)) != len(targets):
         raise CheckpointError(f"{where}.targets names a module twice")
     weights = group.get("weights")
-    spec = layer_spec_of(weights, where=where)
+    spec = layer_spec_of(weights, group.get("input_activations"), where=where)
     owners = input_factors_of(weights, targets=targets, where=where)
     tied = tied_weights_of(weights, targets=targets, where=where)
     return {t: replace(spec, input_factor=owners.get(t), tied_to=tied.get(t)) for t in targets}

@@ -120,7 +120,8 @@ class Source:
             weight = read_tensor(self.tensors, f"{name}.{VALUES}")
             return PackedLinear.plain(*pack_2of4(weight, _mask_2of4(weight)))
         owner = self.specs[name].input_factor
-        return read_layer(name, self.tensors, None if owner is None else read_layer(owner, self.tensors))
+        shared = None if owner is None else read_layer(owner, self.tensors)
+        return read_layer(name, self.tensors, shared, activations=self.specs[name].activations)
 
     @property
     def tied(self) -> tuple[str, ...]:

@@ -6,11 +6,12 @@ For a core S `(O, I)` with exactly 2 kept entries in every 4 consecutive ones of
 - bitmask `(O, I/8)` uint8: one bit a column, little-endian within the byte (bit 0 of byte 0 is column 0), as
   `numpy.packbits(mask, axis=-1, bitorder="little")` writes it. The mask is the truth: a kept value may be 0.
 
-A quantised core has integers for its kept values, and a scale for each group of so many kept values of a row:
+A quantised core has integers (or 8-bit floats) for its kept values, and a scale for each group of so many kept values of a row:
 
 - int8: values `(O, I/2)` int8, from -128 to 127 (what we make ends at -127);
 - int4: values `(O, I/16)` int32, eight to a number as compressed-tensors' `pack_to_int32` packs them: kept value 8k + j of a
   row, plus 8, is in bits 4j to 4j + 3 of number k;
+- fp8: values `(O, I/2)` float8_e4m3fn, a scale for each row;
 - scale `(O, groups)` in the dtype of the factors, positive.
 """
 
@@ -28,8 +29,10 @@ from armor_recipes.solver.result import QuantizedValues, SparseFactors
 
 PACKABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTEGER_DTYPES = {torch.int8: "int8", torch.int32: "int4"}
-"""Of the stored values of a quantised core, and its core type."""
-KEPT_PER_VALUE = {"float": 1, "int8": 1, "int4": 8}
+"""Of the stored values of a core of integers, and its core type."""
+QUANTIZED_DTYPES = {**INTEGER_DTYPES, torch.float8_e4m3fn: "fp8"}
+"""The same of every quantised core."""
+KEPT_PER_VALUE = {"float": 1, "int8": 1, "int4": 8, "fp8": 1}
 """Kept entries of S in one stored number, by core type."""
 GROUP_STEP = 8
 """A group of kept values that have one scale is a multiple of this: the int4 values of one int32."""
@@ -77,6 +80,8 @@ class PackedLinear:
     """`(I/b_i, b_i, b_i)`, the input factor."""
     scale: Tensor | None = None
     """`(O, groups)`, what the integers of a quantised core are multiplied by; None where the values are floats."""
+    activations: str | None = None
+    """What Bx is rounded to as the layer runs, with one scale a token: `int8` or `fp8`; None leaves it. Of quantised cores alone."""
 
     @classmethod
     def from_factorization(cls, factorization: FactorizationLike, dtype: torch.dtype) -> PackedLinear:
@@ -94,7 +99,9 @@ class PackedLinear:
         if found is None:
             return packed
         values = found.integers.contiguous() if found.num_bits == 8 else pack_int4(found.integers)
-        packed = cls(values, packed.bitmask, packed.a, packed.b, found.scale.to(dtype).contiguous())
+        packed = cls(
+            values, packed.bitmask, packed.a, packed.b, found.scale.to(dtype).contiguous(), found.activations
+        )
         packed.validate()
         return packed
 
@@ -129,7 +136,7 @@ class PackedLinear:
     @property
     def core(self) -> str:
         """The core type as a config group names it, see `armor_recipes.checkpoint.config.CORE_TYPES`."""
-        return "float" if self.scale is None else INTEGER_DTYPES.get(self.values.dtype, "int8")
+        return "float" if self.scale is None else QUANTIZED_DTYPES.get(self.values.dtype, "int8")
 
     @property
     def group_size(self) -> int | None:
@@ -148,7 +155,7 @@ class PackedLinear:
         """The same layer with its floats in `dtype`; integers stay."""
         values = self.values.to(dtype) if self.scale is None else self.values
         scale = None if self.scale is None else self.scale.to(dtype)
-        return type(self)(values, self.bitmask, self.a.to(dtype), self.b.to(dtype), scale)
+        return type(self)(values, self.bitmask, self.a.to(dtype), self.b.to(dtype), scale, self.activations)
 
     def validate(self, *, name: str = "this layer") -> None:
         """Check shapes, dtypes, the 2-of-4 rule and that all numbers are finite; `name` (the module's) is for messages.
@@ -185,15 +192,15 @@ class PackedLinear:
 
     def _integers(self, scale: Tensor, name: str) -> QuantizedValues:
         """The integers and their scales. Raises `CheckpointError` where they are not what the format says."""
-        if self.values.dtype not in INTEGER_DTYPES or self.values.dim() != 2:
+        if self.values.dtype not in QUANTIZED_DTYPES or self.values.dim() != 2:
             raise CheckpointError(
                 f"{name}: weight is {tuple(self.values.shape)} {self.values.dtype}; with a weight_scale beside it, it must be "
-                "(O, I/2) int8, or (O, I/16) int32 that hold eight int4 each"
+                "(O, I/2) int8 or float8_e4m3fn, or (O, I/16) int32 that hold eight int4 each"
             )
         _check_scale(scale, self.values.shape[0], self.shape[1] // 2, name=f"{name}: weight_scale")
         if self.values.dtype == torch.int32:
-            return QuantizedValues(unpack_int4(self.values), scale, 4)
-        return QuantizedValues(self.values, scale, 8)
+            return QuantizedValues(unpack_int4(self.values), scale, 4, self.activations)
+        return QuantizedValues(self.values, scale, 8, self.activations)
 
     def fold(self, dtype: torch.dtype, *, name: str = "this layer") -> Tensor:
         """Compute `Ŵ = A · S · B` `(O, I)`, accumulated in float32 and then rounded to `dtype`."""

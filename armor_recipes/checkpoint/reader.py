@@ -31,7 +31,7 @@ from armor_recipes.errors import CheckpointError
 from armor_recipes.paths import user_path
 
 _FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_INTEGERS = {"int8": ("I8",), "int4": ("I32",)}
+_INTEGERS = {"int8": ("I8",), "int4": ("I32",), "fp8": ("F8_E4M3",)}
 _ITEMSIZES = {"BF16": 2, "F16": 2, "F32": 4}
 _BIAS = "bias"
 
@@ -104,21 +104,34 @@ def read_layers(folder: Path) -> dict[str, PackedLinear]:
         legacy = open_legacy(folder, quantization, tensors)
         return {name: legacy.read(name) for name in legacy.layers}
     specs = checked_layers(folder, quantization, tensors)
-    own = {name: read_layer(name, tensors) for name, spec in specs.items() if spec.input_factor is None}
+    own = {
+        name: read_layer(name, tensors, activations=spec.activations)
+        for name, spec in specs.items()
+        if spec.input_factor is None
+    }
     shared = {
-        name: read_layer(name, tensors, own[spec.input_factor])
+        name: read_layer(name, tensors, own[spec.input_factor], activations=spec.activations)
         for name, spec in specs.items()
         if spec.input_factor is not None
     }
     return dict(sorted({**own, **shared}.items()))
 
 
-def read_layer(name: str, tensors: Mapping[str, TensorInfo], owner: PackedLinear | None = None) -> PackedLinear:
-    """Read and check one ARMOR layer that `checked_layers` named; `owner` is the layer whose B it uses, if any."""
+def read_layer(
+    name: str,
+    tensors: Mapping[str, TensorInfo],
+    owner: PackedLinear | None = None,
+    *,
+    activations: str | None = None,
+) -> PackedLinear:
+    """Read and check one ARMOR layer that `checked_layers` named; `owner` is the layer whose B it uses, if any.
+
+    `activations` is what its spec says of them.
+    """
     values, bitmask, a = (read_tensor(tensors, f"{name}.{part}") for part in TENSOR_NAMES[:3])
     b = read_tensor(tensors, f"{name}.{INPUT_FACTOR}") if owner is None else owner.b
     scale = read_tensor(tensors, f"{name}.{SCALE}") if f"{name}.{SCALE}" in tensors else None
-    packed = PackedLinear(values, bitmask, a, b, scale)
+    packed = PackedLinear(values, bitmask, a, b, scale, activations)
     packed.validate(name=f"{tensors[f'{name}.{VALUES}'].file}: {name}")
     return packed
 

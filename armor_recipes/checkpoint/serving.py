@@ -67,4 +67,5 @@ def describe(spec: LayerSpec | None) -> str:
     if spec is None:
         return "dense"
     group = "" if spec.group_size is None else f" in groups of {spec.group_size}"
-    return f"block size {list(spec.block_size)}, {spec.core} core{group}"
+    activations = "" if spec.activations is None else f" and {spec.activations} activations"
+    return f"block size {list(spec.block_size)}, {spec.core} core{group}{activations}"

@@ -195,7 +195,7 @@ def shared_input_factors(layers: Mapping[str, PackedLinear]) -> dict[str, str]:
     """Map each layer whose B another one has, byte for byte → the first such layer in the order given.
 
     Only layers of one decoder layer (whose names are equal up to the first number) share that are of one config group: of
-    one block size, core type and group size.
+    one block size, core type, group size and kind of activations.
     """
     owners: dict[tuple[object, ...], str] = {}
     digests: dict[int, str] = {}
@@ -206,7 +206,7 @@ def shared_input_factors(layers: Mapping[str, PackedLinear]) -> dict[str, str]:
             continue
         digest = digests.setdefault(id(layer.b), "") or _sha256(layer.b)  # of bytes: 0.0 and -0.0 differ
         digests[id(layer.b)] = digest
-        kind = layer.block_size, layer.core, layer.group_size
+        kind = layer.block_size, layer.core, layer.group_size, layer.activations
         owner = owners.setdefault((decoder_layer[0], kind, layer.b.shape, layer.b.dtype, digest), name)
         if owner != name:
             shared[name] = owner

@@ -101,7 +101,10 @@ class ArmorCompressor(BaseCompressor):  # type: ignore[misc]
             )
         _forget_quantization(module)
         scheme: Any = module.quantization_scheme
-        ArmorLinear.adopt(module, layer_spec_of(scheme.weights.model_dump(mode="json"), where="quantization_config"))
+        weights, activations = (
+            None if args is None else args.model_dump(mode="json") for args in (scheme.weights, scheme.input_activations)
+        )
+        ArmorLinear.adopt(module, layer_spec_of(weights, activations, where="quantization_config"))
         module.quantization_status = QuantizationStatus.COMPRESSED
 
     @classmethod

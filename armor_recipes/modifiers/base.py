@@ -28,7 +28,7 @@ Propagate = Literal["compressed", "dense"]
 StoredAs = Literal["packed", "dense", "quantized"]
 #: Why a method that computes new weights cannot follow one of category `quantize`.
 UNROUNDED = "it would put unrounded numbers in the place of quantised ones"
-CoreType = Literal["float", "int8", "int4"]
+CoreType = Literal["float", "int8", "int4", "fp8"]
 
 
 def _checked_pattern(text: str) -> str:

@@ -3,10 +3,13 @@
 | backend | prepared | forward |
 |---|---|---|
 | `folded` | Ŵ = A·S·B, rounded to the layer's dtype | `F.linear(x, Ŵ, bias)`, bit for bit a plain linear layer |
-| `reference` | S, unpacked, in the layer's dtype | `A (S (B x)) + bias`, in plain torch |
+| `reference` | S, unpacked, in the layer's dtype | `A (S (B x)) + bias`, in plain torch, Bx rounded to 8 bits where config.json says so |
 | `cpu` | nothing: the packed tensors are checked | the compiled kernel, straight from the packed tensors |
 | `cuda` | nothing: the packed tensors are checked | few tokens: a Triton kernel on the packed core; many: S unpacked by another |
 | `auto` | as `cpu` where that can run, else as `folded` | what was fastest for this shape and number of tokens |
+
+Of layers with 8-bit activations `auto` runs as `reference` does, `cpu` and `cuda` refuse them, and `folded` is of their weights
+alone: it leaves activations as they are, as an export to dense does. fp8 cores are refused by `cpu` and `cuda`, too.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ from torch import Tensor, nn
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import RecipeError
+from armor_recipes.runtime.activations import round_activations
 from armor_recipes.runtime.auto import DenseCores
 from armor_recipes.runtime.cuda import prepare_cuda, run_cuda
 from armor_recipes.runtime.kernel import FORMATS, kernel_available
 from armor_recipes.runtime.op import linear
-from armor_recipes.runtime.validation import check_packed
+from armor_recipes.runtime.validation import check_numbers, check_packed, has_numbers
 from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor
 
 BACKEND_VARIABLE = "ARMOR_BACKEND"
@@ -73,7 +77,10 @@ def _unpack(packed: PackedLinear, name: str) -> Tensor:
 
 
 def _run_reference(x: Tensor, core: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
-    y = apply_output_factor(nn.functional.linear(apply_input_factor(x, packed.b), core), packed.a)
+    inner = apply_input_factor(x, packed.b)
+    if packed.activations is not None:
+        inner = round_activations(inner, packed.activations)
+    y = apply_output_factor(nn.functional.linear(inner, core), packed.a)
     return y if bias is None else y + bias
 
 
@@ -84,6 +91,7 @@ def _check_for_kernel(packed: PackedLinear, name: str) -> None:
             f"{name}: the backend cpu needs the compiled kernel, which was not built for lack of a C compiler: install "
             "one and install armor-recipes again, or choose `folded`"
         )
+    check_numbers(packed, name, "cpu")
     if packed.values.device.type != "cpu":
         raise RecipeError(f"{name} is on {packed.values.device}: the backend cpu runs on the CPU; choose `folded`")
     check_packed(packed, name=name)
@@ -93,7 +101,16 @@ def _run_cpu(x: Tensor, prepared: None, packed: PackedLinear, bias: Tensor | Non
     return linear(x, packed, bias, backend="cpu")
 
 
-def _prepare_auto(packed: PackedLinear, name: str) -> Tensor | DenseCores:
+@dataclass(frozen=True, slots=True)
+class _Unpacked:
+    """S in the layer's dtype, where `auto` runs as `reference` does."""
+
+    core: Tensor
+
+
+def _prepare_auto(packed: PackedLinear, name: str) -> Tensor | DenseCores | _Unpacked:
+    if packed.activations is not None:
+        return _Unpacked(_unpack(packed, name))
     if packed.values.device.type == "cpu" and not kernel_available():
         warnings.warn(
             "armor-recipes was installed without a C compiler, so that its CPU kernel is missing: ARMOR layers run "
@@ -106,14 +123,20 @@ def _prepare_auto(packed: PackedLinear, name: str) -> Tensor | DenseCores:
     return DenseCores()
 
 
-def _run_auto(x: Tensor, prepared: Tensor | DenseCores | None, packed: PackedLinear, bias: Tensor | None) -> Tensor:
+def _run_auto(
+    x: Tensor, prepared: Tensor | DenseCores | _Unpacked | None, packed: PackedLinear, bias: Tensor | None
+) -> Tensor:
+    if isinstance(prepared, _Unpacked):
+        return _run_reference(x, prepared.core, packed, bias)
     if isinstance(prepared, Tensor):
         return _run_folded(x, prepared, packed, bias)
     return linear(x, packed, bias, backend="auto", cores=prepared)
 
 
 def _has_kernel(packed: PackedLinear) -> bool:
-    return packed.values.device.type == "cpu" and packed.dtype in FORMATS and kernel_available()
+    return (
+        packed.values.device.type == "cpu" and packed.dtype in FORMATS and kernel_available() and has_numbers(packed)
+    )
 
 
 def wants_gradients(packed: PackedLinear) -> bool:
@@ -129,7 +152,7 @@ def _trains(packed: PackedLinear) -> bool:
 
 BACKENDS = {
     "auto": Backend("auto", _prepare_auto, _run_auto, traced=_has_kernel),
-    "cpu": Backend("cpu", _check_for_kernel, _run_cpu, traced=lambda _: True),
+    "cpu": Backend("cpu", _check_for_kernel, _run_cpu, traced=has_numbers),
     "cuda": Backend("cuda", prepare_cuda, run_cuda),
     "folded": Backend("folded", _fold, _run_folded),
     "reference": Backend("reference", _unpack, _run_reference),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import RecipeError
-from armor_recipes.runtime.validation import check_packed
+from armor_recipes.runtime.validation import check_numbers, check_packed
 from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor
 from armor_recipes.solver.sweep import triton_available
 
@@ -40,6 +40,7 @@ def prepare_cuda(packed: PackedLinear, name: str) -> None:
         raise RecipeError(
             f"{name}: the backend cuda needs Triton, which is not installed: `pip install triton`, or choose `folded`"
         )
+    check_numbers(packed, name, "cuda")
     check_packed(packed, name=name)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.checkpoint.config import INPUT_FACTOR, SCALE, LayerSpec, PackedShapes, named_tensors, tensor_names
-from armor_recipes.checkpoint.packing import INTEGER_DTYPES, FactorizationLike, PackedLinear
+from armor_recipes.checkpoint.packing import QUANTIZED_DTYPES, FactorizationLike, PackedLinear
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import CheckpointError, PlanError
 from armor_recipes.runtime.backends import choose_backend, wants_gradients
@@ -37,6 +37,8 @@ class ArmorLinear(nn.Linear):
     """Name of the backend; None asks the environment variable ARMOR_BACKEND, then takes `auto`."""
     label: str
     """The module's full name where known, for error messages."""
+    activations: str | None
+    """What Bx is rounded to in each pass, with one scale a token: `int8`, `fp8`, or None for nothing."""
     _loaded: bool
     _owner: ArmorLinear | None
     _sharers: list[ArmorLinear]
@@ -52,13 +54,14 @@ class ArmorLinear(nn.Linear):
         """
         shapes = PackedShapes.of((linear.out_features, linear.in_features), spec)
         weight = linear.weight.detach()
-        integers = {core: dtype for dtype, core in INTEGER_DTYPES.items()}
+        stored = {core: dtype for dtype, core in QUANTIZED_DTYPES.items()}
         empty = PackedLinear(
-            weight.new_empty(shapes.values, dtype=integers.get(spec.core, weight.dtype)),
+            weight.new_empty(shapes.values, dtype=stored.get(spec.core, weight.dtype)),
             weight.new_empty(shapes.bitmask, dtype=torch.uint8),
             weight.new_empty(shapes.a),
             weight.new_empty(shapes.b),
             None if shapes.scale is None else weight.new_empty(shapes.scale),
+            spec.activations,
         )
         layer = cls.from_packed(linear, empty)
         layer._loaded = False
@@ -73,6 +76,7 @@ class ArmorLinear(nn.Linear):
             setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
         linear.backend, linear.label, linear._loaded, linear._prepared = None, "", True, None
         linear._owner, linear._sharers, linear._tied_to = None, [], None
+        linear.activations = packed.activations
         return linear
 
     def share_input_factor(self, owner: ArmorLinear) -> None:
@@ -160,7 +164,7 @@ class ArmorLinear(nn.Linear):
         for name in tensor_names(packed.core):
             if name != INPUT_FACTOR or self._owner is None:
                 delattr(self, name)
-        for name in ("backend", "label", "_loaded", "_prepared", "_owner", "_sharers", "_tied_to"):
+        for name in ("backend", "label", "activations", "_loaded", "_prepared", "_owner", "_sharers", "_tied_to"):
             del self.__dict__[name]
         dense: nn.Linear = self
         dense.__class__ = nn.Linear
@@ -177,7 +181,9 @@ class ArmorLinear(nn.Linear):
             )
         # The same tensor, unless this layer was moved or cast without the one that it shares with.
         b = b.to(self.armor_a.device, self.armor_a.dtype)
-        return PackedLinear(self.weight, self.bitmask, self.armor_a, b, self._parameters.get(SCALE))
+        return PackedLinear(
+            self.weight, self.bitmask, self.armor_a, b, self._parameters.get(SCALE), self.activations
+        )
 
     def _stored(self) -> dict[str, Tensor]:
         """The parameters that this layer runs from, by name; B may be another layer's."""

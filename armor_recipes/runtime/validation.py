@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from armor_recipes.checkpoint.packing import GROUP_STEP, INTEGER_DTYPES, PackedLinear
+from armor_recipes.checkpoint.packing import GROUP_STEP, QUANTIZED_DTYPES, PackedLinear
+from armor_recipes.errors import RecipeError
 
 _PART = 1 << 20
 """Numbers checked at once."""
@@ -18,9 +19,21 @@ def check_packed(packed: PackedLinear, *, name: str = "this layer") -> None:
     Raises:
         CheckpointError: naming the tensor that is wrong, its value, and what it should be.
     """
-    right = _shapes_fit(packed) and _two_of_four(packed.bitmask) and all(map(_finite, _floats(packed)))
+    right = packed.core != "fp8" and _shapes_fit(packed) and _two_of_four(packed.bitmask) and all(map(_finite, _floats(packed)))
     if not right or not _integers_fit(packed):
         packed.validate(name=name)  # says what is wrong, and where
+
+
+def has_numbers(packed: PackedLinear) -> bool:
+    """Whether the compiled kernels have the layer's numbers: those of every core but fp8 ones and ones with 8-bit activations."""
+    return packed.core != "fp8" and packed.activations is None
+
+
+def check_numbers(packed: PackedLinear, name: str, backend: str) -> None:
+    """Raise `RecipeError` where the kernels of `backend` do not have the layer's numbers; `name` is the module's."""
+    if not has_numbers(packed):
+        what = "fp8 cores" if packed.activations is None else f"8-bit activations ({packed.activations})"
+        raise RecipeError(f"{name}: the backend {backend} has no {what}: choose `reference`, or `auto`, which runs it")
 
 
 def _floats(packed: PackedLinear) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +55,7 @@ def _integers_fit(packed: PackedLinear) -> bool:
     if packed.scale is None:
         return True
     kept, (rows, groups) = packed.shape[1] // 2, packed.scale.shape
-    dtypes = packed.values.dtype in INTEGER_DTYPES and packed.scale.dtype == packed.a.dtype == packed.b.dtype
+    dtypes = packed.values.dtype in QUANTIZED_DTYPES and packed.scale.dtype == packed.a.dtype == packed.b.dtype
     whole = groups == 1 or (groups > 0 and kept % (groups * GROUP_STEP) == 0)
     return dtypes and whole and rows == packed.shape[0] and bool((packed.scale > 0).all())
 

@@ -7,8 +7,9 @@ Everything is measured against the product `Ŵ = A · S · B` that the factors g
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -26,11 +27,16 @@ from armor_recipes.solver.spd import cholesky
 
 LEVELS = {8: (-127, 127), 4: (-8, 7)}
 """Smallest and largest integer by number of bits."""
+Numbers = Literal["int", "fp8"]
+#: The largest float8_e4m3fn.
+_LARGEST_FLOAT8 = float(torch.finfo(torch.float8_e4m3fn).max)
 Rounding = Literal["nearest", "gptq"]
 #: Called after a cycle with (done, at most, best relative loss).
 Progress = Callable[[int, int, float], None]
 #: Scales that are tried, as shares of the one that reaches the largest value: smaller ones clip it and round the rest finer.
 _RATIOS = tuple(1 - 0.05 * step for step in range(11))
+#: The same where gauges are compared, of which there are many.
+_FEW_RATIOS = (1.0, 0.8)
 #: Bytes of the float64 Hessians that `gptq` works on at once.
 _GPTQ_BYTES = 1 << 28
 #: Another cycle of A and B follows only where the last one gained more than this, relative.
@@ -65,6 +71,8 @@ def requantize(
     rounding: Rounding = "nearest",
     iterations: int,
     gauge: bool = True,
+    numbers: Numbers = "int",
+    activations: str | None = None,
     on_progress: Progress | None = None,
 ) -> Requantized:
     """Quantise the kept values of S, symmetrically, then re-solve A and B, S fixed, so that the product stays what it was.
@@ -78,6 +86,8 @@ def requantize(
         rounding: `nearest`, or `gptq` (arXiv 2210.17323) on the kept values alone, which needs `gram`.
         iterations: cycles of A and B at most; 0 leaves them as they are, but for the gauge.
         gauge: choose a scale between B and S first (`armor_recipes.solver.gauge`).
+        numbers: `int`, or `fp8` for float8_e4m3fn, with 8 bits and a scale a row, rounded to nearest.
+        activations: `int8` or `fp8`, what Bx is rounded to as the layer runs: kept with the values, and `int8` counts in the gauge.
         on_progress: called after each cycle with (done, at most, best relative loss).
 
     Raises:
@@ -85,12 +95,18 @@ def requantize(
         NumericalError: values that are not finite.
     """
     _check(factors, second_moment, gram, num_bits, group_size, rounding)
+    if numbers == "fp8" and (num_bits, group_size, rounding) != (8, None, "nearest"):
+        raise ValueError(f"fp8 has 8 bits, a scale a row and rounds to nearest, got {num_bits=}, {group_size=}, {rounding=}")
     h, dead = fill_dead_channels(second_moment.float())
     target = factors.dense()
+    rounded = partial(
+        round_to_nearest, num_bits=num_bits, group_size=group_size, dtype=factors.a.dtype, numbers=numbers
+    )
     if gauge:
-        factors = _gauged(factors, h, gram, num_bits=num_bits, group_size=group_size)
+        roughly = partial(rounded, ratios=_FEW_RATIOS)
+        factors = _gauged(factors, input_squares(factors.b, h, gram), roughly, activations)
     values, weights = kept(factors.core, factors.mask), kept_weights(factors, h, gram)
-    found = round_to_nearest(values, weights, num_bits=num_bits, group_size=group_size, dtype=factors.a.dtype)
+    found = replace(rounded(values, weights), activations=activations)
     if rounding == "gptq" and gram is not None:
         found = gptq(values, factors.mask, input_gram(factors.b, gram), found)
     start = replace(factors, core=spread(found.dequantize(), factors.mask), quantized=found)
@@ -99,9 +115,16 @@ def requantize(
 
 
 def round_to_nearest(
-    values: Tensor, weights: Tensor, *, num_bits: int, group_size: int | None = None, dtype: torch.dtype
+    values: Tensor,
+    weights: Tensor,
+    *,
+    num_bits: int,
+    group_size: int | None = None,
+    dtype: torch.dtype,
+    numbers: Numbers = "int",
+    ratios: Sequence[float] = _RATIOS,
 ) -> QuantizedValues:
-    """The nearest integers, with the scale of each group that gives the least `Σ weight · (value − integer · scale)²`.
+    """The nearest integers (or float8_e4m3fn), with the scale of each group that gives the least `Σ weight · (value − integer · scale)²`.
 
     Scales are sought among a few shares of the one that reaches the group's largest value, each rounded to `dtype` first, so
     that integers fit the scale that is stored. A group of zeros has scale 1.
@@ -112,17 +135,21 @@ def round_to_nearest(
         num_bits: 8 or 4.
         group_size: a divisor of N, or None for whole rows.
         dtype: of the scales.
+        numbers: `int`, or `fp8` for float8_e4m3fn in the place of 8-bit integers.
+        ratios: the shares that are tried.
     """
-    low, high = LEVELS[num_bits]
+    low, high = (-_LARGEST_FLOAT8, _LARGEST_FLOAT8) if numbers == "fp8" else LEVELS[num_bits]
+    nearest = _nearest_float8 if numbers == "fp8" else _nearest
     v, w = (x.unflatten(1, (-1, group_size or x.shape[1])) for x in (values, weights))
     largest = v.abs().amax(-1, keepdim=True)
     best, scale = torch.full_like(largest, torch.inf), torch.ones_like(largest)
-    for ratio in _RATIOS:
+    for ratio in ratios:
         trial = torch.where(largest > 0, _storable(largest * (ratio / high), dtype), scale)
-        error = (w * (v - trial * _nearest(v, trial, low, high)).square()).sum(-1, keepdim=True)
+        error = (w * (v - trial * nearest(v, trial, low, high)).square()).sum(-1, keepdim=True)
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, trial, scale)
-    integers = _nearest(v, scale, low, high).to(torch.int8).flatten(1)
+    stored = torch.float8_e4m3fn if numbers == "fp8" else torch.int8
+    integers = nearest(v, scale, low, high).to(stored).flatten(1)
     return QuantizedValues(integers, scale.squeeze(-1).to(dtype), num_bits)
 
 
@@ -248,15 +275,17 @@ class _Resolve:
 
 
 def _gauged(
-    factors: SparseFactors, h: Tensor, gram: Tensor | None, *, num_bits: int, group_size: int | None
+    factors: SparseFactors,
+    squares: Tensor,
+    rounded: Callable[[Tensor, Tensor], QuantizedValues],
+    activations: str | None,
 ) -> SparseFactors:
     """The factors in the gauge whose rounded core is nearest to the one that is not rounded; unchanged where that is theirs."""
 
     def error(values: Tensor, weights: Tensor) -> float:
-        found = round_to_nearest(values, weights, num_bits=num_bits, group_size=group_size, dtype=factors.a.dtype)
-        return stable_sum(weights * (values - found.dequantize()).square())
+        return stable_sum(weights * (values - rounded(values, weights).dequantize()).square())
 
-    scale = choose_gauge(factors, input_squares(factors.b, h, gram), error)
+    scale = choose_gauge(factors, squares, error, integer_activations=activations == "int8")
     return factors if bool((scale == 1).all()) else apply_gauge(factors, scale)
 
 
@@ -268,6 +297,10 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _nearest(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return (values / scale).round().clamp(low, high)
+
+
+def _nearest_float8(values: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    return (values / scale).clamp(low, high).to(torch.float8_e4m3fn).float()
 
 
 def _gptq_rows(

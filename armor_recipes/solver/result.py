@@ -68,14 +68,17 @@ class QuantizedValues:
     A group is so many kept values of one row, from left to right; every row has equally many groups.
 
     Attributes:
-        integers: int8 `(O, I/2)`, -128 to 127 with 8 bits, -8 to 7 with 4.
+        integers: int8 `(O, I/2)`, -128 to 127 with 8 bits, -8 to 7 with 4; or float8_e4m3fn, with 8 bits.
         scale: `(O, groups)`, positive, in the dtype in which it is stored.
         num_bits: 8 or 4.
+        activations: what the entries of Bx are rounded to as a layer runs, with one scale a token: `int8` or `fp8`; None leaves
+            them. It changes nothing of the weight that the factors give.
     """
 
     integers: Tensor
     scale: Tensor
     num_bits: int
+    activations: str | None = None
 
     def dequantize(self) -> Tensor:
         """The values, float32 `(O, I/2)`: exact where the scales are bfloat16 or float16."""
@@ -112,7 +115,9 @@ class SparseFactors:
         values: list[QuantizedValues | None] = [None] * len(rows)
         if self.quantized is not None:
             both = (self.quantized.integers.split(list(rows)), self.quantized.scale.split(list(rows)))
-            values = [QuantizedValues(*pair, self.quantized.num_bits) for pair in zip(*both, strict=True)]
+            values = [
+                replace(self.quantized, integers=integers, scale=scale) for integers, scale in zip(*both, strict=True)
+            ]
         return [
             SparseFactors(a, core, mask, self.b, found) for (a, core, mask), found in zip(parts, values, strict=True)
         ]

@@ -25,7 +25,7 @@ from armor_recipes.checkpoint.config import (
     PackedShapes,
 )
 from armor_recipes.checkpoint.packing import INTEGER_DTYPES, KEPT_PER_VALUE, PackedLinear
-from armor_recipes.checkpoint.serving import Side, split_problem
+from armor_recipes.checkpoint.serving import Side, describe, split_problem
 from armor_recipes.errors import CheckpointError
 
 COMPRESS_AGAIN = (
@@ -290,6 +290,11 @@ def _layout(
     spec: LayerSpec, shape: tuple[int, int], name: str
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Shape and dtype of each tensor of a weight `(O, I)`; None stands for the float dtype of the layer."""
+    if spec.core == "fp8" or spec.activations is not None:
+        raise CheckpointError(
+            f"{name} has {describe(spec)}, which the plugin does not run yet: it takes float, int8 and int4 cores and no 8-bit "
+            "activations; serve a folder that was written without them"
+        )
     shapes = PackedShapes.of(shape, spec, name=name)
     integers = {core: dtype for dtype, core in INTEGER_DTYPES.items()}
     layout: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {

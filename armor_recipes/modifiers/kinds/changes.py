@@ -149,7 +149,7 @@ class Changes:
         for name, factors in self.factors.items():
             for part in fields(PackedLinear):
                 found = None if factors is None else getattr(factors, part.name)
-                if found is not None:
+                if isinstance(found, Tensor):
                     tensors[f"factors/{name}/{part.name}"] = found
         for name, layer in self.quantized.items():
             tensors |= {f"quantized/{name}/{part}": value for part, value in layer.tensors.items()}
@@ -170,6 +170,7 @@ class Changes:
             "same_function": self.same_function,
             "sharing": dict(self.sharing),
             "factors": {name: factors is not None for name, factors in self.factors.items()},
+            "activations": {name: factors.activations for name, factors in self.factors.items() if factors is not None},
             "folded": {name: str(dtype).removeprefix("torch.") for name, dtype in self._folded.items()},
             "quantized": {name: [one.scheme.text, *one.tensors] for name, one in self.quantized.items()},
             "weights": list(self.weights),
@@ -199,7 +200,10 @@ def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _read(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Changes:
     names = [part.name for part in fields(PackedLinear)]
     factors = {
-        name: PackedLinear(**{part: tensors[key] for part in names if (key := f"factors/{name}/{part}") in tensors})
+        name: PackedLinear(
+            **{part: tensors[key] for part in names if (key := f"factors/{name}/{part}") in tensors},
+            activations=record["activations"][name],
+        )
         if there
         else None
         for name, there in record["factors"].items()
