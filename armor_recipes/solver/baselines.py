@@ -81,7 +81,7 @@ def sparsegpt(
     choice = _Choice(None if mask is not None or sparsity is not None else n_keep, group, sparsity)
     _check_sizes(weight, gram, mask, choice, damping=damping, block_columns=block_columns, n_keep=n_keep)
     dead = gram.diagonal() == 0
-    factor, jitters = _inverse_factor(dampen(gram, damping))
+    factor, jitters = inverse_factor(dampen(gram, damping))
     columns = weight.double().T.contiguous().masked_fill_(dead[:, None], 0.0)  # column j as row j: contiguous to update
     zeros = _zeros(columns, 1 - n_keep / group if sparsity is None else sparsity) if keep_zeros else None
     keep = torch.ones_like(columns, dtype=torch.bool) if mask is None else mask.T.contiguous()
@@ -203,7 +203,7 @@ def _largest(scores: Tensor, n_keep: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, order, value=True)
 
 
-def _inverse_factor(gram: Tensor) -> tuple[Tensor, int]:
+def inverse_factor(gram: Tensor) -> tuple[Tensor, int]:
     """U, upper triangular with H⁻¹ = UᵀU, for H `(I, I)` float64; and how often jitter had to be added.
 
     With rows and columns in reverse order H = L Lᵀ gives H = R Rᵀ with R upper triangular, and U = R⁻¹: one
