@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from armor_recipes import load
+from armor_recipes import apply, load
 from armor_recipes.builtin import model_folder
 from armor_recipes.checkpoint.files import read_config
 from armor_recipes.checkpoint.reader import read_layers
 from armor_recipes.errors import CheckpointError, NumericalError, PlanError
 from tests.support.engine import logits, save_model
+from tests.support.engine import recipe as run_recipe
 
 # llm-compressor and what it imports warn of much; its own suite is the place for that.
 pytestmark = [pytest.mark.llmcompressor, pytest.mark.filterwarnings("default")]
@@ -211,3 +212,16 @@ def test_a_second_run_of_oneshot_finds_the_layers_as_they_are(theirs: ModuleType
         theirs.oneshot(
             model=model, recipe=recipe(("ARMORModifier", ARMOR)), dataset=DataLoader(windows()), tokenizer=tokenizer()
         )
+
+
+@pytest.mark.parametrize("kind", ["SpinQuantModifier", "LogarithmicEqualizationModifier"])
+def test_theirs_runs_as_the_first_step_of_a_run_of_ours(tmp_path: Path, kind: str) -> None:
+    """Both leave the function as it was, and so the whole run: in other coordinates, with another mask."""
+    source = save_model(tmp_path / "source", "llama", torch.float32)
+    magnitude = {"targets": [r"re:.*mlp\..*_proj$"]}
+    given = run_recipe(source, tmp_path / "out", **{kind: {}, "MagnitudeModifier": magnitude})
+    apply(given)
+    found, plain = load(tmp_path / "out"), load(source)
+    assert not torch.equal(*(m.get_submodule("model.layers.0.self_attn.q_proj").weight for m in (found, plain)))
+    apply({**given, "output": {"path": str(tmp_path / "dense")}, "prune_stage": {"one_modifiers": {kind: {}}}})
+    torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(plain), atol=1e-3, rtol=1e-3)

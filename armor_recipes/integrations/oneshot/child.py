@@ -13,12 +13,13 @@ from typing import Any
 def main(folder: Path) -> None:
     """Run `oneshot` without the network's help. Whatever goes wrong ends the process with a traceback."""
     from llmcompressor import oneshot
-    from safetensors.torch import load_file
-    from torch.utils.data import DataLoader
 
     options: dict[str, Any] = {}
     samples = folder / "samples.safetensors"
     if samples.exists():
+        from safetensors.torch import load_file
+        from torch.utils.data import DataLoader
+
         ids = load_file(samples)
         windows: Any = [{"input_ids": ids[str(number)]} for number in range(len(ids))]
         options["dataset"] = DataLoader(windows, batch_size=1)

@@ -78,7 +78,7 @@ def _call(step: Step, folder: Path) -> None:
     stage = {"step_stage": {f"step{n}_modifiers": {kind: dict(f)} for n, (kind, f) in enumerate(step.modifiers)}}
     (folder / "recipe.json").write_text(json.dumps(stage))
     if step.samples:
-        save_file({str(n): ids.contiguous() for n, ids in enumerate(step.samples)}, folder / "samples.safetensors")
+        save_file({str(n): ids.clone() for n, ids in enumerate(step.samples)}, folder / "samples.safetensors")
     python = os.environ.get(STEP_PYTHON) or sys.executable
     try:
         done = subprocess.run([python, "-P", str(_PROGRAM), str(folder)], capture_output=True, text=True, check=False)

@@ -1,0 +1,140 @@
+"""Modifiers that only llm-compressor has, as the first steps of a run: what is read of a recipe, and the other process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from armor_recipes import apply, load
+from armor_recipes.errors import InputError, PlanError, RecipeError
+from armor_recipes.integrations.oneshot import step
+from armor_recipes.recipe.llmcompressor import STEP_PYTHON
+from armor_recipes.run import prepare
+from armor_recipes.run.job import read_recipe
+from tests.support.engine import ARMOR, logits, make_model, recipe, save_model
+
+LOGARITHMIC: dict[str, Any] = {"smoothing_strength": 0.5, "requires_calibration_data": True}
+#: Stands for llm-compressor: a module that `child.py` imports `oneshot` from.
+FAKE = """
+import json, shutil
+from pathlib import Path
+from safetensors.numpy import load_file, save_file
+
+def oneshot(model, recipe, output_dir, dataset=None, **options):
+    given = json.loads(Path(recipe).read_text())
+    fields = next(iter(given["step_stage"]["step0_modifiers"].values()))
+    if fields.get("smoothing_strength") == 0.25:
+        raise RuntimeError("what went wrong")
+    shutil.copytree(model, output_dir)
+    file = Path(output_dir) / "model.safetensors"
+    state = load_file(file)
+    kind = next(iter(given["step_stage"]["step0_modifiers"]))
+    if kind == "SpinQuantModifier":
+        place = "input" if "R4" in fields["rotations"] else "weight_input"
+        config = json.loads((Path(output_dir) / "config.json").read_text())
+        groups = {"R": {"apply": [{"location": place}]}}
+        config["quantization_config"] = {"quant_method": "compressed-tensors", "transform_config": {"config_groups": groups}}
+        (Path(output_dir) / "config.json").write_text(json.dumps(config))
+    if kind == "ConstantPruningModifier":
+        state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][:90].copy()
+        config = json.loads((Path(output_dir) / "config.json").read_text())
+        (Path(output_dir) / "config.json").write_text(json.dumps({**config, "vocab_size": 90}))
+        state["lm_head.weight"] = state["lm_head.weight"][:90].copy()
+    norm = "model.layers.0.input_layernorm.weight"
+    state[norm] = state[norm] * 2 if dataset is None else state[norm] * (1 + len(dataset))
+    save_file(state, file, metadata={"format": "pt"})
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llmcompressor.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv(STEP_PYTHON, sys.executable)
+
+
+def read(llama: Path, **modifiers: Any) -> Any:
+    return read_recipe(recipe(llama, **modifiers))
+
+
+def test_what_comes_first_is_a_step_with_its_own_fields(llama: Path, fake: None) -> None:
+    found = read(llama, LogarithmicEqualizationModifier=LOGARITHMIC, ARMORModifier=ARMOR)
+    (first,) = found.steps
+    assert (first.kind, first.fields) == ("LogarithmicEqualizationModifier", {"smoothing_strength": 0.5})
+    assert [entry.kind for entry in found.modifiers] == ["ARMORModifier"]
+    assert "LogarithmicEqualizationModifier" in found.resolved_yaml()
+    assert found.hash() != read(llama, ARMORModifier=ARMOR).hash()
+    notes = prepare(found).plan.notes
+    assert any("LogarithmicEqualizationModifier runs first, on the dense model" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "message"),
+    [
+        ({"ARMORModifier": ARMOR, "SpinQuantModifier": {}}, "not after ARMORModifier.*put it before ARMORModifier"),
+        ({"AutoRoundModifier": {"scheme": "W4A16"}, "ARMORModifier": ARMOR}, "which leaves a quantised model"),
+        ({"REAPPruningModifier": {"sparsity": 0.5}, "ARMORModifier": ARMOR}, "takes experts away"),
+        ({"QuIPModifier": {}, "ARMORModifier": ARMOR}, "rotations that are made as the model runs"),
+        ({"SpinQuantModifier": {"rotation": ["R1"]}, "ARMORModifier": ARMOR}, "no such field; nearest.*rotations"),
+    ],
+)
+def test_what_cannot_be_a_step_is_told_with_the_recipe(
+    llama: Path, fake: None, modifiers: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read(llama, **modifiers)
+
+
+def test_without_the_extra_it_is_named(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(STEP_PYTHON, raising=False)
+    monkeypatch.setattr("armor_recipes.modifiers.registry.find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match=r"install `armor-recipes\[llmcompressor\]` to run it as a step"):
+        read(llama, SpinQuantModifier={}, ARMORModifier=ARMOR)
+
+
+def changed(kind: str, **fields: Any) -> Any:
+    model = make_model()
+    given = step.Step([(kind, fields)], None, [])
+    step.run_step(model, given, dtype=torch.float32, dtypes={})
+    return model
+
+
+def test_weights_come_back_from_the_other_process(fake: None) -> None:
+    before, after = make_model().state_dict(), changed("LogarithmicEqualizationModifier").state_dict()
+    norm = "model.layers.0.input_layernorm.weight"
+    torch.testing.assert_close(after.pop(norm), before.pop(norm) * 2)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_rotations_that_lie_in_the_weights_are_taken_and_others_are_not(fake: None) -> None:
+    changed("SpinQuantModifier", rotations=["R1"])
+    with pytest.raises(PlanError, match="SpinQuantModifier left a quantised model or online transforms"):
+        changed("SpinQuantModifier", rotations=["R4"])
+
+
+def test_another_structure_is_no_dense_model_of_this_run(fake: None) -> None:
+    with pytest.raises(PlanError, match=r"ConstantPruningModifier left a model of another structure \(lm_head.weight"):
+        changed("ConstantPruningModifier")
+
+
+def test_what_the_other_process_says_is_told(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"LogarithmicEqualizationModifier failed:\n(.|\n)*what went wrong"):
+        changed("LogarithmicEqualizationModifier", smoothing_strength=0.25)
+    monkeypatch.setenv(STEP_PYTHON, "/nowhere/python")
+    with pytest.raises(InputError, match="ARMOR_LLMCOMPRESSOR_PYTHON is '/nowhere/python', which cannot be run"):
+        changed("LogarithmicEqualizationModifier")
+
+
+def test_a_run_goes_on_from_what_the_step_left(fake: None, tmp_path: Path) -> None:
+    """Its five windows came along, and made the norm six times as large."""
+    source = save_model(tmp_path / "source", "llama", torch.float32)
+    given = recipe(source, tmp_path / "out", LogarithmicEqualizationModifier=LOGARITHMIC, ARMORModifier=ARMOR)
+    apply(given)
+    norm = "model.layers.0.input_layernorm.weight"
+    stepped, plain = load(tmp_path / "out"), load(source)
+    torch.testing.assert_close(stepped.get_parameter(norm), plain.get_parameter(norm) * 6)
+    assert logits(stepped).isfinite().all()
