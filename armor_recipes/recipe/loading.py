@@ -132,7 +132,7 @@ def check(table: Table, registry: Registry, problems: Problems) -> Recipe:
     found = list(Stages(registry, problems).walk(table))
     steps = first_steps(found, problems)
     placed = [one for one in found if not one.is_step]
-    if not placed and all(problem.path[:1] and problem.path[0] in SECTIONS for problem in problems.found):
+    if not found and all(problem.path[:1] and problem.path[0] in SECTIONS for problem in problems.found):
         problems.add(table.mark, (), "the recipe has no modifier; add `NAME_stage: {NAME_modifiers: {MODIFIER: {…}}}`")
     configs = [_config(modifier, registry[modifier.kind], default, problems) for modifier in placed]
     problems.raise_if_any()

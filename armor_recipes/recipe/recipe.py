@@ -52,8 +52,14 @@ class StepEntry:
     name: str
     kind: str
     stage: str
+    group: str
     fields: dict[str, Any]
     where: str
+
+    @property
+    def key(self) -> str:
+        """`stage.group.name`."""
+        return f"{self.stage}.{self.group}.{self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,7 @@ class Recipe:
     def datasets(self) -> tuple[str, ...]:
         """All datasets that calibration and evaluation name, each once."""
         specs = [entry.config.calibration for entry in self.modifiers]
+        specs += [self.calibration] if self.steps else []
         named = list(self.evaluation.datasets) if self.evaluation is not None else []
         named += [dataset for spec in specs if spec is not None for dataset in spec.datasets]
         return tuple(dict.fromkeys(named))

@@ -32,7 +32,7 @@ def first_steps(placed: Sequence[Placed], problems: Problems) -> tuple[StepEntry
             continue
         table = Table({k: e for k, e in one.fields.entries.items() if not _asks_for_nothing(one.kind, k, e)}, one.mark)
         fields: Any = plain(table)
-        steps.append(StepEntry(one.name, one.kind, one.stage, fields, str(one.mark)))
+        steps.append(StepEntry(one.name, one.kind, one.stage, one.group, fields, str(one.mark)))
         text = _why_not(one, ours)
         if text:
             problems.add(one.mark, one.path, text)

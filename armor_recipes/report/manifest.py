@@ -139,7 +139,8 @@ def calibration_rows(facts: Facts) -> list[dict[str, Any]]:
     """
     return [
         {
-            "modifiers": [entry.key for entry in facts.recipe.modifiers if entry.config.calibration == spec],
+            "modifiers": [entry.key for entry in facts.recipe.modifiers if entry.config.calibration == spec]
+            + [step.key for step in facts.recipe.steps if facts.recipe.calibration == spec],
             "asked": tokens.asked,
             "samples": len(tokens),
             "sequence_length": _length(tokens),

@@ -65,4 +65,6 @@ def _by_calibration(recipe: Recipe) -> dict[CalibrationSpec, list[ModifierEntry]
     for entry in recipe.modifiers:
         if entry.config.calibration is not None:
             found.setdefault(entry.config.calibration, []).append(entry)
+    if recipe.steps and recipe.calibration is not None:  # what llm-compressor's modifiers are given
+        found.setdefault(recipe.calibration, [])
     return found

@@ -214,14 +214,20 @@ def test_a_second_run_of_oneshot_finds_the_layers_as_they_are(theirs: ModuleType
         )
 
 
-@pytest.mark.parametrize("kind", ["SpinQuantModifier", "LogarithmicEqualizationModifier"])
-def test_theirs_runs_as_the_first_step_of_a_run_of_ours(tmp_path: Path, kind: str) -> None:
-    """Both leave the function as it was, and so the whole run: in other coordinates, with another mask."""
+def test_theirs_runs_as_the_first_step_of_a_run_of_ours(tmp_path: Path) -> None:
+    """A method that leaves the function as it was, in other coordinates, and nothing behind it."""
     source = save_model(tmp_path / "source", "llama", torch.float32)
-    magnitude = {"targets": [r"re:.*mlp\..*_proj$"]}
-    given = run_recipe(source, tmp_path / "out", **{kind: {}, "MagnitudeModifier": magnitude})
-    apply(given)
+    apply(run_recipe(source, tmp_path / "out", LogarithmicEqualizationModifier={}))
     found, plain = load(tmp_path / "out"), load(source)
     assert not torch.equal(*(m.get_submodule("model.layers.0.self_attn.q_proj").weight for m in (found, plain)))
-    apply({**given, "output": {"path": str(tmp_path / "dense")}, "prune_stage": {"one_modifiers": {kind: {}}}})
-    torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(plain), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits(found), logits(plain), atol=1e-4, rtol=1e-4)
+
+
+def test_rotations_that_lie_in_the_weights_come_before_ours(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama", torch.float32)
+    magnitude = {"targets": [r"re:.*mlp\..*_proj$"]}
+    apply(run_recipe(source, tmp_path / "out", SpinQuantModifier={}, MagnitudeModifier=magnitude))
+    found = load(tmp_path / "out")
+    assert bool((found.get_parameter("model.layers.0.input_layernorm.weight") == 1).all())  # it lies in the weights
+    assert "quantization_config" not in read_config(tmp_path / "out")
+    assert logits(found).isfinite().all()

@@ -29,7 +29,8 @@ PLAN = 4
 PLAIN_LAYERS = "no modifier before it makes 2:4 factors for"
 #: Fields that any refusal may name, because it says how to mend them.
 EVERYWHERE = {"targets", "ignore", "scheme", "config_groups"}
-MODIFIER = re.compile(r"llm-compressor has (\w+), which is not here: install `armor-recipes\[llmcompressor\]`")
+#: Where llm-compressor is installed they say why it cannot run the modifier as a step.
+MODIFIER = re.compile(r"llm-compressor has (\w+), (which is not here: install `armor-recipes\[llmcompressor\]`|which|and)")
 RENAMED_KIND = re.compile(r"llm-compressor has renamed (\w+): write \w+")
 FIELD = re.compile(r"\.(\w+): \w+ here has no such field; ")
 

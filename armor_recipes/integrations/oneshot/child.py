@@ -10,11 +10,20 @@ from pathlib import Path
 from typing import Any
 
 
+class NoTokenizer:
+    """In the place of one, which llm-compressor wants though samples are token ids."""
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write nothing."""
+
+
 def main(folder: Path) -> None:
     """Run `oneshot` without the network's help. Whatever goes wrong ends the process with a traceback."""
     from llmcompressor import oneshot
 
     options: dict[str, Any] = {}
+    if not (folder / "dense" / "tokenizer_config.json").exists():
+        options["processor"] = NoTokenizer()
     samples = folder / "samples.safetensors"
     if samples.exists():
         from safetensors.torch import load_file
