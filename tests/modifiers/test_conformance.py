@@ -18,6 +18,7 @@ from armor_recipes.modifiers import (
     Modifier,
     ModuleShape,
     Outcome,
+    Quantizer,
     Rearranger,
     Refiner,
     Smoother,
@@ -44,11 +45,13 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "WandaPruningModifier": [{"pattern": "2:4"}],
 }
 #: What the configs of other kinds cannot do without.
-REQUIRED: dict[str, dict[str, Any]] = {"QuantizationModifier": {"scheme": "W8A16"}}
+REQUIRED: dict[str, dict[str, Any]] = {key: {"scheme": "W8A16"} for key in ("GPTQModifier", "QuantizationModifier")}
 #: Refiners go through tests/modifiers/test_refiners.py, rearrangers and smoothers through a file of their own, and modifiers of
 #: factors through test_quantization.py beside it.
 OTHER_KINDS = {
-    name for name, kind in modifiers().items() if issubclass(kind, (FactorModifier, Rearranger, Refiner, Smoother))
+    name
+    for name, kind in modifiers().items()
+    if issubclass(kind, (FactorModifier, Quantizer, Rearranger, Refiner, Smoother))
 }
 CASES = [
     (name, index) for name in modifiers() if name not in OTHER_KINDS for index in range(len(EXAMPLES.get(name, [{}])))
