@@ -7,7 +7,8 @@
 | `dense-2of4` | `P.weight`, the core itself, zeros kept | ARMOR with identity factors, plain legacy |
 | `sparse-24-bitmask` | `P.compressed`, `P.bitmask`, `P.shape` (`armor_recipes.checkpoint.legacy`) | the same, dense 2:4 |
 
-All other tensors are copied as they are, and so are the files of the folder that are neither weights nor described anew.
+Of plain quantised layers `dense` writes the dequantised weight; that their activations were quantised has no place in it. All
+other tensors are copied as they are, and so are the files of the folder that are neither weights nor described anew.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -53,7 +54,8 @@ from armor_recipes.checkpoint.legacy import (
     open_legacy,
 )
 from armor_recipes.checkpoint.packing import PACKABLE_DTYPES, PackedLinear, pack_2of4
-from armor_recipes.checkpoint.reader import check_folder, checked_layers, read_layer
+from armor_recipes.checkpoint.quantized import WEIGHT_PACKED, Scheme
+from armor_recipes.checkpoint.reader import BIAS, check_folder, checked_layers, plain_layers, read_layer, read_plain
 from armor_recipes.checkpoint.staging import files_below
 from armor_recipes.checkpoint.stored import BIN_FILE, BIN_INDEX
 from armor_recipes.checkpoint.writer import tensor_hashes
@@ -90,6 +92,8 @@ class Source:
     kind: Literal["armor", "legacy", "dense"]
     legacy: LegacyFolder | None = None
     """What reads the layers of a legacy folder."""
+    plain: Mapping[str, Scheme] = field(default_factory=dict)
+    """What plain layers are quantised to, by full module name."""
 
     @classmethod
     def open(cls, folder: Path, linears: Collection[str] = ()) -> Source:
@@ -107,7 +111,9 @@ class Source:
             specs = {name: layer.spec for name, layer in legacy.layers.items()}
             return cls(folder, config, tensors, specs, "legacy", legacy)
         if quantization is not None:
-            return cls(folder, config, tensors, checked_layers(folder, quantization, tensors), "armor")
+            specs = checked_layers(folder, quantization, tensors)
+            plain = plain_layers(folder, quantization, tensors)
+            return cls(folder, config, tensors, specs, "armor", plain=plain)
         dense = [name for name in sorted(linears) if f"{name}.{VALUES}" in tensors]
         sparse = [name for name in dense if _is_2of4(read_tensor(tensors, f"{name}.{VALUES}"))]
         return cls(folder, config, tensors, dict.fromkeys(sparse, LayerSpec((1, 1))), "dense")
@@ -122,6 +128,22 @@ class Source:
         owner = self.specs[name].input_factor
         shared = None if owner is None else read_layer(owner, self.tensors)
         return read_layer(name, self.tensors, shared, activations=self.specs[name].activations)
+
+    def dequantized(self, name: str) -> Tensor:
+        """The weight `(O, I)` of a plain quantised layer, in the folder's dtype."""
+        return read_plain(name, self.plain[name], self.tensors).dequantize(getattr(torch, str(self.config["dtype"])))
+
+    def converts(self, tensor: str) -> bool:
+        """Whether a tensor is one of a layer that is converted, bias aside."""
+        name, _, part = tensor.rpartition(".")
+        return (name in self.specs and part in self.parts) or (name in self.plain and part != BIAS)
+
+    def is_main(self, tensor: str) -> bool:
+        """Whether the layer is written in this tensor's file."""
+        name, _, part = tensor.rpartition(".")
+        if name in self.plain:
+            return part == (WEIGHT_PACKED if f"{name}.{WEIGHT_PACKED}" in self.tensors else VALUES)
+        return part == self.main
 
     @property
     def tied(self) -> tuple[str, ...]:
@@ -184,7 +206,7 @@ def export(
     _write_manifest(source, destination, to)
     check_folder(destination)
     nbytes = sum(info.nbytes for info in read_header(destination).values())
-    return Exported(to, len(source.specs), nbytes, left_out)
+    return Exported(to, len(source.specs) + len(source.plain), nbytes, left_out)
 
 
 def _refuse_pickled(folder: Path) -> None:
@@ -209,7 +231,12 @@ def _check_source(source: Source, to: Target) -> None:
             f"{source.folder} stores the weight of {source.tied[0]} under the name of another module that has it, too, and "
             f"{to} cannot: export to dense-2of4"
         )
-    if not source.specs:
+    if source.plain and to != "dense":
+        raise PlanError(
+            f"{source.folder} holds {len(source.plain)} plain quantised layers, the first {min(source.plain)}, for which {to} has "
+            "no place: export to dense"
+        )
+    if not source.specs and not source.plain:
         raise PlanError(f"{source.folder} has no linear layer with 2:4 weights: there is nothing to convert to {to}")
 
 
@@ -218,6 +245,8 @@ def _converter(source: Source, to: Target) -> Callable[[str], dict[str, Tensor]]
     _check_source(source, to)
 
     def dense(name: str) -> dict[str, Tensor]:
+        if name in source.plain:
+            return {VALUES: source.dequantized(name)}
         packed = source.layer(name)
         return {VALUES: packed.fold(packed.dtype, name=name)}
 
@@ -255,15 +284,14 @@ def _write_tensors(
     for file in sorted({info.file for info in source.tensors.values()}):
         held: dict[str, Tensor] = {}
         for tensor in (name for name, info in source.tensors.items() if info.file == file):
-            name, _, part = tensor.rpartition(".")
-            packed = name in source.specs and part in source.parts
+            name, packed = tensor.rpartition(".")[0], source.converts(tensor)
             merge = merge_of.get(f"{name}.{VALUES}" if packed else tensor)
             if merge is not None:
                 if names.get(merge.name, merge.name) not in {*places, *held}:
                     held[names.get(merge.name, merge.name)] = _merged(merge, source, convert)
             elif not packed:
                 held[names.get(tensor, tensor)] = read_tensor(source.tensors, tensor)
-            elif part == source.main:
+            elif source.is_main(tensor):
                 made = {f"{name}.{new}": value.contiguous() for new, value in convert(name).items()}
                 held.update({names.get(new, new): value for new, value in made.items()})
         if held:
@@ -280,7 +308,7 @@ def _merged(merge: Merge, source: Source, convert: Callable[[str], dict[str, Ten
     whole: Tensor | None = None
     for part, put in merge.parts.items():
         name, _, kind = part.rpartition(".")
-        packed = name in source.specs and kind == VALUES
+        packed = (name in source.specs or name in source.plain) and kind == VALUES
         value = convert(name)[VALUES] if packed else read_tensor(source.tensors, part)
         whole = value.new_empty(merge.shape) if whole is None else whole
         put(whole, value)

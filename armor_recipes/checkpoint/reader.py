@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from armor_recipes.checkpoint.config import (
     BITMASK,
     FORMAT_VERSION,
@@ -27,13 +29,14 @@ from armor_recipes.checkpoint.files import read_header as read_header
 from armor_recipes.checkpoint.header import TensorInfo, read_json, shown
 from armor_recipes.checkpoint.legacy import is_legacy, open_legacy
 from armor_recipes.checkpoint.packing import KEPT_PER_VALUE, PackedLinear
+from armor_recipes.checkpoint.quantized import WEIGHT_PACKED, QuantizedLinear, Scheme
 from armor_recipes.errors import CheckpointError
 from armor_recipes.paths import user_path
 
 _FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _INTEGERS = {"int8": ("I8",), "int4": ("I32",), "fp8": ("F8_E4M3",)}
 _ITEMSIZES = {"BF16": 2, "F16": 2, "F32": 4}
-_BIAS = "bias"
+BIAS = "bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +67,41 @@ class LayerSize:
 
 
 @dataclass(frozen=True, slots=True)
+class PlainSize:
+    """One plain quantised layer of a checkpoint: its weight's shape `(O, I)`, its scheme in words, and bytes as in `LayerSize`."""
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    nbytes: int
+    dense_nbytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Bytes as a fraction of the dense bytes."""
+        return self.nbytes / self.dense_nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointSize:
-    """All ARMOR layers of a checkpoint, in the order of their names, and everything else in bytes."""
+    """All ARMOR layers of a checkpoint, in the order of their names, all plain quantised ones, and everything else in bytes."""
 
     layers: tuple[LayerSize, ...]
     other_nbytes: int
-    """Of all tensors that are not part of an ARMOR layer, biases included."""
+    """Of all tensors that are part of neither, biases included."""
     format: str = "armor"
     """`armor`, or `sparse-24-bitmask` or `marlin-24` for a legacy folder."""
+    plain: tuple[PlainSize, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Of all tensors."""
-        return self.other_nbytes + sum(layer.nbytes for layer in self.layers)
+        return self.other_nbytes + sum(x.nbytes for x in self.layers) + sum(x.nbytes for x in self.plain)
 
     @property
     def dense_nbytes(self) -> int:
-        """What all tensors would take with every ARMOR layer dense in the same dtype."""
-        return self.other_nbytes + sum(layer.dense_nbytes for layer in self.layers)
+        """What all tensors would take with every layer dense in the same dtype."""
+        return self.other_nbytes + sum(x.dense_nbytes for x in self.layers) + sum(x.dense_nbytes for x in self.plain)
 
     @property
     def ratio(self) -> float:
@@ -136,11 +156,48 @@ def read_layer(
     return packed
 
 
+def plain_layers(folder: Path, quantization: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, Scheme]:
+    """Map plain quantised layer → what it is quantised to, sorted.
+
+    Raises:
+        CheckpointError: where a group names none of the folder's layers in full, or a layer's tensors are not there.
+    """
+    where = str(folder / CONFIG_FILE)
+    found = plain_schemes(quantization, where=where)
+    for name in found:
+        if f"{name}.{VALUES}" not in tensors and f"{name}.{WEIGHT_PACKED}" not in tensors:
+            raise CheckpointError(
+                f"{where} quantises {shown(name)}, of which no file holds a weight; groups of folders that are read here name "
+                "each layer in full"
+            )
+    return dict(sorted(found.items()))
+
+
+def read_plain(name: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> QuantizedLinear:
+    """Read one layer that `plain_layers` named."""
+    parts = [key.removeprefix(f"{name}.") for key in tensors if key.rpartition(".")[0] == name]
+    return QuantizedLinear(scheme, {part: read_tensor(tensors, f"{name}.{part}") for part in parts if part != BIAS})
+
+
+def _plain_size(name: str, scheme: Scheme, tensors: Mapping[str, TensorInfo], itemsize: int) -> PlainSize:
+    own = {key.rpartition(".")[2]: info for key, info in tensors.items() if key.rpartition(".")[0] == name}
+    if "weight_shape" in own:
+        rows, columns = (int(n) for n in read_tensor(tensors, f"{name}.weight_shape"))
+    elif VALUES in own:
+        rows, columns = own[VALUES].shape
+    else:
+        rows, packed = own[WEIGHT_PACKED].shape
+        columns = packed * 8 // scheme.args.weights.num_bits
+    nbytes = sum(info.nbytes for part, info in own.items() if part != BIAS)
+    return PlainSize(name, (rows, columns), scheme.described, nbytes, rows * columns * itemsize)
+
+
 def inspect(folder: Path) -> CheckpointSize:
     """Measure a checkpoint with packed layers, from its headers alone. Raises `CheckpointError` as `read_layers` does."""
     folder = user_path(folder)
     tensors = read_header(folder)
-    quantization = read_config(folder).get("quantization_config")
+    config = read_config(folder)
+    quantization, plain = config.get("quantization_config"), tuple[PlainSize, ...]()
     if is_legacy(quantization):
         legacy = open_legacy(folder, quantization, tensors)
         kind = legacy.format
@@ -154,8 +211,12 @@ def inspect(folder: Path) -> CheckpointSize:
             shape, floats = _weight_shape(tensors[f"{name}.{VALUES}"], spec), _float_dtype(name, spec, tensors)
             found.append(_layer_size(name, tensors, spec, stored_names(spec), shape, floats))
         layers = tuple(found)
+        itemsize = getattr(torch, str(config.get("dtype", "bfloat16"))).itemsize
+        schemes = plain_layers(folder, quantization, tensors)
+        plain = tuple(_plain_size(name, scheme, tensors, itemsize) for name, scheme in schemes.items())
     total = sum(info.nbytes for info in tensors.values())
-    return CheckpointSize(layers, total - sum(layer.nbytes for layer in layers), kind)
+    own = sum(layer.nbytes for layer in layers) + sum(layer.nbytes for layer in plain)
+    return CheckpointSize(layers, total - own, kind, plain)
 
 
 def check_folder(folder: Path) -> None:
@@ -218,7 +279,7 @@ def checked_layers(folder: Path, quantization: Any, tensors: Mapping[str, Tensor
             _check_same_width(name, spec.input_factor, tensors)
     for tensor, info in tensors.items():
         name, _, part = tensor.rpartition(".")
-        if name in specs and part not in (*stored_names(specs[name]), _BIAS):
+        if name in specs and part not in (*stored_names(specs[name]), BIAS):
             raise CheckpointError(f"{info.file}: {shown(tensor)} is no tensor of this layer, as {where} describes it")
         if name not in specs and name not in plain and part in (*TENSOR_NAMES[1:], SCALE):
             raise CheckpointError(
@@ -247,9 +308,9 @@ def _check_layer(name: str, spec: LayerSpec, tensors: Mapping[str, TensorInfo], 
     for part, shape in zip(names, (shapes.values, shapes.bitmask, shapes.a, shapes.b, shapes.scale), strict=True):
         if part in parts and shape is not None:
             _check_tensor(tensors, f"{name}.{part}", shape, dtypes.get(part, floats), spec)
-    bias = tensors.get(f"{name}.{_BIAS}")
+    bias = tensors.get(f"{name}.{BIAS}")
     if bias is not None and bias.shape != (values.shape[0],):
-        raise CheckpointError(f"{bias.file}: {name}.{_BIAS} has shape {bias.shape}; it must be ({values.shape[0]},)")
+        raise CheckpointError(f"{bias.file}: {name}.{BIAS} has shape {bias.shape}; it must be ({values.shape[0]},)")
 
 
 def _weight_shape(values: TensorInfo, spec: LayerSpec) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,8 +40,6 @@ def inspect_command(
 
 
 def _print_runtime(*, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from armor_recipes.runtime import capabilities
 
     found = asdict(capabilities())
@@ -84,10 +83,14 @@ def _print_folder(folder: Path, *, as_json: bool) -> None:
     for layer in found.layers:
         row = _row(layer)
         table.add_row(*map(_cell, row.values()))
+    for plain in found.plain:
+        cells = (plain.name, "x".join(map(str, plain.shape)), None, plain.scheme, None)
+        table.add_row(*map(_cell, (*cells, plain.nbytes, plain.dense_nbytes, plain.ratio)))
     Console().print(table)
+    beside = f", {len(found.plain)} plain quantised layers" if found.plain else ""
     print(
-        f"{len(found.layers)} {_KINDS[found.format]}; {found.nbytes} bytes with all other tensors, dense {found.dense_nbytes}, "
-        f"ratio {found.ratio:.3f}"
+        f"{len(found.layers)} {_KINDS[found.format]}{beside}; {found.nbytes} bytes with all other tensors, dense "
+        f"{found.dense_nbytes}, ratio {found.ratio:.3f}"
     )
 
 
@@ -124,6 +127,7 @@ def _data(found: CheckpointSize) -> dict[str, Any]:
     return {
         "format": found.format,
         "layers": layers,
+        "plain": [{**asdict(x), "shape": list(x.shape), "ratio": x.ratio} for x in found.plain],
         "bytes": found.nbytes,
         "dense_bytes": found.dense_nbytes,
         "other_bytes": found.other_nbytes,

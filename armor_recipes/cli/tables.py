@@ -216,11 +216,18 @@ def _plan_row(modules: Sequence[ModulePlan]) -> tuple[str, ...]:
         f"{first.d_out}x{first.d_in}",
         "-" if block is None else f"{block[0]}x{block[1]}",
         "-" if blocks is None else f"{blocks[0]}+{blocks[1]}",
-        first.stored_as if first.core == "float" else f"{first.stored_as} {first.core}",
+        _stored_as(first),
         str(before),
         str(sum(module.bytes_after for module in modules)),
         percent(sum(module.factor_bytes for module in modules), before),
     )
+
+
+def _stored_as(row: ModulePlan) -> str:
+    """How a weight is stored, with what its numbers are where they are not floats of the model's dtype."""
+    if row.quantized is not None:
+        return row.quantized.described
+    return row.stored_as if row.core == "float" else f"{row.stored_as} {row.core}"
 
 
 def resolved_recipe(recipe: Recipe) -> tuple[RenderableType, ...]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme, packed_zero_point
-from armor_recipes.integrations.upstream import is_module_quantized
 from armor_recipes.runtime.linear import ArmorLinear
 
 _DENSE = "_armor_dequantized"
@@ -22,7 +21,7 @@ def run_plain(model: Any, dtype: torch.dtype) -> None:
     Its way is to decompress the whole model for good as it is first called. Here tensors stay as stored, so that a model
     that is saved after it has run is the folder that it came from; each weight is made when its layer is first called.
     """
-    layers = [m for m in model.modules() if is_module_quantized(m) and not isinstance(m, ArmorLinear)]
+    layers = [module for module in model.modules() if _is_plain(module)]
     for module in layers:
         module.forward = MethodType(_forward, module)
         module.__dict__[_DENSE] = _Dense(module, dtype)
@@ -39,16 +38,18 @@ def dequantized(module: nn.Module) -> Tensor | None:
 
 def lay_out_zero_point(module: Any, shape: tuple[int, int]) -> None:
     """Give packed zero points the shape that they have in files, where compressed-tensors laid out others."""
-    if (
-        isinstance(module, ArmorLinear)
-        or not is_module_quantized(module)
-        or module.quantization_scheme.weights.symmetric
-    ):
+    if not _is_plain(module) or module.quantization_scheme.weights.symmetric:
         return
     scheme = Scheme.of(module.quantization_scheme)
     for name, packed in packed_zero_point(scheme, shape, module._parameters).items():
         value = torch.empty(packed, dtype=torch.int32, device="meta")
         module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    from armor_recipes.integrations.upstream import is_module_quantized  # it imports what imports this
+
+    return bool(is_module_quantized(module)) and not isinstance(module, ArmorLinear)
 
 
 class _Dense:

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import armor_recipes
 from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.checkpoint.quantized import Scheme
-from armor_recipes.checkpoint.reader import read_config
+from armor_recipes.checkpoint.reader import inspect, read_config
 from armor_recipes.errors import NumericalError, PlanError
+from armor_recipes.integrations.exporting import export_folder
+from armor_recipes.integrations.plain import dequantized
 from armor_recipes.modifiers.plain import quantized
 from armor_recipes.modifiers.quantization import QuantizationConfig
 from tests.support.engine import ATTENTION, MLP, make_job, recipe
@@ -80,12 +82,33 @@ def test_packed_and_plain_layers_in_one_folder(source: Path, tmp_path: Path) -> 
     armor = {"targets": [ATTENTION], "block_size": 8, "iterations": 2}
     plain = {"scheme": "W8A8", "targets": [MLP]}
     out = tmp_path / "out"
-    armor_recipes.apply(wanted(source, out, ARMORModifier=armor, QuantizationModifier=plain))
+    result = armor_recipes.apply(wanted(source, out, ARMORModifier=armor, QuantizationModifier=plain))
     config = read_config(out)["quantization_config"]
     assert config["format"] == "mixed-precision"
     assert [group["format"] for group in config["config_groups"].values()] == ["sparse-24-bitmask", "int-quantized"]
     loaded = armor_recipes.load(out, backend="folded")
+    sizes = inspect(out)
+    found = {one.name: one.nbytes for one in sizes.layers} | {one.name: one.nbytes for one in sizes.plain}
+    assert found == {name: row.bytes_after for name, row in result.plan.stored.items()}
+    assert {layer.scheme for layer in sizes.plain} == {"int8 by channel; inputs int8 by token"}
     assert torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(out, dtype="auto")))
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "FP8_DYNAMIC", "NVFP4A16"])
+def test_exported_dense(source: Path, tmp_path: Path, scheme: str) -> None:
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    armor_recipes.apply(wanted(source, out, QuantizationModifier={"scheme": scheme, "ignore": ["lm_head"]}))
+    assert export_folder(out, dense, to="dense").layers == 7
+    weights = load_file(dense / "model.safetensors")
+    assert weights.keys() == load_file(source / "model.safetensors").keys()
+    loaded = armor_recipes.load(out)
+    for name, module in loaded.named_modules():
+        weight = dequantized(module)
+        assert weight is None or torch.equal(weight, weights[f"{name}.weight"])
+    if scheme != "FP8_DYNAMIC":
+        assert torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(dense, dtype="auto")))
+    with pytest.raises(PlanError, match="export to dense"):
+        export_folder(out, tmp_path / "no", to="dense-2of4")
 
 
 def test_groups_of_several_schemes_and_cores(source: Path, tmp_path: Path) -> None:
