@@ -199,6 +199,10 @@ def test_static_scales_need_data(source: Path) -> None:
     del static["calibration"]
     with pytest.raises(PlanError, match="static scales of activations need data"):
         make_job(static)
+    shared = wanted(source, QuantizationModifier={"scheme": "NVFP4A16", "ignore": ["lm_head"]})
+    del shared["calibration"]
+    with pytest.raises(PlanError, match="which a window of data tells"):
+        make_job(shared)
     dynamic = wanted(source, QuantizationModifier={"scheme": "FP8_DYNAMIC", "ignore": ["lm_head"]})
     del dynamic["calibration"]
     assert make_job(dynamic).plan.modules

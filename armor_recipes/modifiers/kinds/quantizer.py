@@ -196,6 +196,11 @@ def _plan_plain(
         raise PlanError(
             f"{name}: static scales of activations need data: add a top-level `calibration`, or take a dynamic scheme"
         )
+    if scheme.args.weights.strategy == "tensor_group" and planning.entry.config.calibration is None:
+        raise PlanError(
+            f"{name}: its global scale is that of all modules that read the same tensor, which a window of data tells: add a "
+            "top-level `calibration`"
+        )
     linear = planning.linears.modules[name]
     shape = ModuleShape(name, linear.out_features, linear.in_features, planning.itemsize)
     row = QuantizedPlan.of(planning, modifier, shape, layer, modifier.plan(shape, scheme))
