@@ -231,10 +231,10 @@ def test_recipes_are_listed_and_printed(shell: Shell) -> None:
 
 def test_convert_prints_a_recipe_and_tells_of_what_it_wrote(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "prune.py").write_text(
-        "recipe = [WandaPruningModifier(targets=['re:.*mlp.*'], requires_calibration_data=True)]"
+        "recipe = [WandaPruningModifier(targets=['re:.*mlp.*'], sparsity=0.5, requires_calibration_data=True)]"
     )
     done = shell("armor", "convert", str(tmp_path / "prune.py"))
-    group = {"WandaPruningModifier": {"targets": ["re:.*mlp.*"]}}
+    group = {"WandaPruningModifier": {"targets": ["re:.*mlp.*"], "sparsity": 0.5}}
     assert yaml.safe_load(done.out) == {"default_stage": {"default_modifiers": group}}
     assert "requires_calibration_data" in done.err
 
