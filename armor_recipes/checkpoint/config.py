@@ -131,7 +131,9 @@ def quantization_config(
     for name, layer in {**layers, **{use: layers[owner] for use, owner in tied.items()}}.items():
         _check_target(name)
         groups[LayerSpec(layer.block_size, layer.core, None, layer.group_size, None, layer.activations)].append(name)
-    ordered = sorted(groups, key=lambda spec: (spec.block_size, spec.core, spec.group_size or 0, spec.activations or ""))
+    ordered = sorted(
+        groups, key=lambda spec: (spec.block_size, spec.core, spec.group_size or 0, spec.activations or "")
+    )
     used = stored | {use: stored[owner] for use, owner in tied.items() if owner in stored}
     found = [_group(sorted(groups[spec]), spec, used, tied) for spec in ordered] + _plain_groups(quantized or {})
     formats = {group["format"] for group in found}
@@ -207,8 +209,8 @@ def activations_of(value: object, *, where: str) -> str | None:
     numbers = _NUMBERS.get(str(args.get("type")))
     if numbers is None or any(args.get(key) != expected for key, expected in wanted.items()):
         raise CheckpointError(
-            f"{where}: input_activations is {shown(value)}; of a core it is null, or 8 bits of type int or float, symmetric, dynamic, "
-            "with strategy token"
+            f"{where}: input_activations is {shown(value)}; of a core it is null, or 8 bits of type int or float, symmetric, "
+            "dynamic, with strategy token"
         )
     return numbers
 

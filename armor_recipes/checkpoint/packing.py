@@ -81,7 +81,7 @@ class PackedLinear:
     scale: Tensor | None = None
     """`(O, groups)`, what the integers of a quantised core are multiplied by; None where the values are floats."""
     activations: str | None = None
-    """What Bx is rounded to as the layer runs, with one scale a token: `int8` or `fp8`; None leaves it. Of quantised cores alone."""
+    """What Bx is rounded to as the layer runs, with one scale a token: `int8` or `fp8`; None, as of float cores, leaves it."""
 
     @classmethod
     def from_factorization(cls, factorization: FactorizationLike, dtype: torch.dtype) -> PackedLinear:
@@ -99,9 +99,7 @@ class PackedLinear:
         if found is None:
             return packed
         values = found.integers.contiguous() if found.num_bits == 8 else pack_int4(found.integers)
-        packed = cls(
-            values, packed.bitmask, packed.a, packed.b, found.scale.to(dtype).contiguous(), found.activations
-        )
+        packed = cls(values, packed.bitmask, packed.a, packed.b, found.scale.to(dtype).contiguous(), found.activations)
         packed.validate()
         return packed
 
@@ -109,7 +107,8 @@ class PackedLinear:
     def plain(cls, values: Tensor, bitmask: Tensor) -> PackedLinear:
         """A core alone, as a layer of block size 1 whose factors are the identity: Ŵ is S, bit for bit."""
         sizes = values.shape[0], 2 * values.shape[-1]
-        return cls(values, bitmask, *(values.new_ones(size, 1, 1) for size in sizes))
+        a, b = (values.new_ones(size, 1, 1) for size in sizes)
+        return cls(values, bitmask, a, b)
 
     @property
     def is_plain(self) -> bool:

@@ -102,7 +102,8 @@ class ArmorCompressor(BaseCompressor):  # type: ignore[misc]
         _forget_quantization(module)
         scheme: Any = module.quantization_scheme
         weights, activations = (
-            None if args is None else args.model_dump(mode="json") for args in (scheme.weights, scheme.input_activations)
+            None if args is None else args.model_dump(mode="json")
+            for args in (scheme.weights, scheme.input_activations)
         )
         ArmorLinear.adopt(module, layer_spec_of(weights, activations, where="quantization_config"))
         module.quantization_status = QuantizationStatus.COMPRESSED

@@ -103,8 +103,9 @@ class Estimate:
         peak_bytes: working memory of the solve.
         stored_as: `packed` (a 2:4 core and its factors), `quantized` (a plain weight in a format of compressed-tensors) or
             `dense` (one plain weight, whatever made it).
-        core: what a packed core's kept values are: `float`, `int8` or `int4`.
+        core: what a packed core's kept values are: `float`, `int8`, `int4` or `fp8`.
         group_size: kept values that have one scale; None for a whole row, and where the core is float.
+        activations: what Bx is rounded to as the layer runs: `int8`, `fp8`, or None for nothing.
         parts: how many pieces of the work a CPU may compute side by side, of which each takes `part_bytes` besides `peak_bytes`.
     """
 
@@ -116,6 +117,7 @@ class Estimate:
     stored_as: StoredAs = "dense"
     core: CoreType = "float"
     group_size: int | None = None
+    activations: str | None = None
     parts: int = 0
     part_bytes: int = 0
 

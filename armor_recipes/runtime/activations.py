@@ -12,8 +12,8 @@ _STEPS = {"int8": 127.5, "fp8": float(torch.finfo(torch.float8_e4m3fn).max)}
 def round_activations(x: Tensor, numbers: str) -> Tensor:
     """What 8-bit numbers with one scale a token stand for, in the dtype of x `(..., I)`.
 
-    As compressed-tensors' dynamic scheme of strategy `token`: scale = max|x| / 127.5 (`int8`, clamped to -128 … 127) or / 448 (`fp8`,
-    float8_e4m3fn); computed in float32. Gradients pass as if nothing had been rounded.
+    As compressed-tensors' dynamic scheme of strategy `token`: scale = max|x| / 127.5 (`int8`, clamped to -128 … 127) or / 448
+    (`fp8`, float8_e4m3fn); computed in float32. Gradients pass as if nothing had been rounded.
 
     Args:
         x: activations, the entries of Bx.

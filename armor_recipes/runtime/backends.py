@@ -3,7 +3,7 @@
 | backend | prepared | forward |
 |---|---|---|
 | `folded` | Ŵ = A·S·B, rounded to the layer's dtype | `F.linear(x, Ŵ, bias)`, bit for bit a plain linear layer |
-| `reference` | S, unpacked, in the layer's dtype | `A (S (B x)) + bias`, in plain torch, Bx rounded to 8 bits where config.json says so |
+| `reference` | S, unpacked, in the layer's dtype | `A (S (B x)) + bias`, in plain torch, Bx in 8 bits where config.json says so |
 | `cpu` | nothing: the packed tensors are checked | the compiled kernel, straight from the packed tensors |
 | `cuda` | nothing: the packed tensors are checked | few tokens: a Triton kernel on the packed core; many: S unpacked by another |
 | `auto` | as `cpu` where that can run, else as `folded` | what was fastest for this shape and number of tokens |
@@ -134,9 +134,7 @@ def _run_auto(
 
 
 def _has_kernel(packed: PackedLinear) -> bool:
-    return (
-        packed.values.device.type == "cpu" and packed.dtype in FORMATS and kernel_available() and has_numbers(packed)
-    )
+    return packed.values.device.type == "cpu" and packed.dtype in FORMATS and kernel_available() and has_numbers(packed)
 
 
 def wants_gradients(packed: PackedLinear) -> bool:

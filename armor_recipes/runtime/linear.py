@@ -181,9 +181,7 @@ class ArmorLinear(nn.Linear):
             )
         # The same tensor, unless this layer was moved or cast without the one that it shares with.
         b = b.to(self.armor_a.device, self.armor_a.dtype)
-        return PackedLinear(
-            self.weight, self.bitmask, self.armor_a, b, self._parameters.get(SCALE), self.activations
-        )
+        return PackedLinear(self.weight, self.bitmask, self.armor_a, b, self._parameters.get(SCALE), self.activations)
 
     def _stored(self) -> dict[str, Tensor]:
         """The parameters that this layer runs from, by name; B may be another layer's."""

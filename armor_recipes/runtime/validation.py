@@ -19,7 +19,12 @@ def check_packed(packed: PackedLinear, *, name: str = "this layer") -> None:
     Raises:
         CheckpointError: naming the tensor that is wrong, its value, and what it should be.
     """
-    right = packed.core != "fp8" and _shapes_fit(packed) and _two_of_four(packed.bitmask) and all(map(_finite, _floats(packed)))
+    right = (
+        packed.core != "fp8"
+        and _shapes_fit(packed)
+        and _two_of_four(packed.bitmask)
+        and all(map(_finite, _floats(packed)))
+    )
     if not right or not _integers_fit(packed):
         packed.validate(name=name)  # says what is wrong, and where
 

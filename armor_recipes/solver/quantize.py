@@ -96,7 +96,9 @@ def requantize(
     """
     _check(factors, second_moment, gram, num_bits, group_size, rounding)
     if numbers == "fp8" and (num_bits, group_size, rounding) != (8, None, "nearest"):
-        raise ValueError(f"fp8 has 8 bits, a scale a row and rounds to nearest, got {num_bits=}, {group_size=}, {rounding=}")
+        raise ValueError(
+            f"fp8 has 8 bits, a scale a row and rounds to nearest, got {num_bits=}, {group_size=}, {rounding=}"
+        )
     h, dead = fill_dead_channels(second_moment.float())
     target = factors.dense()
     rounded = partial(
@@ -124,10 +126,10 @@ def round_to_nearest(
     numbers: Numbers = "int",
     ratios: Sequence[float] = _RATIOS,
 ) -> QuantizedValues:
-    """The nearest integers (or float8_e4m3fn), with the scale of each group that gives the least `Σ weight · (value − integer · scale)²`.
+    """The nearest integers (or float8_e4m3fn), with the scale of each group that leaves the least error.
 
-    Scales are sought among a few shares of the one that reaches the group's largest value, each rounded to `dtype` first, so
-    that integers fit the scale that is stored. A group of zeros has scale 1.
+    That is `Σ weight · (value − integer · scale)²`. Scales are sought among a few shares of the one that reaches the group's
+    largest value, each rounded to `dtype` first, so that integers fit the scale that is stored. A group of zeros has scale 1.
 
     Args:
         values: `(O, N)` float32.
@@ -295,7 +297,7 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.to(dtype).float().clamp(min=limits.smallest_normal * limits.eps)
 
 
-def _nearest(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def _nearest(values: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
     return (values / scale).round().clamp(low, high)
 
 

@@ -230,14 +230,14 @@ def test_config_that_is_no_json(copied: Path, content: bytes) -> None:
         check_folder(copied)
 
 
-@pytest.mark.parametrize("version", [0, 4, "2", None, True])
+@pytest.mark.parametrize("version", [0, 5, "2", None, True])
 def test_versions_that_are_not_known(copied: Path, version: object) -> None:
     manifest = copied / "armor_manifest.json"
-    for known in (1, 2, 3):
+    for known in (1, 2, 3, 4):
         manifest.write_text(json.dumps({"format_version": known}))
         check_folder(copied)
     manifest.write_text(json.dumps({"format_version": version}))
-    with pytest.raises(CheckpointError, match=r"armor_manifest.json: format_version is .* reads 1 to 3"):
+    with pytest.raises(CheckpointError, match=r"armor_manifest.json: format_version is .* reads 1 to 4"):
         check_folder(copied)
 
 

@@ -355,7 +355,7 @@ def test_verify_names_what_differs(checkpoint: Path, tmp_path: Path) -> None:
     lines = str(told.value).splitlines()[1:]
     assert [line.partition(":")[0] for line in lines] == ["extra", "lm_head.weight", "model.norm.weight"]
     manifest = json.loads((out / "armor_manifest.json").read_text())
-    for change, says in (({"format_version": 4}, "format_version is 4"), ({"tensors": []}, "must map names")):
+    for change, says in (({"format_version": 5}, "format_version is 5"), ({"tensors": []}, "must map names")):
         (out / "armor_manifest.json").write_text(json.dumps({**manifest, **change}))
         with pytest.raises(CheckpointError, match=says):
             verify(out)

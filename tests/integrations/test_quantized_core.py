@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import armor_recipes
 from armor_recipes.checkpoint.config import LayerSpec, layer_specs, quantization_config
 from armor_recipes.checkpoint.export import Source, export
-from armor_recipes.checkpoint.packing import PackedLinear, pack_int4, unpack_int4
+from armor_recipes.checkpoint.packing import pack_int4, unpack_int4
 from armor_recipes.checkpoint.reader import check_folder, inspect, read_layers
 from armor_recipes.checkpoint.verify import verify
 from armor_recipes.checkpoint.writer import tensor_hashes

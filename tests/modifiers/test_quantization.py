@@ -99,7 +99,9 @@ def test_equal_runs_write_equal_bytes(source: Path, tmp_path: Path) -> None:
 
 def test_a_later_stage_gives_the_factors_of_the_first(source: Path, tmp_path: Path) -> None:
     mapping = recipe(source, tmp_path / "out")
-    mapping["pack_stage"] = {"late_modifiers": {"QuantizationModifier": core(targets=[ALL], resolve=False)}}
+    mapping["pack_stage"] = {
+        "late_modifiers": {"QuantizationModifier": core(targets=[ALL], resolve=False, gauge=False)}
+    }
     result = armor_recipes.apply(mapping)
     armor_recipes.apply(recipe(source, tmp_path / "float"))
     floats, integers = read_layers(tmp_path / "float"), read_layers(tmp_path / "out")
@@ -150,6 +152,65 @@ def test_the_model_in_memory_is_what_a_loader_makes(source: Path) -> None:
         assert result.packed.core == "int4"
         weight = session.model.get_parameter(f"{name}.weight")
         assert torch.equal(weight, result.packed.to(torch.float32).fold(torch.float32))
+
+
+PRESETS = {
+    "W8A8": ("int8", "int8", None),
+    "fp8_dynamic": ("fp8", "fp8", None),
+    "W8A16": ("int8", None, 8),
+    "W4A16": ("int4", None, 8),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_of_compressed_tensors_are_cores(source: Path, tmp_path: Path, preset: str) -> None:
+    core_type, activations, group = PRESETS[preset]
+    fields: dict[str, Any] = {"scheme": preset, "config_groups": None}
+    if group is not None:  # the presets' groups of 128 columns are wider than the model
+        fields = core(8 if core_type == "int8" else 4, 16)
+    result = armor_recipes.apply(wanted(source, tmp_path / "out", **fields))
+    rows = {row.name: row for row in result.plan.modules}
+    assert {(row.core, row.activations, row.group_size) for row in rows.values()} == {(core_type, activations, group)}
+    read = read_layers(tmp_path / "out")
+    assert {(layer.core, layer.activations, layer.group_size) for layer in read.values()} == {
+        (core_type, activations, group)
+    }
+    assert ("activations" in json.dumps(next(iter(rows.values())).to_dict())) == (activations is not None)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "told"),
+    [
+        ("NVFP4", "not as float4 by tensor_group"),
+        ("W4A16_ASYM", "not as asymmetric int4 by group"),
+        ("FP8", "not as float8 by tensor"),
+        ("FP8_BLOCK", "not as float8 by block"),
+        ("W4A8", "sizes that fit"),
+    ],
+)
+def test_schemes_that_no_core_has_are_refused(source: Path, scheme: str, told: str) -> None:
+    assert told in refusal(wanted(source, scheme=scheme, config_groups=None))
+
+
+def test_static_activations_and_outputs_are_refused(source: Path) -> None:
+    weights, eight = {"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "strategy": "tensor", "dynamic": False}
+    for part, told in (
+        ("input_activations", "not static int8 by tensor"),
+        ("output_activations", "outputs of a layer"),
+    ):
+        groups = {"core": {"weights": weights, part: eight}}
+        assert told in refusal(wanted(source, config_groups=groups))
+    fields = {"scheme": "FP8_DYNAMIC", "config_groups": None, "objective": "hessian", "rounding": "gptq"}
+    assert "set rounding: nearest" in refusal(wanted(source, **fields))
+
+
+def test_the_gauge_can_be_left(source: Path, tmp_path: Path) -> None:
+    losses = {}
+    for gauge in (False, True):
+        out = tmp_path / str(gauge)
+        result = armor_recipes.apply(wanted(source, out, **core(4, 16), gauge=gauge, resolve=False))
+        losses[gauge] = sum(module.changes[0].losses[0] for module in result.modules.values())
+    assert losses[True] < losses[False]
 
 
 def test_refusals_say_what_to_do(source: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.writer import write_checkpoint
-from armor_recipes.solver.quantize import kept, round_to_nearest, spread
+from armor_recipes.solver.quantize import Numbers, kept, round_to_nearest, spread
 from armor_recipes.solver.result import SparseFactors
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -53,10 +53,19 @@ def made_up(rows: int, columns: int, block_size: tuple[int, int], generator: tor
     return MadeUp(a, 0.1 * torch.randn(rows, columns, generator=generator) * mask, mask, b)
 
 
-def quantized(factors: MadeUp, dtype: torch.dtype, *, bits: int, group: int | None = None) -> PackedLinear:
-    """The same with integers for the kept values."""
+def quantized(
+    factors: MadeUp,
+    dtype: torch.dtype,
+    *,
+    bits: int,
+    group: int | None = None,
+    numbers: Numbers = "int",
+    activations: str | None = None,
+) -> PackedLinear:
+    """The same with integers, or 8-bit floats, for the kept values."""
     values = kept(factors.core, factors.mask)
-    found = round_to_nearest(values, torch.ones_like(values), num_bits=bits, group_size=group, dtype=dtype)
+    how: dict[str, Any] = {"num_bits": bits, "group_size": group, "numbers": numbers, "dtype": dtype}
+    found = replace(round_to_nearest(values, torch.ones_like(values), **how), activations=activations)
     core = spread(found.dequantize(), factors.mask)
     return PackedLinear.from_factors(SparseFactors(factors.a, core, factors.mask, factors.b, found), dtype)
 
@@ -72,11 +81,11 @@ def session_model(
     *,
     share: bool = False,
     bits: int | None = None,
-    group: int | None = None,
+    **core: Any,
 ) -> tuple[PreTrainedModel, dict[str, PackedLinear]]:
     """Make a model in float32 as a session holds it after solving (Ŵ in its weights), and its layers.
 
-    With `share`, modules of one parent and block size have one B; with `bits`, cores are quantised.
+    With `share`, modules of one parent and block size have one B; with `bits`, cores are quantised, as `core` says (`quantized`).
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -96,7 +105,7 @@ def session_model(
             if bits is None:
                 layers[name] = PackedLinear.from_factorization(factors, dtype)
             else:
-                layers[name] = quantized(factors, dtype, bits=bits, group=group)
+                layers[name] = quantized(factors, dtype, bits=bits, **core)
             module.weight.data = layers[name].fold(torch.float32)
     return model, layers
 
@@ -108,11 +117,13 @@ def write(
     *,
     share: bool = False,
     bits: int | None = None,
+    core: Mapping[str, Any] | None = None,
     group: int | None = None,
     **options: object,
 ) -> PreTrainedModel:
     """Write a session's model into a new folder and return it."""
-    model, layers = session_model(kind, dtype, share=share, bits=bits, group=group)
+    how = {} if bits is None else {"group": group, **(core or {})}
+    model, layers = session_model(kind, dtype, share=share, bits=bits, **how)
     folder.mkdir(parents=True)
     write_checkpoint(model, layers, folder, dtype=dtype, **options)  # type: ignore[arg-type]
     return model

@@ -73,6 +73,7 @@ class ModulePlan(Row):
     stored_as: StoredAs = "dense"
     core: CoreType = "float"
     group_size: int | None = None
+    activations: str | None = None
     pattern: str | None = None
     uses: tuple[str, ...] = ()
 
@@ -99,6 +100,7 @@ class ModulePlan(Row):
             stored_as=cost.stored_as,
             core=cost.core,
             group_size=cost.group_size,
+            activations=cost.activations,
             pattern=modifier.sparsity,
             uses=planning.uses.get(shape.name, ()),
         )
@@ -106,6 +108,8 @@ class ModulePlan(Row):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the percentage."""
         own = {one.name: getattr(self, one.name) for one in fields(self)}  # `asdict` copies, in three times as long
+        if self.activations is None:
+            del own["activations"]  # most plans have none, and are what they were before there were any
         return {**own, "overhead_percent": round(self.overhead_percent, 3)}
 
     @property
@@ -128,7 +132,7 @@ class ModulePlan(Row):
         """How config.json will describe the module; None where it is stored dense."""
         if self.stored_as != "packed" or self.block_size is None:
             return None
-        return LayerSpec(self.block_size, self.core, None, self.group_size)
+        return LayerSpec(self.block_size, self.core, None, self.group_size, None, self.activations)
 
     @property
     def quantized(self) -> Scheme | None:

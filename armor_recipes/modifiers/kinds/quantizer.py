@@ -90,7 +90,7 @@ class Quantizing(Kind):
             cores: dict[Any, list[ModulePlan]] = {}
             for row in share.rows:
                 if not isinstance(row, QuantizedPlan):
-                    cores.setdefault((row.core, row.group_size), []).append(row)
+                    cores.setdefault((row.core, row.group_size, row.activations), []).append(row)
             for number, rows in enumerate(cores.values()):
                 end = f"/{number}" if number else ""
                 yield Unit(f"{share.entry.key}/{context.name}{end}", (replace(share, rows=tuple(rows)),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -59,6 +60,12 @@ class QuantizationConfig(SchemeConfig):
         title="Damping",
         description="`hessian`: share of the mean square input that is added to every channel's.",
     )
+    gauge: Annotated[bool, Field(strict=True)] = Field(
+        default=True,
+        title="Gauge",
+        description="Choose a scale between B and S for each column before S is rounded, by the error that rounding leaves; false "
+        "leaves it. The product is the same either way.",
+    )
     rounding: Rounding = Field(
         default="nearest",
         title="Rounding",
@@ -73,35 +80,75 @@ class QuantizationConfig(SchemeConfig):
         return self
 
 
-def core_of(module: ModuleShape, scheme: Any) -> tuple[Literal[8, 4], int | None]:
-    """Bits and kept values with one scale of a core that is quantised as compressed-tensors' scheme says; raises UnfitError."""
+@dataclass(frozen=True, slots=True)
+class CoreScheme:
+    """What a core is quantised to.
+
+    Attributes:
+        core: `int8`, `int4` or `fp8`.
+        group_size: kept values of a row that have one scale; None for a whole row.
+        activations: what Bx is rounded to as the layer runs: `int8`, `fp8`, or None for nothing.
+    """
+
+    core: Literal["int8", "int4", "fp8"]
+    group_size: int | None = None
+    activations: str | None = None
+
+    @property
+    def num_bits(self) -> int:
+        """Of a kept value."""
+        return 4 if self.core == "int4" else 8
+
+
+def core_of(module: ModuleShape, scheme: Any) -> CoreScheme:
+    """What the core of a module is quantised to by compressed-tensors' scheme; raises UnfitError where there is no such core."""
     weights, kept = scheme.weights, module.d_in // 2
     advice = f"quantise it otherwise in a group of its own, or add {module.name!r} to `ignore`"
-    plain = weights.type == "int" and weights.symmetric and weights.num_bits in (8, 4)
-    if not plain or weights.strategy not in ("channel", "group"):
+    core = {("int", 8): "int8", ("int", 4): "int4", ("float", 8): "fp8"}.get((weights.type, weights.num_bits))
+    grouped = weights.strategy == "group" and core != "fp8"
+    if core is None or not weights.symmetric or not (grouped or weights.strategy == "channel"):
         raise UnfitError(
             f"the core of {module.name} is stored as symmetric integers of 8 or 4 bits with a scale for a row or for groups of it, "
-            f"not as {'' if weights.symmetric else 'asymmetric '}{weights.type}{weights.num_bits} by {weights.strategy}",
+            "or as 8-bit floats with a scale for a row, not as "
+            f"{'' if weights.symmetric else 'asymmetric '}{weights.type}{weights.num_bits} by {weights.strategy}",
             advice,
         )
-    if scheme.input_activations is not None or scheme.output_activations is not None:
-        raise UnfitError(f"activations of a 2:4 core are not quantised, and those of {module.name} are to be", advice)
-    if weights.num_bits == 4 and kept % 8:
+    if core == "int4" and kept % 8:
         raise UnfitError(f"int4 needs rows of a multiple of 16 entries, {module.name} has {module.d_in}", advice)
-    size = weights.group_size if weights.strategy == "group" else None
+    size = weights.group_size if grouped else None
     if size is not None and (size % 16 or module.d_in % size):
         sizes = [size for size in range(16, module.d_in + 1, 16) if module.d_in % size == 0]
         raise UnfitError(
             f"group_size {size} is no multiple of 16 that divides the {module.d_in} columns of {module.name}",
             f"sizes that fit: {sizes}, or strategy: channel",
         )
-    return (8 if weights.num_bits == 8 else 4), None if size is None else size // 2
+    group = None if size is None or size == module.d_in else size // 2
+    return CoreScheme(core, group, _activations_of(module, scheme, advice))  # type: ignore[arg-type]
+
+
+def _activations_of(module: ModuleShape, scheme: Any, advice: str) -> str | None:
+    """What Bx is rounded to; raises UnfitError for anything but 8 bits with a dynamic scale for each token."""
+    args = scheme.input_activations
+    if scheme.output_activations is not None:
+        raise UnfitError(
+            f"outputs of a layer with a 2:4 core are not quantised, and those of {module.name} are to be", advice
+        )
+    if args is None:
+        return None
+    if args.num_bits != 8 or not args.symmetric or args.dynamic is not True or args.strategy != "token":
+        raise UnfitError(
+            f"activations of the core of {module.name} are symmetric numbers of 8 bits with a dynamic scale for each token, as in "
+            f"W8A8 and FP8_DYNAMIC, not {'dynamic' if args.dynamic else 'static'} {'' if args.symmetric else 'asymmetric '}"
+            f"{args.type}{args.num_bits} by {args.strategy}",
+            advice,
+        )
+    return "int8" if args.type == "int" else "fp8"
 
 
 class CoreQuantizer(FactorModifier[QuantizationConfig]):
     """Quantises the core of factors that were made before, around the product that they give.
 
-    `core` has bits and kept values with one scale (None: a row's) where they are planned; else the scheme says them.
+    `core` is what it is quantised to, where that is planned; else the scheme says it.
     """
 
     config_type = QuantizationConfig
@@ -112,7 +159,7 @@ class CoreQuantizer(FactorModifier[QuantizationConfig]):
         config: QuantizationConfig,
         *,
         scheme: Scheme | None = None,
-        core: tuple[Literal[8, 4], int | None] | None = None,
+        core: CoreScheme | None = None,
     ) -> None:
         super().__init__(config)
         self.scheme = scheme
@@ -122,12 +169,12 @@ class CoreQuantizer(FactorModifier[QuantizationConfig]):
         """Check that groups are whole; PlanError names what to do."""
         config, (b_o, b_i) = self.config, block_size
         kept = module.d_in // 2
-        num_bits, size = self._core_of(module)
-        group = size or kept
+        core = self._core_of(module)
+        group = core.group_size or kept
         entries = module.d_out * module.d_in
         factor_bytes = (module.d_out * b_o + module.d_in * b_i) * module.itemsize
         scale_bytes = module.d_out * (kept // group) * module.itemsize
-        core_bytes = entries // 2 * num_bits // 8 + entries // 8 + scale_bytes
+        core_bytes = entries // 2 * core.num_bits // 8 + entries // 8 + scale_bytes
         cycles = config.iterations if config.resolve else 0
         flops = 60.0 * entries + 1.0 * cycles * _PRODUCTS * entries * (b_o + b_i)
         if config.objective == "hessian":
@@ -141,8 +188,9 @@ class CoreQuantizer(FactorModifier[QuantizationConfig]):
             flops=flops,
             peak_bytes=_WORKING_COPIES * entries * 4,
             stored_as="packed",
-            core="int8" if num_bits == 8 else "int4",
-            group_size=None if group == kept else group,
+            core=core.core,
+            group_size=core.group_size,
+            activations=core.activations,
         )
 
     def statistic(self, module: ModuleShape) -> InputSecondMoment | InputGram:
@@ -159,14 +207,17 @@ class CoreQuantizer(FactorModifier[QuantizationConfig]):
     ) -> FactorOutcome:
         """Quantise the core, and re-solve A and B."""
         config, (h, gram) = self.config, self._moments(statistic, factors.a)
-        num_bits, group_size = self._core_of(module)
+        core = self._core_of(module)
         found = requantize(
             factors,
             h,
             gram=gram,
-            num_bits=num_bits,
-            group_size=group_size,
+            num_bits=core.num_bits,
+            group_size=core.group_size,
             rounding=config.rounding,
+            gauge=config.gauge,
+            numbers="fp8" if core.core == "fp8" else "int",
+            activations=core.activations,
             iterations=config.iterations if config.resolve else 0,
             on_progress=on_progress,
         )
@@ -179,12 +230,18 @@ class CoreQuantizer(FactorModifier[QuantizationConfig]):
             return hessian_loss(target, gram, approximation, normalize=False)
         return relative_loss(target, h, approximation, normalize=False)
 
-    def _core_of(self, module: ModuleShape) -> tuple[Literal[8, 4], int | None]:
-        """Bits of a kept value, and how many of them have one scale (None: a row's). Raises UnfitError."""
+    def _core_of(self, module: ModuleShape) -> CoreScheme:
+        """What the core is quantised to. Raises UnfitError."""
         if self.core is not None:
             return self.core
         assert self.scheme is not None
-        return core_of(module, self.scheme.args)
+        core = core_of(module, self.scheme.args)
+        if core.core == "fp8" and self.config.rounding == "gptq":
+            raise UnfitError(
+                f"rounding: gptq is for integers, and the core of {module.name} is to be 8-bit floats",
+                "set rounding: nearest",
+            )
+        return core
 
     def _moments(self, statistic: InputSecondMoment | InputGram, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """The mean squares h `(I,)`, and with `hessian` the regularised Gram matrix `(I, I)`, on the device of `like`."""
@@ -223,7 +280,7 @@ class QuantizationModifier(Quantizer[QuantizationConfig]):
 
     def core_of_row(self, row: ModulePlan) -> CoreQuantizer:
         """What quantises a core as it was planned."""
-        return CoreQuantizer(self.config, core=(4 if row.core == "int4" else 8, row.group_size))
+        return CoreQuantizer(self.config, core=CoreScheme(row.core, row.group_size, row.activations))  # type: ignore[arg-type]
 
     def plan(self, module: ModuleShape, scheme: Scheme) -> Estimate:
         """Check that groups are whole and the scheme is one that can be made here; bytes are those of the tensors themselves."""
