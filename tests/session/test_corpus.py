@@ -23,14 +23,16 @@ from armor_recipes.run.planning import planned
 
 CORPUS: list[dict[str, str]] = yaml.safe_load((Path(__file__).parents[1] / "recipe" / "corpus.yaml").read_text("utf-8"))
 #: How many of them plan at least: it grows as modifiers and fields land.
-PLAN = 4
+PLAN = 91
 #: What a recipe may be told is missing: a modifier of llm-compressor, a field that only it has, or one of older releases, or what
 #: a field asks for that is not here. Plain layers, too, while they are not quantised.
 PLAIN_LAYERS = "no modifier before it makes 2:4 factors for"
 #: Fields that any refusal may name, because it says how to mend them.
 EVERYWHERE = {"targets", "ignore", "scheme", "config_groups"}
 #: Where llm-compressor is installed they say why it cannot run the modifier as a step.
-MODIFIER = re.compile(r"llm-compressor has (\w+), (which is not here: install `armor-recipes\[llmcompressor\]`|which|and)")
+MODIFIER = re.compile(
+    r"llm-compressor has (\w+), (which is not here: install `armor-recipes\[llmcompressor\]`|which|and)"
+)
 RENAMED_KIND = re.compile(r"llm-compressor has renamed (\w+): write \w+")
 FIELD = re.compile(r"\.(\w+): \w+ here has no such field; ")
 
