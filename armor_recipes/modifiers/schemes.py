@@ -153,8 +153,8 @@ class SchemeConfig(ModifierConfig):
     def _check_schemes(self) -> Self:
         if self.kv_cache_scheme is not None:
             raise ValueError(
-                "kv_cache_scheme is not done here yet: nothing would calibrate or store scales of keys and values; leave it out, and "
-                "tell the server to quantise its cache by itself"
+                "kv_cache_scheme is not done here yet: nothing would calibrate or store scales of keys and values; leave it out, "
+                "and tell the server to quantise its cache by itself"
             )
         if (self.scheme is None) == (self.config_groups is None):
             found = "both are given" if self.scheme is not None else "neither is given"
