@@ -65,11 +65,15 @@ def _evaluation(facts: Facts) -> str:
 
 
 def _dense_note(facts: Facts) -> str:
-    """What is said of weights without factors in the checkpoint: plainly pruned ones, and products A·S·B."""
-    dense = {name for name, result in facts.modules.items() if result.packed is None}
-    folded = sum(module.name in dense and module.block_size is not None for module in facts.plan.modules)
-    masked = len(dense) - folded
+    """What is said of weights without factors in the checkpoint: plainly pruned or quantised ones, and products A·S·B."""
+    stored = {module.name: module for module in facts.plan.modules}  # the last that was done to each
+    rows = [stored[name] for name, result in facts.modules.items() if result.packed is None]
+    quantized = sum(row.stored_as == "quantized" for row in rows)
+    folded = sum(row.stored_as == "dense" and row.block_size is not None for row in rows)
+    masked = len(rows) - quantized - folded
     notes = [f"\n{masked} of these weights are stored dense (zeros kept where they were pruned).\n"] if masked else []
+    if quantized:
+        notes.append(f"\n{quantized} of these weights are quantised, in formats of compressed-tensors.\n")
     if folded:
         notes.append(
             f"\n{folded} of these weights are stored as the dense product `A · S · B`: their factors are not in the checkpoint, "

@@ -1,4 +1,4 @@
-"""GPTQ and rounding to nearest: scales equal, and weights but for near ties, in the first layer, whose inputs are the same."""
+"""GPTQ against llm-compressor's: weights equal but for near ties, in the first layer, whose inputs are the same."""
 
 from __future__ import annotations
 
