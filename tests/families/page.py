@@ -15,7 +15,7 @@ from tests.families.structures import EXPECTED, Structure, structures
 
 PAGE = Path(__file__).parents[2] / "docs/support.md"
 #: Families that the tests of vLLM run (docs/serving.md); none of the others was tried there.
-SERVED = {"llama", "qwen2"}
+SERVED = {"llama", "mixtral", "phi3", "qwen2", "qwen3_moe"}
 UNMADE = "no small config or inputs with which transformers runs it are known to the tests"
 WORDS = {"right": "yes", "skip": "with `unfit: skip`", "refused": "refused", "failed": "fails", "WRONG": "**wrong**"}
 HEAD = """# Which models are supported

@@ -245,7 +245,7 @@ class _Family:
 
     def _packs(self, name: str) -> bool:
         module, _, parameter = name.rpartition(".")
-        return parameter == "weight" and module in self.sizes
+        return parameter == "weight" and module in {*self.sizes, *(use for uses in self.uses.values() for use in uses)}
 
     def load(self) -> str | None:
         """`armor_recipes.load` gives what was in memory, bit for bit."""
@@ -255,11 +255,13 @@ class _Family:
         written = tensors(self.out)
         with torch.no_grad():
             for name in self.packed:
-                for use in (name, *self.uses[name]):  # as the dense export stores them
+                places = (name, *self.uses[name])
+                stored = next(written[f"{place}.weight"].dtype for place in places if f"{place}.weight" in written)
+                for (
+                    use
+                ) in places:  # as the dense export stores them; gradients as in the stock process: see runtime/backends
                     weight = model.get_submodule(use).to_dense().weight
-                    weight.copy_(
-                        weight.to(written[f"{name}.weight"].dtype)
-                    ).requires_grad_()  # as in the stock process: see runtime/backends
+                    weight.copy_(weight.to(stored)).requires_grad_()
         self.rounded = outputs(model, self.inputs)
         return None
 
