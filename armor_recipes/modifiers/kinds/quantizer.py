@@ -64,16 +64,15 @@ class Quantizing(Kind):
             )
         made = {row.name: row for row in planning.made(ModulePlan.section)}
         schemes, unknown = _schemes(planning, modifier)
-        packed = [name for name in schemes if name in made and made[name].stored_as == "packed"]
-        found = [
-            planning.each(
-                [name for name in schemes if name not in packed], partial(_plan_plain, planning, modifier, schemes)
-            )
-        ]
-        for scheme in dict.fromkeys(schemes[name] for name in packed):
-            names = tuple(name for name in packed if schemes[name] == scheme)
+        packed: dict[Scheme, list[str]] = {}
+        plain: list[str] = []
+        for name, scheme in schemes.items():
+            has_core = name in made and made[name].stored_as == "packed"
+            (packed.setdefault(scheme, []) if has_core else plain).append(name)
+        found = [planning.each(plain, partial(_plan_plain, planning, modifier, schemes))]
+        for scheme, names in packed.items():
             core = modifier.core(scheme)
-            found.append(core.kind.plan(replace(planning, names=names), core))
+            found.append(core.kind.plan(replace(planning, names=tuple(names)), core))
         problems, skipped = planning.unfit(unknown)
         return Planned(
             tuple(row for one in found for row in one.rows),
