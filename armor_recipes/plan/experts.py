@@ -11,7 +11,7 @@ from torch import nn
 from armor_recipes.model.experts import Expert, can_call_every_expert, expert_of
 from armor_recipes.model.facts import ModelFacts
 from armor_recipes.modifiers import AnyModifier
-from armor_recipes.modifiers.base import KnowsItsSize, ModuleShape, Statistic
+from armor_recipes.modifiers.base import ModuleShape, Statistic
 from armor_recipes.modifiers.kinds.contract import Row, calibration_tokens, entry_name, once
 from armor_recipes.modifiers.kinds.experts import minimum_tokens
 from armor_recipes.recipe import CalibrationSpec, ModifierEntry, Recipe
@@ -95,7 +95,7 @@ def held_bytes(rows: Sequence[Row], modifiers: Modifiers) -> int:
     held: dict[tuple[str, int | None, str], dict[tuple[str, int, int], int]] = {}
     for row, shape, expert in _observed(rows):
         statistic = sizes.of(row, shape)
-        size = statistic.full_bytes if isinstance(statistic, KnowsItsSize) else 0
+        size = getattr(statistic, "full_bytes", 0)  # of `KnowsItsSize`; asking a protocol for each row takes seconds
         held.setdefault((row.stage, row.layer, row.modifier), {})[expert.layer, expert.number, shape.d_in] = size
     return max((sum(sizes.values()) for sizes in held.values()), default=0)
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 from armor_recipes.calibration.statistics import ENOUGH_TOKENS
 from armor_recipes.errors import NumericalError
 from armor_recipes.model.experts import expert_of
-from armor_recipes.modifiers.base import KnowsItsSize, ModuleShape, Statistic
+from armor_recipes.modifiers.base import ModuleShape, Statistic
 from armor_recipes.modifiers.kinds.changes import StepResult
 from armor_recipes.modifiers.kinds.contract import BlockContext, Share, State, Statistics, located
 from armor_recipes.recipe.schema import MoeSpec
@@ -90,7 +90,8 @@ def minimum_tokens(moe: MoeSpec, statistic: Statistic | None = None) -> int:
     """How many tokens an expert's module is to see, which of `auto` its statistic says."""
     if moe.minimum_tokens != "auto":
         return moe.minimum_tokens
-    return statistic.enough_tokens if isinstance(statistic, KnowsItsSize) else ENOUGH_TOKENS
+    found: int = getattr(statistic, "enough_tokens", ENOUGH_TOKENS)  # of `KnowsItsSize`
+    return found
 
 
 def left_alone(state: State) -> set[str]:
