@@ -61,7 +61,7 @@ def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
         )
     if plan.ignored:
         lines.append(f"held back by ignore: {', '.join(_short(plan.ignored))}")
-    lines += skipped_lines(plan)
+    lines += skipped_lines(plan) + overridden_lines(plan)
     lines += _shared_lines(plan)
     lines += plan.notes
     lines += warning_lines(plan)
@@ -179,6 +179,18 @@ def skipped_lines(plan: Plan) -> list[str]:
     ]
 
 
+def overridden_lines(plan: Plan) -> list[str]:
+    """One line for modules of which one entry asked the same, and another one, or a group of its own, counts."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for one in plan.overridden:
+        found.setdefault((one.modifier, one.by, one.what), []).append(one.name)
+    return [
+        f"{what} of {entry_name(modifier)} is overridden for {_count(len(names), 'module')} by "
+        f"{'a group of its own that matches them more closely' if by == modifier else entry_name(by)}: {', '.join(_short(names))}"
+        for (modifier, by, what), names in found.items()
+    ]
+
+
 def _shared_lines(plan: Plan) -> list[str]:
     """Which weights are those of several modules."""
     shared = {row.name: row.uses for row in plan.modules if row.uses}
@@ -268,7 +280,7 @@ def summary(result: Result) -> RenderableType:
     lines += _rearrangement_lines(result)
     lines += _refinement_lines(result)
     lines += _change_lines(result) + _expert_lines(result)
-    lines += skipped_lines(result.plan) + warning_lines(result.plan)
+    lines += skipped_lines(result.plan) + overridden_lines(result.plan) + warning_lines(result.plan)
     lines += [f"{name}: {count}" for name, count in sorted(total_counts(result).items())]
     lines.append(
         f"{totals.modules} modules in {report['seconds']:.0f} s, peak memory {size(report['peak_memory_bytes'])}"

@@ -208,22 +208,27 @@ class SchemeConfig(ModifierConfig):
         return tuple(found)
 
     def scheme_of(self, name: str, module: nn.Module = _ANY_LINEAR) -> Scheme | None:
-        """The scheme of a linear module: of the first group that has its name, else whose pattern matches, else its
-        class; None where there is none. Raises PlanError.
-        """
-        from compressed_tensors.utils import is_match
+        """The scheme of a linear module, None where no group takes it: the first of `matching`. Raises PlanError."""
+        return next(iter(self.matching(name, module)), None)
 
-        found: dict[int, Scheme] = {}
-        for targets, scheme in self.takers:
-            for target in targets:
-                if is_match(name, module, target):
-                    found.setdefault(_rank(target, name), scheme)
-        return found[min(found)] if found else None
+    def matching(self, name: str, module: nn.Module = _ANY_LINEAR) -> tuple[Scheme, ...]:
+        """The different schemes of all groups that match a linear module, that which counts first, in the order in which
+        compressed-tensors takes them: a name before a pattern before a class, then by the target's letters, and of groups with the
+        same target the last. Raises PlanError.
+        """
+        from compressed_tensors.utils.match import match_targets
+
+        found = (self._by_target[target] for target in match_targets(name, module, self._by_target))
+        return tuple(dict.fromkeys(scheme for schemes in found for scheme in reversed(schemes)))
 
     @cached_property
-    def takers(self) -> tuple[tuple[tuple[str, ...], Scheme], ...]:
-        """The targets of each group with its scheme, made once: a mixture of experts asks for them ten thousands of times."""
-        return tuple((tuple(scheme.targets), Scheme.of(scheme)) for scheme in self.schemes)
+    def _by_target(self) -> dict[str, list[Scheme]]:
+        """The schemes of each target, made once: a mixture of experts asks for them ten thousands of times."""
+        found: dict[str, list[Scheme]] = {}
+        for scheme in self.schemes:
+            for target in scheme.targets:
+                found.setdefault(target, []).append(Scheme.of(scheme))
+        return found
 
     def _observed(self, scheme: Any) -> Any:
         """The scheme with the observers that the modifier names for all."""
@@ -238,11 +243,6 @@ class SchemeConfig(ModifierConfig):
             if observer is not None and args is not None and args.dynamic is False:
                 setattr(scheme, part, args.model_copy(update={"observer": observer}))
         return scheme
-
-
-def _rank(target: str, name: str) -> int:
-    """How specific a target is for a module, 0 for its very name."""
-    return 0 if target == name else 1 if target.startswith("re:") else 2
 
 
 def _many(targets: object) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from armor_recipes.model.blocks import Stacks, find_stacks
 from armor_recipes.model.facts import ModelFacts, model_facts
 from armor_recipes.model.linears import Linears, find_linears
 from armor_recipes.modifiers import AnyModifier
-from armor_recipes.modifiers.kinds.contract import Planned, Planning, Row, Skipped, once
+from armor_recipes.modifiers.kinds.contract import Overridden, Planned, Planning, Row, Skipped, once
 from armor_recipes.plan.experts import expert_notes, expert_problems, plan_experts
 from armor_recipes.plan.order import order_problems, order_warnings
 from armor_recipes.plan.plan import Plan, PlanWarning, Totals, last_of_each
@@ -56,6 +56,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
     problems: list[str] = []
     rows: list[Row] = []
     skipped: list[Skipped] = []
+    overridden: list[Overridden] = []
     ignored: dict[str, None] = {}
     before: list[tuple[ModifierEntry, AnyModifier[Any]]] = []
     for entry in recipe.modifiers:
@@ -68,8 +69,10 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
                 ignored.update(dict.fromkeys(matched.ignored))
         except PlanError as error:
             found = Planned((), (str(error),))
-        rows += found.rows
+        gone = {id(row) for row in found.replaced}
+        rows = [row for row in rows if id(row) not in gone] + list(found.rows)
         skipped += found.skipped
+        overridden += found.overridden
         problems += [f"{entry.where}: {entry.name}: {problem}" for problem in found.problems]
         before.append((entry, modifier))
     problems += order_problems(recipe, rows, modifiers) + _late_dense(recipe, modifiers)
@@ -87,6 +90,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
         ignored=tuple(name for name in ignored if name not in touched),
         totals=_totals(rows, model, itemsize),
         skipped=tuple(skipped),
+        overridden=tuple(overridden),
         notes=(
             *recipe.notes,
             *_straddling(subject, rows),
@@ -132,7 +136,7 @@ def _plan_entry(
     skipped += found.skipped
     if skipped and not found.rows and not found.problems and not entry.config.optional:
         problems += (f"`unfit: skip` leaves out all that `targets` matches ({len(skipped)}): {skipped[0].reason}",)
-    return Planned(found.rows, problems + found.problems, skipped)
+    return replace(found, problems=problems + found.problems, skipped=skipped)
 
 
 def _warnings(recipe: Recipe, subject: _Subject, rows: Sequence[Row], modifiers: Modifiers) -> tuple[PlanWarning, ...]:

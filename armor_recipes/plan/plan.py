@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from armor_recipes.modifiers.kinds.contract import Row, Skipped
+from armor_recipes.modifiers.kinds.contract import Overridden, Row, Skipped
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.rearranger import RearrangePlan
 from armor_recipes.modifiers.kinds.refiner import RefinePlan
@@ -39,7 +39,8 @@ class Plan:
     """All rows of work, by section, stage, block and modifier order; `ignored` are linear modules that an `ignore` held back.
 
     `layers` are the names of the blocks, by their numbers; `skipped` are targeted modules that an entry with `unfit: skip` cannot
-    change, with the reason; `notes` are sentences on what comes out otherwise than it went in; `forms` are the names of modules
+    change, with the reason; `overridden` is what was asked for modules and is not done, because another entry or group counts;
+    `notes` are sentences on what comes out otherwise than it went in; `forms` are the names of modules
     that become linear layers (fused experts, transposed layers), some of which are in `rows`;
     `experts` is what the experts of mixtures are calibrated on; `warnings` tell what is asked for in vain or was measured to be
     poor.
@@ -54,6 +55,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    overridden: tuple[Overridden, ...] = ()
     experts: tuple[ExpertsPlan, ...] = ()
     warnings: tuple[PlanWarning, ...] = ()
     _by_place: Mapping[tuple[str, int | None], tuple[Row, ...]] = field(init=False, repr=False, compare=False)
@@ -127,9 +129,13 @@ class Plan:
             "skipped": skipped,
         }
         forms = {"linear_forms": list(self.forms)} if self.forms else {}
-        experts = {"experts": [asdict(layer) for layer in self.experts]} if self.experts else {}
-        warnings = {"warnings": [asdict(one) for one in self.warnings]} if self.warnings else {}
-        return {"model": self.model, "layers": list(self.layers), **sections, **others, **forms, **experts, **warnings}
+        told: dict[str, tuple[Any, ...]] = {
+            "experts": self.experts,
+            "overridden": self.overridden,
+            "warnings": self.warnings,
+        }
+        rare = {name: [asdict(one) for one in rows] for name, rows in told.items() if rows}
+        return {"model": self.model, "layers": list(self.layers), **sections, **others, **forms, **rare}
 
     @property
     def sha256(self) -> str:

@@ -115,11 +115,15 @@ def _module(result: ModuleResult, plan: ModulePlan) -> dict[str, Any]:
 
 
 def skipped_rows(plan: Plan) -> dict[str, list[Any]]:
-    """Targeted modules that were left as they are, with the reasons, as `skipped`, and the plan's `warnings`; nothing where there
-    are none.
+    """Targeted modules that were left as they are, with the reasons, as `skipped`, what does not count for one as `overridden`,
+    and the plan's `warnings`; nothing where there are none.
     """
-    skipped: dict[str, list[Any]] = {"skipped": [asdict(one) for one in plan.skipped]} if plan.skipped else {}
-    return {**skipped, "warnings": [asdict(one) for one in plan.warnings]} if plan.warnings else skipped
+    told: dict[str, tuple[Any, ...]] = {
+        "skipped": plan.skipped,
+        "overridden": plan.overridden,
+        "warnings": plan.warnings,
+    }
+    return {name: [asdict(one) for one in rows] for name, rows in told.items() if rows}
 
 
 def sections(results: Sequence[StepResult]) -> dict[str, list[dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import armor_recipes
 from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.checkpoint.quantized import Scheme
 from armor_recipes.checkpoint.reader import inspect, read_config
+from armor_recipes.cli.tables import overridden_lines
 from armor_recipes.errors import NumericalError, PlanError
 from armor_recipes.integrations.exporting import export_folder
 from armor_recipes.integrations.plain import dequantized
@@ -126,6 +128,53 @@ def test_groups_of_several_schemes_and_cores(source: Path, tmp_path: Path) -> No
         ("quantized", "float", None),
     }
     assert read_config(out)["quantization_config"]["config_groups"].keys() == {"group_0", "group_1"}
+
+
+def test_the_last_quantiser_counts_and_what_it_overrides_is_told(source: Path, tmp_path: Path) -> None:
+    both = {
+        "QuantizationModifier@all": {"scheme": "FP8", "ignore": ["lm_head"]},
+        "GPTQModifier": {"scheme": "W4A16", "targets": [MLP]},
+        "QuantizationModifier@down": {"scheme": "W8A8", "targets": [r"re:.*down_proj$"]},
+    }
+    result = armor_recipes.apply(wanted(source, tmp_path / "out", **both))
+    found = {name: row.quantized.described for name, row in result.plan.stored.items() if row.quantized}
+    layer = "model.layers.0"
+    assert found[f"{layer}.mlp.up_proj"] == "int4, groups of 128"
+    assert found[f"{layer}.mlp.down_proj"] == "int8 by channel; inputs int8 by token"
+    assert found[f"{layer}.self_attn.q_proj"] == "float8 by tensor; inputs float8 by tensor"
+    assert [
+        (one.name.rpartition(".")[2], one.what[:5], one.by.rpartition(".")[2]) for one in result.plan.overridden
+    ] == [
+        ("gate_proj", "float", "GPTQModifier"),
+        ("up_proj", "float", "GPTQModifier"),
+        ("down_proj", "float", "GPTQModifier"),
+        ("down_proj", "int4,", "QuantizationModifier@down"),
+    ]
+    assert result.report["overridden"] == result.plan.to_dict()["overridden"]
+    assert len(json.loads((tmp_path / "out" / "armor_manifest.json").read_text())["overridden"]) == 4
+    lines = overridden_lines(result.plan)
+    assert len(lines) == 2
+    assert lines[1] == (
+        "int4, groups of 128 of GPTQModifier is overridden for 1 module by QuantizationModifier@down: "
+        "model.layers.0.mlp.down_proj"
+    )
+
+
+def test_of_groups_that_match_a_module_the_closest_counts(source: Path) -> None:
+    weights = {"num_bits": 8, "strategy": "channel"}
+    groups = {
+        "a": {"targets": ["Linear"], "weights": weights},
+        "b": {"targets": ["re:.*up_proj$"], "weights": {**weights, "num_bits": 4}},
+        "c": {"targets": ["model.layers.0.mlp.up_proj", "Linear"], "weights": {**weights, "num_bits": 2}},
+    }
+    modifier = {"config_groups": groups, "ignore": ["lm_head"]}
+    plan = make_job(wanted(source, QuantizationModifier=modifier)).plan
+    assert {row.quantized.described for row in plan.modules} == {"int2 by channel"}
+    assert {(one.name.rpartition(".")[2], one.what) for one in plan.overridden if "up_proj" in one.name} == {
+        ("up_proj", "int8 by channel"),
+        ("up_proj", "int4 by channel"),
+    }
+    assert "by a group of its own that matches them more closely: model.layers.0" in overridden_lines(plan)[0]
 
 
 def test_equal_runs_write_equal_bytes(source: Path, tmp_path: Path) -> None:

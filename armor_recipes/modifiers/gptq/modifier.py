@@ -69,6 +69,10 @@ class GPTQModifier(Quantizer[GPTQConfig]):
         found = self.config.scheme_of(name, module)
         return None if found is None else _ordered(found, self.config)
 
+    def outranked(self, name: str, module: Any) -> tuple[Scheme, ...]:
+        """The schemes of groups that match a module less closely."""
+        return self.config.matching(name, module)[1:]
+
     def core(self, scheme: Scheme) -> FactorModifier[Any]:  # noqa: ARG002 - whatever the scheme is
         """Nothing: cores are another modifier's."""
         raise PlanError(

@@ -164,12 +164,31 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
+class Overridden:
+    """What was asked for a module in one place and is not done, because another place counts.
+
+    `what` is what was asked for, in words; `modifier` the key of the entry that asked, and `by` that of the one that counts: the
+    same, where two groups of one entry match the module.
+    """
+
+    name: str
+    what: str
+    modifier: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class Planned:
-    """Rows of one entry, what is wrong with it, and what it leaves as it is."""
+    """Rows of one entry, what is wrong with it, and what it leaves as it is.
+
+    `replaced` are rows of entries before which count no longer, and `overridden` tells of them, one for each module.
+    """
 
     rows: tuple[Row, ...]
     problems: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    replaced: tuple[Row, ...] = ()
+    overridden: tuple[Overridden, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,16 @@ from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.events import ModuleFinished
 from armor_recipes.modifiers.base import AnyModifier, C, Estimate, ModuleShape, Needs, Statistic, fed_with_inputs
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult
-from armor_recipes.modifiers.kinds.contract import BlockContext, Kind, Planned, Planning, Share, Unit, located
+from armor_recipes.modifiers.kinds.contract import (
+    BlockContext,
+    Kind,
+    Overridden,
+    Planned,
+    Planning,
+    Share,
+    Unit,
+    located,
+)
 from armor_recipes.modifiers.kinds.experts import fed
 from armor_recipes.modifiers.kinds.factor import FactorModifier
 from armor_recipes.modifiers.kinds.module import ModulePlan
@@ -74,10 +83,14 @@ class Quantizing(Kind):
             core = modifier.core(scheme)
             found.append(core.kind.plan(replace(planning, names=tuple(names)), core))
         problems, skipped = planning.unfit(unknown)
+        rows: tuple[Any, ...] = tuple(row for one in found for row in one.rows)
+        replaced = tuple(made[row.name] for row in rows if isinstance(made.get(row.name), QuantizedPlan))
         return Planned(
-            tuple(row for one in found for row in one.rows),
+            rows,
             tuple(problem for one in found for problem in one.problems) + problems,
             tuple(left for one in found for left in one.skipped) + skipped,
+            replaced,
+            (*_later_counts(replaced, planning.entry.key), *_closer_counts(rows, planning, modifier)),
         )
 
     def units(self, shares: Sequence[Share], context: BlockContext) -> Iterator[Unit]:
@@ -137,6 +150,10 @@ class Quantizer(AnyModifier[C]):
     def scheme_of(self, name: str, module: Any) -> Scheme | None:
         """What a linear module is quantised to; None where nothing is said of it. Raises PlanError."""
 
+    def outranked(self, name: str, module: Any) -> tuple[Scheme, ...]:  # noqa: ARG002 - for those with several groups
+        """Schemes of other groups that match the module, too, and do not count."""
+        return ()
+
     @abstractmethod
     def core(self, scheme: Scheme) -> FactorModifier[Any]:
         """What quantises a core to a scheme."""
@@ -164,6 +181,19 @@ class Quantizer(AnyModifier[C]):
         """Quantise a weight `(O, I)` in the dtype of the checkpoint; `together` are those of modules with the scheme that read the
         same tensor, itself among them. Raises NumericalError.
         """
+
+
+def _later_counts(replaced: Sequence[Any], by: str) -> Iterator[Overridden]:
+    """What entries before asked of modules whose last quantiser is another one: that alone is done, as in llm-compressor."""
+    for row in replaced:
+        yield Overridden(row.name, row.quantized.described, row.modifier, by)
+
+
+def _closer_counts(rows: Sequence[Any], planning: Planning, modifier: Quantizer[Any]) -> Iterator[Overridden]:
+    """What groups of the entry ask of modules that another group matches more closely."""
+    for row in rows:
+        for scheme in modifier.outranked(row.name, planning.linears.modules[row.name]):
+            yield Overridden(row.name, scheme.described, planning.entry.key, planning.entry.key)
 
 
 def _schemes(planning: Planning, modifier: Quantizer[Any]) -> tuple[dict[str, Scheme], dict[str, PlanError]]:

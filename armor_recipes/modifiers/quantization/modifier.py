@@ -280,6 +280,10 @@ class QuantizationModifier(Quantizer[QuantizationConfig]):
         """The scheme of the group that takes a module; None where none does."""
         return self.config.scheme_of(name, module)
 
+    def outranked(self, name: str, module: Any) -> tuple[Scheme, ...]:
+        """The schemes of groups that match a module less closely."""
+        return self.config.matching(name, module)[1:]
+
     def core(self, scheme: Scheme) -> CoreQuantizer:
         """What quantises a core to a scheme."""
         return CoreQuantizer(self.config, scheme=scheme)
