@@ -316,7 +316,7 @@ def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
     specs: dict[str, LayerSpec] = {}
     for key, group in groups.items():
         place = f"{where}: quantization_config.config_groups.{key}"
-        if _format_of(group, config) in FORMATS:
+        if format_of(group, config) in FORMATS:
             continue
         found = _group_specs(group, where=place)
         twice = sorted(specs.keys() & found.keys())
@@ -326,36 +326,10 @@ def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
     return specs
 
 
-def plain_schemes(config: object, *, where: str) -> dict[str, Scheme]:
-    """Map full module name → what a `quantization_config` quantises a plain layer to, for each that its groups name in full.
-
-    Raises CheckpointError, starting with `where`, where a group is none that compressed-tensors reads.
-    """
-    groups = config.get("config_groups") if isinstance(config, Mapping) else None
-    found: dict[str, Scheme] = {}
-    for key, group in groups.items() if isinstance(groups, Mapping) else ():
-        chosen = _format_of(group, config)
-        if chosen in FORMATS:
-            scheme = _read_scheme(
-                {**group, "format": chosen}, where=f"{where}: quantization_config.config_groups.{key}"
-            )
-            found |= {str(target): scheme for target in group["targets"]}
-    return found
-
-
-def _format_of(group: object, config: object) -> object:
+def format_of(group: object, config: object) -> object:
     """A group's own format, or that of all."""
     own = group.get("format") if isinstance(group, Mapping) else None
     return own or (config.get("format") if isinstance(config, Mapping) else None)
-
-
-def _read_scheme(group: Mapping[str, Any], *, where: str) -> Scheme:
-    from compressed_tensors.quantization import QuantizationScheme
-
-    try:
-        return Scheme.of(QuantizationScheme(**group))
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise CheckpointError(f"{where} is no group that compressed-tensors reads: {error}") from error
 
 
 def _group(targets: list[str], spec: LayerSpec, shared: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from armor_recipes.checkpoint.config import (
     LayerSpec,
     PackedShapes,
     layer_specs,
-    plain_schemes,
     tensor_names,
 )
 from armor_recipes.checkpoint.files import CONFIG_FILE, MANIFEST_FILE, check_index, check_sizes, read_tensor
@@ -30,6 +29,7 @@ from armor_recipes.checkpoint.header import TensorInfo, read_json, shown
 from armor_recipes.checkpoint.legacy import is_legacy, open_legacy
 from armor_recipes.checkpoint.packing import KEPT_PER_VALUE, PackedLinear
 from armor_recipes.checkpoint.quantized import WEIGHT_PACKED, QuantizedLinear, Scheme
+from armor_recipes.checkpoint.targets import plain_schemes, quantized_names
 from armor_recipes.errors import CheckpointError
 from armor_recipes.paths import user_path
 
@@ -160,17 +160,20 @@ def plain_layers(folder: Path, quantization: Any, tensors: Mapping[str, TensorIn
     """Map plain quantised layer → what it is quantised to, sorted.
 
     Raises:
-        CheckpointError: where a group names none of the folder's layers in full, or a layer's tensors are not there.
+        CheckpointError: where a group names a layer in full whose tensors are not there.
     """
     where = str(folder / CONFIG_FILE)
-    found = plain_schemes(quantization, where=where)
+    found = _plain_schemes(quantization, tensors, where=where)
     for name in found:
         if f"{name}.{VALUES}" not in tensors and f"{name}.{WEIGHT_PACKED}" not in tensors:
-            raise CheckpointError(
-                f"{where} quantises {shown(name)}, of which no file holds a weight; groups of folders that are read here name "
-                "each layer in full"
-            )
+            raise CheckpointError(f"{where} quantises {shown(name)}, of which no file holds a weight")
     return dict(sorted(found.items()))
+
+
+def _plain_schemes(quantization: Any, tensors: Mapping[str, TensorInfo], *, where: str) -> dict[str, Scheme]:
+    armor = layer_specs(quantization, where=where)
+    names = [name for name in quantized_names(tensors) if name not in armor]
+    return plain_schemes(quantization, names, where=where)
 
 
 def read_plain(name: str, scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> QuantizedLinear:
@@ -271,7 +274,7 @@ def checked_layers(folder: Path, quantization: Any, tensors: Mapping[str, Tensor
     """
     where = str(folder / CONFIG_FILE)
     specs = layer_specs(quantization, where=where)
-    plain = plain_schemes(quantization, where=where)
+    plain = _plain_schemes(quantization, tensors, where=where)
     own = {name: spec for name, spec in specs.items() if spec.tied_to is None}
     for name, spec in own.items():
         _check_layer(name, spec, tensors, where=where)
