@@ -59,11 +59,15 @@ def apply_command(
     from armor_recipes.run import execute, prepare
     from armor_recipes.run.job import read_recipe
     from armor_recipes.run.report_file import check_report_file, write_report
+    from armor_recipes.run.settling import is_settled, settled_before
 
     quiet_libraries()
     out, err = Console(), Console(stderr=True)
     job = prepare(read_recipe(recipes, overrides=overrides or (), output=output), device=device)
     if plan:
+        if not is_settled(job):
+            with progress_view(err, quiet=quiet) as view:
+                job = settled_before(job, view)
         if as_json:
             found = {"plan": job.plan.to_dict(), "estimate": asdict(job.estimate), "recipe": job.recipe.resolved}
             print(json.dumps(found, indent=2))

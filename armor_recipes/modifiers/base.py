@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -260,6 +260,38 @@ def fed_with_inputs(config: ModifierConfig, **others: Any) -> Needs:
         return Needs(**others)
     source: Any = getattr(config, "propagate", "compressed")
     return Needs(streams=(source,), feeds=source, because=f"propagate: {source}", **others)
+
+
+@dataclass(frozen=True, slots=True)
+class Unsettled:
+    """The `key` of a modifier's config whose value rests on a measurement of the model.
+
+    `windows` of the calibration are measured on, `gradients` says whether the statistics of `trial` come in a `WithGradients`, and
+    `settings` are the values of the config that the measurement depends on: where they are equal it need not be taken again.
+    """
+
+    key: str
+    windows: int
+    gradients: bool = False
+    settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Settles(Protocol):
+    """A modifier that may have a field that is settled by measuring the model, once it is loaded and before anything is changed.
+
+    The engine measures what a change of each module's weight would cost the model. Until then the modifier plans provisionally.
+    """
+
+    @property
+    def unsettled(self) -> Unsettled | None:
+        """What is not known yet; None where all is."""
+
+    def trial(self, module: ModuleShape, weight: Tensor, statistic: Any) -> Tensor:
+        """The change `(O, I)` of the weight whose cost is measured, given an `InputSecondMoment` of the module's inputs."""
+
+    def settle(self, modules: Sequence[ModuleShape], costs: Mapping[str, float]) -> Any:
+        """The config with the field settled; `costs` are in nats a token, by module. Raises PlanError."""
 
 
 C = TypeVar("C", bound=ModifierConfig)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,24 @@ class Recipe:
     metadata: MetadataSpec | None = None
     steps: tuple[StepEntry, ...] = ()
     """What llm-compressor runs first, in this order."""
+
+    asked: dict[str, Any] | None = None
+    """`resolved` before a measurement settled what it leaves open; None where it leaves nothing open."""
+
+    def settled(self, configs: Mapping[str, ModifierConfig]) -> Recipe:
+        """The recipe with other configs of some modifiers, by key, in `resolved` as well."""
+        resolved = copy.deepcopy(self.resolved)
+        entries = []
+        for entry in self.modifiers:
+            config = configs.get(entry.key, entry.config)
+            changed = {
+                name for name in type(config).model_fields if getattr(config, name) != getattr(entry.config, name)
+            }
+            if changed:
+                fields = resolved[entry.stage][entry.group][entry.name]
+                fields |= config.model_dump(mode="json", include=changed, exclude_unset=True)
+            entries.append(replace(entry, config=config))
+        return replace(self, modifiers=tuple(entries), resolved=resolved, asked=self.asked or self.resolved)
 
     @property
     def datasets(self) -> tuple[str, ...]:

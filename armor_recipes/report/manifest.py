@@ -65,8 +65,8 @@ class Facts:
         return without_folders(self.recipe.model.id)
 
     def shared_recipe(self) -> str:
-        """The resolved recipe as YAML, paths of this machine by their last parts."""
-        return replace(self.recipe, resolved=_shared(self.recipe.resolved)).resolved_yaml()
+        """The resolved recipe as it was asked for, as YAML, paths of this machine by their last parts."""
+        return replace(self.recipe, resolved=_shared(self.recipe.asked or self.recipe.resolved)).resolved_yaml()
 
 
 def _shared(value: Any) -> Any:

@@ -39,6 +39,7 @@ from armor_recipes.run.planning import Job, prepare
 from armor_recipes.run.preflight import Ready, check_disk, preflight
 from armor_recipes.run.refusals import resource_errors
 from armor_recipes.run.result import Result
+from armor_recipes.run.settling import Measured, is_settled, settled
 from armor_recipes.run.verify import verify_reloaded
 from armor_recipes.session import Session
 from armor_recipes.solver.sweep import sweep_form
@@ -146,7 +147,7 @@ def execute(
                 verify_reloaded(folder, run.model, packed=job.packed, probe=run.probe())
                 report = run.report(folder, facts)
     return Result(
-        plan=job.plan,
+        plan=run.job.plan,
         output=output,
         estimate=job.estimate,
         modules=facts.modules,
@@ -168,6 +169,8 @@ class _Run:
     dtypes: dict[str, torch.dtype]
     given: bool
     """Whether the model came in memory, so that the source's files say nothing of its tensors."""
+    measured: tuple[Measured, ...] = ()
+    """What the recipe left to a measurement."""
     carried: tuple[str, ...] = ()
     """Tensors of the source's files that no module of the model holds, written as they are."""
 
@@ -193,8 +196,8 @@ class _Run:
             session = self.compress()
             evaluations = measured_again()
         return Facts(
-            recipe=job.recipe,
-            plan=job.plan,
+            recipe=self.job.recipe,
+            plan=self.job.plan,
             source_sha256=source_hash,
             stored_dtype=job.source.stored_dtype,
             compute_dtype=job.source.compute_dtype,
@@ -208,9 +211,12 @@ class _Run:
 
     def compress(self) -> Session:
         """Run a session to its end; it holds the results."""
-        job = self.job
-        if job.recipe.steps:
+        if self.job.recipe.steps:
             self.take_steps()
+        if not is_settled(self.job):
+            self.watch.phase("measure")
+            self.job, self.measured = settled(self.job, self.model, self.ready.data.tokens, self.watch.observer)
+        job = self.job
         self.watch.phase("compress")
         with Session(
             job.recipe,
@@ -299,6 +305,7 @@ class _Run:
             "calibration": calibration_rows(facts),
             "experts": facts.experts,
             "sweep": sweep_form(job.device.type),
+            **({"measured": [one.to_dict() for one in self.measured]} if self.measured else {}),
             **skipped_rows(job.plan),
             "left_out": list(self.ready.companions.left_out),
             "carried_over": list(self.carried),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.forms import forms_of, linearise, restore
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.modifiers import AnyModifier, modifiers
+from armor_recipes.modifiers.base import Settles
 from armor_recipes.plan import Plan, RunEstimate, estimate_run, make_plan
 from armor_recipes.recipe import Recipe
 from armor_recipes.run.checks import check_lengths, narrowed
@@ -99,7 +100,19 @@ def planned(
         "in the estimate"
         for step in recipe.steps
     )
-    return replace(plan, forms=forms, notes=(*plan.notes, *first, *narrowed(plan, source, shapes)))
+    notes = (*plan.notes, *first, *_unsettled(recipe, instances), *narrowed(plan, source, shapes))
+    return replace(plan, forms=forms, notes=notes)
+
+
+def _unsettled(recipe: Recipe, instances: Mapping[str, AnyModifier[Any]]) -> Iterator[str]:
+    """A sentence on each entry that plans provisionally."""
+    for entry in recipe.modifiers:
+        modifier = instances[entry.key]
+        if isinstance(modifier, Settles) and modifier.unsettled is not None:
+            yield (
+                f"{entry.where}: {entry.name}: {modifier.unsettled.key} is not settled: it is planned as if the model needed every "
+                "weight alike, and what it needs is measured once its weights are loaded"
+            )
 
 
 def parse_device(name: str) -> torch.device:

@@ -121,9 +121,9 @@ def output_gradients(
     sums: dict[str, Tensor] = {}
     rows = dict.fromkeys(names, 0)
 
-    def run(index: int) -> _Pass:
+    def run(index: int) -> GradientPass:
         generator = torch.Generator().manual_seed(module_seed(seed, f"labels of batch {index}"))
-        return _Pass(model, doors, names, batches[index], generator)
+        return GradientPass(model, doors, names, batches[index], generator)
 
     with frozen(model), one_thread_each(min(torch.get_num_threads(), len(batches)) if on_cpu else 1) as workers:
         for found in workers.map(run, range(len(batches))):
@@ -134,8 +134,11 @@ def output_gradients(
     return OutputGradients(sums, rows)
 
 
-class _Pass:
-    """One batch forward and back through a view of the model with hooks of its own: squared gradients summed over rows."""
+class GradientPass:
+    """One batch forward and back through a view of the model with hooks of its own: squared gradients summed over rows.
+
+    `tokens` are the rows of logits that count.
+    """
 
     def __init__(
         self,
@@ -147,6 +150,7 @@ class _Pass:
     ) -> None:
         self.sums: dict[str, Tensor] = {}
         self.rows = dict.fromkeys(names, 0)
+        self.tokens = 0
         self._starts: list[Tensor] = []
         self._batch = batch
         network = view(model, {}, copied=[*doors, *(user for users in names.values() for user in users)])
@@ -154,7 +158,7 @@ class _Pass:
             network.get_submodule(door).register_forward_pre_hook(self._enter, with_kwargs=True)
         for name, users in names.items():
             for user in users:  # a module that stands at several places is one for each of them in the view
-                network.get_submodule(user).register_forward_hook(self._watch(name, reads_of(model, user, batch)))
+                network.get_submodule(user).register_forward_hook(self.watch(name, reads_of(model, user, batch)))
         with torch.enable_grad():
             logits: Tensor = feed(network, batch).logits
             gradient = self._drawn(logits.detach(), generator)
@@ -162,14 +166,16 @@ class _Pass:
 
     def _drawn(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """The gradient at the logits `(B, L, V)`: of drawn labels, at tokens that count."""
-        mask = self._padding(written_or_read(self._batch), logits).mask_of(logits)
+        mask = self.padding(written_or_read(self._batch), logits).mask_of(logits)
+        self.tokens = logits.flatten(0, -2).shape[0] if mask is None else int(mask.sum())
         if mask is None:
             return _drawn(logits, generator)
         found = torch.zeros_like(logits)
         found[mask] = _drawn(logits[mask], generator)
         return found
 
-    def _padding(self, reads: Reads, x: Tensor) -> Padding:
+    def padding(self, reads: Reads, x: Tensor) -> Padding:
+        """Of the batch, at activations `(B, L, …)`."""
         return padding_of(self._batch, reads, LayerCall(x, (), {}))
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -178,9 +184,11 @@ class _Pass:
         if not hidden.requires_grad:
             self._starts.append(hidden.requires_grad_())
 
-    def _watch(self, name: str, reads: Reads) -> Any:
+    def watch(self, name: str, reads: Reads) -> Any:
+        """A forward hook for the named module, or another that has its weight."""
+
         def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-            pieces = self._padding(reads, output).pieces(output)
+            pieces = self.padding(reads, output).pieces(output)
             self.rows[name] += sum(piece.numel() // piece.shape[-1] for piece in pieces)
             if output.requires_grad:  # else nothing that the layers make of their inputs reaches it
                 output.register_hook(lambda gradient: self._add(name, gradient))

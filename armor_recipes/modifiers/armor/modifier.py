@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,11 +12,27 @@ from torch import Tensor
 from armor_recipes.calibration.split import GramMoments, SplitGram
 from armor_recipes.calibration.statistics import InputSecondMoment
 from armor_recipes.errors import NumericalError, PlanError, UnfitError
-from armor_recipes.modifiers.armor.config import ARMORConfig
-from armor_recipes.modifiers.base import UNROUNDED, Estimate, ModuleShape, SolveProgress, WithGradients
+from armor_recipes.modifiers.armor.config import ARMORConfig, Budget
+from armor_recipes.modifiers.armor.sizes import (
+    check_sizes,
+    choose,
+    core_bytes,
+    factor_values,
+    has_sizes,
+    measured_block,
+)
+from armor_recipes.modifiers.base import (
+    UNROUNDED,
+    Estimate,
+    ModuleShape,
+    SolveProgress,
+    Unsettled,
+    WithGradients,
+)
 from armor_recipes.modifiers.kinds.module import Modifier, Outcome
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.seeding import module_seed
+from armor_recipes.recipe.schema import ServeSpec
 from armor_recipes.solver import factorize, relative_loss
 from armor_recipes.solver.hessian import (
     choose_shrinkage,
@@ -45,6 +61,12 @@ _TOO_FEW_WINDOWS = (
     "`shrinkage: auto` cannot be chosen on fewer than 4 calibration windows: raise `calibration.samples`, or set `shrinkage` to a "
     "number from 0 to 1"
 )
+#: Cycles of a trial, and at least how many times as many the run itself takes.
+_TRIAL_CYCLES, _TRIAL_SHARE = 4, 12
+_NOT_SERVED = (
+    "a budget for block_size gives each module a size of its own, and `serve` needs one size for modules that run as one layer: "
+    "leave out `serve`, or give sizes"
+)
 
 
 @register
@@ -63,14 +85,14 @@ class ARMORModifier(Modifier[ARMORConfig]):
         """
         b_o, b_i = self.block_size(module)
         packed = self.packs(module)
-        factor_bytes = (module.d_out * b_o + module.d_in * b_i) * module.itemsize if packed else 0
-        core_bytes = module.dense_bytes // 2 + module.d_out * module.d_in // 8 if packed else module.dense_bytes
+        factor_bytes = factor_values(module, (b_o, b_i)) * module.itemsize if packed else 0
+        own_bytes = core_bytes(module) if packed else module.dense_bytes
         flops = 1.0 * self.config.iterations * _PRODUCTS[self.config.solver]
         flops *= module.d_out * module.d_in * (b_o + b_i)
         if self.config.objective == "hessian":
             flops += 2.0 * self.config.iterations * _GRAM_PRODUCTS * module.d_out * module.d_in**2
         return Estimate(
-            stored_bytes=core_bytes + factor_bytes,
+            stored_bytes=own_bytes + factor_bytes,
             factor_bytes=factor_bytes,
             block_size=(b_o, b_i),
             flops=flops,
@@ -172,7 +194,7 @@ class ARMORModifier(Modifier[ARMORConfig]):
                 f"pattern {self.config.pattern} needs rows of a multiple of {group} entries, {module.name} has {module.d_in}",
                 f"add {module.name!r} to `ignore`",
             )
-        asked = self.config.block_size
+        asked = self._own_size(module)
         sizes = AUTO_SIZES if asked == "auto" else (asked,)
         step = group if self.config.solver == "adam" else 1
         for b_o, b_i in ((size, size) if isinstance(size, int) else size for size in sizes):
@@ -182,6 +204,72 @@ class ARMORModifier(Modifier[ARMORConfig]):
             ):
                 return b_o, b_i
         raise _no_fit(module, asked, group, f" (adam needs multiples of {group})" if step > 1 else "")
+
+    def _own_size(self, module: ModuleShape) -> int | tuple[int, int] | Literal["auto"]:
+        """What the recipe, or a budget of it, says for this module. Raises PlanError where a budget's sizes leave it out."""
+        asked = self.config.block_size
+        if not isinstance(asked, Budget):
+            return asked
+        found = (asked.sizes or {}).get(module.name)
+        if found is None and not has_sizes(module):
+            raise UnfitError(
+                f"no block size packs {module.name} ({module.d_out}x{module.d_in}) into less than its dense weight (and rows must "
+                "have a multiple of 8 entries)",
+                f"add {module.name!r} to `ignore`",
+            )
+        if found is None:
+            raise PlanError(
+                f"block_size.sizes has none for {module.name}: add it, or remove `sizes`, which chooses all anew"
+            )
+        return found
+
+    @property
+    def unsettled(self) -> Unsettled | None:
+        """The block sizes, where there is a budget for them."""
+        config, asked = self.config, self.config.block_size
+        if not isinstance(asked, Budget) or asked.sizes is not None:
+            return None
+        settings = {
+            "normalize": config.normalize,
+            "gradient_power": config.gradient_power,
+            "cycles": self._trial_cycles,
+            "seed": config.seed,
+        }
+        return Unsettled("block_size", asked.windows, self.needs_gradients, settings)
+
+    def among(self, modules: Sequence[ModuleShape], serve: ServeSpec | None) -> ARMORModifier:
+        """Itself; until a budget is settled one that spends it as if the model needed every weight alike.
+
+        Raises PlanError where the budget cannot be had, or sizes are more than it.
+        """
+        asked = self.config.block_size
+        if not isinstance(asked, Budget):
+            return self
+        if asked.sizes is not None:
+            check_sizes(asked, modules)
+            return self
+        if serve is not None:
+            raise PlanError(_NOT_SERVED)
+        return type(self)(self.settle(modules, {shape.name: float(shape.d_out * shape.d_in) for shape in modules}))
+
+    def settle(self, modules: Sequence[ModuleShape], costs: Mapping[str, float]) -> ARMORConfig:
+        """The config with a size for each module that can be taken. Raises PlanError where the budget cannot be had."""
+        asked = self.config.block_size
+        assert isinstance(asked, Budget)
+        sizes = choose(asked, modules, costs)
+        return self.config.model_copy(update={"block_size": asked.model_copy(update={"sizes": sizes})})
+
+    def trial(self, module: ModuleShape, weight: Tensor, statistic: InputSecondMoment | WithGradients) -> Tensor:
+        """What a few cycles at a middling block size leave of the weight as error."""
+        block = measured_block(module)
+        quick = {"block_size": block, "iterations": self._trial_cycles, "solver": "exact", "objective": "diagonal"}
+        config = self.config.model_copy(update={**quick, "propagate": "dense"})
+        return type(self)(config).solve(replace(module, block_size=block), weight, statistic, None).weight - weight
+
+    @property
+    def _trial_cycles(self) -> int:
+        """Few enough that measuring is under a tenth of the run."""
+        return max(1, min(_TRIAL_CYCLES, self.config.iterations // _TRIAL_SHARE))
 
     def packs(self, module: ModuleShape) -> bool:
         """Whether the checkpoint can keep core and factors: 2:4, groups that straddle no blocks, whole bytes of bitmask."""

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult, loaded_
 from armor_recipes.modifiers.kinds.contract import BlockContext, Kind, Planned, Planning, Row, Share, Unit, located
 from armor_recipes.modifiers.kinds.experts import ExpertBelow, fed
 from armor_recipes.modifiers.kinds.pool import in_order
+from armor_recipes.recipe.schema import ServeSpec
 from armor_recipes.solver import Factorization, relative_error
 
 
@@ -185,7 +186,9 @@ class Solving(Kind):
 
     def plan(self, planning: Planning, modifier: Modifier[Any]) -> Planned:
         """A row for each targeted module inside a block."""
-        return planning.each(planning.names, partial(_plan_module, planning, modifier))
+        names = [name for name in planning.names if planning.stacks.block_of(name) is not None]
+        together = modifier.among([_shape(planning, name) for name in names], planning.recipe.serve)
+        return planning.each(planning.names, partial(_plan_module, planning, together))
 
     def units(self, shares: Sequence[Share], context: BlockContext) -> Iterator[Unit]:
         """All modules at once; where they are matched those that read the same tensor, in the order in which the block calls them.
@@ -272,6 +275,13 @@ class Modifier(AnyModifier[C]):
         """
         return [[shape] for shape, _ in modules]
 
+    def among(self, modules: Sequence[ModuleShape], serve: ServeSpec | None) -> Self:  # noqa: ARG002 - for those that ask
+        """What plans these modules, which are all of an entry: itself, unless what one is given depends on the others.
+
+        `serve` is the recipe's. Raises PlanError.
+        """
+        return self
+
     @abstractmethod
     def plan(self, module: ModuleShape) -> Estimate:
         """Check that the module can be taken and estimate the cost. Raises PlanError with the sizes that would fit."""
@@ -295,9 +305,13 @@ def _plan_module(planning: Planning, modifier: Modifier[Any], name: str) -> Modu
         raise UnfitError(
             f"{name} is not inside a decoder layer, where calibration inputs are taken", f"add {name!r} to `ignore`"
         )
-    linear = planning.linears.modules[name]
-    shape = ModuleShape(name, linear.out_features, linear.in_features, planning.itemsize)
+    shape = _shape(planning, name)
     return ModulePlan.of(planning, modifier, shape, layer, modifier.plan(shape))
+
+
+def _shape(planning: Planning, name: str) -> ModuleShape:
+    linear = planning.linears.modules[name]
+    return ModuleShape(name, linear.out_features, linear.in_features, planning.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
