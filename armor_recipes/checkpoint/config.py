@@ -61,6 +61,11 @@ class LayerSpec:
     activations: str | None = None
     """What Bx is rounded to as the layer runs, with one scale a token: `int8` or `fp8`; None leaves it."""
 
+    @classmethod
+    def of(cls, layer: PackedLinear) -> LayerSpec:
+        """Of a layer with a B and a weight of its own."""
+        return cls(layer.block_size, layer.core, None, layer.group_size, None, layer.activations)
+
 
 @dataclass(frozen=True, slots=True)
 class PackedShapes:

@@ -2,12 +2,13 @@
 
 | target | a packed layer becomes | from |
 |---|---|---|
-| `armor` | an ARMOR layer of block size 1 with identity factors, integers kept | legacy, dense 2:4 |
+| `armor` | an ARMOR layer of block size 1 with identity factors, integers kept | legacy, dense 2:4, plain quantised 2:4 |
 | `dense` | `P.weight`, Ŵ folded and rounded to the stored dtype: what the `folded` backend computes with | ARMOR, legacy |
 | `dense-2of4` | `P.weight`, the core itself, zeros kept | ARMOR with identity factors, plain legacy |
 | `sparse-24-bitmask` | `P.compressed`, `P.bitmask`, `P.shape` (`armor_recipes.checkpoint.legacy`) | the same, dense 2:4 |
 
-Of plain quantised layers `dense` writes the dequantised weight; that their activations were quantised has no place in it. All
+Of plain quantised layers `dense` writes the dequantised weight; that their activations were quantised has no place in it. `armor`
+packs those whose weights are 2:4 and whose numbers a core can hold, and leaves others as they are, counted with the reason. All
 other tensors are copied as they are, and so are the files of the folder that are neither weights nor described anew.
 """
 
@@ -16,8 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,6 +37,7 @@ from armor_recipes.checkpoint.config import (
     quantization_config,
     version_of,
 )
+from armor_recipes.checkpoint.cores import NOT_2OF4, dense_core, is_2of4, quantized_core
 from armor_recipes.checkpoint.files import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -53,13 +55,13 @@ from armor_recipes.checkpoint.legacy import (
     legacy_tensors,
     open_legacy,
 )
-from armor_recipes.checkpoint.packing import PACKABLE_DTYPES, PackedLinear, pack_2of4
+from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.quantized import WEIGHT_PACKED, Scheme
 from armor_recipes.checkpoint.reader import BIAS, check_folder, checked_layers, plain_layers, read_layer, read_plain
 from armor_recipes.checkpoint.staging import files_below
 from armor_recipes.checkpoint.stored import BIN_FILE, BIN_INDEX
 from armor_recipes.checkpoint.writer import tensor_hashes
-from armor_recipes.errors import PlanError
+from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.version import __version__
 
 Target = Literal["armor", "dense", "dense-2of4", "sparse-24-bitmask"]
@@ -78,6 +80,8 @@ class Exported:
     """Of all tensors written."""
     left_out: tuple[str, ...]
     """Names of folders and further weight files that were not copied."""
+    stay: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Linear layers that `armor` leaves as they are, by the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +93,16 @@ class Source:
     tensors: Mapping[str, TensorInfo]
     specs: Mapping[str, LayerSpec]
     """Layers to convert, by full module name."""
-    kind: Literal["armor", "legacy", "dense"]
+    kind: Literal["armor", "legacy", "dense", "quantized"]
+    """`quantized`: plain quantised layers, of which those in `specs` are packed."""
     legacy: LegacyFolder | None = None
     """What reads the layers of a legacy folder."""
     plain: Mapping[str, Scheme] = field(default_factory=dict)
     """What plain layers are quantised to, by full module name."""
+    packed: Mapping[str, LayerSpec] = field(default_factory=dict)
+    """ARMOR layers beside them that stay as they are (`quantized`), tied ones among them."""
+    stay: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Linear layers that are not packed, by the reason (`dense` and `quantized`)."""
 
     @classmethod
     def open(cls, folder: Path, linears: Collection[str] = ()) -> Source:
@@ -114,17 +123,37 @@ class Source:
             specs = checked_layers(folder, quantization, tensors)
             plain = plain_layers(folder, quantization, tensors)
             return cls(folder, config, tensors, specs, "armor", plain=plain)
-        dense = [name for name in sorted(linears) if f"{name}.{VALUES}" in tensors]
-        sparse = [name for name in dense if _is_2of4(read_tensor(tensors, f"{name}.{VALUES}"))]
-        return cls(folder, config, tensors, dict.fromkeys(sparse, LayerSpec((1, 1))), "dense")
+        specs, stay = _dense_2of4(tensors, linears)
+        return cls(folder, config, tensors, specs, "dense", stay=stay)
+
+    @classmethod
+    def packable(cls, folder: Path, linears: Set[str]) -> Source:
+        """Check a folder with plain quantised layers, and find those of `linears` whose weights are 2:4, quantised or not.
+
+        Raises:
+            CheckpointError: if the folder is damaged.
+        """
+        source = cls.open(folder)
+        packed = layer_specs(source.config.get("quantization_config"), where=str(folder / CONFIG_FILE))
+        plain = source.plain
+        specs, stay = _dense_2of4(source.tensors, linears - packed.keys() - plain.keys())
+        for name, scheme in plain.items():
+            try:
+                if name not in linears:
+                    raise UnfitError("no linear layer of the model as transformers builds it")
+                specs[name] = LayerSpec.of(quantized_core(read_plain(name, scheme, source.tensors), name=name))
+            except UnfitError as error:
+                stay[error.reason] = (*stay.get(error.reason, ()), name)
+        return replace(source, kind="quantized", specs=specs, packed=packed, stay=stay)
 
     def layer(self, name: str) -> PackedLinear:
         """Read and check one layer."""
         if self.legacy is not None:
             return self.legacy.read(name)
-        if self.kind == "dense":
-            weight = read_tensor(self.tensors, f"{name}.{VALUES}")
-            return PackedLinear.plain(*pack_2of4(weight, _mask_2of4(weight)))
+        if self.kind == "quantized" and name in self.plain:
+            return quantized_core(read_plain(name, self.plain[name], self.tensors), name=name)
+        if self.kind in ("dense", "quantized"):
+            return dense_core(read_tensor(self.tensors, f"{name}.{VALUES}"))
         owner = self.specs[name].input_factor
         shared = None if owner is None else read_layer(owner, self.tensors)
         return read_layer(name, self.tensors, shared, activations=self.specs[name].activations)
@@ -136,6 +165,8 @@ class Source:
     def converts(self, tensor: str) -> bool:
         """Whether a tensor is one of a layer that is converted, bias aside."""
         name, _, part = tensor.rpartition(".")
+        if self.kind == "quantized":
+            return name in self.specs and part != BIAS
         return (name in self.specs and part in self.parts) or (name in self.plain and part != BIAS)
 
     def is_main(self, tensor: str) -> bool:
@@ -191,7 +222,7 @@ def export(
         source: what to convert.
         destination: an empty folder.
         to: the format.
-        ignore: full names of the linear layers that stay dense; for `sparse-24-bitmask` alone, whose config lists them.
+        ignore: full names of the linear layers that stay dense, for `armor` and `sparse-24-bitmask`, whose configs list them.
         merges: what is put together of the tensors of linear layers, for `dense` and `dense-2of4`.
         names: under which names tensors are written, of those that get another.
 
@@ -206,7 +237,8 @@ def export(
     _write_manifest(source, destination, to)
     check_folder(destination)
     nbytes = sum(info.nbytes for info in read_header(destination).values())
-    return Exported(to, len(source.specs) + len(source.plain), nbytes, left_out)
+    layers = len(source.specs) if to == "armor" else len(source.specs) + len(source.plain)
+    return Exported(to, layers, nbytes, left_out, dict(source.stay) if to == "armor" else {})
 
 
 def _refuse_pickled(folder: Path) -> None:
@@ -231,13 +263,31 @@ def _check_source(source: Source, to: Target) -> None:
             f"{source.folder} stores the weight of {source.tied[0]} under the name of another module that has it, too, and "
             f"{to} cannot: export to dense-2of4"
         )
-    if source.plain and to != "dense":
+    if source.plain and to not in ("dense", "armor"):
         raise PlanError(
             f"{source.folder} holds {len(source.plain)} plain quantised layers, the first {min(source.plain)}, for which {to} has "
             "no place: export to dense"
         )
-    if not source.specs and not source.plain:
-        raise PlanError(f"{source.folder} has no linear layer with 2:4 weights: there is nothing to convert to {to}")
+    if not source.specs and (to == "armor" or not source.plain):
+        raise PlanError(
+            f"{source.folder} has no linear layer with 2:4 weights: there is nothing to convert to {to}{_counted(source.stay)}"
+        )
+
+
+def _counted(stay: Mapping[str, tuple[str, ...]]) -> str:
+    """How many layers are not packed, by the reason."""
+    found = "; ".join(f"{len(names)} {reason}" for reason, names in stay.items())
+    return f" ({found})" if found else ""
+
+
+def _dense_2of4(
+    tensors: Mapping[str, TensorInfo], linears: Collection[str]
+) -> tuple[dict[str, LayerSpec], dict[str, tuple[str, ...]]]:
+    """Those of the linear layers with a dense weight in the files that are 2:4, and the others by the reason."""
+    dense = [name for name in sorted(linears) if f"{name}.{VALUES}" in tensors]
+    sparse = [name for name in dense if is_2of4(read_tensor(tensors, f"{name}.{VALUES}"))]
+    other = tuple(name for name in dense if name not in set(sparse))
+    return dict.fromkeys(sparse, LayerSpec((1, 1))), {NOT_2OF4: other} if other else {}
 
 
 def _converter(source: Source, to: Target) -> Callable[[str], dict[str, Tensor]]:
@@ -322,8 +372,17 @@ def _write_config(source: Source, destination: Path, to: Target, ignore: Iterabl
     if to == "sparse-24-bitmask":
         config |= {"quantization_config": legacy_config(list(ignore)), **_old_rope(source)}
     elif to == "armor":
-        config |= {"quantization_config": quantization_config(source.specs, list(ignore))}
+        config |= {"quantization_config": _armor_config(source, list(ignore))}
     _write_json(destination / CONFIG_FILE, config)
+
+
+def _armor_config(source: Source, ignore: list[str]) -> dict[str, Any]:
+    """Of what was packed, and of ARMOR layers and plain quantised ones that stay."""
+    own = {name: spec for name, spec in source.packed.items() if spec.tied_to is None}
+    shared = {name: spec.input_factor for name, spec in own.items() if spec.input_factor is not None}
+    tied = {name: spec.tied_to for name, spec in source.packed.items() if spec.tied_to is not None}
+    plain = {name: scheme for name, scheme in source.plain.items() if name not in source.specs}
+    return quantization_config({**own, **source.specs}, ignore, shared, tied, plain)
 
 
 def _old_rope(source: Source) -> dict[str, Any]:
@@ -370,16 +429,3 @@ def _write_manifest(source: Source, destination: Path, to: Target) -> None:
 
 def _write_json(file: Path, content: Mapping[str, Any], *, sort_keys: bool = True) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
-
-
-def _is_2of4(weight: Tensor) -> bool:
-    if weight.dim() != 2 or not weight.numel() or weight.shape[1] % 8 or weight.dtype not in PACKABLE_DTYPES:
-        return False
-    return bool(((weight != 0).view(weight.shape[0], -1, 4).sum(-1) <= 2).all())
-
-
-def _mask_2of4(weight: Tensor) -> Tensor:
-    """What is not zero, and the first zeros of a group where that is less than 2; `(O, I)` bool."""
-    zero = (weight == 0).view(-1, 4).to(torch.uint8)
-    order = zero.argsort(dim=-1, stable=True)
-    return torch.zeros_like(zero).scatter_(1, order[:, :2], 1).bool().view(weight.shape)

@@ -118,6 +118,15 @@ class QuantizedLinear:
         weight: Tensor = made["weight"]
         return weight.detach().to(dtype)
 
+    def steps(self) -> Tensor:
+        """The weight `(O, I)` in steps of its scales, float32: its integers, or 8-bit floats, less zero points."""
+        ones = {
+            name: torch.ones_like(x, dtype=torch.float32) for name, x in self.tensors.items() if name == "weight_scale"
+        }
+        made = _compressor(self.scheme).decompress({**self.tensors, **ones}, self.scheme.args)
+        weight: Tensor = made["weight"]
+        return weight.detach().float()
+
     def activations(self, dtype: torch.dtype) -> ActivationQuantizer | None:
         """What the loaded layer does to what comes in and goes out; None where it does nothing."""
         scheme = self.scheme.args

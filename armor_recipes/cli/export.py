@@ -40,6 +40,8 @@ def export_command(
         print(json.dumps(asdict(done), indent=2))
         return
     print(f"{done.layers} layers to {done.to}: {output}, {done.nbytes} bytes of tensors")
+    for reason, names in done.stay.items():
+        print(f"left as they are: {len(names)} linear layers ({names[0]}{', …' if len(names) > 1 else ''}): {reason}")
     if done.left_out:
         print(f"not copied: {', '.join(done.left_out)}")
     if to is ExportFormat.SPARSE_24_BITMASK:

@@ -41,12 +41,20 @@ def export_folder(folder: Path, destination: Path, *, to: Target, overwrite: boo
         raise RecipeError(f"{destination} and {folder} lie one in the other: choose another folder to write to")
     with locked(destination):
         quantization = read_config(folder).get("quantization_config")
-        linears = _linears(folder) if quantization is None else frozenset[str]()
-        source = Source.open(folder, linears)
-        ignore = linears - source.specs.keys() if quantization is None else _ignored(quantization)
+        source, ignore = _opened(folder, quantization, to)
         with staged(destination, overwrite=overwrite, precious=precious) as staging:
             merges, names = _as_stock(folder, source, quantization, to)
             return export(source, staging, to=to, ignore=ignore, merges=merges, names=names)
+
+
+def _opened(folder: Path, quantization: dict[str, object] | None, to: Target) -> tuple[Source, list[str]]:
+    """The folder, and the names of the linear layers that are neither packed nor quantised in what is written."""
+    source = Source.open(folder) if quantization is not None else None
+    if source is not None and (source.kind == "legacy" or to != "armor" or not source.plain):
+        return source, _ignored(quantization or {})
+    linears = _linears(folder)
+    source = Source.open(folder, linears) if source is None else Source.packable(folder, linears)
+    return source, sorted(linears - source.specs.keys() - source.plain.keys() - source.packed.keys())
 
 
 def _as_stock(
@@ -98,7 +106,7 @@ def _other_names(folder: Path, model: PreTrainedModel, source: Source) -> dict[s
 
 def _linears(folder: Path) -> frozenset[str]:
     """Full names of the linear layers, from config.json alone: embeddings have two-dimensional weights, too."""
-    model = meta_model(open_model(ModelSpec(id=str(folder)), device=torch.device("cpu")))
+    model = meta_model(open_model(ModelSpec(id=str(folder)), device=torch.device("cpu"), compressed=True))
     linears = frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     names = stored_names(model)
     renamed = sorted(name for name in linears if names[f"{name}.weight"] != (f"{name}.weight",))
