@@ -1,7 +1,8 @@
-"""The range of a module's inputs: smallest and largest value of each batch, from which observers of static activations choose."""
+"""The range of a module's inputs in each batch, from which observers of static activations choose."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -12,11 +13,14 @@ from armor_recipes.errors import NumericalError
 
 
 class InputRange:
-    """Smallest and largest input of each call, in order, float32 on the CPU."""
+    """The range of each call's input, in order, float32 on the CPU: smallest and largest value of all, or what `choose` makes of
+    it, `(2, ...)`.
+    """
 
-    def __init__(self, name: str, d_in: int) -> None:
+    def __init__(self, name: str, d_in: int, choose: Callable[[Tensor], Tensor] | None = None) -> None:
         self.name = name
         self.d_in = d_in
+        self.choose = choose
         self._tokens = 0
         self._ranges: list[Tensor] = []
 
@@ -35,7 +39,8 @@ class InputRange:
         if not x.numel():
             return
         self._tokens += x.numel() // self.d_in
-        self._ranges.append(torch.stack(torch.aminmax(x.detach())).float().cpu())
+        found = torch.stack(torch.aminmax(x.detach())) if self.choose is None else self.choose(x.detach())
+        self._ranges.append(found.float().cpu())
 
     def merge(self, other: Self) -> None:
         """Take all that another one has seen, after all that this one has. Raises ValueError where it is of other inputs."""
@@ -54,8 +59,9 @@ class InputRange:
         self._tokens = state.number("tokens")
         self._ranges = list(state.tensors["ranges"])
 
-    def extremes(self, *, moving: float | None = None) -> tuple[Tensor, Tensor]:
-        """Smallest and largest of all calls; with `moving`, each call's moves those before by that share.
+    def extremes(self, *, moving: float | None = None, last: bool = False) -> tuple[Tensor, Tensor]:
+        """Smallest and largest of all calls; with `moving`, each call's moves those before by that share; with `last`, of the
+        last call.
 
         Raises NumericalError where nothing was seen, or what is no number.
         """
@@ -64,8 +70,10 @@ class InputRange:
         ranges = torch.stack(self._ranges)
         if not bool(ranges.isfinite().all()):
             raise NumericalError(f"inputs of {self.name} are not finite during calibration")
+        if last:
+            return ranges[-1, 0], ranges[-1, 1]
         if moving is None:
-            return ranges[:, 0].amin(), ranges[:, 1].amax()
+            return ranges[:, 0].amin(0), ranges[:, 1].amax(0)
         found = ranges[0]
         for one in ranges[1:]:
             found = found.lerp(one, moving)

@@ -7,7 +7,7 @@ its plan and for the steps of a run.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
@@ -303,7 +303,8 @@ class AnyModifier(ABC, Generic[C]):
     Class attributes:
         kind: how its plan is made and its steps are run; set by the class of each kind.
         config_type: the pydantic class of the fields a recipe may give.
-        category: what it does to a weight; two modifiers of one category never share a module.
+        category: what it does to a weight; two modifiers of one category never share a module, but a quantiser of plain weights
+            takes the place of one before it.
         traits: words beside the category by which the rules of others know it, such as `factors` for what makes some.
         cannot_follow: categories and traits after which it cannot run on the same module, with the reason for each.
         needs_before: categories and traits of which one must have run on a module of its own, with the reason for each.
@@ -331,6 +332,10 @@ class AnyModifier(ABC, Generic[C]):
 
         Asked before any weight is read, with the windows that came: with `samples: {at_most: N}` the plan does not know them.
         """
+
+    def alike(self, module: ModuleShape) -> Hashable:  # noqa: ARG002 - for those whose statistics differ
+        """What the statistics of modules that read the same tensor must have in common to be one."""
+        return None
 
     @property
     def words(self) -> tuple[str, ...]:

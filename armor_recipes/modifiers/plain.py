@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
 from armor_recipes.errors import CheckpointError, UnfitError
 from armor_recipes.modifiers.base import Estimate, ModuleShape
-from armor_recipes.modifiers.scales import activation_scales, check_observer, weight_scales
+from armor_recipes.modifiers.observers import ActivationRange, rule_of
+from armor_recipes.modifiers.scales import activation_scales, global_scale_of, weight_scales
 
 #: Working copies of an (O, I) float32 matrix while it is rounded and packed.
 _WORKING_COPIES = 4
@@ -35,11 +38,34 @@ def plan_plain(module: ModuleShape, scheme: Scheme) -> Estimate:
     )
 
 
+def weighs_columns(scheme: Scheme) -> bool:
+    """Whether the range of a weight is chosen by the mean squares of its input channels."""
+    search = rule_of(scheme.args.weights, weight=True).search
+    return search is not None and search.weighted
+
+
+def observed_inputs(module: ModuleShape, scheme: Scheme) -> InputRange:
+    """What observes a module's inputs for the scales of a scheme."""
+    return InputRange(module.name, module.d_in, ActivationRange.of(scheme.args.input_activations))
+
+
+def shared_scale(together: Sequence[Tensor], scheme: Scheme, importance: Tensor | None = None) -> Tensor | None:
+    """The global scale of weights that are run as one, where the scheme has any."""
+    args = scheme.args.weights
+    if args.strategy != "tensor_group":
+        return None
+    return torch.stack([global_scale_of(one, args, importance) for one in together]).amin(0)
+
+
 def quantized(
-    weight: Tensor, scheme: Scheme, observed: InputRange | None, global_scale: Tensor | None = None
+    weight: Tensor,
+    scheme: Scheme,
+    observed: InputRange | None,
+    global_scale: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> QuantizedLinear:
     """A weight `(O, I)` rounded to nearest, as it is stored. Raises CheckpointError where compressed-tensors cannot store it."""
-    scales = weight_scales(weight, scheme.args.weights, global_scale)
+    scales = weight_scales(weight, scheme.args.weights, global_scale, importance)
     return stored(weight, scheme, scales, observed)
 
 
@@ -55,8 +81,8 @@ def _check(module: ModuleShape, scheme: Scheme) -> None:
     """Raise UnfitError for what is not here, and for groups that are not whole."""
     args, name = scheme.args, module.name
     advice = f"take another scheme, or add {name!r} to `ignore`"
-    check_observer(args.weights, "weights")
-    check_observer(args.input_activations, "input activations")
+    rule_of(args.weights, weight=True)
+    ActivationRange.of(args.input_activations)
     if args.output_activations is not None and args.output_activations.dynamic is not True:
         raise UnfitError(f"{name}: static scales of output activations are not made here", advice)
     if args.weights.dynamic:

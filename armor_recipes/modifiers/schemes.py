@@ -11,9 +11,11 @@ from torch import nn
 
 from armor_recipes.checkpoint.quantized import Scheme
 from armor_recipes.errors import PlanError
+from armor_recipes.modifiers.observers import observer_of
 from armor_recipes.recipe.schema import ModifierConfig, Strict, Targets
 
 _OLD_KEYS = ("num_bits", "strategy", "group_size")
+_OBSERVED = ("weights", "input", "output")
 _ANY_LINEAR = nn.Linear(1, 1, bias=False, device="meta")
 """What stands for a module where a target is a class: a quantising modifier takes linear modules alone."""
 
@@ -57,7 +59,9 @@ class QuantizationArgs(Strict):
     )
     zp_dtype: str | None = Field(default=None, title="Zero point dtype", description="Of stored zero points.")
     observer: Observer | None = Field(
-        default=None, title="Observer", description="How ranges are found: `memoryless_minmax`, `minmax`."
+        default=None,
+        title="Observer",
+        description="How ranges are found; by default of weights `memoryless_minmax`, else `minmax`.",
     )
     observer_kwargs: dict[str, Any] = Field(
         default_factory=dict, title="Observer arguments", description="Further arguments of the observer."
@@ -82,6 +86,12 @@ class SchemeGroup(Strict):
         title="Format",
         description="Of the packed weight; left out, the one that compressed-tensors infers.",
     )
+
+    @property
+    def parts(self) -> tuple[QuantizationArgs, ...]:
+        """What is quantised of a module."""
+        found = (self.weights, self.input_activations, self.output_activations)
+        return tuple(args for args in found if args is not None)
 
 
 class SchemeConfig(ModifierConfig):
@@ -131,7 +141,8 @@ class SchemeConfig(ModifierConfig):
     bypass_divisibility_checks: bool = Field(
         default=False,
         title="Bypass checks",
-        description="llm-compressor's way around its check that groups are whole; here they must be, so only false is taken.",
+        description="llm-compressor's way around its check that groups are whole. No observer, there or here, cuts a group "
+        "off at the end of a row, so a plan refuses what does not divide either way, and this changes nothing.",
     )
 
     @model_validator(mode="before")
@@ -165,13 +176,27 @@ class SchemeConfig(ModifierConfig):
         for name, group in (self.config_groups or {}).items():
             if group.weights is None:
                 raise ValueError(f"config_groups.{name} has no `weights`: a module is quantised with its weight")
+        self._check_observers()
         self._check_presets()
-        if self.bypass_divisibility_checks:
-            raise ValueError(
-                "bypass_divisibility_checks lets groups be cut off at the end of a row, which no format here stores: remove it, "
-                "and set a group_size that divides the rows, or `unfit: skip`"
-            )
         return self
+
+    def _check_observers(self) -> None:
+        """Raise ValueError for observers that are not here, and for two ways of naming them at once."""
+        single = (self.weight_observer, self.input_observer, self.output_observer)
+        if self.observer is not None and any(single):
+            raise ValueError(
+                "`observer` names those of weights, input and output: leave it out, or weight_observer and the like"
+            )
+        for key in self.observer or {}:
+            if key not in _OBSERVED:
+                raise ValueError(f"`observer` has the keys {', '.join(_OBSERVED)}, not {key}")
+        groups = [part for group in (self.config_groups or {}).values() for part in group.parts]
+        named = [(args.observer, args.observer_kwargs) for args in groups if args.observer is not None]
+        for name, kwargs in [*named, *((one, {}) for one in (*single, *(self.observer or {}).values()) if one)]:
+            try:
+                observer_of(name, kwargs)
+            except PlanError as error:
+                raise ValueError(str(error)) from error
 
     def _check_presets(self) -> None:
         from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, is_preset_scheme
@@ -199,7 +224,7 @@ class SchemeConfig(ModifierConfig):
             return tuple(self._observed(preset_name_to_scheme(name, targets)) for name, targets in chosen)
         found = []
         for name, group in (self.config_groups or {}).items():
-            fields = group.model_dump(exclude_unset=True)
+            fields = _with_observers(group.model_dump(exclude_unset=True))
             try:
                 scheme = QuantizationScheme(**{**fields, "targets": list(group.targets or self.targets)})
             except (ValueError, NotImplementedError) as error:
@@ -243,6 +268,15 @@ class SchemeConfig(ModifierConfig):
             if observer is not None and args is not None and args.dynamic is False:
                 setattr(scheme, part, args.model_copy(update={"observer": observer}))
         return scheme
+
+
+def _with_observers(fields: dict[str, Any]) -> dict[str, Any]:
+    """A group's fields with the observer that llm-compressor gives activations; older compressed-tensors would put in another."""
+    for part in ("input_activations", "output_activations"):
+        args = fields.get(part)
+        if args is not None and args.get("dynamic") is not True and args.get("observer") is None:
+            fields[part] = {**args, "observer": "minmax"}
+    return fields
 
 
 def _many(targets: object) -> tuple[str, ...]:

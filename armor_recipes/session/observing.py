@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -139,13 +139,13 @@ def _statistics(share: Share, context: BlockContext, stream: Activations) -> Sta
     def pieces(x: Tensor) -> Iterator[Tensor]:
         return stream.padding.pieces(x)
 
-    found: dict[str, Any] = {}
+    found: dict[tuple[str, Hashable], Any] = {}
     statistics = {}
     for shape in (shape for row in share.rows for shape in row.observed):
-        reader = context.fed_with(shape.name, share)
-        if reader not in found:
-            found[reader] = context.statistic(share, shape)
+        source = context.fed_with(shape.name, share), share.modifier.alike(shape)
+        if source not in found:
+            found[source] = context.statistic(share, shape)
             for module in dict.fromkeys(map(context.model.get_submodule, context.users(shape.name))):
-                context.hooks.before(module, feeding(found[reader], shape.name, pieces))
-        statistics[shape.name] = found[reader]
+                context.hooks.before(module, feeding(found[source], shape.name, pieces))
+        statistics[shape.name] = found[source]
     return statistics

@@ -37,7 +37,7 @@ def solved(weight: Tensor, **fields: Any) -> tuple[Tensor, Tensor, Tensor, dict[
     for name, scales in near.tensors.items():
         assert "scale" not in name or torch.equal(outcome.packed.tensors[name], scales)
     found = outcome.packed.dequantize(torch.float32)
-    return found, near.dequantize(torch.float32), statistic.gram.value, dict(outcome.counts)
+    return found, near.dequantize(torch.float32), statistic.moment.value, dict(outcome.counts)
 
 
 @pytest.mark.parametrize(

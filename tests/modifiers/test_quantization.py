@@ -264,7 +264,10 @@ def test_int4_rows_of_no_multiple_of_16_are_refused() -> None:
         {"scheme": "W4A16", **core()},
         {"scheme": "W1A1"},
         {"config_groups": {"a": {"targets": ["x"]}}},
-        {"bypass_divisibility_checks": True, "scheme": "W4A16"},
+        {"observer": {"weights": "mse"}, "input_observer": "mse", "scheme": "FP8"},
+        {"observer": {"weight": "mse"}, "scheme": "FP8"},
+        {"weight_observer": "percentile", "scheme": "W4A16"},
+        {"config_groups": {"a": {"weights": {"observer": "mse", "observer_kwargs": {"bins": 3}}}}},
         core(rounding="gptq"),
     ],
 )

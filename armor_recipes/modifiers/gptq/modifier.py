@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from armor_recipes.calibration.gram_range import InputGramAndRange
+from armor_recipes.calibration.moment_range import MomentAndRange
+from armor_recipes.calibration.statistics import InputGram
 from armor_recipes.checkpoint.quantized import Scheme
 from armor_recipes.errors import PlanError
 from armor_recipes.modifiers.base import Estimate, ModuleShape
 from armor_recipes.modifiers.kinds.factor import FactorModifier
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome, Quantizer
-from armor_recipes.modifiers.plain import plan_plain, stored
+from armor_recipes.modifiers.plain import observed_inputs, plan_plain, shared_scale, stored, weighs_columns
 from armor_recipes.modifiers.registry import register
-from armor_recipes.modifiers.scales import global_scale_of, weight_scales
+from armor_recipes.modifiers.scales import weight_scales
 from armor_recipes.modifiers.schemes import SchemeConfig
 from armor_recipes.solver.gptq import gptq_weight
 
@@ -94,26 +94,33 @@ class GPTQModifier(Quantizer[GPTQConfig]):
         """Always."""
         return True
 
-    def statistic(self, module: ModuleShape) -> InputGramAndRange:
+    def alike(self, module: ModuleShape) -> Hashable:
+        """The observer of its inputs."""
+        scheme = self.config.scheme_of(module.name)
+        return None if scheme is None else observed_inputs(module, scheme).choose
+
+    def statistic(self, module: ModuleShape) -> MomentAndRange[InputGram]:
         """H: the mean of x xᵀ over the calibration tokens, `(I, I)`, and the range of x."""
-        return InputGramAndRange(module.name, module.d_in)
+        scheme = self.config.scheme_of(module.name)
+        assert scheme is not None
+        return MomentAndRange(InputGram(module.name, module.d_in), observed_inputs(module, scheme))
 
     def quantize(
         self,
         module: ModuleShape,  # noqa: ARG002 - nothing depends on the name
         weight: Tensor,
-        statistic: InputGramAndRange,
+        statistic: MomentAndRange[InputGram],
         scheme: Scheme,
         together: Sequence[Tensor],
     ) -> QuantizedOutcome:
         """Round to the grid of the scales that rounding to nearest would have."""
-        shared = None
-        if scheme.args.weights.strategy == "tensor_group":
-            shared = torch.stack([global_scale_of(one) for one in together]).amin(0)
-        scales = weight_scales(weight, scheme.args.weights, shared)
+        gram = statistic.moment.value.to(weight.device)
+        importance = gram.diagonal() if weighs_columns(scheme) else None
+        shared = shared_scale(together, scheme, importance)
+        scales = weight_scales(weight, scheme.args.weights, shared, importance)
         found, counts = gptq_weight(
             weight,
-            statistic.gram.value.to(weight.device),
+            gram,
             _nearest(weight, scheme.args.weights, scales),
             damping=self.config.dampening_frac,
             block_columns=self.config.block_size,

@@ -223,7 +223,9 @@ def _plan_plain(
     observes = modifier.observes(scheme)
     if observes and planning.entry.config.calibration is None:
         raise PlanError(
-            f"{name}: static scales of activations need data: add a top-level `calibration`, or take a dynamic scheme"
+            f"{name}: scales of {scheme.described} come from calibration inputs, and the recipe has none: add a top-level "
+            "`calibration`, say `calibration: {dataset: builtin:pydoc, samples: 64, sequence_length: 256}`, or take a scheme with "
+            "dynamic activations (and for weights no observer that weighs columns)"
         )
     if scheme.args.weights.strategy == "tensor_group" and planning.entry.config.calibration is None:
         raise PlanError(

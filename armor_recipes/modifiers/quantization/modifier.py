@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from armor_recipes.calibration.moment_range import MomentAndRange
 from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.calibration.statistics import InputGram, InputSecondMoment
 from armor_recipes.checkpoint.quantized import Scheme
@@ -18,9 +18,8 @@ from armor_recipes.modifiers.base import AnyModifier, Estimate, ModuleShape, Sol
 from armor_recipes.modifiers.kinds.factor import FactorModifier, FactorOutcome
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome, Quantizer
-from armor_recipes.modifiers.plain import plan_plain, quantized
+from armor_recipes.modifiers.plain import observed_inputs, plan_plain, quantized, shared_scale, weighs_columns
 from armor_recipes.modifiers.registry import register
-from armor_recipes.modifiers.scales import global_scale_of
 from armor_recipes.modifiers.schemes import SchemeConfig
 from armor_recipes.solver.hessian import hessian_loss, regularize
 from armor_recipes.solver.normalize import relative_loss
@@ -297,26 +296,36 @@ class QuantizationModifier(Quantizer[QuantizationConfig]):
         return plan_plain(module, scheme)
 
     def observes(self, scheme: Scheme) -> bool:
-        """Whether activations have scales of their own."""
+        """Whether activations have scales of their own, or columns are weighed by them."""
         parts = (scheme.args.input_activations, scheme.args.output_activations)
-        return any(args is not None and args.dynamic is not True for args in parts)
+        return weighs_columns(scheme) or any(args is not None and args.dynamic is not True for args in parts)
+
+    def alike(self, module: ModuleShape) -> Hashable:
+        """The observers of plain weights."""
+        scheme = None if module.block_size is not None else self.config.scheme_of(module.name)
+        return None if scheme is None else (weighs_columns(scheme), observed_inputs(module, scheme).choose)
 
     def statistic(self, module: ModuleShape) -> Any:
-        """Of factors what their core is quantised on, of other modules the range of their inputs."""
+        """Of factors what their core is quantised on, of other modules the range of inputs and what else observers ask for."""
         if module.block_size is not None:
             return CoreQuantizer(self.config).statistic(module)
-        return InputRange(module.name, module.d_in)
+        scheme = self.config.scheme_of(module.name)
+        assert scheme is not None
+        range_ = observed_inputs(module, scheme)
+        return MomentAndRange(InputSecondMoment(module.name, module.d_in), range_) if weighs_columns(scheme) else range_
 
     def quantize(
         self,
         module: ModuleShape,  # noqa: ARG002 - nothing depends on the name
         weight: Tensor,
-        statistic: InputRange | None,
+        statistic: InputRange | MomentAndRange[InputSecondMoment] | None,
         scheme: Scheme,
         together: Sequence[Tensor],
     ) -> QuantizedOutcome:
         """Round to nearest. Modules that read the same tensor have one global scale, where the scheme has any."""
-        shared = None
-        if scheme.args.weights.strategy == "tensor_group":
-            shared = torch.stack([global_scale_of(one) for one in together]).amin(0)
-        return QuantizedOutcome(quantized(weight, scheme, statistic, shared))
+        importance, observed = None, statistic
+        if isinstance(statistic, MomentAndRange):
+            importance, observed = statistic.moment.value, statistic.range
+        assert not isinstance(observed, MomentAndRange)
+        shared = shared_scale(together, scheme, importance)
+        return QuantizedOutcome(quantized(weight, scheme, observed, shared, importance))
