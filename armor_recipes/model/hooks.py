@@ -49,6 +49,10 @@ class Hooks:
         """Call `hook(module, args, output)` after each forward of `module`, until the scope is left."""
         self._own(lambda: module.register_forward_hook(hook))
 
+    def rewriting(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `module` with the `(args, kwargs)` that `hook(module, args, kwargs)` gives, until the scope is left."""
+        self._own(lambda: module.register_forward_pre_hook(hook, with_kwargs=True))
+
     def changing(self, module: nn.Module, change: Callable[[Any], Any]) -> None:
         """Put `change(output)` in the place of each output of `module`, until the scope is left."""
         self._own(lambda: module.register_forward_hook(lambda _, __, output: change(output)))

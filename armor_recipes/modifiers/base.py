@@ -81,6 +81,22 @@ class ModuleShape:
         return self.d_out * self.d_in * self.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A place beside a linear module's input that a statistic is fed from: what a module puts out, or the keys or values that an
+    attention module hands to its cache. `width` is the last dimension of what comes; 0 where shapes do not tell it.
+    """
+
+    module: str
+    side: Literal["output", "keys", "values"]
+    width: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its statistic, among those of modules."""
+        return f"{self.module}:{self.side}"
+
+
 def join_shapes(shapes: Sequence[ModuleShape]) -> ModuleShape:
     """The shape of modules that read the same input, stacked along their outputs; of one module, its own."""
     first = shapes[0]
@@ -336,6 +352,10 @@ class AnyModifier(ABC, Generic[C]):
     def alike(self, module: ModuleShape) -> Hashable:  # noqa: ARG002 - for those whose statistics differ
         """What the statistics of modules that read the same tensor must have in common to be one."""
         return None
+
+    def listen(self, tap: Tap) -> Statistic:
+        """A new accumulator for a place that a row of it taps."""
+        raise NotImplementedError(f"{type(self).__name__} taps {tap.name} without a statistic for it")
 
     @property
     def words(self) -> tuple[str, ...]:

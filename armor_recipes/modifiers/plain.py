@@ -10,9 +10,10 @@ from torch import Tensor
 from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
 from armor_recipes.errors import CheckpointError, UnfitError
-from armor_recipes.modifiers.base import Estimate, ModuleShape
+from armor_recipes.modifiers.base import Estimate, ModuleShape, Tap
 from armor_recipes.modifiers.observers import ActivationRange, rule_of
 from armor_recipes.modifiers.scales import activation_scales, global_scale_of, weight_scales
+from armor_recipes.modifiers.schemes import SchemeConfig
 
 #: Working copies of an (O, I) float32 matrix while it is rounded and packed.
 _WORKING_COPIES = 4
@@ -49,6 +50,13 @@ def observed_inputs(module: ModuleShape, scheme: Scheme) -> InputRange:
     return InputRange(module.name, module.d_in, ActivationRange.of(scheme.args.input_activations))
 
 
+def observed_outputs(tap: Tap, config: SchemeConfig) -> InputRange:
+    """What observes a module's outputs for the scales of its scheme."""
+    scheme = config.scheme_of(tap.module)
+    assert scheme is not None
+    return InputRange(tap.name, tap.width, ActivationRange.of(scheme.args.output_activations))
+
+
 def shared_scale(together: Sequence[Tensor], scheme: Scheme, importance: Tensor | None = None) -> Tensor | None:
     """The global scale of weights that are run as one, where the scheme has any."""
     args = scheme.args.weights
@@ -63,17 +71,28 @@ def quantized(
     observed: InputRange | None,
     global_scale: Tensor | None = None,
     importance: Tensor | None = None,
+    outputs: InputRange | None = None,
 ) -> QuantizedLinear:
     """A weight `(O, I)` rounded to nearest, as it is stored. Raises CheckpointError where compressed-tensors cannot store it."""
     scales = weight_scales(weight, scheme.args.weights, global_scale, importance)
-    return stored(weight, scheme, scales, observed)
+    return stored(weight, scheme, scales, observed, outputs)
 
 
-def stored(weight: Tensor, scheme: Scheme, scales: dict[str, Tensor], observed: InputRange | None) -> QuantizedLinear:
-    """A weight `(O, I)` with scales that were chosen, as it is stored: what is on the grid of the scales stays as it is."""
+def stored(
+    weight: Tensor,
+    scheme: Scheme,
+    scales: dict[str, Tensor],
+    observed: InputRange | None,
+    outputs: InputRange | None = None,
+) -> QuantizedLinear:
+    """A weight `(O, I)` with scales that were chosen, as it is stored: what is on the grid of the scales stays as it is.
+
+    `observed` and `outputs` are the ranges of inputs and outputs, for scales that are not dynamic.
+    """
     args = scheme.args
     state = {"weight": weight, **scales}
     state |= activation_scales("input", args.input_activations, observed, weight)
+    state |= activation_scales("output", args.output_activations, outputs, weight)
     return QuantizedLinear.compress(scheme, state)
 
 
@@ -83,8 +102,7 @@ def _check(module: ModuleShape, scheme: Scheme) -> None:
     advice = f"take another scheme, or add {name!r} to `ignore`"
     rule_of(args.weights, weight=True)
     ActivationRange.of(args.input_activations)
-    if args.output_activations is not None and args.output_activations.dynamic is not True:
-        raise UnfitError(f"{name}: static scales of output activations are not made here", advice)
+    ActivationRange.of(args.output_activations)
     if args.weights.dynamic:
         raise UnfitError(f"{name}: a weight has no dynamic scales", advice)
     for part in (args.weights, args.input_activations):

@@ -18,6 +18,7 @@ from armor_recipes.model.replay import Activations, StackProbe, open_stream, pro
 from armor_recipes.modifiers.kinds.changes import StepResult
 from armor_recipes.modifiers.kinds.contract import BlockContext, Original, Share, Statistics, StreamKey
 from armor_recipes.recipe.schema import CalibrationSpec
+from armor_recipes.session.taps import feed_tap
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,4 +149,7 @@ def _statistics(share: Share, context: BlockContext, stream: Activations) -> Sta
             for module in dict.fromkeys(map(context.model.get_submodule, context.users(shape.name))):
                 context.hooks.before(module, feeding(found[source], shape.name, pieces))
         statistics[shape.name] = found[source]
+    for tap in (tap for row in share.rows for tap in row.taps):
+        statistics[tap.name] = share.modifier.listen(tap)
+        feed_tap(context.hooks, context.model.get_submodule(tap.module), tap, statistics[tap.name], pieces)
     return statistics

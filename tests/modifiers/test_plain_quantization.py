@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -175,6 +176,36 @@ def test_of_groups_that_match_a_module_the_closest_counts(source: Path) -> None:
         ("up_proj", "int4 by channel"),
     }
     assert "by a group of its own that matches them more closely: model.layers.0" in overridden_lines(plan)[0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_outputs_with_static_and_dynamic_scales(source: Path, tmp_path: Path, dynamic: bool) -> None:
+    outputs = {"num_bits": 8, "strategy": "token"} if dynamic else {"num_bits": 8, "observer": "static_minmax"}
+    group = {"weights": {"strategy": "channel"}, "output_activations": {**outputs, "dynamic": dynamic}}
+    out = tmp_path / "out"
+    result = armor_recipes.apply(
+        wanted(source, out, QuantizationModifier={"config_groups": {"g": group}, "ignore": ["lm_head"]})
+    )
+    tensors = load_file(out / "model.safetensors")
+    assert sum(name.endswith("output_scale") for name in tensors) == (0 if dynamic else 7)
+    assert sum(value.nbytes for name, value in tensors.items() if "_proj." in name) == result.plan.totals.bytes_after
+    found = logits(armor_recipes.load(out))
+    assert torch.equal(found, logits(AutoModelForCausalLM.from_pretrained(out, dtype="auto")))
+    assert not torch.equal(found, logits(armor_recipes.load(unquantized_outputs(out, tmp_path / "other"))))
+
+
+def unquantized_outputs(folder: Path, copy: Path) -> Path:
+    """The folder without scales of outputs."""
+    shutil.copytree(folder, copy)
+    (copy / "armor_manifest.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["output_activations"] = None
+    (copy / "config.json").write_text(json.dumps(config))
+    tensors = load_file(copy / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.endswith("output_scale")}
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 def test_equal_runs_write_equal_bytes(source: Path, tmp_path: Path) -> None:

@@ -10,14 +10,22 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from armor_recipes.calibration.moment_range import MomentAndRange
+from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.calibration.statistics import InputGram
 from armor_recipes.checkpoint.quantized import Scheme
 from armor_recipes.errors import PlanError
-from armor_recipes.modifiers.base import Estimate, ModuleShape
+from armor_recipes.modifiers.base import Estimate, ModuleShape, Tap
 from armor_recipes.modifiers.kinds.factor import FactorModifier
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome, Quantizer
-from armor_recipes.modifiers.plain import observed_inputs, plan_plain, shared_scale, stored, weighs_columns
+from armor_recipes.modifiers.plain import (
+    observed_inputs,
+    observed_outputs,
+    plan_plain,
+    shared_scale,
+    stored,
+    weighs_columns,
+)
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.scales import weight_scales
 from armor_recipes.modifiers.schemes import SchemeConfig
@@ -105,6 +113,10 @@ class GPTQModifier(Quantizer[GPTQConfig]):
         assert scheme is not None
         return MomentAndRange(InputGram(module.name, module.d_in), observed_inputs(module, scheme))
 
+    def listen(self, tap: Tap) -> InputRange:
+        """The range of what a module puts out."""
+        return observed_outputs(tap, self.config)
+
     def quantize(
         self,
         module: ModuleShape,  # noqa: ARG002 - nothing depends on the name
@@ -112,6 +124,7 @@ class GPTQModifier(Quantizer[GPTQConfig]):
         statistic: MomentAndRange[InputGram],
         scheme: Scheme,
         together: Sequence[Tensor],
+        outputs: InputRange | None = None,
     ) -> QuantizedOutcome:
         """Round to the grid of the scales that rounding to nearest would have."""
         gram = statistic.moment.value.to(weight.device)
@@ -126,7 +139,7 @@ class GPTQModifier(Quantizer[GPTQConfig]):
             block_columns=self.config.block_size,
             descending=scheme.args.weights.actorder is not None,
         )
-        return QuantizedOutcome(stored(found.to(weight.dtype), scheme, scales, statistic.range), counts)
+        return QuantizedOutcome(stored(found.to(weight.dtype), scheme, scales, statistic.range, outputs), counts)
 
 
 def _ordered(scheme: Scheme, config: GPTQConfig) -> Scheme:

@@ -24,7 +24,15 @@ from armor_recipes.model.hooks import Hooks
 from armor_recipes.model.linears import Linears
 from armor_recipes.model.replay import Activations, on_device
 from armor_recipes.model.store import WeightStore
-from armor_recipes.modifiers.base import AnyModifier, KnowsOrigins, ModuleShape, SolveProgress, Statistic, StreamKind
+from armor_recipes.modifiers.base import (
+    AnyModifier,
+    KnowsOrigins,
+    ModuleShape,
+    SolveProgress,
+    Statistic,
+    StreamKind,
+    Tap,
+)
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import AtMost, CalibrationSpec, MoeSpec
@@ -77,6 +85,11 @@ class Row:
     @property
     def observed(self) -> tuple[ModuleShape, ...]:
         """Modules whose inputs feed a statistic."""
+        return ()
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """Other places that feed a statistic, by `listen` of the modifier."""
         return ()
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
 from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.events import ModuleFinished
-from armor_recipes.modifiers.base import AnyModifier, C, Estimate, ModuleShape, Needs, Statistic, fed_with_inputs
+from armor_recipes.modifiers.base import AnyModifier, C, Estimate, ModuleShape, Needs, Statistic, Tap, fed_with_inputs
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult
 from armor_recipes.modifiers.kinds.contract import (
     BlockContext,
@@ -35,17 +35,23 @@ from armor_recipes.solver import relative_error
 
 @dataclass(frozen=True, slots=True)
 class QuantizedPlan(ModulePlan):
-    """A module whose whole weight is quantised. `scheme` is what to, as JSON of compressed-tensors' config group, and `observes`
-    says whether its inputs are looked at.
+    """A module whose whole weight is quantised. `scheme` is what to, as JSON of compressed-tensors' config group; `observes` and
+    `listens` say whether its inputs and its outputs are looked at.
     """
 
     scheme: str = ""
     observes: bool = False
+    listens: bool = False
 
     @property
     def observed(self) -> tuple[ModuleShape, ...]:
         """The module, where its activations have scales of their own."""
         return (self.shape,) if self.observes else ()
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What it puts out, where that has scales of its own."""
+        return (Tap(self.name, "output", self.d_out),) if self.listens else ()
 
     @property
     def quantized(self) -> Scheme:
@@ -120,7 +126,17 @@ class Quantizing(Kind):
         given = fed(share, shapes, context.statistics.get(share.entry.key, {}), context)
         rows = [row for row in share.rows if row.name not in given.skipped]
         together = _read_together(rows, context)
-        solved = [_quantize(share, row, given.statistics.get(row.name), together[row.name], context) for row in rows]
+        listened = context.statistics.get(share.entry.key, {})
+        solved = [
+            _quantize(
+                share,
+                row,
+                (given.statistics.get(row.name), listened.get(f"{row.name}:output")),
+                together[row.name],
+                context,
+            )
+            for row in rows
+        ]
         for row in share.rows:
             done = context.progress(row.flops)
             result = next((result for result, _, _ in solved if result.name == row.name), None)
@@ -176,10 +192,17 @@ class Quantizer(AnyModifier[C]):
 
     @abstractmethod
     def quantize(
-        self, module: ModuleShape, weight: Tensor, statistic: Any, scheme: Scheme, together: Sequence[Tensor]
+        self,
+        module: ModuleShape,
+        weight: Tensor,
+        statistic: Any,
+        scheme: Scheme,
+        together: Sequence[Tensor],
+        outputs: Any = None,
     ) -> QuantizedOutcome:
         """Quantise a weight `(O, I)` in the dtype of the checkpoint; `together` are those of modules with the scheme that read the
-        same tensor, itself among them. Raises NumericalError.
+        same tensor, itself among them, and `outputs` is the range of what it puts out, where that has a static scale. Raises
+        NumericalError.
         """
 
 
@@ -220,8 +243,9 @@ def _plan_plain(
             f"{name} has its weight in common with {', '.join(planning.uses[name])}, and a quantised weight is stored for one",
             f"add {name!r} to `ignore`",
         )
-    observes = modifier.observes(scheme)
-    if observes and planning.entry.config.calibration is None:
+    observes, outputs = modifier.observes(scheme), scheme.args.output_activations
+    listens = outputs is not None and outputs.dynamic is not True
+    if (observes or listens) and planning.entry.config.calibration is None:
         raise PlanError(
             f"{name}: scales of {scheme.described} come from calibration inputs, and the recipe has none: add a top-level "
             "`calibration`, say `calibration: {dataset: builtin:pydoc, samples: 64, sequence_length: 256}`, or take a scheme with "
@@ -236,7 +260,7 @@ def _plan_plain(
     shape = ModuleShape(name, linear.out_features, linear.in_features, planning.itemsize)
     row = QuantizedPlan.of(planning, modifier, shape, layer, modifier.plan(shape, scheme))
     assert isinstance(row, QuantizedPlan)
-    return replace(row, scheme=scheme.text, observes=observes)
+    return replace(row, scheme=scheme.text, observes=observes, listens=listens)
 
 
 def _read_together(rows: Sequence[QuantizedPlan], context: BlockContext) -> dict[str, list[Tensor]]:
@@ -250,14 +274,23 @@ def _read_together(rows: Sequence[QuantizedPlan], context: BlockContext) -> dict
 
 
 def _quantize(
-    share: Share, row: QuantizedPlan, statistic: Statistic | None, together: Sequence[Tensor], context: BlockContext
+    share: Share,
+    row: QuantizedPlan,
+    seen: tuple[Statistic | None, Statistic | None],
+    together: Sequence[Tensor],
+    context: BlockContext,
 ) -> tuple[ModuleResult, QuantizedLinear, Tensor]:
-    """Quantise one module: what was measured, what is stored, and the weight that a loader makes of it."""
+    """Quantise one module by what was `seen` of its inputs and outputs: what was measured, what is stored, and the weight that a
+    loader makes of it.
+    """
+    statistic, outputs = seen
     weight = context.weights.read(f"{row.name}.weight")
     modifier: Any = share.modifier
     started = time.perf_counter()
     with located(share.entry, row.name):
-        outcome = modifier.quantize(row.shape, weight.to(context.storage.dtype), statistic, row.quantized, together)
+        outcome = modifier.quantize(
+            row.shape, weight.to(context.storage.dtype), statistic, row.quantized, together, outputs
+        )
         loaded = outcome.packed.dequantize(weight.dtype)
     error = relative_error(weight, loaded)
     result = ModuleResult(

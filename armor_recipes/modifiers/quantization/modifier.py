@@ -14,11 +14,18 @@ from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.calibration.statistics import InputGram, InputSecondMoment
 from armor_recipes.checkpoint.quantized import Scheme
 from armor_recipes.errors import UnfitError
-from armor_recipes.modifiers.base import AnyModifier, Estimate, ModuleShape, SolveProgress
+from armor_recipes.modifiers.base import AnyModifier, Estimate, ModuleShape, SolveProgress, Tap
 from armor_recipes.modifiers.kinds.factor import FactorModifier, FactorOutcome
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome, Quantizer
-from armor_recipes.modifiers.plain import observed_inputs, plan_plain, quantized, shared_scale, weighs_columns
+from armor_recipes.modifiers.plain import (
+    observed_inputs,
+    observed_outputs,
+    plan_plain,
+    quantized,
+    shared_scale,
+    weighs_columns,
+)
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.schemes import SchemeConfig
 from armor_recipes.solver.hessian import hessian_loss, regularize
@@ -296,9 +303,13 @@ class QuantizationModifier(Quantizer[QuantizationConfig]):
         return plan_plain(module, scheme)
 
     def observes(self, scheme: Scheme) -> bool:
-        """Whether activations have scales of their own, or columns are weighed by them."""
-        parts = (scheme.args.input_activations, scheme.args.output_activations)
-        return weighs_columns(scheme) or any(args is not None and args.dynamic is not True for args in parts)
+        """Whether inputs have scales of their own, or columns are weighed by them."""
+        inputs = scheme.args.input_activations
+        return weighs_columns(scheme) or (inputs is not None and inputs.dynamic is not True)
+
+    def listen(self, tap: Tap) -> InputRange:
+        """The range of what a module puts out."""
+        return observed_outputs(tap, self.config)
 
     def alike(self, module: ModuleShape) -> Hashable:
         """The observers of plain weights."""
@@ -321,6 +332,7 @@ class QuantizationModifier(Quantizer[QuantizationConfig]):
         statistic: InputRange | MomentAndRange[InputSecondMoment] | None,
         scheme: Scheme,
         together: Sequence[Tensor],
+        outputs: InputRange | None = None,
     ) -> QuantizedOutcome:
         """Round to nearest. Modules that read the same tensor have one global scale, where the scheme has any."""
         importance, observed = None, statistic
@@ -328,4 +340,4 @@ class QuantizationModifier(Quantizer[QuantizationConfig]):
             importance, observed = statistic.moment.value, statistic.range
         assert not isinstance(observed, MomentAndRange)
         shared = shared_scale(together, scheme, importance)
-        return QuantizedOutcome(quantized(weight, scheme, observed, shared, importance))
+        return QuantizedOutcome(quantized(weight, scheme, observed, shared, importance, outputs))
