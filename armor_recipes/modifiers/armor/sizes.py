@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 from armor_recipes.errors import PlanError
@@ -22,8 +23,8 @@ Block = tuple[int, int]
 RATE = 6.0
 #: f of the rung at which costs are measured.
 _MEASURED_AT = 0.1
-#: Sides are multiples of this where any divide the weight's side: whole vectors and bytes of a kernel.
-_STEP = 8
+#: Sides are multiples of the first of these with which there are enough rungs: whole vectors of a kernel, whole groups, any.
+_STEPS, _ENOUGH_RUNGS = (8, 4, 1), 6
 #: Largest ratio of the two sides of a rung: how f is split between them hardly matters, extremes were not tried.
 _WIDEST = 2
 
@@ -140,22 +141,31 @@ def _out_of_range(budget: Budget, least: float, most: float) -> str:
 @cache
 def _ladder(d_out: int, d_in: int, itemsize: int) -> Ladder | None:
     module = ModuleShape("", d_out, d_in, itemsize)
-    room = (module.dense_bytes - core_bytes(module)) // itemsize
-    pairs = [
-        (b_o, b_i)
-        for b_o in _sides(d_out)
-        for b_i in (_sides(d_in) if d_in % 8 == 0 else [])
-        if b_i % 4 == 0 and factor_values(module, (b_o, b_i)) < room
-    ]
-    near = [pair for pair in pairs if max(pair) <= _WIDEST * min(pair)] or pairs
+    found: tuple[Rung, ...] = ()
+    for step in _STEPS:
+        found = _rungs(module, step)
+        if len(found) >= _ENOUGH_RUNGS:
+            break
+    if not found:
+        return None
+    return Ladder(found, min(found, key=lambda rung: (abs(rung.share - _MEASURED_AT), rung.share)))
+
+
+def _rungs(module: ModuleShape, step: int) -> tuple[Rung, ...]:
+    """The rungs whose sides are multiples of `step`."""
+    room = (module.dense_bytes - core_bytes(module)) // module.itemsize
+    rows, columns = (
+        [side for side in range(step, whole + 1, step) if whole % side == 0] for whole in (module.d_out, module.d_in)
+    )
+    pairs = [pair for pair in product(rows, columns) if pair[1] % 4 == 0 == module.d_in % 8]
+    fitting = [pair for pair in pairs if factor_values(module, pair) < room]
+    near = [pair for pair in fitting if max(pair) <= _WIDEST * min(pair)] or fitting
     found: list[Rung] = []
     for block in sorted(near, key=lambda pair: (factor_values(module, pair), max(pair) / min(pair), pair)):
         values = factor_values(module, block)
         if not found or values > found[-1].values:
-            found.append(Rung(block, values / (d_out * d_in), values))
-    if not found:
-        return None
-    return Ladder(tuple(found), min(found, key=lambda rung: (abs(rung.share - _MEASURED_AT), rung.share)))
+            found.append(Rung(block, values / (module.d_out * module.d_in), values))
+    return tuple(found)
 
 
 def spend(ladders: Mapping[str, Ladder], costs: Mapping[str, float], limit: float) -> dict[str, Rung]:
@@ -179,14 +189,4 @@ def spend(ladders: Mapping[str, Ladder], costs: Mapping[str, float], limit: floa
         left -= values
         places[name] = place + 1
         heapq.heappush(steps, (-costs[name] * found.worth(place + 1), name))
-    return {name: ladders[name].rungs[place] for name, place in places.items()}
-
-
-def _sides(side: int) -> list[int]:
-    """Divisors of a side: multiples of 8, of 4, or any, the first of these of which there are."""
-    divisors = [size for size in range(1, side + 1) if side % size == 0]
-    for step in (_STEP, _STEP // 2):
-        found = [size for size in divisors if size % step == 0]
-        if found:
-            return found
-    return divisors
+    return {name: ladders[name].rungs[places[name]] for name in ladders}
