@@ -17,7 +17,7 @@ from rich.text import Text
 from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
 from armor_recipes.modifiers.kinds.contract import Skipped, entry_name
 from armor_recipes.modifiers.kinds.experts import ExpertBelow
-from armor_recipes.modifiers.kinds.module import ModulePlan
+from armor_recipes.modifiers.kinds.module import GIVEN, ModulePlan
 from armor_recipes.modifiers.kinds.refiner import UnitLeftOut
 from armor_recipes.plan import Plan, RunEstimate
 from armor_recipes.plan.experts import ExpertsPlan
@@ -375,9 +375,10 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _mean_losses(result: Result) -> tuple[float, float]:
-    count = max(1, len(result.modules))
-    first = sum(module.losses[0] for module in result.modules.values()) / count
-    return first, sum(module.stored_loss for module in result.modules.values()) / count
+    modules = [module for module in result.modules.values() if module.modifier != GIVEN]
+    count = max(1, len(modules))
+    first = sum(module.losses[0] for module in modules) / count
+    return first, sum(module.stored_loss for module in modules) / count
 
 
 def total_counts(result: Result) -> Counter[str]:

@@ -52,7 +52,7 @@ def to_dense(model: M) -> M:
             restore(model)
     for part in model.modules() if layers else ():
         if isinstance(part, PreTrainedModel):
-            _forget_quantization(part)
+            forget_quantization(part)
     return model
 
 
@@ -83,7 +83,7 @@ def _make_plain(layer: ArmorLinear) -> None:
         import_module("accelerate.hooks").add_hook_to_module(layer, hook)
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
+def forget_quantization(model: PreTrainedModel) -> None:
     """What a stock quantizer sets on a model, so that nothing claims packed layers: saving, casting, adapters, or a Trainer."""
     packed = (*TENSOR_NAMES[1:], SCALE)
     for keys in ("all_tied_weights_keys", "_tied_weights_keys"):

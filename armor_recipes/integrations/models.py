@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from armor_recipes import builtin
+from armor_recipes.checkpoint.compressed import CompressedModel, check_readable, open_compressed
 from armor_recipes.checkpoint.files import read_config
 from armor_recipes.checkpoint.stored import StoredTensors, is_all_there
 from armor_recipes.errors import ArmorError, InputError, PlanError
@@ -53,6 +54,8 @@ class ModelSource:
     compute_dtype: torch.dtype
     asked_dtype: torch.dtype | None = None
     """What the recipe says that tensors are stored in; None where each keeps its own."""
+    compressed: CompressedModel | None = None
+    """What of it is packed or quantised; None for a dense model."""
     _read: dict[Path, StoredTensors] = field(default_factory=dict, repr=False, compare=False)
     """Headers that were read. A folder that holds no weights yet, of a hub model that is still to come, is asked again."""
 
@@ -86,11 +89,17 @@ class ModelSource:
         self._read[folder] = found
         return found
 
+    def uncompressed(self, tensors: Iterable[str]) -> list[str]:
+        """Those of the files' tensors that are no part of a packed or quantised layer."""
+        names = list(tensors)
+        return names if self.compressed is None else self.compressed.without_own(names)
+
 
 def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = False) -> ModelSource:
-    """Read a model's configuration, no weights.
+    """Read a model's configuration, no weights, and what of it is packed or quantised.
 
-    Raises InputError where it cannot be read, and PlanError where it is quantised or compressed but not `compressed` is said.
+    With `compressed` the latter is of no matter. Raises InputError where it cannot be read, and PlanError where it is compressed
+    in a way that a recipe does not take.
     """
     location = spec.id
     if location.startswith(BUILTIN_PREFIX):
@@ -105,10 +114,9 @@ def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = Fals
         config = AutoConfig.from_pretrained(location, revision=spec.revision, trust_remote_code=False)
     except Exception as error:  # transformers' own validation errors share no base class
         raise InputError(_unreadable(spec.id, error)) from error
-    if facts_of(config).quantized and not compressed:
-        raise PlanError(f"model {spec.id} is already quantised or compressed; give the dense model it was made from")
     asked = _DTYPES.get(spec.dtype)
-    source = ModelSource(location, spec.revision, config, asked or torch.float32, torch.float32, asked)
+    packed = _compressed(location, spec.id, config) if facts_of(config).quantized and not compressed else None
+    source = ModelSource(location, spec.revision, config, asked or torch.float32, torch.float32, asked, packed)
     _refuse_adapter(source, spec.id)
     stored = asked or source.facts.dtype or _written_dtype(source, spec.id)
     if stored not in _DTYPES.values():
@@ -120,6 +128,18 @@ def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = Fals
     else:
         compute = torch.float32 if device.type == "cpu" else stored
     return replace(source, stored_dtype=stored, compute_dtype=compute)
+
+
+def _compressed(location: str, name: str, config: PretrainedConfig) -> CompressedModel:
+    """What is packed or quantised in a folder. Raises PlanError for a hub id, of which no header is here yet."""
+    if Path(location).is_dir():
+        return open_compressed(Path(location))
+    quantization: Any = config.quantization_config
+    check_readable(quantization if isinstance(quantization, Mapping) else quantization.to_dict(), name)
+    raise PlanError(
+        f"model {name} is compressed, and such models are read from a folder, for the headers of their files: download it "
+        f"(hf download {name} --local-dir FOLDER) and give that"
+    )
 
 
 def _written_dtype(source: ModelSource, name: str) -> torch.dtype:
@@ -218,8 +238,20 @@ def load_model(source: ModelSource, *, device: torch.device) -> PreTrainedModel:
 
     Its numbers are those of the stored dtypes, see `rounded`.
     """
+    if source.compressed is not None:
+        return _load_compressed(source, source.compressed, device)
     model = load_dense(source.location, dtype=source.compute_dtype, device=device, revision=source.revision)
     return rounded(model, written_dtypes(model, source))
+
+
+def _load_compressed(source: ModelSource, compressed: CompressedModel, device: torch.device) -> PreTrainedModel:
+    """What is packed or quantised and stays so is not rounded: its weights are products of what is stored."""
+    from armor_recipes.integrations.compressed import load_compressed  # it imports what imports this
+
+    model = load_compressed(compressed, dtype=source.compute_dtype, stored=source.stored_dtype, device=device)
+    kept = {f"{name}.weight" for name in (*compressed.layers, *compressed.kept)}
+    dtypes = written_dtypes(model, source)
+    return rounded(model, {name: dtype for name, dtype in dtypes.items() if name not in kept})
 
 
 def written_dtypes(model: PreTrainedModel, source: ModelSource) -> dict[str, torch.dtype]:

@@ -36,6 +36,15 @@ def dequantized(module: nn.Module) -> Tensor | None:
     return None if found is None else found.weight(module)
 
 
+def forget_dequantized(module: nn.Linear) -> None:
+    """Take from a layer that `run_plain` has taken all but its bias: its packed tensors, its scheme, its forward pass."""
+    for name in ("forward", _DENSE, "quantization_scheme", "quantization_status"):
+        module.__dict__.pop(name, None)
+    for name in [*module._parameters, *module._buffers]:
+        if name != "bias":
+            delattr(module, name)
+
+
 def lay_out_zero_point(module: Any, shape: tuple[int, int]) -> None:
     """Give packed zero points the shape that they have in files, where compressed-tensors laid out others."""
     if not _is_plain(module) or module.quantization_scheme.weights.symmetric:

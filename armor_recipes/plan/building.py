@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from armor_recipes.checkpoint.compressed import CompressedModel
 from armor_recipes.errors import PlanError
 from armor_recipes.model.blocks import Stacks, find_stacks
 from armor_recipes.model.facts import ModelFacts, model_facts
@@ -16,6 +17,7 @@ from armor_recipes.model.linears import Linears, find_linears
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.modifiers.kinds.contract import Overridden, Planned, Planning, Row, Skipped, once
 from armor_recipes.plan.experts import expert_notes, expert_problems, plan_experts
+from armor_recipes.plan.given import given_notes, given_problems, given_rows
 from armor_recipes.plan.order import order_problems, order_warnings
 from armor_recipes.plan.plan import Plan, PlanWarning, Totals, last_of_each
 from armor_recipes.plan.serving import PackedModule, serve_problems, straddling
@@ -46,13 +48,22 @@ class _Subject:
         return cls(model, stacks, model_facts(model), find_linears(model), Tree(modules, stacks))
 
 
-def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsize: int) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    model: nn.Module,
+    modifiers: Modifiers,
+    *,
+    itemsize: int,
+    compressed: CompressedModel | None = None,
+) -> Plan:
     """Resolve, check and cost the recipe on a model (meta tensors will do). All problems are raised at once as PlanError.
 
-    `modifiers` holds an instance for each entry's key; `itemsize` is the bytes of a stored weight value. The time is in proportion
-    to the number of modules.
+    `modifiers` holds an instance for each entry's key; `itemsize` is the bytes of a stored weight value; `compressed` is what of
+    the model is packed or quantised. The time is in proportion to the number of modules.
     """
     subject = _Subject.of(model)
+    packed = recipe.output.format != "dense"
+    given = given_rows(compressed, subject.linears, subject.stacks, itemsize=itemsize, packed=packed)
     problems: list[str] = []
     rows: list[Row] = []
     skipped: list[Skipped] = []
@@ -64,7 +75,8 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
         try:
             _check_first(entry, modifier, before)
             matched = resolve_targets(subject.tree, entry.config)
-            found = _plan_entry(subject, recipe, entry, modifier, matched, rows, before, itemsize)
+            known = (*given.rows, *rows)
+            found = _plan_entry(subject, recipe, entry, modifier, matched, known, before, itemsize)
             if not found.rows or any(row.takes for row in found.rows):
                 ignored.update(dict.fromkeys(matched.ignored))
         except PlanError as error:
@@ -79,6 +91,7 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
     problems += _conflicts_of_kinds(recipe, rows, modifiers)
     problems += expert_problems(recipe, model, rows, modifiers)
     problems += _unservable(recipe, subject, rows)
+    problems += given_problems(recipe, rows, modifiers, given)
     if problems:
         raise PlanError("\n".join(problems))
     experts = plan_experts(recipe, model, subject.facts, rows, modifiers)
@@ -88,17 +101,19 @@ def make_plan(recipe: Recipe, model: nn.Module, modifiers: Modifiers, *, itemsiz
         layers=subject.stacks.names_to(max((row.layer for row in rows if row.layer is not None), default=-1)),
         rows=_in_order(recipe, rows),
         ignored=tuple(name for name in ignored if name not in touched),
-        totals=_totals(rows, model, itemsize),
+        totals=_totals((*given.rows, *rows), model, itemsize),
         skipped=tuple(skipped),
         overridden=tuple(overridden),
         notes=(
             *recipe.notes,
+            *given_notes(rows, given),
             *_straddling(subject, rows),
             *expert_notes(recipe, experts),
             *_by_passes(subject, rows, modifiers),
         ),
         experts=experts,
         warnings=_warnings(recipe, subject, rows, modifiers),
+        given=given.rows,
     )
 
 

@@ -39,7 +39,8 @@ class Plan:
     """All rows of work, by section, stage, block and modifier order; `ignored` are linear modules that an `ignore` held back.
 
     `layers` are the names of the blocks, by their numbers; `skipped` are targeted modules that an entry with `unfit: skip` cannot
-    change, with the reason; `overridden` is what was asked for modules and is not done, because another entry or group counts;
+    change, with the reason; `given` are rows of what came packed or quantised with the model, which no entry made;
+    `overridden` is what was asked for modules and is not done, because another entry or group counts;
     `notes` are sentences on what comes out otherwise than it went in; `forms` are the names of modules
     that become linear layers (fused experts, transposed layers), some of which are in `rows`;
     `experts` is what the experts of mixtures are calibrated on; `warnings` tell what is asked for in vain or was measured to be
@@ -58,6 +59,7 @@ class Plan:
     overridden: tuple[Overridden, ...] = ()
     experts: tuple[ExpertsPlan, ...] = ()
     warnings: tuple[PlanWarning, ...] = ()
+    given: tuple[ModulePlan, ...] = ()
     _by_place: Mapping[tuple[str, int | None], tuple[Row, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class Plan:
     @property
     def stored(self) -> dict[str, ModulePlan]:
         """How each module ends, by name: its last row."""
-        return last_of_each(self.rows)
+        return last_of_each((*self.given, *self.rows))
 
     @property
     def rearrangements(self) -> tuple[RearrangePlan, ...]:
@@ -135,6 +137,7 @@ class Plan:
             "warnings": self.warnings,
         }
         rare = {name: [asdict(one) for one in rows] for name, rows in told.items() if rows}
+        rare |= {"given": [row.to_dict() for row in self.given]} if self.given else {}
         return {"model": self.model, "layers": list(self.layers), **sections, **others, **forms, **rare}
 
     @property

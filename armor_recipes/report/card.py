@@ -15,7 +15,7 @@ def model_card(facts: Facts, licence: Licence, *, base_model: str | None) -> str
     `base_model` is the hub id of the dense model; None leaves it out, since the hub refuses anything else.
     """
     name = base_model or facts.model_name
-    patterns = sorted({module.pattern for module in facts.plan.modules if module.pattern is not None})
+    patterns = sorted({module.pattern for module in facts.plan.stored.values() if module.pattern is not None})
     named = ", ".join(patterns) or "N:M"
     header = {
         **licence.fields,
@@ -66,7 +66,7 @@ def _evaluation(facts: Facts) -> str:
 
 def _dense_note(facts: Facts) -> str:
     """What is said of weights without factors in the checkpoint: plainly pruned or quantised ones, and products A·S·B."""
-    stored = {module.name: module for module in facts.plan.modules}  # the last that was done to each
+    stored = facts.plan.stored
     rows = [stored[name] for name, result in facts.modules.items() if result.packed is None]
     quantized = sum(row.stored_as == "quantized" for row in rows)
     folded = sum(row.stored_as == "dense" and row.block_size is not None for row in rows)

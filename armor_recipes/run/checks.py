@@ -38,6 +38,17 @@ def check_lengths(recipe: Recipe, source: ModelSource) -> None:
         raise PlanError("\n".join(problems))
 
 
+def check_compressed(recipe: Recipe, source: ModelSource) -> None:
+    """What a recipe cannot ask of a model that is compressed already, whatever its modifiers are."""
+    if source.compressed is None:
+        return
+    problems = [f"{step.where}: {step.name}: llm-compressor changes dense models" for step in recipe.steps]
+    if recipe.serve is not None and source.compressed.layers:
+        problems.append("serve: layers that come packed with the model are not checked for it; leave it out")
+    if problems:
+        raise PlanError("\n".join(f"{problem}, and {recipe.model.id} is compressed" for problem in problems))
+
+
 def narrowed(plan: Plan, source: ModelSource, model: PreTrainedModel) -> tuple[str, ...]:
     """A sentence where packed weights have fewer bits than in the source's files, without anybody having asked for it.
 
@@ -114,6 +125,10 @@ def check_weights(model: PreTrainedModel, plan: Plan) -> None:
 
 def check_given(model: PreTrainedModel, shapes: PreTrainedModel, plan: Plan, source: ModelSource) -> None:
     """Raise PlanError where a caller's model is not the one that was planned, or would be written as another."""
+    if source.compressed is not None:
+        raise PlanError(
+            f"a model was given, and {plan.model} is compressed: its factors and integers are read from its folder; leave it out"
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise PlanError("the model given has a PEFT adapter on it: merge it first, or load the model without it")
     parts = linear_parts(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,20 @@ from armor_recipes.compute import plain_torch
 from armor_recipes.errors import RecipeError, ResourceError
 from armor_recipes.events import Observer, ignore_events
 from armor_recipes.exhaustion import what_ran_out
-from armor_recipes.integrations.models import attention_of, load_model, written_dtypes
+from armor_recipes.integrations.models import attention_of, load_model, rounded, written_dtypes
 from armor_recipes.integrations.names import left_behind
 from armor_recipes.integrations.oneshot.step import Step, run_step
 from armor_recipes.model.forms import linearise, restore
 from armor_recipes.model.inputs import random_inputs
 from armor_recipes.modifiers import config_types
+from armor_recipes.modifiers.kinds.changes import Changes
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
 from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, skipped_rows, state_hash
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.checks import check_output, check_weights, placed, precious_paths
 from armor_recipes.run.evaluating import measured
+from armor_recipes.run.given import given_changes, run_as_stored
 from armor_recipes.run.planning import Job, prepare
 from armor_recipes.run.preflight import Ready, check_disk, preflight
 from armor_recipes.run.refusals import resource_errors
@@ -171,6 +173,8 @@ class _Run:
     """Whether the model came in memory, so that the source's files say nothing of its tensors."""
     measured: tuple[Measured, ...] = ()
     """What the recipe left to a measurement."""
+    brought: Changes | None = None
+    """What a compressed model comes with."""
     carried: tuple[str, ...] = ()
     """Tensors of the source's files that no module of the model holds, written as they are."""
 
@@ -186,12 +190,20 @@ class _Run:
             loaded = placed(model, job.source, job.device)
         linearise(loaded, job.plan.forms)
         check_weights(loaded, job.plan)
-        return cls(job, loaded, ready, output, watch, written_dtypes(loaded, job.source), model is not None)
+        dtypes, brought = written_dtypes(loaded, job.source), None
+        if job.source.compressed is not None:
+            brought = given_changes(job.source.compressed, job.source.stored_dtype, packed=job.packed)
+        if brought is not None and not job.packed:
+            rounded(loaded, dtypes)
+        return cls(job, loaded, ready, output, watch, dtypes, model is not None, brought=brought)
 
     def compute(self) -> Facts:
         """Everything that takes long."""
         job = self.job
-        with measured(self.ready.data.measures, self.model, self.watch, self.output) as measured_again:
+        with ExitStack() as stack:
+            with run_as_stored(self.model, {} if self.brought is None else self.brought.quantized):
+                measures = measured(self.ready.data.measures, self.model, self.watch, self.output)
+                measured_again = stack.enter_context(measures)
             source_hash = state_hash(self.model, self.dtypes, job.source.stored_dtype)
             session = self.compress()
             evaluations = measured_again()
@@ -227,6 +239,7 @@ class _Run:
             stored_dtype=job.source.stored_dtype,
             keep_packed=job.packed,
             observer=self.watch.observer,
+            brought=self.brought,
         ) as session:
             session.run()
         return session
@@ -284,7 +297,8 @@ class _Run:
         version = version_of(read_config(folder).get("quantization_config"))
         there = None if self.given else self.job.source.stored()
         if there is not None:
-            self.carried = left_behind(self.model, read_header(folder), there.tensors, packed=self.job.packed)
+            own = self.job.source.uncompressed(there.tensors)
+            self.carried = left_behind(self.model, read_header(folder), own, packed=self.job.packed)
         if there is not None and self.carried:
             # Listed first: a loader refuses tensors of no module that no manifest names.
             listed = {"format_version": version, "carried_over": list(self.carried)}

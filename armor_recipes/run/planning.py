@@ -22,7 +22,7 @@ from armor_recipes.modifiers import AnyModifier, modifiers
 from armor_recipes.modifiers.base import Settles
 from armor_recipes.plan import Plan, RunEstimate, estimate_run, make_plan
 from armor_recipes.recipe import Recipe
-from armor_recipes.run.checks import check_lengths, narrowed
+from armor_recipes.run.checks import check_compressed, check_lengths, narrowed
 from armor_recipes.run.data import read_data
 from armor_recipes.run.evaluating import check_measures
 from armor_recipes.run.refusals import Refusals, resource_errors
@@ -64,6 +64,8 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
     plan, refused = None, Refusals()
     with refused.noted():
         check_lengths(recipe, source)
+    with refused.noted():
+        check_compressed(recipe, source)
     check_measures(recipe, shapes, refused)
     with refused.noted():
         plan = planned(recipe, source, shapes, instances)
@@ -92,8 +94,9 @@ def planned(
     Raises PlanError with every problem found.
     """
     every = linearise(shapes)
-    plan = make_plan(recipe, shapes, instances, itemsize=source.stored_dtype.itemsize)
-    forms = forms_of(shapes, plan.shapes)
+    itemsize = source.stored_dtype.itemsize
+    plan = make_plan(recipe, shapes, instances, itemsize=itemsize, compressed=source.compressed)
+    forms = forms_of(shapes, (*plan.shapes, *(row.name for row in plan.given)))
     restore(shapes, set(every).difference(forms))
     first = tuple(
         f"{step.where}: {step.name} runs first, on the dense model, by llm-compressor's own oneshot; time and memory of it are not "

@@ -181,12 +181,16 @@ def _bytes_of_tensors(job: Job, model: PreTrainedModel | None) -> int:
     subject = job.shapes
     state: dict[str, Tensor] = subject.state_dict()
     dtypes = written_dtypes(subject, job.source)
-    planned = {f"{n}.weight" for row in job.plan.modules for n in (row.name, *(row.uses if job.packed else ()))}
+    planned = {f"{n}.weight" for row in job.plan.stored.values() for n in (row.name, *(row.uses if job.packed else ()))}
     rest = {n: t for n, t in state.items() if n not in planned and n not in subject.all_tied_weights_keys}
     nbytes: int = sum(t.numel() * (dtypes[n].itemsize if n in dtypes else t.element_size()) for n, t in rest.items())
     total: int = job.plan.totals.bytes_after + nbytes
     there = job.source.stored() if model is None else None
-    carried = () if there is None else left_behind(subject, set(rest) | planned, there.tensors, packed=True)
+    carried = (
+        ()
+        if there is None
+        else left_behind(subject, set(rest) | planned, job.source.uncompressed(there.tensors), packed=True)
+    )
     if there is None or not carried:
         return total
     for name in carried:

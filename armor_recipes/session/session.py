@@ -54,6 +54,7 @@ class Session:
         tokens: calibration samples for each modifier's calibration spec.
         stored_dtype: the dtype of the checkpoint. Applied weights are what a loader makes of the stored tensors, bit for bit.
         keep_packed: keep factors for a packed checkpoint; else they are folded into plain weights.
+        brought: what a compressed model comes with: factors and quantised layers, committed first.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Session:
         stored_dtype: torch.dtype,
         keep_packed: bool = True,
         observer: Observer = ignore_events,
+        brought: Changes | None = None,
     ) -> None:
         self.recipe = recipe
         self.plan = plan
@@ -82,6 +84,8 @@ class Session:
         self._sharing = linears_that_share(model)
         self._survey = Survey({}, {}, frozenset(), logits=True)
         self._readers: dict[str, str] = {}
+        if brought is not None:
+            commit(brought, self.weights, self.state)
         self._work, self._work_done = plan.flops or 1.0, 0.0
 
     def __enter__(self) -> Session:

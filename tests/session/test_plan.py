@@ -360,11 +360,6 @@ def test_a_config_without_a_dtype_is_stored_as_its_weights_are(dtype: torch.dtyp
     assert make_job(recipe(folder)).source.stored_dtype is dtype
 
 
-def test_a_compressed_model_is_refused(llama: Path, tmp_path: Path) -> None:
-    apply(recipe(llama, tmp_path / "once", ARMORModifier=armor(iterations=0)))
-    assert "already quantised or compressed" in refusal(recipe(tmp_path / "once"))
-
-
 def test_memory_counts_every_set_of_activations(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both models' where modules are matched, and what the dense layer read; both models' for a refiner of layers, too."""
     monkeypatch.setattr("armor_recipes.plan.estimate.resident_bytes", lambda: 0)

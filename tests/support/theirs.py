@@ -18,7 +18,7 @@ from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
 from armor_recipes.modifiers.scales import weight_scales
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 96,
+    "vocab_size": 272,
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,

@@ -44,6 +44,9 @@ from armor_recipes.modifiers.kinds.pool import in_order
 from armor_recipes.recipe.schema import ServeSpec
 from armor_recipes.solver import Factorization, relative_error
 
+GIVEN = "model"
+"""What stands for an entry's key in rows and results of what came packed or quantised with the model."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan(Row):

@@ -225,6 +225,11 @@ def _check_untouched(names: Sequence[str], changed: Mapping[str, Row]) -> None:
     """Raise UnfitError where an earlier stage changed a module to be reordered: its mask and factors have the old order."""
     for name in (name for name in names if name in changed):
         by = changed[name]
+        if not by.stage:  # it stands before the recipe
+            raise UnfitError(
+                f"{name} comes packed or quantised with the model, and only plain weights are reordered",
+                "narrow the targets",
+            )
         raise UnfitError(
             f"{name} is changed by {entry_name(by.modifier)} in {by.stage}, before it is to be reordered",
             "put the reordering first",

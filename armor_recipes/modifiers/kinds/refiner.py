@@ -36,7 +36,7 @@ from armor_recipes.modifiers.kinds.contract import (
     located,
 )
 from armor_recipes.modifiers.kinds.experts import left_alone
-from armor_recipes.modifiers.kinds.module import ModulePlan
+from armor_recipes.modifiers.kinds.module import GIVEN, ModulePlan
 from armor_recipes.solver import TrainableFactors, TrainableLinear
 
 _ALL = slice(None)
@@ -214,7 +214,9 @@ class Refining(Kind):
         refused = {row.name: error for row in made if (error := _unfit(row)) is not None}
         problems, skipped = planning.unfit(refused)
         stage = planning.entry.stage
-        taken = [row for row in made if row.stage == stage and row.stored_as == "packed" and row.name not in refused]
+        taken = [
+            row for row in made if row.stage in (stage, "") and row.stored_as == "packed" and row.name not in refused
+        ]
         if planning.names and not taken and not refused:
             raise PlanError(
                 f"no modifier before it in {stage} makes 2:4 factors for a module of its targets; put it after an "
@@ -291,6 +293,11 @@ class Refiner(AnyModifier[C]):
 
 def _unfit(row: ModulePlan) -> UnfitError | None:
     """Why factors that were made before cannot be trained; None where they can."""
+    if row.core != "float" and row.modifier == GIVEN:
+        return UnfitError(
+            f"the core of {row.name} is {row.core} in the model, and a refiner trains and stores float cores",
+            "give the model as it was before its cores were quantised",
+        )
     if row.core != "float":
         return UnfitError(
             f"{entry_name(row.modifier)} makes the core of {row.name} {row.core} before it, and a refiner trains and stores float "
