@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from armor_recipes.errors import CheckpointError
 
-WEIGHT_PACKED, ZERO_POINT = "weight_packed", "weight_zero_point"
+WEIGHT_PACKED, WEIGHT_SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
 FORMATS = (
     "pack-quantized",
     "int-quantized",

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from armor_recipes.checkpoint.config import FORMAT, SCALE, TENSOR_NAMES, VALUES
+from armor_recipes.checkpoint.quantized import WEIGHT_PACKED, WEIGHT_SCALE
 from armor_recipes.errors import CheckpointError
 from armor_recipes.model.facts import text_config
 from armor_recipes.model.forms import forms_of, layouts, linearise
@@ -80,9 +81,20 @@ def _leave_alone(model: PreTrainedModel, forms: Collection[str]) -> None:
     gone = {form: known[form].fused.keys() - known[form].parts.keys() for form in forms}
     holders = {f"{form}.{fused}".rpartition(".")[0] for form, names in gone.items() for fused in names}
     for name in {*(form.rpartition(".")[0] for form, names in gone.items() if names), *holders.difference(forms)}:
-        module: Any = model.get_submodule(name)
-        if not any(True for own in (module.parameters, module.buffers) for _ in own(recurse=False)):
-            module._is_hf_initialized = True
+        _mark_initialised(model.get_submodule(name))
+
+
+def _leave_packed_alone(model: PreTrainedModel) -> None:
+    """Keep the architecture from initialising weights that are packed: GPT-2, T5 and CLIP reach for them from the module above."""
+    packed = [name for name, module in model.named_modules() if WEIGHT_PACKED in module._parameters]
+    for name in {name.rpartition(".")[0] for name in packed}:
+        _mark_initialised(model.get_submodule(name))
+
+
+def _mark_initialised(module: Any) -> None:
+    """Tell transformers that nothing is to be initialised in a module, if it holds nothing itself."""
+    if not any(True for own in (module.parameters, module.buffers) for _ in own(recurse=False)):
+        module._is_hf_initialized = True
 
 
 def _fuse_again(model: PreTrainedModel) -> None:
@@ -102,20 +114,35 @@ def _laying_out(process: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(process)
     def process_model(self: Any, model: PreTrainedModel, **options: Any) -> Any:
         groups = self.compressor.quantization_config.config_groups
-        if self.quantization_config.dequantize or not any(_is_ours(group) for group in groups.values()):
+        if self.quantization_config.dequantize:
             return process(self, model, **options)
+        stored = _names_in(options.get("checkpoint_files"))
+        if not any(_is_ours(group) for group in groups.values()):
+            if _lay_out_plain(model, stored or ()):
+                self.__dict__[_READING] = model, stored
+            process(self, model, **options)
+            return _leave_packed_alone(model)
         ignore = tuple(self.compressor.quantization_config.ignore or ())
         targets = {target: group for group in groups.values() for target in group.targets}
         lay_out(model, (*targets, *ignore))
-        self.__dict__[_READING] = model, _names_in(options.get("checkpoint_files"))
+        self.__dict__[_READING] = model, stored
         modules = dict(model.named_modules(remove_duplicate=False))
         if not all(map(_is_ours, groups.values())) or not modules.keys() >= {*targets, *ignore}:
-            return process(self, model, **options)
+            process(self, model, **options)
+            return _leave_packed_alone(model)
         _attach(modules, {target: group for target, group in targets.items() if target not in ignore})
         self.compressor.compress_model(model=model)
         return None
 
     return process_model
+
+
+def _lay_out_plain(model: PreTrainedModel, stored: Iterable[str]) -> tuple[str, ...]:
+    """Give the model the linear forms of layers that files hold quantised; returns the names of the forms."""
+    ends = (f".{WEIGHT_PACKED}", f".{WEIGHT_SCALE}")
+    forms = linearise(model, forms_of(model, (name.rpartition(".")[0] for name in stored if name.endswith(ends))))
+    _leave_alone(model, forms)
+    return forms
 
 
 def _attach(modules: dict[str, nn.Module], schemes: dict[str, Any]) -> None:

@@ -79,20 +79,20 @@ def left_behind(
     """
     if packed:
         parts = fused_of(model)
-        missing = {fused for part, fused in parts.items() if part not in written}
-        held = ({parts.get(name, name) for name in written} | set(written) | _packed_with(model, written)) - missing
-        held |= {
-            f"{name.removesuffix(WEIGHT_PACKED)}{VALUES}" for name in written if name.endswith(f".{WEIGHT_PACKED}")
-        }
+        there = {f"{n.removesuffix(WEIGHT_PACKED)}{VALUES}" for n in written if n.endswith(f".{WEIGHT_PACKED}")}.union(
+            written
+        )
+        missing = {fused for part, fused in parts.items() if part not in there}
+        held = ({parts.get(name, name) for name in there} | there | _packed_with(model, written)) - missing
     else:
         held = {target for targets in loaded_as(model, written).values() for target in targets}
     left = []
     for name, targets in loaded_as(model, stored).items():
-        there = [target in held for target in targets]
-        if name in written or (there and all(there)):
+        found = [target in held for target in targets]
+        if name in written or (found and all(found)):
             continue
-        if any(there):
-            lost = targets[there.index(False)]
+        if any(found):
+            lost = targets[found.index(False)]
             raise VerificationError(f"{lost}, a part of {name} in the model's files, was not written: this is a bug")
         left.append(name)
     return tuple(sorted(left))

@@ -1,6 +1,7 @@
-"""peft on ARMOR layers: adapters beside a layer train as on any other; what needs the weight itself is refused.
+"""peft on packed layers: adapters beside a layer train as on any other; what needs the weight itself is refused.
 
-`weight` of an ARMOR layer holds packed values. To merge into them, or to start an adapter from them, would end in torch's errors
+`weight` of an ARMOR layer holds packed values, that of a plain quantised one is a copy. To merge into them, or to start an adapter
+from them, would end in torch's errors
 about shapes, half-way through a model, or in wrong numbers (KaSA, RoAd merged, `target_parameters`). Importing this module wraps
 the functions of peft by which adapters are added and merged, so that they refuse before anything is changed. A function that
 another version of peft does not have is left out.
@@ -20,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from armor_recipes.errors import PlanError
+from armor_recipes.integrations.plain import PlainLinear
 from armor_recipes.runtime.linear import ArmorLinear
 
 #: Adapters that use a layer's output, input and sizes alone, where a layer's values are floats; tried with peft 0.18 and 0.21.
@@ -42,23 +44,33 @@ _READING_VARIANTS = frozenset({"use_dora", "kasa_config"})
 _FLOATS_ONLY = frozenset({"UNILORA", "orthogonal", "velora_config", "use_bdlora"})
 
 
-def _refuse_merge(layers: dict[str, ArmorLinear]) -> None:
-    for name in layers:
-        raise _needs_weight(name, "merging an adapter into it")
+#: Layers whose parameters are packed tensors.
+_PACKED = (ArmorLinear, PlainLinear)
+_Packed = ArmorLinear | PlainLinear
 
 
-def _refuse_reading(layers: dict[str, ArmorLinear], config: Any) -> None:
+def _refuse_merge(layers: dict[str, _Packed]) -> None:
+    for name, layer in layers.items():
+        raise _needs_weight(name, layer, "merging an adapter into it")
+
+
+def _refuse_reading(layers: dict[str, _Packed], config: Any) -> None:
     """Raise PlanError if this adapter reads the weight of one of the layers that it is meant for."""
     for name, layer in layers.items():
         for word in _reads(config, floats=layer.weight.is_floating_point()):
-            raise _needs_weight(name, f"this adapter ({word})")
+            raise _needs_weight(name, layer, f"this adapter ({word})")
 
 
-def _needs_weight(name: str, what: str) -> PlanError:
+def _needs_weight(name: str, layer: _Packed, what: str) -> PlanError:
+    armor = isinstance(layer, ArmorLinear)
+    kind, way = (
+        ("an ARMOR", "make the model dense first by armor_recipes.to_dense(model), or ")
+        if armor
+        else ("a quantised", "")
+    )
     return PlanError(
-        f"{name} is an ARMOR layer, whose weight is packed, and {what} needs the weight itself. Nothing was changed: make the "
-        "model dense first by armor_recipes.to_dense(model), or write a dense folder by `armor export FOLDER OUT --to dense` and "
-        "load that; plain LoRA trains without"
+        f"{name} is {kind} layer, whose weight is packed, and {what} needs the weight itself. Nothing was changed: {way}write a "
+        "dense folder by `armor export FOLDER OUT --to dense` and load that; plain LoRA trains without"
     )
 
 
@@ -78,23 +90,23 @@ def _reads(config: Any, *, floats: bool) -> Iterator[str]:
             yield field
 
 
-def _armor_layers(model: nn.Module) -> dict[str, ArmorLinear]:
-    """ARMOR layers by name, that of the outermost adapter where there are some around it."""
-    found: dict[str, ArmorLinear] = {}
-    seen: set[ArmorLinear] = set()
+def _packed_layers(model: nn.Module) -> dict[str, _Packed]:
+    """ARMOR and quantised layers by name, that of the outermost adapter where there are some around it."""
+    found: dict[str, _Packed] = {}
+    seen: set[_Packed] = set()
     for name, module in model.named_modules():
         base: Any = module
         while hasattr(base, "base_layer"):
             base = base.base_layer
-        if isinstance(base, ArmorLinear) and base not in seen:
+        if isinstance(base, _PACKED) and base not in seen:
             found[name] = base
             seen.add(base)
     return found
 
 
-def _targeted(tuner: Any, model: nn.Module, config: Any, *, by_name: bool) -> dict[str, ArmorLinear]:
-    """The ARMOR layers that a configuration names; all of them where that cannot be told."""
-    layers = _armor_layers(model)
+def _targeted(tuner: Any, model: nn.Module, config: Any, *, by_name: bool) -> dict[str, _Packed]:
+    """The packed layers that a configuration names; all of them where that cannot be told."""
+    layers = _packed_layers(model)
     if not layers or not by_name:
         return layers
     try:
@@ -118,12 +130,12 @@ def _refuse_values(model: nn.Module, config: Any) -> None:
     """Raise PlanError if a layer's parameters are to be adapted, or trained in a copy, as such."""
     parameters = tuple(getattr(config, "target_parameters", None) or ())
     copied = tuple(getattr(config, "modules_to_save", None) or ())
-    for name, layer in _armor_layers(model).items():
+    for name, layer in _packed_layers(model).items():
         keys = [f".{name}.{parameter}" for parameter, _ in layer.named_parameters(recurse=False)]
         if any(key.endswith(f".{target}") for key in keys for target in parameters):
-            raise _needs_weight(name, "target_parameters")
+            raise _needs_weight(name, layer, "target_parameters")
         if name.endswith(copied):
-            raise _needs_weight(name, "training it as a whole (modules_to_save)")
+            raise _needs_weight(name, layer, "training it as a whole (modules_to_save)")
 
 
 def _check_adapter(tuner: Any, model: nn.Module, config: Any, *, by_name: bool = True) -> None:
@@ -190,15 +202,15 @@ def _before_merging_one(merge: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(merge)
     def merge_layer(self: Any, *args: Any, **options: Any) -> Any:
         base = self.get_base_layer()
-        if isinstance(base, ArmorLinear):
-            _refuse_merge({base.label or "the layer": base})
+        if isinstance(base, _PACKED):
+            _refuse_merge({getattr(base, "label", "") or "the layer": base})
         return merge(self, *args, **options)
 
     return merge_layer
 
 
-def _adapted(model: nn.Module) -> dict[str, ArmorLinear]:
-    return {name: layer for name, layer in _armor_layers(model).items() if model.get_submodule(name) is not layer}
+def _adapted(model: nn.Module) -> dict[str, _Packed]:
+    return {name: layer for name, layer in _packed_layers(model).items() if model.get_submodule(name) is not layer}
 
 
 _OF_TUNERS = {

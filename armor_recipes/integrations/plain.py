@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -15,6 +14,21 @@ from armor_recipes.runtime.linear import ArmorLinear
 _DENSE = "_armor_dequantized"
 
 
+class PlainLinear(nn.Linear):
+    """A quantised linear layer of a loaded folder. Its parameters are the tensors as stored."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # stored under another name, or as integers
+        """W `(O, I)` that they stand for, since some architectures read it (T5 the dtype of `wo`): a copy, not to be changed."""
+        found: _Dense = self.__dict__[_DENSE]
+        return found.weight(self)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
+        """X Wᵀ + b, with activations quantised as the scheme says."""
+        found: _Dense = self.__dict__[_DENSE]
+        return found.run(self, input)
+
+
 def run_plain(model: Any, dtype: torch.dtype) -> None:
     """Let quantised layers that are no ARMOR layers compute in `dtype`, as compressed-tensors' own forward pass does.
 
@@ -23,7 +37,8 @@ def run_plain(model: Any, dtype: torch.dtype) -> None:
     """
     layers = [module for module in model.modules() if _is_plain(module)]
     for module in layers:
-        module.forward = MethodType(_forward, module)
+        module.__class__ = PlainLinear
+        module.__dict__.pop("forward", None)  # compressed-tensors'
         module.__dict__[_DENSE] = _Dense(module, dtype)
     hook = vars(model).pop("ct_decompress_hook", None) if layers else None
     if hook is not None:
@@ -89,8 +104,3 @@ class _Dense:
             layer = QuantizedLinear(self.scheme, tensors)
             self._made = device, layer.dequantize(self.dtype), layer.activations(self.dtype)
         return self._made
-
-
-def _forward(self: nn.Module, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
-    found: _Dense = self.__dict__[_DENSE]
-    return found.run(self, input)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import Batch
-from armor_recipes.errors import InputError, VerificationError
+from armor_recipes.errors import ArmorError, InputError, VerificationError
 from armor_recipes.integrations.models import attention_of, load_dense
 from armor_recipes.integrations.plain import dequantized
 from armor_recipes.integrations.transformers import load
@@ -69,7 +69,7 @@ def _wanting_gradients(model: PreTrainedModel) -> Iterator[None]:
 
 def _compare_outputs(model: PreTrainedModel, loaded: PreTrainedModel, batch: Batch) -> None:
     """Raise VerificationError unless both put out the same for the batch."""
-    ours, theirs = _outputs(model, batch), _outputs(loaded, batch)
+    ours, theirs = _outputs(model, batch), _reloaded_outputs(loaded, batch)
     if ours.keys() != theirs.keys() or not ours:
         raise VerificationError(
             f"the model loaded again puts out {sorted(theirs) or 'no tensor'}, and the one in memory {sorted(ours) or 'none'}: "
@@ -85,6 +85,18 @@ def _outputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
     """All tensors that a model puts out; one that draws random numbers draws those of any other call."""
     with torch.inference_mode():
         return _tensors(feed_alike(model, batch))
+
+
+def _reloaded_outputs(loaded: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """What the model loaded again puts out. Raises VerificationError where it cannot be called as the one in memory can."""
+    try:
+        return _outputs(loaded, batch)
+    except (ArmorError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the architecture's code may read a weight in a way that packed ones do not stand
+        raise VerificationError(
+            f"the model loaded again ({type(loaded).__name__}) cannot be run as the one in memory: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_repeats(model: PreTrainedModel, batch: Batch, before: dict[str, Tensor]) -> None:
