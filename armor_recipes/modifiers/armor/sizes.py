@@ -88,7 +88,7 @@ def choose(budget: Budget, modules: Sequence[ModuleShape], costs: Mapping[str, f
 
     Raises PlanError where the budget is below what the smallest sizes take, or above what the largest do.
     """
-    ladders = {module.name: found for module in modules if (found := ladder(module)) is not None}
+    ladders = {module.name: rungs for module in modules if (rungs := ladder(module)) is not None}
     if not ladders:
         return {}
     known = [module for module in modules if module.name in ladders]
