@@ -257,6 +257,7 @@ class Needs:
         factors: whether it reads the factors that modifiers before it made.
         dense: what of the original it compares with: a copy of the `block` with its inputs, the block's `outputs`, or the
             parameters of the whole `model`; empty for nothing.
+        ahead: whether its plan looks at what entries behind it will do: it is made after theirs.
         because: what of the recipe asks for the original, for messages.
     """
 
@@ -267,6 +268,7 @@ class Needs:
     gradients: bool = False
     factors: bool = False
     dense: Literal["", "block", "outputs", "model"] = ""
+    ahead: bool = False
     because: str = "it"
 
 

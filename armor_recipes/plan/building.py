@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from armor_recipes.model.blocks import Stacks, find_stacks
 from armor_recipes.model.facts import ModelFacts, model_facts
 from armor_recipes.model.linears import Linears, find_linears
 from armor_recipes.modifiers import AnyModifier
-from armor_recipes.modifiers.kinds.contract import Overridden, Planned, Planning, Row, Skipped, once
+from armor_recipes.modifiers.kinds.contract import Planned, Planning, Row, once
 from armor_recipes.plan.experts import expert_notes, expert_problems, plan_experts
 from armor_recipes.plan.given import given_notes, given_problems, given_rows
 from armor_recipes.plan.order import order_problems, order_warnings
@@ -64,29 +64,15 @@ def make_plan(
     subject = _Subject.of(model)
     packed = recipe.output.format != "dense"
     given = given_rows(compressed, subject.linears, subject.stacks, itemsize=itemsize, packed=packed)
-    problems: list[str] = []
-    rows: list[Row] = []
-    skipped: list[Skipped] = []
-    overridden: list[Overridden] = []
-    ignored: dict[str, None] = {}
-    before: list[tuple[ModifierEntry, AnyModifier[Any]]] = []
-    for entry in recipe.modifiers:
-        modifier = modifiers[entry.key]
-        try:
-            _check_first(entry, modifier, before)
-            matched = resolve_targets(subject.tree, entry.config)
-            known = (*given.rows, *rows)
-            found = _plan_entry(subject, recipe, entry, modifier, matched, known, before, itemsize)
-            if not found.rows or any(row.takes for row in found.rows):
-                ignored.update(dict.fromkeys(matched.ignored))
-        except PlanError as error:
-            found = Planned((), (str(error),))
-        gone = {id(row) for row in found.replaced}
-        rows = [row for row in rows if id(row) not in gone] + list(found.rows)
-        skipped += found.skipped
-        overridden += found.overridden
-        problems += [f"{entry.where}: {entry.name}: {problem}" for problem in found.problems]
-        before.append((entry, modifier))
+    found = _answers(subject, recipe, modifiers, given.rows, itemsize)
+    rows = list(_rows_of(recipe.modifiers, found))
+    skipped = [left for one in found.values() for left in one.planned.skipped]
+    overridden = [one for answer in found.values() for one in answer.planned.overridden]
+    problems = [
+        f"{entry.where}: {entry.name}: {problem}"
+        for entry in recipe.modifiers
+        for problem in found[entry.key].planned.problems
+    ]
     problems += order_problems(recipe, rows, modifiers) + _late_dense(recipe, modifiers)
     problems += _conflicts_of_kinds(recipe, rows, modifiers)
     problems += expert_problems(recipe, model, rows, modifiers)
@@ -100,7 +86,7 @@ def make_plan(
         model=recipe.model.id,
         layers=subject.stacks.names_to(max((row.layer for row in rows if row.layer is not None), default=-1)),
         rows=_in_order(recipe, rows),
-        ignored=tuple(name for name in ignored if name not in touched),
+        ignored=tuple(name for name in _ignored(found.values()) if name not in touched),
         totals=_totals((*given.rows, *rows), model, itemsize),
         skipped=tuple(skipped),
         overridden=tuple(overridden),
@@ -117,6 +103,63 @@ def make_plan(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What one entry will do, and the modules that its `ignore` holds back."""
+
+    planned: Planned
+    ignored: tuple[str, ...] = ()
+
+
+def _ignored(answers: Iterable[_Answer]) -> dict[str, None]:
+    """What is held back from entries that take modules, or would have."""
+    return {
+        name: None
+        for one in answers
+        if not one.planned.rows or any(row.takes for row in one.planned.rows)
+        for name in one.ignored
+    }
+
+
+def _answers(
+    subject: _Subject, recipe: Recipe, modifiers: Modifiers, given: Sequence[Row], itemsize: int
+) -> dict[str, _Answer]:
+    """The answer of each entry, in the recipe's order. Those that look ahead are asked last, and no other sees their rows."""
+    found: dict[str, _Answer] = {}
+    for entry in sorted(recipe.modifiers, key=lambda entry: modifiers[entry.key].needs.ahead):
+        try:
+            found[entry.key] = _answer(subject, recipe, entry, modifiers, given, found, itemsize)
+        except PlanError as error:
+            found[entry.key] = _Answer(Planned((), (str(error),)))
+    return {entry.key: found[entry.key] for entry in recipe.modifiers}
+
+
+def _answer(
+    subject: _Subject,
+    recipe: Recipe,
+    entry: ModifierEntry,
+    modifiers: Modifiers,
+    given: Sequence[Row],
+    found: Mapping[str, _Answer],
+    itemsize: int,
+) -> _Answer:
+    place, modifier = recipe.modifiers.index(entry), modifiers[entry.key]
+    before = [(other, modifiers[other.key]) for other in recipe.modifiers[:place]]
+    _check_first(entry, modifier, before)
+    matched = resolve_targets(subject.tree, entry.config)
+    rows = (*given, *_rows_of(recipe.modifiers[:place], found))
+    after = _rows_of(recipe.modifiers[place + 1 :], found) if modifier.needs.ahead else ()
+    planned = _plan_entry(subject, recipe, entry, modifier, matched, rows, before, itemsize, after)
+    return _Answer(planned, tuple(matched.ignored))
+
+
+def _rows_of(entries: Sequence[ModifierEntry], found: Mapping[str, _Answer]) -> tuple[Row, ...]:
+    """What these entries will do, without what a later one of them replaces."""
+    answers = [found[entry.key].planned for entry in entries if entry.key in found]
+    gone = {id(row) for one in answers for row in one.replaced}
+    return tuple(row for one in answers for row in one.rows if id(row) not in gone)
+
+
 def _plan_entry(
     subject: _Subject,
     recipe: Recipe,
@@ -126,6 +169,7 @@ def _plan_entry(
     rows: Sequence[Row],
     before: Sequence[tuple[ModifierEntry, AnyModifier[Any]]],
     itemsize: int,
+    after: Sequence[Row],
 ) -> Planned:
     """What an entry does to the modules that it matched, and which of them it cannot take."""
     shared = resolve_shared(matched.names, set(matched.ignored), subject.linears, subject.stacks)
@@ -141,6 +185,7 @@ def _plan_entry(
         tuple(rows),
         tuple(before),
         itemsize,
+        tuple(after),
     )
     unfit = {name: not_linear(name, subject.model.get_submodule(name)) for name in matched.others}
     problems, skipped = planning.unfit(unfit if modifier.kind.chooses else {**unfit, **shared.unfit})

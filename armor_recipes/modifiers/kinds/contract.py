@@ -83,6 +83,11 @@ class Row:
         return tuple(dict.fromkeys((*self.takes, *self.shapes)))
 
     @property
+    def schemes(self) -> Mapping[str, str]:
+        """What whole weights are quantised to, by module: compressed-tensors' config group as JSON."""
+        return {}
+
+    @property
     def observed(self) -> tuple[ModuleShape, ...]:
         """Modules whose inputs feed a statistic."""
         return ()
@@ -110,6 +115,7 @@ class Planning:
         rows: of the entries before.
         before: the entries before, with their modifiers.
         itemsize: bytes of one stored weight value.
+        after: rows of the entries behind, for modifiers whose `needs.ahead` says so.
     """
 
     recipe: Recipe
@@ -123,6 +129,7 @@ class Planning:
     rows: tuple[Row, ...]
     before: tuple[tuple[ModifierEntry, AnyModifier[Any]], ...]
     itemsize: int
+    after: tuple[Row, ...] = ()
 
     def made(self, section: str) -> list[Any]:
         """The rows of one section among those of the entries before."""

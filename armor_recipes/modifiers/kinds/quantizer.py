@@ -54,6 +54,11 @@ class QuantizedPlan(ModulePlan):
         return (Tap(self.name, "output", self.d_out),) if self.listens else ()
 
     @property
+    def schemes(self) -> Mapping[str, str]:
+        """The scheme of the module."""
+        return {self.name: self.scheme}
+
+    @property
     def quantized(self) -> Scheme:
         """What it is quantised to."""
         return Scheme(self.scheme)
