@@ -167,6 +167,26 @@ class InputSecondMoment(_InputMean):
         return self._checked(self._total() / self._tokens)
 
 
+class InputSize(_InputMean):
+    """a_i = (1/T) Σ_t |x_ti|, the mean over the T input rows of each input channel's size, accumulated in float64."""
+
+    def _shape(self) -> tuple[int, ...]:
+        return (self.d_in,)
+
+    def _rows_at_once(self) -> int:
+        return max(1, _CHUNK // self.d_in)
+
+    def _share(self, rows: Tensor) -> Tensor:
+        return torch.cat(
+            [part.to(torch.float64, copy=True).abs_().sum(0) for part in rows.split(_column_blocks(rows), dim=1)]
+        )
+
+    @property
+    def value(self) -> Tensor:
+        """The mean size a `(I,)`, float32. Raises NumericalError if no row was seen or a channel is not finite."""
+        return self._checked(self._total() / self._tokens)
+
+
 class InputGram(_InputMean):
     """H = XᵀX / T, the mean over the T input rows of the products of each two input channels.
 

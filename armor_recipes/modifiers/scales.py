@@ -29,6 +29,17 @@ def weight_scales(
     return found if global_scale is None else {**found, "weight_global_scale": global_scale}
 
 
+def rounded(weight: Tensor, args: Any, global_scale: Tensor | None = None) -> Tensor:
+    """A weight `(O, I)` on the grid of the scales that `weight_scales` gives it, in its own dtype."""
+    from compressed_tensors.quantization import fake_quantize
+
+    scales = weight_scales(weight, args, global_scale)
+    found: Tensor = fake_quantize(
+        weight, scales["weight_scale"], scales["weight_zero_point"], args, scales.get("weight_global_scale")
+    )
+    return found
+
+
 def global_scale_of(weight: Tensor, args: Any, importance: Tensor | None = None) -> Tensor:
     """The scale of a whole weight by which those of its groups fit their own dtype, `(1,)` float32."""
     from compressed_tensors.quantization.utils import generate_gparam

@@ -17,7 +17,6 @@ _RESHAPES = ("REAPPruningModifier",)
 _LEFT: Mapping[str, str] = {
     **dict.fromkeys(_ONLINE, "adds rotations that are made as the model runs"),
     **dict.fromkeys(_RESHAPES, "takes experts away, which makes another model"),
-    "AWQModifier": "only prepares for llm-compressor's own quantisation",
 }
 """What cannot be a step, and why: nothing of ours could go on from what it leaves."""
 

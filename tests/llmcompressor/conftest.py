@@ -19,8 +19,8 @@ from armor_recipes.session import Session
 from tests.support.engine import make_job
 
 Weights = dict[str, Tensor]
-#: Takes the modifiers of a recipe by their names, and gives llm-compressor's weights and ours.
-Both = Callable[[Mapping[str, Any]], tuple[Weights, Weights]]
+#: Takes the modifiers of a recipe by name, and fields that only ours have; gives llm-compressor's weights and ours, with scales.
+Both = Callable[..., tuple[Weights, Weights]]
 #: Few tokens leave H so close to singular that float32, in which llm-compressor factorises it, decides near ties otherwise.
 CALIBRATION = {"dataset": "builtin:pydoc", "samples": 96, "sequence_length": 128, "batch_size": 1}
 
@@ -37,17 +37,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def both(model: Path) -> Both:
     """Runs a recipe's modifiers, in the words of llm-compressor, in its `oneshot` and in a session of ours."""
+    return runs(model)
 
-    def run(modifiers: Mapping[str, Any]) -> tuple[Weights, Weights]:
+
+def runs(model: Path, **calibration: Any) -> Both:
+    """What runs a recipe on a folder's model in both."""
+
+    def run(modifiers: Mapping[str, Any], **own: Any) -> tuple[Weights, Weights]:
         stage = {"prune_stage": {"prune_modifiers": dict(modifiers)}}
-        job = make_job({"model": str(model), "calibration": CALIBRATION, **stage, "output": {"path": "out"}})
+        our_stage = {"prune_stage": {"prune_modifiers": {k: {**v, **own.get(k, {})} for k, v in modifiers.items()}}}
+        data = {**CALIBRATION, **calibration}
+        job = make_job({"model": str(model), "calibration": data, **our_stage, "output": {"path": "out"}})
         (spec,) = {entry.config.calibration for entry in job.recipe.modifiers if entry.config.calibration}
         inputs = build_tokens(spec, tokenizer=AutoTokenizer.from_pretrained(model), vocab_size=2048)
         theirs = _oneshot(model, stage, inputs.ids)
         ours = load_model(job.source, device=job.device)
         with Session(job.recipe, job.plan, ours, job.modifiers, {spec: inputs}, stored_dtype=torch.float32) as session:
             session.run()
-        return _weights(theirs), _weights(ours)
+        quantised = {name: result.quantized for name, result in session.results.items() if result.quantized is not None}
+        scales = {f"{name}.weight_scale": layer.tensors["weight_scale"] for name, layer in quantised.items()}
+        return _weights(theirs), {**_weights(ours), **scales}
 
     return run
 

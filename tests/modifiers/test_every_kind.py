@@ -70,6 +70,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {**TRAINED, "hidden_layers": 0},
     ],
     "SmoothQuantModifier": [{}, {"mappings": [[[r"re:.*(gate|up)_proj"], r"re:.*post_attention_layernorm"]]}],
+    "AWQModifier": [
+        {"n_grid": 4},
+        {"n_grid": 4, "duo_scaling": "both", "propagate": "dense"},
+        {"n_grid": 2, "duo_scaling": False, "mappings": [[r"re:.*up_proj", [r"re:.*down_proj"]]]},
+    ],
     "ChannelPermutationModifier": [
         {"targets": [DOWN]},
         {"targets": [DOWN, r"re:.*o_proj$"], "propagate": "dense", "block_size": 8},
@@ -83,6 +88,7 @@ AROUND: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Rearranging": ({}, {"NoWagModifier": {"targets": [MLP]}}),
     "Smoothing": ({}, {"NoWagModifier": {"targets": [ALL]}}),
     "GPTQModifier": ({}, {}),
+    "AWQModifier": ({}, {"GPTQModifier": {"targets": [ALL], "config_groups": {"g": {"weights": {"group_size": -1}}}}}),
 }
 CASES = [(name, index) for name, fields in OPTIONS.items() for index in range(len(fields))]
 case = pytest.mark.parametrize(("name", "index"), CASES, ids=[f"{name}-{index}" for name, index in CASES])

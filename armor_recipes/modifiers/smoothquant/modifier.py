@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
-from torch import Tensor
 
 from armor_recipes.modifiers.base import UNROUNDED
-from armor_recipes.modifiers.kinds.smoother import Smoother
+from armor_recipes.modifiers.kinds.smoother import Scales, Smoothed, Smoother
 from armor_recipes.modifiers.registry import register
 from armor_recipes.recipe.schema import ModifierConfig, Targets
 from armor_recipes.solver.smoothing import smoothing_scales
@@ -76,6 +75,7 @@ class SmoothQuantModifier(Smoother[SmoothQuantConfig]):
         """`mappings`."""
         return self.config.mappings or ()
 
-    def scales(self, spread: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """The channels' scales `(I,)`."""
-        return smoothing_scales(spread, weights, strength=self.config.smoothing_strength)
+    def scales(self, found: Smoothed) -> Scales:
+        """The channels' scales."""
+        assert found.spread is not None
+        return Scales(smoothing_scales(found.spread, found.weights, strength=self.config.smoothing_strength))
