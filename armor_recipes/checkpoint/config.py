@@ -9,6 +9,7 @@ unknown keys are dropped, and `block_structure` is accepted with one strategy on
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from armor_recipes.checkpoint.header import shown
 from armor_recipes.checkpoint.packing import GROUP_STEP, KEPT_PER_VALUE, PackedLinear
-from armor_recipes.checkpoint.quantized import FORMATS, MIXED, Scheme
+from armor_recipes.checkpoint.quantized import DENSE, FORMATS, MIXED, Scheme, cache_tensors
 from armor_recipes.errors import CheckpointError
 
 FORMAT = "sparse-24-bitmask"
@@ -121,6 +122,7 @@ def quantization_config(
     shared: Mapping[str, str] | None = None,
     tied: Mapping[str, str] | None = None,
     quantized: Mapping[str, Scheme] | None = None,
+    cache: str | None = None,
 ) -> dict[str, Any]:
     """Describe these layers, with keys and an order that depend on nothing but the arguments.
 
@@ -129,7 +131,8 @@ def quantization_config(
         ignore: full names of the linear modules left dense.
         shared: full name of a module without a B of its own → of the module of the same group whose B it uses.
         tied: full name of a further module that has the weight of a layer, and is none of `layers` → of that layer.
-        quantized: full module name → what a plain layer is quantised to. There is a layer here or in `layers`.
+        quantized: full module name → what a plain layer is quantised to. There is a layer here or in `layers`, or `cache`.
+        cache: how keys and values are quantised, as JSON of compressed-tensors' args.
     """
     groups: dict[LayerSpec, list[str]] = defaultdict(list)
     stored, tied = dict(shared or {}), tied or {}
@@ -144,10 +147,10 @@ def quantization_config(
     formats = {group["format"] for group in found}
     return {
         "config_groups": {f"group_{index}": group for index, group in enumerate(found)},
-        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "format": MIXED if len(formats) > 1 else formats.pop() if formats else DENSE,
         "global_compression_ratio": None,
         "ignore": sorted(ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if cache is None else json.loads(cache),
         "quant_method": QUANT_METHOD,
         "quantization_status": "compressed",
         "version": SCHEMA_VERSION,
@@ -288,9 +291,29 @@ def version_of(config: object) -> int:
     groups = config.get("config_groups") if isinstance(config, Mapping) else None
     found = groups.values() if isinstance(groups, Mapping) else ()
     tied = any(TIED_KEY in _observer_kwargs(g.get("weights")) for g in found if isinstance(g, Mapping))
-    if any(_new_in_four(g) for g in found if isinstance(g, Mapping)):
+    if (
+        any(_new_in_four(g) for g in found if isinstance(g, Mapping))
+        or cache_of(config, where="config.json") is not None
+    ):
         return FORMAT_VERSION
     return _VERSION_WITHOUT_ACTIVATIONS if tied else _VERSION_WITHOUT_TIES
+
+
+def cache_of(config: object, *, where: str) -> str | None:
+    """How keys and values are quantised, as JSON of compressed-tensors' args; None where they are not. Raises CheckpointError,
+    starting with `where`, for a `kv_cache_scheme` that it does not read.
+    """
+    value = config.get("kv_cache_scheme") if isinstance(config, Mapping) else None
+    if value is None:
+        return None
+    try:
+        text = json.dumps(value, sort_keys=True)
+        cache_tensors(text)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{where}: quantization_config.kv_cache_scheme is none that compressed-tensors reads: {error}"
+        ) from error
+    return text
 
 
 def _new_in_four(group: Mapping[str, Any]) -> bool:
@@ -311,9 +334,12 @@ def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
         raise CheckpointError(
             f"{where}: no quantization_config with quant_method {QUANT_METHOD!r}: not an ARMOR checkpoint"
         )
-    _check_one_of(config, "format", (FORMAT, MIXED, *FORMATS), where=where)
-    _check_field(config, "quantization_status", "compressed", where=where)
     groups = config.get("config_groups")
+    alone = groups == {} and cache_of(config, where=where) is not None
+    _check_one_of(config, "format", (DENSE,) if alone else (FORMAT, MIXED, *FORMATS), where=where)
+    _check_field(config, "quantization_status", "compressed", where=where)
+    if alone:
+        return {}
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(
             f"{where}: quantization_config.config_groups is {shown(groups)}; it must name at least one group"

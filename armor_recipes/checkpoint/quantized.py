@@ -28,6 +28,8 @@ FORMATS = (
 )
 """Formats of compressed-tensors that plain layers are written in and read from: names of its registry, which runs a file
 that a name names, so nothing else of a checkpoint reaches it."""
+DENSE = "dense"
+"""What `quantization_config` says of itself where it has no group: keys and values alone are quantised."""
 MIXED = "mixed-precision"
 """What `quantization_config` says of itself where its groups have several formats."""
 
@@ -133,6 +135,50 @@ class QuantizedLinear:
         if scheme.input_activations is None and scheme.output_activations is None:
             return None
         return ActivationQuantizer(self.scheme, _loaded(self.tensors, dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedCache:
+    """Keys and values of one attention module on their way into the cache: how they are quantised, as JSON of compressed-tensors'
+    args, and the scales of those that are not dynamic (`k_scale`, `v_scale`, and zero points where they are not symmetric).
+    """
+
+    text: str
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def args(self) -> Any:
+        """compressed-tensors' `QuantizationArgs`."""
+        return cache_args(self.text)
+
+    def states(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `(B, heads, T, D)`, quantised and dequantised as compressed-tensors does it."""
+        from compressed_tensors.quantization import QuantizationStatus
+        from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+        tensors = {name: tensor.to(keys.device) for name, tensor in _loaded(self.tensors, keys.dtype).items()}
+        layer = SimpleNamespace(quantization_status=QuantizationStatus.DECOMPRESSED, **tensors)
+        return forward_quantize(layer, keys, "k", self.args), forward_quantize(layer, values, "v", self.args)
+
+
+@lru_cache(maxsize=16)
+def cache_args(text: str) -> Any:
+    """compressed-tensors' args of a cache, from their JSON. Raises ValueError for what it does not read."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    return QuantizationArgs(**json.loads(text))
+
+
+def described_cache(text: str) -> str:
+    """How keys and values are quantised, for people: `float8 by tensor`."""
+    return _described(cache_args(text))
+
+
+def cache_tensors(text: str) -> tuple[str, ...]:
+    """The names of the tensors that an attention module has for its cache, after its own."""
+    args = cache_args(text)
+    parts = () if args.dynamic is True else ("scale",) if args.symmetric else ("scale", "zero_point")
+    return tuple(f"{state}_{part}" for state in ("k", "v") for part in parts)
 
 
 def packed_zero_point(

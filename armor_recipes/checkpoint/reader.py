@@ -19,6 +19,7 @@ from armor_recipes.checkpoint.config import (
     VALUES,
     LayerSpec,
     PackedShapes,
+    cache_of,
     layer_specs,
     tensor_names,
 )
@@ -28,7 +29,7 @@ from armor_recipes.checkpoint.files import read_header as read_header
 from armor_recipes.checkpoint.header import TensorInfo, read_json, shown
 from armor_recipes.checkpoint.legacy import is_legacy, open_legacy
 from armor_recipes.checkpoint.packing import KEPT_PER_VALUE, PackedLinear
-from armor_recipes.checkpoint.quantized import WEIGHT_PACKED, QuantizedLinear, Scheme
+from armor_recipes.checkpoint.quantized import WEIGHT_PACKED, QuantizedCache, QuantizedLinear, Scheme, cache_tensors
 from armor_recipes.checkpoint.targets import plain_schemes, quantized_names
 from armor_recipes.errors import CheckpointError
 from armor_recipes.paths import user_path
@@ -288,7 +289,41 @@ def checked_layers(folder: Path, quantization: Any, tensors: Mapping[str, Tensor
             raise CheckpointError(
                 f"{info.file}: {shown(tensor)} belongs to no layer that {where} names: the two do not match"
             )
+    cached_modules(cache_of(quantization, where=where), tensors, where=where)
     return dict(sorted(own.items()))
+
+
+def read_caches(folder: Path) -> dict[str, QuantizedCache]:
+    """What keys and values of each attention module with scales are quantised to; empty where none are, or dynamically.
+
+    Raises:
+        CheckpointError: where a module has some of its scales and not all.
+    """
+    where, tensors = str(folder / CONFIG_FILE), read_header(folder)
+    scheme = cache_of(read_config(folder).get("quantization_config"), where=where)
+    names = cached_modules(scheme, tensors, where=where)
+    parts = () if scheme is None else cache_tensors(scheme)
+    return {
+        name: QuantizedCache(str(scheme), {part: read_tensor(tensors, f"{name}.{part}") for part in parts})
+        for name in names
+    }
+
+
+def cached_modules(scheme: str | None, tensors: Mapping[str, TensorInfo], *, where: str) -> tuple[str, ...]:
+    """The modules with scales of keys and values, sorted; none where those are not quantised, or dynamically.
+
+    Raises:
+        CheckpointError: where a module has some of its scales and not all.
+    """
+    parts = () if scheme is None else cache_tensors(scheme)
+    found = sorted({name.removesuffix(f".{part}") for part in parts for name in tensors if name.endswith(f".{part}")})
+    for name in found:
+        lacking = [part for part in parts if f"{name}.{part}" not in tensors]
+        if lacking:
+            raise CheckpointError(
+                f"{where} has a kv_cache_scheme, and no file holds {lacking[0]} of {shown(name)}: copy the files again"
+            )
+    return tuple(found)
 
 
 def _check_layer(name: str, spec: LayerSpec, tensors: Mapping[str, TensorInfo], *, where: str) -> None:

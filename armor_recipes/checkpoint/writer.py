@@ -19,7 +19,7 @@ from armor_recipes.checkpoint.config import INPUT_FACTOR, VALUES, LayerSpec, nam
 from armor_recipes.checkpoint.files import CONFIG_FILE, INDEX_FILE, read_header, read_tensor, write_whole
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
+from armor_recipes.checkpoint.quantized import QuantizedCache, QuantizedLinear, Scheme
 from armor_recipes.checkpoint.reader import check_folder
 from armor_recipes.checkpoint.stored import StoredTensors
 from armor_recipes.errors import CheckpointError, PlanError
@@ -43,6 +43,7 @@ def write_checkpoint(
     *,
     dtype: torch.dtype,
     quantized: Mapping[str, QuantizedLinear] | None = None,
+    caches: Mapping[str, QuantizedCache] | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
     base_config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -57,6 +58,7 @@ def write_checkpoint(
         destination: an empty folder, see `armor_recipes.checkpoint.staging`.
         dtype: what config.json names, and what the layers must be packed in.
         quantized: full module name → what is written in place of a plain layer's weight.
+        caches: full name of an attention module → what is written beside it; all are quantised alike.
         dtypes: of float tensors on disk, by their names in the model; those that it does not name are in `dtype`.
         base_config: the source's config.json, of which keys are kept that saving forgets.
         max_shard_bytes: larger models are split into several files.
@@ -71,9 +73,12 @@ def write_checkpoint(
     shared = shared_input_factors({name: layers[name] for name, _ in model.named_modules() if name in layers})
     dense = _dense_linears(model, {*layers, *tied, *plain})
     schemes = {name: layer.scheme for name, layer in plain.items()}
-    config = quantization_config(layers, dense, shared, tied, schemes) if layers or plain else None
+    cache = next((one.text for one in (caches or {}).values()), None)
+    config = quantization_config(layers, dense, shared, tied, schemes, cache) if layers or plain or caches else None
     state = _with_quantized(_state_dict(model, layers, dtypes or {}, dtype, shared, tied), plain)
-    with _config_for_saving(model, config), _own_names(model, wanted=bool(layers or plain)) as renamed:
+    beside = {f"{name}.{part}": value for name, one in (caches or {}).items() for part, value in one.tensors.items()}
+    state = dict(sorted({**state, **beside}.items())) if beside else state
+    with _config_for_saving(model, config), _own_names(model, wanted=config is not None) as renamed:
         model.save_pretrained(
             destination, state_dict=state, max_shard_size=max_shard_bytes, save_original_format=renamed
         )
@@ -88,6 +93,7 @@ def write_configs(
     *,
     dtype: torch.dtype,
     quantized: Mapping[str, Scheme] | None = None,
+    cache: str | None = None,
     base_config: Mapping[str, Any] | None = None,
     shapes: PreTrainedModel | None = None,
 ) -> None:
@@ -102,7 +108,7 @@ def write_configs(
     check_layers(structure, {**layers, **plain})
     layers, tied = stored_once(structure, layers)
     dense = _dense_linears(structure, {*layers, *tied, *plain})
-    config = quantization_config(layers, dense, None, tied, plain) if layers or plain else None
+    config = quantization_config(layers, dense, None, tied, plain, cache) if layers or plain or cache else None
     with _config_for_saving(model, config):
         model.config.save_pretrained(destination)
         if model.can_generate():

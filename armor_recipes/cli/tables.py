@@ -53,7 +53,7 @@ def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
     folded = sum(module.stored_as == "dense" and module.block_size is not None for module in plan.modules)
     for key, count in Counter(row.modifier for row in plan.rearrangements).items():
         lines.append(f"{entry_name(key)}: reorders the input channels of {count} modules first; bytes stay")
-    lines += _planned_refinements(plan) + _planned_experts(plan)
+    lines += _planned_caches(plan) + _planned_refinements(plan) + _planned_experts(plan)
     if folded:
         lines.append(
             f"{folded} factorised weights cannot be packed (that needs 2:4, blocks of a multiple of 4 columns, and rows of a "
@@ -95,6 +95,15 @@ def _by_modifier(rows: Iterable[R]) -> dict[str, list[R]]:
     for row in rows:
         found.setdefault(entry_name(row.modifier), []).append(row)
     return found
+
+
+def _planned_caches(plan: Plan) -> list[str]:
+    """One line a way of quantising keys and values."""
+    found: dict[tuple[str, str], int] = Counter((entry_name(row.modifier), row.described) for row in plan.caches)
+    return [
+        f"{name}: {what}, on their way into the cache of {_count(number, 'attention module')}; a server may do it otherwise"
+        for (name, what), number in found.items()
+    ]
 
 
 def _planned_refinements(plan: Plan) -> list[str]:

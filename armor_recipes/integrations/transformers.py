@@ -21,6 +21,7 @@ from armor_recipes.checkpoint.config import (
     FORMAT,
     SCALE,
     TENSOR_NAMES,
+    cache_of,
     input_factors_of,
     layer_spec_of,
     named_tensors,
@@ -32,9 +33,10 @@ from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_head
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.legacy import is_legacy, open_legacy
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.checkpoint.reader import check_folder
+from armor_recipes.checkpoint.reader import check_folder, read_caches
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import ArmorError, CheckpointError, PlanError
+from armor_recipes.integrations.caches import run_caches, without_cache
 from armor_recipes.integrations.loading import tie_packed, wrap_quantizer
 from armor_recipes.integrations.plain import lay_out_zero_point, run_plain
 from armor_recipes.integrations.upstream import (
@@ -224,13 +226,16 @@ def _loaded(folder: Path, dtype: torch.dtype | str, attention: str | dict[str, A
     except PlanError as error:
         raise CheckpointError(str(error)) from error
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "use_safetensors": True, **options}
-    quantization = read_config(folder).get("quantization_config")
+    quantization, caches = read_config(folder).get("quantization_config"), read_caches(folder)
+    scheme = cache_of(quantization, where=str(folder))
+    if scheme is not None:
+        without_cache(config)
     if is_legacy(quantization):
         state, config.quantization_config = _legacy_state(folder, quantization)
         source = {"pretrained_model_name_or_path": None, "state_dict": state}
     source |= {"config": config, "dtype": dtype, "output_loading_info": True, **attention_option(attention)}
     model, info = load_class.from_pretrained(**source)
-    carried = _carried_over(folder)
+    carried = _carried_over(folder) | {f"{name}.{part}" for name, cache in caches.items() for part in cache.tensors}
     left = {
         kind: {str(n) for n in names} - (carried if kind == "unexpected_keys" else set())
         for kind, names in info.items()
@@ -241,6 +246,8 @@ def _loaded(folder: Path, dtype: torch.dtype | str, attention: str | dict[str, A
             f"{folder}: the tensors are not those of the model that config.json describes: {problems}"
         )
     loaded: PreTrainedModel = model
+    if scheme is not None:
+        run_caches(loaded, quantization or {}, scheme, caches)
     return loaded
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from armor_recipes.model.cache import States, through_cache
+
 InputHook = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]
 OutputHook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
@@ -32,6 +34,9 @@ class WeightStore(Protocol):
 
     def change_activations(self, module: str, before: InputHook | None, after: OutputHook | None) -> None:
         """Let what comes to a module, and what it puts out, pass through these instead of those given before; None leaves it."""
+
+    def change_cache(self, module: str, change: States) -> None:
+        """Let keys and values of an attention module pass through this before its cache takes them."""
 
     def lent(self, parameters: Sequence[str]) -> AbstractContextManager[None]:
         """Give the memory of these back while a step holds something in their place; afterwards they mean nothing until written."""
@@ -75,6 +80,11 @@ class InMemory:
         handles = [] if before is None else [found.register_forward_pre_hook(before)]
         handles += [] if after is None else [found.register_forward_hook(after)]
         self._handles[module] = handles
+
+    def change_cache(self, module: str, change: States) -> None:
+        """Register a hook, which stays with the model."""
+        found = self._model.get_submodule(module)
+        found.register_forward_pre_hook(through_cache(found, change), with_kwargs=True)
 
     @contextmanager
     def lent(self, parameters: Sequence[str]) -> Iterator[None]:

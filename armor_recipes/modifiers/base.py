@@ -360,6 +360,11 @@ class AnyModifier(ABC, Generic[C]):
         raise NotImplementedError(f"{type(self).__name__} taps {tap.name} without a statistic for it")
 
     @property
+    def takes_modules(self) -> bool:
+        """Whether it does anything to the linear modules that `targets` match."""
+        return True
+
+    @property
     def words(self) -> tuple[str, ...]:
         """What rules about order may call it: its category and its traits."""
         return (self.category, *self.traits)

@@ -173,11 +173,11 @@ class ActivationRange:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Smallest and largest value, `(2, *shape of the scales)`: of inputs `(..., I)`, or with `attn_head` of states
-        `(batch, heads, tokens, dimensions)`.
+        `(batch, tokens, heads, dimensions)`.
         """
         args = self.args
         if args.strategy == "attn_head":
-            seen = x.transpose(1, 2).flatten(0, 1)[:, :, None, None]
+            seen = x.flatten(0, 1)[:, :, None, None]
         elif args.group_size:
             seen = x.reshape(-1, x.shape[-1]).unflatten(-1, (-1, args.group_size))
         else:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from armor_recipes.calibration.ranges import InputRange
-from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
+from armor_recipes.checkpoint.quantized import QuantizedCache, QuantizedLinear, Scheme, cache_args, cache_tensors
 from armor_recipes.errors import CheckpointError, UnfitError
 from armor_recipes.modifiers.base import Estimate, ModuleShape, Tap
 from armor_recipes.modifiers.observers import ActivationRange, rule_of
 from armor_recipes.modifiers.scales import activation_scales, global_scale_of, weight_scales
-from armor_recipes.modifiers.schemes import SchemeConfig
 
 #: Working copies of an (O, I) float32 matrix while it is rounded and packed.
 _WORKING_COPIES = 4
@@ -50,11 +50,16 @@ def observed_inputs(module: ModuleShape, scheme: Scheme) -> InputRange:
     return InputRange(module.name, module.d_in, ActivationRange.of(scheme.args.input_activations))
 
 
-def observed_outputs(tap: Tap, config: SchemeConfig) -> InputRange:
-    """What observes a module's outputs for the scales of its scheme."""
-    scheme = config.scheme_of(tap.module)
-    assert scheme is not None
-    return InputRange(tap.name, tap.width, ActivationRange.of(scheme.args.output_activations))
+def observed_tap(tap: Tap, args: Any) -> InputRange:
+    """What observes what comes by a tap, for scales of compressed-tensors' args."""
+    return InputRange(tap.name, tap.width, ActivationRange.of(args))
+
+
+def cached(scheme: str, keys: InputRange | None, values: InputRange | None, dtype: torch.dtype) -> QuantizedCache:
+    """What an attention module's cache needs, from what was observed of keys and values where their scales are static."""
+    args, like = cache_args(scheme), torch.empty(0, dtype=dtype)
+    found = {**activation_scales("k", args, keys, like), **activation_scales("v", args, values, like)}
+    return QuantizedCache(scheme, {name: found[name] for name in cache_tensors(scheme)})
 
 
 def shared_scale(together: Sequence[Tensor], scheme: Scheme, importance: Tensor | None = None) -> Tensor | None:

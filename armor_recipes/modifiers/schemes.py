@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
@@ -9,8 +10,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from torch import nn
 
-from armor_recipes.checkpoint.quantized import Scheme
+from armor_recipes.checkpoint.quantized import Scheme, cache_args
 from armor_recipes.errors import PlanError
+from armor_recipes.modifiers.base import Tap
 from armor_recipes.modifiers.observers import observer_of
 from armor_recipes.recipe.schema import ModifierConfig, Strict, Targets
 
@@ -118,7 +120,8 @@ class SchemeConfig(ModifierConfig):
     kv_cache_scheme: QuantizationArgs | None = Field(
         default=None,
         title="KV cache",
-        description="How keys and values are quantised in a server's cache: not done here yet, so that only null is taken.",
+        description="How keys and values are quantised on their way into the cache: `num_bits`, `type` and so on, `strategy: "
+        "tensor` or `attn_head`. With `scheme` or `config_groups`, or alone.",
     )
     weight_observer: Observer | None = Field(
         default=None, title="Weight observer", description="The `observer` of all weights that name none."
@@ -163,12 +166,9 @@ class SchemeConfig(ModifierConfig):
 
     @model_validator(mode="after")
     def _check_schemes(self) -> Self:
-        if self.kv_cache_scheme is not None:
-            raise ValueError(
-                "kv_cache_scheme is not done here yet: nothing would calibrate or store scales of keys and values; leave it out, "
-                "and tell the server to quantise its cache by itself"
-            )
-        if (self.scheme is None) == (self.config_groups is None):
+        self._check_cache()
+        alone = self.kv_cache_scheme is not None and not self.for_weights
+        if (self.scheme is None) == (self.config_groups is None) and not alone:
             found = "both are given" if self.scheme is not None else "neither is given"
             raise ValueError(
                 f"what to quantise to is one of `scheme` (a preset, `scheme: W4A16`) and `config_groups`: {found}"
@@ -179,6 +179,35 @@ class SchemeConfig(ModifierConfig):
         self._check_observers()
         self._check_presets()
         return self
+
+    def _check_cache(self) -> None:
+        """Raise ValueError for a cache that compressed-tensors does not read."""
+        try:
+            _ = self.cache
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"kv_cache_scheme: compressed-tensors refuses it: {error}") from error
+
+    @property
+    def for_weights(self) -> bool:
+        """Whether there is any scheme of weights, and not of keys and values alone."""
+        return self.scheme is not None or bool(self.config_groups)
+
+    @property
+    def cache(self) -> str | None:
+        """How keys and values are quantised, as JSON of compressed-tensors' args."""
+        if self.kv_cache_scheme is None:
+            return None
+        defaults = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+        fields = {**defaults, **_with_observer(self.kv_cache_scheme.model_dump(exclude_unset=True))}
+        strategy = cache_args(json.dumps(fields)).strategy
+        return json.dumps({**fields, "strategy": getattr(strategy, "value", strategy)}, sort_keys=True)
+
+    def args_of(self, tap: Tap) -> Any:
+        """compressed-tensors' args of what a module puts out, or of keys or values."""
+        if tap.side != "output":
+            return None if self.cache is None else cache_args(self.cache)
+        scheme = self.scheme_of(tap.module)
+        return None if scheme is None else scheme.args.output_activations
 
     def _check_observers(self) -> None:
         """Raise ValueError for observers that are not here, and for two ways of naming them at once."""
@@ -273,10 +302,13 @@ class SchemeConfig(ModifierConfig):
 def _with_observers(fields: dict[str, Any]) -> dict[str, Any]:
     """A group's fields with the observer that llm-compressor gives activations; older compressed-tensors would put in another."""
     for part in ("input_activations", "output_activations"):
-        args = fields.get(part)
-        if args is not None and args.get("dynamic") is not True and args.get("observer") is None:
-            fields[part] = {**args, "observer": "minmax"}
+        if fields.get(part) is not None:
+            fields[part] = _with_observer(fields[part])
     return fields
+
+
+def _with_observer(args: dict[str, Any]) -> dict[str, Any]:
+    return args if args.get("dynamic") is True or args.get("observer") else {**args, "observer": "minmax"}
 
 
 def _many(targets: object) -> tuple[str, ...]:

@@ -188,7 +188,8 @@ def _plan_entry(
         tuple(after),
     )
     unfit = {name: not_linear(name, subject.model.get_submodule(name)) for name in matched.others}
-    problems, skipped = planning.unfit(unfit if modifier.kind.chooses else {**unfit, **shared.unfit})
+    refused = unfit if modifier.kind.chooses else {**unfit, **shared.unfit}
+    problems, skipped = planning.unfit(refused if modifier.takes_modules else {})
     try:
         found = modifier.kind.plan(planning, modifier)
     except PlanError as error:

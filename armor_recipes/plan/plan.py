@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from armor_recipes.modifiers.kinds.caches import CachePlan
 from armor_recipes.modifiers.kinds.contract import Overridden, Row, Skipped
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.rearranger import RearrangePlan
@@ -91,6 +92,11 @@ class Plan:
     def refinements(self) -> tuple[RefinePlan, ...]:
         """What is trained."""
         return self.section(RefinePlan.section)
+
+    @property
+    def caches(self) -> tuple[CachePlan, ...]:
+        """Attention modules whose keys and values are quantised."""
+        return self.section(CachePlan.section)
 
     @property
     def flops(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from armor_recipes.calibration.inputs import TOKENS, InputSet, Source
+from armor_recipes.checkpoint.quantized import QuantizedCache
 from armor_recipes.evaluation import Evaluation
 from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
 from armor_recipes.modifiers.kinds.module import ModulePlan
@@ -43,6 +44,7 @@ class Facts:
     modules: Mapping[str, ModuleResult]
     results: Sequence[StepResult]
     evaluations: Sequence[Evaluation]
+    caches: Mapping[str, QuantizedCache] = field(default_factory=dict)
 
     @property
     def refinements(self) -> tuple[RefineResult, ...]:

@@ -218,6 +218,7 @@ class _Run:
             tokens=self.ready.data.tokens,
             modules=session.results,
             results=session.state.results,
+            caches=session.state.caches,
             evaluations=evaluations,
         )
 
@@ -288,6 +289,7 @@ class _Run:
             folder,
             dtype=self.job.source.stored_dtype,
             quantized={n: result.quantized for n, result in facts.modules.items() if result.quantized is not None},
+            caches=facts.caches,
             dtypes=self.dtypes,
             base_config={} if base is None else read_config(base),
         )

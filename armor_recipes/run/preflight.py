@@ -130,6 +130,7 @@ def _try_model(job: Job, model: PreTrainedModel | None, folder: Path) -> None:
             folder,
             dtype=job.source.stored_dtype,
             quantized={row.name: row.quantized for row in job.plan.stored.values() if row.quantized is not None},
+            cache=next((row.scheme for row in job.plan.caches), None),
             base_config={} if base is None else read_config(base),
             shapes=job.shapes,
         )

@@ -31,6 +31,9 @@ def commit(changes: Changes, weights: WeightStore, state: State) -> None:
         kept = changes.factors[name] if changes.packed and name in changes.factors else None
         state.modules[name] = replace(result, packed=kept, quantized=changes.quantized.get(name))
         _run_as_stored(name, changes.quantized.get(name), weights)
+    for name, cache in changes.caches.items():
+        weights.change_cache(name, cache.states)
+    state.caches |= changes.caches
     state.results += changes.results
 
 

@@ -6,21 +6,23 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from armor_recipes.calibration.moment_range import MomentAndRange
 from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.calibration.statistics import InputGram
-from armor_recipes.checkpoint.quantized import Scheme
+from armor_recipes.checkpoint.quantized import QuantizedCache, Scheme
 from armor_recipes.errors import PlanError
 from armor_recipes.modifiers.base import Estimate, ModuleShape, Tap
 from armor_recipes.modifiers.kinds.factor import FactorModifier
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome, Quantizer
 from armor_recipes.modifiers.plain import (
+    cached,
     observed_inputs,
-    observed_outputs,
+    observed_tap,
     plan_plain,
     shared_scale,
     stored,
@@ -77,6 +79,16 @@ class GPTQModifier(Quantizer[GPTQConfig]):
         found = self.config.scheme_of(name, module)
         return None if found is None else _ordered(found, self.config)
 
+    @property
+    def cache(self) -> str | None:
+        """How keys and values are quantised."""
+        return self.config.cache
+
+    @property
+    def takes_modules(self) -> bool:
+        """Whether there is any scheme of weights."""
+        return self.config.for_weights
+
     def outranked(self, name: str, module: Any) -> tuple[Scheme, ...]:
         """The schemes of groups that match a module less closely."""
         return self.config.matching(name, module)[1:]
@@ -114,8 +126,12 @@ class GPTQModifier(Quantizer[GPTQConfig]):
         return MomentAndRange(InputGram(module.name, module.d_in), observed_inputs(module, scheme))
 
     def listen(self, tap: Tap) -> InputRange:
-        """The range of what a module puts out."""
-        return observed_outputs(tap, self.config)
+        """The range of what a module puts out, or of keys or values."""
+        return observed_tap(tap, self.config.args_of(tap))
+
+    def cached(self, scheme: str, keys: Any, values: Any, dtype: torch.dtype) -> QuantizedCache:
+        """The scales of keys and values."""
+        return cached(scheme, keys, values, dtype)
 
     def quantize(
         self,

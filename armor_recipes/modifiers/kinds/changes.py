@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
+from armor_recipes.checkpoint.quantized import QuantizedCache, QuantizedLinear, Scheme
 from armor_recipes.errors import CheckpointError
 
 
@@ -121,6 +121,7 @@ class Changes:
         weights: new values by parameter, in compute dtype, each of the parameter's shape.
         factors: packed factors by module; None where a plain weight takes their place.
         quantized: plain weights as they are stored, by module.
+        caches: how keys and values are quantised on their way into the cache, by attention module.
         packed: whether the weights of modules with factors are what a loader makes of the factors, bit for bit.
         sharing: for each module the first of those that share its B.
         gradients: g by module, in the order of new rows.
@@ -133,6 +134,7 @@ class Changes:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     factors: Mapping[str, PackedLinear | None] = field(default_factory=dict)
     quantized: Mapping[str, QuantizedLinear] = field(default_factory=dict)
+    caches: Mapping[str, QuantizedCache] = field(default_factory=dict)
     packed: bool = False
     sharing: Mapping[str, str] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
@@ -153,6 +155,8 @@ class Changes:
                     tensors[f"factors/{name}/{part.name}"] = found
         for name, layer in self.quantized.items():
             tensors |= {f"quantized/{name}/{part}": value for part, value in layer.tensors.items()}
+        for name, cache in self.caches.items():
+            tensors |= {f"caches/{name}/{part}": value for part, value in cache.tensors.items()}
         aliases = _aliases(tensors)
         own = {name: value.contiguous() for name, value in tensors.items() if name not in aliases}
         save_file(own, path, {"changes": json.dumps({**self._record(), "aliases": aliases})})
@@ -173,6 +177,7 @@ class Changes:
             "activations": {name: factors.activations for name, factors in self.factors.items() if factors is not None},
             "folded": {name: str(dtype).removeprefix("torch.") for name, dtype in self._folded.items()},
             "quantized": {name: [one.scheme.text, *one.tensors] for name, one in self.quantized.items()},
+            "caches": {name: [one.text, *one.tensors] for name, one in self.caches.items()},
             "weights": list(self.weights),
             "modules": {name: result.record() for name, result in self.modules.items()},
             "results": [[type(result).__name__, result.record()] for result in self.results],
@@ -221,6 +226,10 @@ def _read(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Changes:
         quantized={
             name: QuantizedLinear(Scheme(scheme), {part: tensors[f"quantized/{name}/{part}"] for part in parts})
             for name, (scheme, *parts) in record["quantized"].items()
+        },
+        caches={
+            name: QuantizedCache(text, {part: tensors[f"caches/{name}/{part}"] for part in parts})
+            for name, (text, *parts) in record["caches"].items()
         },
         packed=record["packed"],
         sharing=record["sharing"],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import Batch, InputSet
 from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.quantized import QuantizedCache
 from armor_recipes.errors import ArmorError, PlanError, UnfitError
 from armor_recipes.events import Observer, SolveProgressed
 from armor_recipes.model.blocks import Stack, Stacks
@@ -266,6 +267,7 @@ class State:
         modules: results by module, in the order of the first; the last one counts.
         results: what is no module's, in order.
         factors: packed factors by module, where a checkpoint or a later modifier needs them.
+        caches: how keys and values are quantised, by attention module.
         sharing: for each module the first of those that share its B, often itself.
         gradients: g by module, where a modifier of the stage asked for it.
     """
@@ -273,6 +275,7 @@ class State:
     modules: dict[str, ModuleResult] = field(default_factory=dict)
     results: list[Any] = field(default_factory=list)
     factors: dict[str, PackedLinear] = field(default_factory=dict)
+    caches: dict[str, QuantizedCache] = field(default_factory=dict)
     sharing: dict[str, str] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
+from armor_recipes.checkpoint.quantized import QuantizedCache, QuantizedLinear, Scheme
 from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.events import ModuleFinished
 from armor_recipes.modifiers.base import AnyModifier, C, Estimate, ModuleShape, Needs, Statistic, Tap, fed_with_inputs
+from armor_recipes.modifiers.kinds.caches import CachePlan, cache_changes, plan_caches, replaced_caches
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult
 from armor_recipes.modifiers.kinds.contract import (
     BlockContext,
@@ -83,7 +84,8 @@ class Quantizing(Kind):
                 "it out"
             )
         made = {row.name: row for row in planning.made(ModulePlan.section)}
-        schemes, unknown = _schemes(planning, modifier)
+        caches = plan_caches(planning, modifier.cache)
+        schemes, unknown = _schemes(planning, modifier) if modifier.takes_modules else ({}, {})
         packed: dict[Scheme, list[str]] = {}
         plain: list[str] = []
         for name, scheme in schemes.items():
@@ -96,32 +98,42 @@ class Quantizing(Kind):
         problems, skipped = planning.unfit(unknown)
         rows: tuple[Any, ...] = tuple(row for one in found for row in one.rows)
         replaced = tuple(made[row.name] for row in rows if isinstance(made.get(row.name), QuantizedPlan))
+        old = tuple(replaced_caches(caches, planning))
         return Planned(
-            rows,
+            rows + caches,
             tuple(problem for one in found for problem in one.problems) + problems,
             tuple(left for one in found for left in one.skipped) + skipped,
-            replaced,
-            (*_later_counts(replaced, planning.entry.key), *_closer_counts(rows, planning, modifier)),
+            replaced + tuple(row for row, _ in old),
+            (
+                *_later_counts(replaced, planning.entry.key),
+                *_closer_counts(rows, planning, modifier),
+                *(told for _, told in old),
+            ),
         )
 
     def units(self, shares: Sequence[Share], context: BlockContext) -> Iterator[Unit]:
-        """The plain weights, then the cores, those of one scheme at once."""
+        """The plain weights, then the cores, those of one scheme at once, then keys and values."""
         for share in shares:
             plain = tuple(row for row in share.rows if isinstance(row, QuantizedPlan))
             if plain:
                 yield Unit(f"{share.entry.key}/{context.name}/plain", (replace(share, rows=plain),))
             cores: dict[Any, list[ModulePlan]] = {}
             for row in share.rows:
-                if not isinstance(row, QuantizedPlan):
+                if not isinstance(row, QuantizedPlan | CachePlan):
                     cores.setdefault((row.core, row.group_size, row.activations), []).append(row)
             for number, rows in enumerate(cores.values()):
                 end = f"/{number}" if number else ""
                 yield Unit(f"{share.entry.key}/{context.name}{end}", (replace(share, rows=tuple(rows)),))
+            caches = tuple(row for row in share.rows if isinstance(row, CachePlan))
+            if caches:
+                yield Unit(f"{share.entry.key}/{context.name}/cache", (replace(share, rows=caches),))
 
     @torch.no_grad()
     def run(self, unit: Unit, context: BlockContext) -> Changes:
         """Quantise the unit's modules."""
         (share,) = unit.shares
+        if isinstance(share.rows[0], CachePlan):
+            return cache_changes(share, unit.key, context)
         if not isinstance(share.rows[0], QuantizedPlan):
             modifier: Any = share.modifier
             core = modifier.core_of_row(share.rows[0])
@@ -166,6 +178,15 @@ class Quantizer(AnyModifier[C]):
     def needs(self) -> Needs:
         """Factors, and inputs from the model as compressed so far."""
         return fed_with_inputs(self.config, factors=True)
+
+    @property
+    def cache(self) -> str | None:
+        """How keys and values are quantised, as JSON of compressed-tensors' args; None where they are not."""
+        return None
+
+    def cached(self, scheme: str, keys: Any, values: Any, dtype: torch.dtype) -> QuantizedCache:
+        """What is stored for the cache of an attention module whose keys and values were observed; None where they were not."""
+        raise NotImplementedError(f"{type(self).__name__} has no scales for {scheme}")
 
     @abstractmethod
     def scheme_of(self, name: str, module: Any) -> Scheme | None:

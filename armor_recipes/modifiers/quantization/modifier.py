@@ -6,21 +6,23 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from armor_recipes.calibration.moment_range import MomentAndRange
 from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.calibration.statistics import InputGram, InputSecondMoment
-from armor_recipes.checkpoint.quantized import Scheme
+from armor_recipes.checkpoint.quantized import QuantizedCache, Scheme
 from armor_recipes.errors import UnfitError
 from armor_recipes.modifiers.base import AnyModifier, Estimate, ModuleShape, SolveProgress, Tap
 from armor_recipes.modifiers.kinds.factor import FactorModifier, FactorOutcome
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome, Quantizer
 from armor_recipes.modifiers.plain import (
+    cached,
     observed_inputs,
-    observed_outputs,
+    observed_tap,
     plan_plain,
     quantized,
     shared_scale,
@@ -286,6 +288,16 @@ class QuantizationModifier(Quantizer[QuantizationConfig]):
         """The scheme of the group that takes a module; None where none does."""
         return self.config.scheme_of(name, module)
 
+    @property
+    def cache(self) -> str | None:
+        """How keys and values are quantised."""
+        return self.config.cache
+
+    @property
+    def takes_modules(self) -> bool:
+        """Whether there is any scheme of weights."""
+        return self.config.for_weights
+
     def outranked(self, name: str, module: Any) -> tuple[Scheme, ...]:
         """The schemes of groups that match a module less closely."""
         return self.config.matching(name, module)[1:]
@@ -308,8 +320,12 @@ class QuantizationModifier(Quantizer[QuantizationConfig]):
         return weighs_columns(scheme) or (inputs is not None and inputs.dynamic is not True)
 
     def listen(self, tap: Tap) -> InputRange:
-        """The range of what a module puts out."""
-        return observed_outputs(tap, self.config)
+        """The range of what a module puts out, or of keys or values."""
+        return observed_tap(tap, self.config.args_of(tap))
+
+    def cached(self, scheme: str, keys: Any, values: Any, dtype: torch.dtype) -> QuantizedCache:
+        """The scales of keys and values."""
+        return cached(scheme, keys, values, dtype)
 
     def alike(self, module: ModuleShape) -> Hashable:
         """The observers of plain weights."""
