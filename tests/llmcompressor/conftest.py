@@ -50,7 +50,7 @@ def runs(model: Path, **calibration: Any) -> Both:
         job = make_job({"model": str(model), "calibration": data, **our_stage, "output": {"path": "out"}})
         (spec,) = {entry.config.calibration for entry in job.recipe.modifiers if entry.config.calibration}
         inputs = build_tokens(spec, tokenizer=AutoTokenizer.from_pretrained(model), vocab_size=2048)
-        theirs = _oneshot(model, stage, inputs.ids)
+        theirs = oneshot_model(model, stage, inputs.ids)
         ours = load_model(job.source, device=job.device)
         with Session(job.recipe, job.plan, ours, job.modifiers, {spec: inputs}, stored_dtype=torch.float32) as session:
             session.run()
@@ -61,7 +61,7 @@ def runs(model: Path, **calibration: Any) -> Both:
     return run
 
 
-def _oneshot(model: Path, recipe: Mapping[str, Any], ids: Tensor) -> torch.nn.Module:
+def oneshot_model(model: Path, recipe: Mapping[str, Any], ids: Tensor) -> torch.nn.Module:
     import yaml
     from llmcompressor import oneshot
 

@@ -15,7 +15,7 @@ from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.calibration.statistics import InputGram, InputSecondMoment
 from armor_recipes.checkpoint.quantized import QuantizedCache, Scheme
 from armor_recipes.errors import UnfitError
-from armor_recipes.modifiers.base import AnyModifier, Estimate, ModuleShape, SolveProgress, Tap
+from armor_recipes.modifiers.base import AnyModifier, Estimate, ModuleShape, Propagate, SolveProgress, Tap
 from armor_recipes.modifiers.kinds.factor import FactorModifier, FactorOutcome
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome, Quantizer
@@ -44,6 +44,12 @@ _WORKING_COPIES = 12
 class QuantizationConfig(SchemeConfig):
     """Quantise linear weights by compressed-tensors' schemes; of 2:4 factors the core, and A and B are re-solved around it."""
 
+    propagate: Propagate = Field(
+        default="compressed",
+        title="Error propagation",
+        description="Where calibration inputs come from: `compressed`, the model as compressed so far, quantised layers with "
+        "it; `dense`, the original model, on which llm-compressor calibrates static scales.",
+    )
     resolve: Annotated[bool, Field(strict=True)] = Field(
         default=True,
         title="Re-solve A and B",
