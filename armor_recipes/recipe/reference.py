@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, PlainSerializer
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from armor_recipes.recipe.json_schema import EXTENDS_DESCRIPTION, REMOVE_DESCRIPTION, VARS_DESCRIPTION
 from armor_recipes.recipe.schema import (
@@ -27,6 +28,7 @@ from armor_recipes.recipe.schema import (
     Sections,
     ServeSpec,
     SkippedLayers,
+    Strict,
     WeightedDataset,
 )
 
@@ -66,7 +68,19 @@ def reference_markdown(registry: Mapping[str, type[ModifierConfig]]) -> str:
     for kind, model in sorted(registry.items()):
         own = {name: field for name, field in model.model_fields.items() if name not in ModifierConfig.model_fields}
         parts.append(_table(f"`{kind}`", _summary(model), _rows(own)))
+        nested = ((name, form) for name, field in own.items() for form in _mappings(field.annotation))
+        parts += [
+            _table(f"`{kind}.{name}` (as a mapping)", _summary(form), _rows(form.model_fields)) for name, form in nested
+        ]
     return "\n".join(parts)
+
+
+def _mappings(annotation: object) -> list[type[Strict]]:
+    """The models among several forms that a field's value may have."""
+    forms = [form for form in typing.get_args(annotation) if form is not type(None)]
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType) or len(forms) == 1:
+        return []
+    return [form for form in forms if isinstance(form, type) and issubclass(form, Strict)]
 
 
 def _summary(model: type[BaseModel]) -> str:
@@ -135,12 +149,13 @@ def kind_of(annotation: object) -> str:
     """Return how a field's type is described to a user: `text`, `list of text`, `auto, float16 or float32`, …."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        return kind_of(parts[0])
+        wider = [item.json_schema_input_type for item in parts[1:] if isinstance(item, BeforeValidator)]
+        return kind_of(next((form for form in wider if form is not PydanticUndefined), parts[0]))
     if origin is Literal:
         return _either(f"`{value}`" for value in parts)
     if origin in (typing.Union, types.UnionType):
         return _either(kind_of(part) for part in parts if part is not type(None))
-    if origin is dict:
+    if origin in (dict, Mapping):
         return "mapping"
     if origin in (tuple, list):
         return _kind_of_list([part for part in parts if part is not Ellipsis])
