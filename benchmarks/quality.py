@@ -104,24 +104,23 @@ def armor(*after: str, before: Sequence[str] = (), **fields: Any) -> Callable[[S
 
 
 def smollm2(*after: str, **changed: Any) -> Callable[[Setting], Stage]:
-    """ARMOR as in recipes/smollm2-135m.yaml, whose block sizes stand for block 64, or in proportion; and what goes after.
+    """ARMOR as in recipes/smollm2-135m.yaml, whose budget stands for block 64, with that of another block; and what goes after.
 
     `changed` fields are the same for all modules.
     """
 
     def stage(s: Setting) -> Stage:
         recipe = yaml.safe_load((Path(armor_recipes.__file__).parent / "recipes/smollm2-135m.yaml").read_text("utf-8"))
-        found: Stage = {}
-        for name, fields in recipe["prune_stage"]["armor_modifiers"].items():
-            if name.startswith("ARMORModifier"):
-                sides = fields["block_size"]
-                scaled = [side * s.block // 64 for side in (sides if isinstance(sides, list) else [sides])]
-                found[name] = {**fields, "block_size": scaled if len(scaled) == 2 else scaled[0], **changed}
-        return {**found, **{kind: REST[kind] for kind in after}}
+        fields = recipe["prune_stage"]["armor_modifiers"]["ARMORModifier"]
+        budget = CORE_SHARE + (fields["block_size"]["budget"] - CORE_SHARE) * s.block / 64
+        own = {**fields, "block_size": {"budget": round(budget, 6)}, **changed}
+        return {"ARMORModifier": own, **{kind: REST[kind] for kind in after}}
 
     return stage
 
 
+#: Bytes of a packed 2:4 core of 16-bit numbers, as a share of the dense weight's.
+CORE_SHARE = 0.5 + 1 / 16
 PERMUTE, REFINE, DISTIL = "ChannelPermutationModifier", "BlockRefineModifier", "DistillationModifier"
 REST: dict[str, dict[str, Any]] = {
     PERMUTE: {"targets": [r"re:.*mlp\.down_proj$"]},
