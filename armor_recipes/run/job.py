@@ -279,16 +279,17 @@ class _Run:
 
     def write_weights(self, folder: Path, facts: Facts) -> None:
         """Write what took long into an empty folder: a model that can be loaded. What stock loaders read has no linear forms."""
-        if not self.job.packed and restore(self.model):
-            self.dtypes = written_dtypes(self.model, self.job.source)
         layers = {name: result.packed for name, result in facts.modules.items() if result.packed is not None}
+        quantized = {n: result.quantized for n, result in facts.modules.items() if result.quantized is not None}
+        if not (self.job.packed and (layers or quantized)) and restore(self.model):
+            self.dtypes = written_dtypes(self.model, self.job.source)
         base = self.job.source.files
         write_checkpoint(
             self.model,
             layers,
             folder,
             dtype=self.job.source.stored_dtype,
-            quantized={n: result.quantized for n, result in facts.modules.items() if result.quantized is not None},
+            quantized=quantized,
             caches=facts.caches,
             dtypes=self.dtypes,
             base_config={} if base is None else read_config(base),
@@ -296,11 +297,12 @@ class _Run:
 
     def write_rest(self, folder: Path, facts: Facts) -> None:
         """Write everything else but the report; the manifest comes last, since it hashes the tensors."""
-        version = version_of(read_config(folder).get("quantization_config"))
+        quantization = read_config(folder).get("quantization_config")
+        version = version_of(quantization)
         there = None if self.given else self.job.source.stored()
         if there is not None:
             own = self.job.source.uncompressed(there.tensors)
-            self.carried = left_behind(self.model, read_header(folder), own, packed=self.job.packed)
+            self.carried = left_behind(self.model, read_header(folder), own, packed=quantization is not None)
         if there is not None and self.carried:
             # Listed first: a loader refuses tensors of no module that no manifest names.
             listed = {"format_version": version, "carried_over": list(self.carried)}

@@ -96,7 +96,8 @@ def planned(
     every = linearise(shapes)
     itemsize = source.stored_dtype.itemsize
     plan = make_plan(recipe, shapes, instances, itemsize=itemsize, compressed=source.compressed)
-    forms = forms_of(shapes, (*plan.shapes, *(row.name for row in plan.given)))
+    touched = {name for row in plan.rows for name in row.touches}
+    forms = forms_of(shapes, (*touched, *(row.name for row in plan.given)))
     restore(shapes, set(every).difference(forms))
     first = tuple(
         f"{step.where}: {step.name} runs first, on the dense model, by llm-compressor's own oneshot; time and memory of it are not "
