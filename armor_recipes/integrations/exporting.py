@@ -67,7 +67,7 @@ def _as_stock(
     if source.kind != "armor" or quantization is None:
         return (), {}
     model = meta_model(open_model(ModelSpec(id=str(folder)), device=torch.device("cpu"), compressed=True))
-    forms = lay_out(model, (*source.specs, *_ignored(quantization)))
+    forms = lay_out(model, (*source.specs, *source.plain, *_ignored(quantization)))
     if forms and to not in ("dense", "dense-2of4"):
         raise PlanError(
             f"{folder} ({type(model).__name__}): {forms[0]} and {len(forms) - 1} more are linear layers in ARMOR checkpoints "
@@ -86,10 +86,9 @@ def _as_stock(
 def _other_names(folder: Path, model: PreTrainedModel, source: Source) -> dict[str, str]:
     """Map tensors that a stock loader would not take under the model's own names → the names under which it does."""
     parts = fused_of(model)
-    named = {tensor for tensor in source.tensors if tensor.rpartition(".")[0] not in source.specs}
-    own = {parts.get(n, n) for n in (*named, *(f"{name}.{VALUES}" for name in source.specs))} & fused_state(
-        model
-    ).keys()
+    layers = {*source.specs, *source.plain}
+    named = {tensor for tensor in source.tensors if tensor.rpartition(".")[0] not in layers}
+    own = {parts.get(n, n) for n in (*named, *(f"{name}.{VALUES}" for name in layers))} & fused_state(model).keys()
     wrong = misread(model, sorted(own))
     stored = stored_names(model) if wrong else {}
     found = {name: stored[name][0] for name in wrong if len(stored[name]) == 1}
