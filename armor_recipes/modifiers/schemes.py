@@ -14,7 +14,7 @@ from armor_recipes.checkpoint.quantized import Scheme, cache_args
 from armor_recipes.errors import PlanError
 from armor_recipes.modifiers.base import Tap
 from armor_recipes.modifiers.observers import observer_of
-from armor_recipes.recipe.schema import ModifierConfig, Strict, Targets
+from armor_recipes.recipe.schema import PRESET, ModifierConfig, Strict, Targets
 
 _OLD_KEYS = ("num_bits", "strategy", "group_size")
 _OBSERVED = ("weights", "input", "output")
@@ -281,8 +281,19 @@ class SchemeConfig(ModifierConfig):
         found: dict[str, list[Scheme]] = {}
         for scheme in self.schemes:
             for target in scheme.targets:
-                found.setdefault(target, []).append(Scheme.of(scheme))
+                found.setdefault(self._pattern(target), []).append(Scheme.of(scheme))
         return found
+
+    def _pattern(self, target: str) -> str:
+        """What compressed-tensors knows: of a preset, which has chosen the modifier's modules, any name. Raises PlanError."""
+        if not target.startswith(PRESET):
+            return target
+        if len(self.schemes) > 1:
+            raise PlanError(
+                f"{target!r} among the targets of one of {len(self.schemes)} groups does not tell whose its modules are: name them "
+                "by patterns, or give each group a modifier of its own"
+            )
+        return "re:.*"
 
     def _observed(self, scheme: Any) -> Any:
         """The scheme with the observers that the modifier names for all."""

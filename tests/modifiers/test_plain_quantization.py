@@ -216,6 +216,15 @@ def test_equal_runs_write_equal_bytes(source: Path, tmp_path: Path) -> None:
     assert one == two
 
 
+def test_a_set_of_targets_chooses_the_modules_of_one_scheme(source: Path) -> None:
+    plan = make_job(wanted(source, QuantizationModifier={"scheme": "W4A16", "targets": ["preset:mlp"]})).plan
+    assert {row.name.split(".")[3] for row in plan.modules} == {"mlp"}
+    weights = {"num_bits": 8, "group_size": 32}
+    groups = {name: {"targets": [f"preset:{name}"], "weights": weights} for name in ("mlp", "attention")}
+    with pytest.raises(PlanError, match=r"'preset:mlp' among the targets of one of 2 groups"):
+        make_job(wanted(source, QuantizationModifier={"config_groups": groups}))
+
+
 def scheme_of(**fields: Any) -> Scheme:
     found = QuantizationConfig.model_validate(fields).scheme_of("model.layers.0.mlp.up_proj")
     assert found is not None
