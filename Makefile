@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := pyproject.toml setup.py $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check test-slow test-families test-lowest test-llmcompressor test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
+.PHONY: quickstart test check test-slow modifiers test-families test-lowest test-llmcompressor test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -26,6 +26,10 @@ check:
 # The tests that are too dear for `make test`.
 test-slow: .venv-dev/.ready
 	.venv-dev/bin/python -m pytest -m slow
+
+# Every modifier on every kind of linear layer (a minute), and docs/modifiers.md and tests/conformance/expected.json of what became of them.
+modifiers: .venv-dev/.ready
+	.venv-dev/bin/python -m tests.conformance.page
 
 # Every family of models that transformers has (ten minutes on two idle cores), and docs/support.md of what became of them. It can be interrupted.
 test-families: .venv-dev/.ready
