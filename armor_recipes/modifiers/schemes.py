@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 from torch import nn
 
 from armor_recipes.checkpoint.quantized import Scheme, cache_args
@@ -22,27 +23,44 @@ _ANY_LINEAR = nn.Linear(1, 1, bias=False, device="meta")
 """What stands for a module where a target is a class: a quantising modifier takes linear modules alone."""
 
 Observer = Annotated[str, Field(min_length=1)]
+GroupTargets = Annotated[Targets, Field(min_length=1)]
+_TARGETS: TypeAdapter[tuple[str, ...]] = TypeAdapter(GroupTargets)
 
 
 def _as_pair(value: object) -> object:
-    """`128x128` or a list, as a pair."""
-    parts = value.split("x") if isinstance(value, str) else value
-    whole = [int(part) if isinstance(part, str) and part.isdigit() else part for part in parts or ()]  # type: ignore[attr-defined]
-    return tuple(whole) if isinstance(value, str | list) else value
+    """`128x128` or a list, as a pair. Raises ValueError for another text."""
+    if not isinstance(value, str):
+        return tuple(value) if isinstance(value, list) else value
+    found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", value)
+    if found is None:
+        raise ValueError("is not of the form ROWSxCOLUMNS, such as 128x128, or [128, 128]")
+    return int(found[1]), int(found[2])
+
+
+def _small_letters(value: object) -> object:
+    """As compressed-tensors reads its words, in capitals or not."""
+    return value.lower() if isinstance(value, str) else value
+
+
+_AnyCase = BeforeValidator(_small_letters)
 
 
 class QuantizationArgs(Strict):
     """How one of weights, inputs or outputs is quantised: compressed-tensors' `QuantizationArgs`, with its defaults."""
 
     num_bits: Annotated[int, Field(ge=1, le=16)] = Field(default=8, title="Bits", description="Of one number.")
-    type: Literal["int", "float"] = Field(default="int", title="Type", description="`int`, or `float` of as many bits.")
+    type: Annotated[Literal["int", "float"], _AnyCase] = Field(
+        default="int", title="Type", description="`int`, or `float` of as many bits."
+    )
     symmetric: bool = Field(default=True, title="Symmetric", description="Whether zero is 0, without a zero point.")
     group_size: Annotated[int, Field(ge=-1)] | None = Field(
         default=None,
         title="Group size",
         description="Columns of the dense weight that have one scale; -1 is a whole row.",
     )
-    strategy: Literal["tensor", "channel", "group", "block", "token", "tensor_group", "attn_head"] | None = Field(
+    strategy: Annotated[
+        Literal["tensor", "channel", "group", "block", "token", "tensor_group", "attn_head"] | None, _AnyCase
+    ] = Field(
         default=None,
         title="Strategy",
         description="What has one scale. Left out: `group` with a group_size, `channel` with -1, else `tensor`.",
@@ -50,10 +68,10 @@ class QuantizationArgs(Strict):
     block_structure: Annotated[
         tuple[int, int] | None, BeforeValidator(_as_pair, json_schema_input_type=str | tuple[int, int] | None)
     ] = Field(default=None, title="Block structure", description="`block`: rows and columns that have one scale.")
-    dynamic: bool | Literal["local"] = Field(
+    dynamic: Annotated[bool | Literal["local"], _AnyCase] = Field(
         default=False, title="Dynamic", description="Of activations: whether scales are made of each input as it comes."
     )
-    actorder: Literal["weight", "static", "group", "dynamic"] | bool | None = Field(
+    actorder: Annotated[Literal["weight", "static", "group", "dynamic"] | bool | None, _AnyCase] = Field(
         default=None, title="Activation order", description="GPTQ's order of columns: `static` (or `weight`), or null."
     )
     scale_dtype: str | None = Field(
@@ -73,7 +91,7 @@ class QuantizationArgs(Strict):
 class SchemeGroup(Strict):
     """What some modules are quantised to: compressed-tensors' `QuantizationScheme`."""
 
-    targets: Targets | None = Field(
+    targets: GroupTargets | None = Field(
         default=None, title="Targets", description="Modules of the group; left out, the modifier's own."
     )
     weights: QuantizationArgs | None = Field(default=None, title="Weights", description="How weights are quantised.")
@@ -99,19 +117,21 @@ class SchemeGroup(Strict):
 class SchemeConfig(ModifierConfig):
     """What modules are quantised to, as a preset or in full."""
 
-    targets: Annotated[Targets, Field(min_length=1)] = Field(
+    targets: GroupTargets = Field(
         default=("Linear",),
         title="Targets",
         description="Modules to quantise: exact names, `re:` patterns on the full name, or class names such as `Linear`. Groups "
         "may have targets of their own instead.",
     )
-    scheme: Annotated[str, Field(min_length=1)] | dict[str, Any] | None = Field(
-        default=None,
-        title="Scheme",
-        description="A preset of compressed-tensors, in capitals or not (`W4A16`, `W8A8`, `FP8_DYNAMIC`, …), or a mapping from "
-        "presets to targets. Either this or `config_groups`.",
+    scheme: Annotated[str, Field(min_length=1)] | Annotated[dict[str, GroupTargets], Field(min_length=1)] | None = (
+        Field(
+            default=None,
+            title="Scheme",
+            description="A preset of compressed-tensors, in capitals or not (`W4A16`, `W8A8`, `FP8_DYNAMIC`, …), or a mapping from "
+            "presets to targets. Either this or `config_groups`.",
+        )
     )
-    config_groups: dict[str, SchemeGroup] | None = Field(
+    config_groups: Annotated[dict[str, SchemeGroup], Field(min_length=1)] | None = Field(
         default=None,
         title="Config groups",
         description="Schemes in full, by names of one's own: `targets`, `weights`, `input_activations`, `output_activations`, in "
@@ -176,8 +196,14 @@ class SchemeConfig(ModifierConfig):
         for name, group in (self.config_groups or {}).items():
             if group.weights is None:
                 raise ValueError(f"config_groups.{name} has no `weights`: a module is quantised with its weight")
+            if group.weights.strategy == "attn_head":
+                raise ValueError(f"config_groups.{name}: weights have no heads; `attn_head` is for keys and values")
         self._check_observers()
         self._check_presets()
+        try:
+            _ = self.schemes
+        except PlanError as error:
+            raise ValueError(str(error)) from error
         return self
 
     def _check_cache(self) -> None:
@@ -249,15 +275,15 @@ class SchemeConfig(ModifierConfig):
         if isinstance(self.scheme, str):
             return (self._observed(preset_name_to_scheme(self.scheme, list(self.targets))),)
         if self.scheme is not None:
-            chosen = [(name, list(_many(targets))) for name, targets in self.scheme.items()]
-            return tuple(self._observed(preset_name_to_scheme(name, targets)) for name, targets in chosen)
+            chosen = [preset_name_to_scheme(name, list(targets)) for name, targets in self.scheme.items()]
+            return tuple(map(self._observed, chosen))
         found = []
         for name, group in (self.config_groups or {}).items():
             fields = _with_observers(group.model_dump(exclude_unset=True))
             try:
                 scheme = QuantizationScheme(**{**fields, "targets": list(group.targets or self.targets)})
             except (ValueError, NotImplementedError) as error:
-                raise PlanError(f"config_groups.{name}: compressed-tensors refuses it: {error}") from error
+                raise PlanError(f"config_groups.{name}: compressed-tensors refuses it: {_reasons(error)}") from error
             found.append(self._observed(scheme))
         return tuple(found)
 
@@ -310,6 +336,17 @@ class SchemeConfig(ModifierConfig):
         return scheme
 
 
+def _reasons(error: Exception) -> str:
+    """What compressed-tensors does not take, on one line: of each field the last reason, where several types were tried."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    found: dict[str, str] = {}
+    for each in error.errors():
+        field = ".".join(part for part in map(str, each["loc"]) if part.isidentifier())
+        found[field] = each["msg"].removeprefix("Value error, ").splitlines()[0]
+    return "; ".join(f"{field}: {text}".removeprefix(": ") for field, text in found.items())
+
+
 def _with_observers(fields: dict[str, Any]) -> dict[str, Any]:
     """A group's fields with the observer that llm-compressor gives activations; older compressed-tensors would put in another."""
     for part in ("input_activations", "output_activations"):
@@ -322,22 +359,21 @@ def _with_observer(args: dict[str, Any]) -> dict[str, Any]:
     return args if args.get("dynamic") is True or args.get("observer") else {**args, "observer": "minmax"}
 
 
-def _many(targets: object) -> tuple[str, ...]:
-    return (targets,) if isinstance(targets, str) else tuple(targets)  # type: ignore[arg-type]
-
-
 def _own_targets(data: Mapping[str, Any]) -> list[str]:
-    """Targets of the groups, each once; none where a group takes the modifier's."""
+    """Targets of the groups, each once; none where a group takes the modifier's, or has some that will be refused as its own."""
     if isinstance(data.get("scheme"), Mapping):
         parts = list(data["scheme"].values())
     else:
         groups = data.get("config_groups")
         found = groups.values() if isinstance(groups, Mapping) else ()
         parts = [group.get("targets") if isinstance(group, Mapping) else None for group in found]
-    known = [part for part in parts if part and isinstance(part, str | list | tuple)]
-    if not known or len(known) < len(parts):
+    if not parts or not all(parts):
         return []
-    return list(dict.fromkeys(target for part in known for target in _many(part)))
+    try:
+        known = [_TARGETS.validate_python(part) for part in parts]
+    except ValidationError:
+        return []
+    return list(dict.fromkeys(target for part in known for target in part))
 
 
 def _new_spelling(old: Mapping[str, object]) -> str:

@@ -271,7 +271,6 @@ def test_ranges_of_inputs() -> None:
         ({"scheme": "W8A16", "weight_observer": "imatrix_mse"}, ""),
         ({"scheme": "W4A16", "bypass_divisibility_checks": True}, ""),
         ({"config_groups": {"a": {"weights": {"dynamic": True}}}}, "a weight has no dynamic scales"),
-        ({"config_groups": {"a": {"weights": {"strategy": "group"}}}}, "compressed-tensors refuses it"),
     ],
 )
 def test_refusals(source: Path, fields: dict[str, Any], text: str) -> None:
