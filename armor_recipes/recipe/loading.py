@@ -15,7 +15,7 @@ from armor_recipes.recipe.python_source import read_mapping
 from armor_recipes.recipe.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import ModifierConfig, MoeSpec, Sections
 from armor_recipes.recipe.stages import SECTIONS, STAGE, Placed, Stages, listed_names
-from armor_recipes.recipe.steps import first_steps
+from armor_recipes.recipe.steps import taken_steps
 from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, is_null, merge, plain, without
 from armor_recipes.recipe.validation import Model, validate
 from armor_recipes.recipe.variables import substitute
@@ -130,8 +130,7 @@ def check(table: Table, registry: Registry, problems: Problems) -> Recipe:
     sections = _sections(table, problems)
     default = table.entries.get("calibration")
     found = list(Stages(registry, problems).walk(table))
-    steps = first_steps(found, problems)
-    placed = [one for one in found if not one.is_step]
+    steps, placed = taken_steps(found, problems)
     if not found and all(problem.path[:1] and problem.path[0] in SECTIONS for problem in problems.found):
         problems.add(table.mark, (), "the recipe has no modifier; add `NAME_stage: {NAME_modifiers: {MODIFIER: {…}}}`")
     configs = [_config(modifier, registry[modifier.kind], default, problems) for modifier in placed]

@@ -49,7 +49,7 @@ class ModifierEntry:
 
 @dataclass(frozen=True, slots=True)
 class StepEntry:
-    """One modifier that only llm-compressor has, with its own fields, which its `oneshot` runs before any of ours."""
+    """One modifier that llm-compressor's `oneshot` runs, with its own fields: before any of ours, or in the place of ours."""
 
     name: str
     kind: str
@@ -105,6 +105,11 @@ class Recipe:
                 fields |= config.model_dump(mode="json", include=changed, exclude_unset=True)
             entries.append(replace(entry, config=config))
         return replace(self, modifiers=tuple(entries), resolved=resolved, asked=self.asked or self.resolved)
+
+    @property
+    def is_theirs(self) -> bool:
+        """Whether llm-compressor runs the whole recipe, so that what it writes is the result."""
+        return bool(self.steps) and not self.modifiers
 
     @property
     def datasets(self) -> tuple[str, ...]:

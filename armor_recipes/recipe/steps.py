@@ -1,65 +1,116 @@
-"""Modifiers that only llm-compressor has, as steps of a run: its own `oneshot` runs them on the dense model, before any of ours."""
+"""Modifiers that only llm-compressor has, as steps of a run: its own `oneshot` runs them on the dense model, before any of ours.
+
+Where nothing of ours could go on from what such a step leaves, or it stands behind modifiers that both have, `oneshot` runs the
+whole recipe, and what it writes is the result.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from armor_recipes.recipe.llmcompressor import MODIFIERS, field_of
 from armor_recipes.recipe.problems import Problems, nearest
 from armor_recipes.recipe.recipe import StepEntry
 from armor_recipes.recipe.stages import Placed
-from armor_recipes.recipe.tree import Entry, Table, plain
+from armor_recipes.recipe.tree import Entry, Items, Scalar, Table, plain
 
 _QUANTISES = "scheme"
 _ONLINE = ("QuIPModifier",)
-_RESHAPES = ("REAPPruningModifier",)
-_LEFT: Mapping[str, str] = {
-    **dict.fromkeys(_ONLINE, "adds rotations that are made as the model runs"),
-    **dict.fromkeys(_RESHAPES, "takes experts away, which makes another model"),
-}
-"""What cannot be a step, and why: nothing of ours could go on from what it leaves."""
+_LEAVES: Mapping[str, str] = {"REAPPruningModifier": "takes experts away, which makes another model"}
+_ROTATES = "SpinQuantModifier"
+_FUSED = {"R1", "R2"}
+_ROTATIONS = (
+    "llm-compressor has {kind}, which adds rotations that are made as the model runs{which}: no loader of transformers makes them, "
+    "and the folder would load as another model; {advice}"
+)
 
 
-def first_steps(placed: Sequence[Placed], problems: Problems) -> tuple[StepEntry, ...]:
-    """The steps of a recipe. Those that cannot run as one, or stand behind a modifier of ours, are noted as problems."""
-    steps: list[StepEntry] = []
-    ours = ""
-    for one in placed:
-        if not one.is_step:
-            ours = ours or one.name
-            continue
-        table = Table({k: e for k, e in one.fields.entries.items() if not _asks_for_nothing(one.kind, k, e)}, one.mark)
-        fields: Any = plain(table)
-        steps.append(StepEntry(one.name, one.kind, one.stage, one.group, fields, str(one.mark)))
-        text = _why_not(one, ours)
+def taken_steps(placed: Sequence[Placed], problems: Problems) -> tuple[tuple[StepEntry, ...], tuple[Placed, ...]]:
+    """The modifiers that llm-compressor runs, and those that are left to us. What can run in neither way is noted as a problem.
+
+    Where nothing is left to us, llm-compressor runs the recipe from its first modifier to its last.
+    """
+    ours = tuple(one for one in placed if not one.is_step)
+    steps = tuple(one for one in placed if one.is_step)
+    if steps and _is_whole(placed):
+        own = [one for one in ours if one.kind not in MODIFIERS]
+        if not own:
+            steps, ours = tuple(placed), ()
+        for one in steps if own else ():
+            _note_mixed(placed, one, problems)
+    for one in steps:
+        text = _online(one)
         if text:
             problems.add(one.mark, one.path, text)
-        known = MODIFIERS[one.kind].fields
-        for key in (key for key in table.entries if key not in known):
-            text = f"llm-compressor's {one.kind} has no such field; {nearest(key, known, noun='field of it')}"
-            problems.add(one.fields.entries[key].mark, (*one.path, key), text)
-    return tuple(steps)
+    return tuple(_entry(one, problems) for one in steps), ours
+
+
+def _is_whole(placed: Sequence[Placed]) -> bool:
+    """Whether what llm-compressor does is not all done before any of ours, or leaves something that none of ours goes on from."""
+    last = max(number for number, one in enumerate(placed) if one.is_step)
+    behind = not all(one.is_step for one in placed[: last + 1])
+    return behind or last + 1 == len(placed) or any(one.is_step and _leaves(one) for one in placed)
+
+
+def _leaves(one: Placed) -> str:
+    """Why nothing of ours goes on from what a step leaves; empty where it does."""
+    quantised = "leaves a quantised model" if _QUANTISES in MODIFIERS[one.kind].fields else ""
+    return _LEAVES.get(one.kind, quantised)
+
+
+def _note_mixed(placed: Sequence[Placed], one: Placed, problems: Problems) -> None:
+    """Why a step cannot run in a recipe in which there are modifiers that llm-compressor does not have."""
+    before = next((other for other in placed if other is one or other.kind not in MODIFIERS), one)
+    reason = _leaves(one)
+    if before is not one:
+        text = (
+            f"llm-compressor has {one.kind}, and runs it on a dense model alone, not after {before.name}, whose weights it would "
+            f"not leave as they are: put it before {before.name}"
+        )
+    elif reason:
+        text = (
+            f"llm-compressor has {one.kind}, which {reason}, and no modifier here goes on from that: run it by itself with "
+            "llm-compressor (a recipe of its modifiers alone does), or remove it"
+        )
+    else:
+        return
+    problems.add(one.mark, one.path, text)
+
+
+def _online(one: Placed) -> str:
+    """Why the folder that a modifier leaves would load as another model; empty where it would not."""
+    if one.kind in _ONLINE:
+        return _ROTATIONS.format(kind=one.kind, which="", advice="run it by itself with llm-compressor, or remove it")
+    given = one.fields.entries.get("rotations")
+    if one.kind != _ROTATES or given is None:
+        return ""
+    nodes = given.node.nodes if isinstance(given.node, Items) else (given.node,)
+    asked = [str(node.value) for node in nodes if isinstance(node, Scalar)]
+    online = [name for name in asked if name not in _FUSED]
+    if not online:
+        return ""
+    return _ROTATIONS.format(
+        kind=one.kind, which=f" ({', '.join(online)})", advice="take `rotations: [R1, R2]`, which lie in the weights"
+    )
+
+
+def _entry(one: Placed, problems: Problems) -> StepEntry:
+    """A step with its own fields; those that llm-compressor's modifier does not have are noted as problems."""
+    table = Table({k: e for k, e in one.fields.entries.items() if not _asks_for_nothing(one.kind, k, e)}, one.mark)
+    known = MODIFIERS[one.kind].fields
+    for key, entry in _unknown(table, known):
+        text = f"llm-compressor's {one.kind} has no such field; {nearest(key, known, noun='field')}"
+        problems.add(entry.mark, (*one.path, key), text)
+    fields: Any = plain(table)
+    return StepEntry(one.name, one.kind, one.stage, one.group, fields, str(one.mark))
+
+
+def _unknown(table: Table, known: Sequence[str]) -> Iterator[tuple[str, Entry]]:
+    return ((key, entry) for key, entry in table.entries.items() if key not in known)
 
 
 def _asks_for_nothing(kind: str, key: str, entry: Entry) -> bool:
     """Whether it is bookkeeping of llm-compressor's, or asks for nothing that is not done anyway."""
     known = None if key in MODIFIERS[kind].fields else field_of(kind, key)
     return known is not None and known.is_empty(entry.node)
-
-
-def _why_not(one: Placed, ours: str) -> str:
-    if ours:
-        return (
-            f"llm-compressor has {one.kind}, and runs it on a dense model alone, not after {ours}, whose weights it would not "
-            f"leave as they are: put it before {ours}"
-        )
-    reason = _LEFT.get(one.kind)
-    if reason is None and _QUANTISES in MODIFIERS[one.kind].fields:
-        reason = "leaves a quantised model"
-    if reason is None:
-        return ""
-    return (
-        f"llm-compressor has {one.kind}, which {reason}, and no modifier here goes on from that: run it by itself with "
-        "llm-compressor, or remove it"
-    )

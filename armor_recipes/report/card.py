@@ -21,22 +21,12 @@ def model_card(facts: Facts, licence: Licence, *, base_model: str | None) -> str
         **licence.fields,
         **({} if base_model is None else {"base_model": base_model, "base_model_relation": "quantized"}),
         "library_name": "transformers",
-        "tags": ["armor", *patterns, "sparse", "compressed-tensors"],
+        "tags": ["llmcompressor"] if facts.recipe.is_theirs else ["armor", *patterns, "sparse", "compressed-tensors"],
     }
-    totals = facts.totals
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
-# {name}, pruned to {named}
-
-Made with [armor-recipes](https://pypi.org/project/armor-recipes/) from `{name}`: {totals.modules} linear
-weights in {named} sparsity, each written as `A · S · B` with a core S in that pattern and block-diagonal A and B (ARMOR, arXiv
-2510.05528), or plainly pruned
-where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `armor_manifest.json`.
-
-| | dense | this checkpoint |
-|---|---|---|
-| bytes of those weights | {totals.bytes_before} | {totals.bytes_after} |
+{_by_llmcompressor(name, facts) if facts.recipe.is_theirs else _pruned(name, named, facts)}
 {_evaluation(facts)}
 {_dense_note(facts)}{_skipped_note(facts)}{_refined_note(facts)}{_changed_note(facts)}
 ## Use
@@ -53,6 +43,33 @@ where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `
 
 {licence.sentence}
 """
+
+
+def _pruned(name: str, named: str, facts: Facts) -> str:
+    """The title, what was done, and what the weights take."""
+    totals = facts.totals
+    return f"""# {name}, pruned to {named}
+
+Made with [armor-recipes](https://pypi.org/project/armor-recipes/) from `{name}`: {totals.modules} linear
+weights in {named} sparsity, each written as `A · S · B` with a core S in that pattern and block-diagonal A and B (ARMOR, arXiv
+2510.05528), or plainly pruned
+where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `armor_manifest.json`.
+
+| | dense | this checkpoint |
+|---|---|---|
+| bytes of those weights | {totals.bytes_before} | {totals.bytes_after} |"""
+
+
+def _by_llmcompressor(name: str, facts: Facts) -> str:
+    """The same of a recipe that llm-compressor ran."""
+    kinds = ", ".join(f"`{step.kind}`" for step in facts.recipe.steps)
+    return f"""# {name}, compressed by llm-compressor
+
+Made with [armor-recipes](https://pypi.org/project/armor-recipes/) from `{name}`: all modifiers of the recipe ({kinds}) ran in
+llm-compressor's own `oneshot`, which wrote the weights. The recipe is in `recipe.yaml`, hashes in `armor_manifest.json`.
+
+| | dense | this checkpoint |
+|---|---|---|"""
 
 
 def _evaluation(facts: Facts) -> str:

@@ -26,16 +26,17 @@ def check_measures(recipe: Recipe, model: nn.Module, refused: Refusals) -> None:
             measure.check(model)
 
 
+Again = Callable[[nn.Module], tuple[Evaluation, ...]]
+
+
 @contextmanager
-def measured(
-    measures: Measures, model: nn.Module, watch: Stopwatch, output: Path
-) -> Iterator[Callable[[], tuple[Evaluation, ...]]]:
-    """Measure a dense model; what is yielded measures it once more after it was changed.
+def measured(measures: Measures, model: nn.Module, watch: Stopwatch, output: Path) -> Iterator[Again]:
+    """Measure a dense model; what is yielded measures what it has become.
 
     What has to be kept of the dense model lies in a folder beside `output`, which vanishes at the end of the block.
     """
     if not measures:
-        yield lambda: ()
+        yield lambda _: ()
         return
     with ExitStack() as stack:
         keeps = any(measure.keeps for measure in measures)
@@ -43,10 +44,10 @@ def measured(
         watch.phase("evaluate before")
         before = [measure.before(model, _room(measure, folder, watch.observer)) for measure in measures]
 
-        def again() -> tuple[Evaluation, ...]:
+        def again(changed: nn.Module) -> tuple[Evaluation, ...]:
             watch.phase("evaluate after")
             return tuple(
-                Evaluation(measure.name, dense, measure.after(model, _room(measure, folder, watch.observer)))
+                Evaluation(measure.name, dense, measure.after(changed, _room(measure, folder, watch.observer)))
                 for measure, dense in zip(measures, before, strict=True)
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ from armor_recipes.calibration.random_inputs import draw
 from armor_recipes.checkpoint.config import version_of
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_header, write_whole
 from armor_recipes.checkpoint.lock import locked
-from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, staged
+from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, staged, tried
 from armor_recipes.checkpoint.writer import carry_over, tensor_hashes, write_beside, write_checkpoint
 from armor_recipes.compute import plain_torch
-from armor_recipes.errors import RecipeError, ResourceError
+from armor_recipes.errors import InputError, RecipeError, ResourceError
 from armor_recipes.events import Observer, ignore_events
 from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.models import attention_of, load_model, rounded, written_dtypes
 from armor_recipes.integrations.names import left_behind
-from armor_recipes.integrations.oneshot.step import Step, run_step
+from armor_recipes.integrations.oneshot.step import Step, run_step, run_whole
 from armor_recipes.model.forms import linearise, restore
 from armor_recipes.model.inputs import random_inputs
 from armor_recipes.modifiers import config_types
@@ -48,6 +48,7 @@ from armor_recipes.solver.sweep import sweep_form
 
 #: Tokens of a sample that outputs are compared on where a recipe calibrates on none.
 _PROBED = 32
+RECIPE_FILE = "recipe.yaml"
 
 RecipeLike = Recipe | str | Path | Mapping[str, object] | Sequence[str | Path]
 
@@ -130,14 +131,19 @@ def execute(
 ) -> Result:
     """Carry out a prepared job: preflight, load, evaluate, compress, evaluate again, write, verify, commit."""
     output = user_path(job.recipe.output.path)
+    if model is not None and job.recipe.is_theirs:
+        raise InputError(
+            "llm-compressor runs the whole recipe, on a folder and not in place: save the model, and give the folder as `model`"
+        )
     check_output(output, job.source, job.recipe, overwrite=overwrite)
     target = output.resolve()  # the same place to the end, whoever changes the working directory
     watch = Stopwatch(observer)
-    with resource_errors(), locked(target):
+    with resource_errors(), locked(target), ExitStack() as stack:
         recover(target)
         check_output(output, job.source, job.recipe, overwrite=overwrite)  # as the run before left it
         ready = preflight(job, model, tokenizer, target, watch)
-        run = _Run.start(job, model, ready, target, watch)
+        room = stack.enter_context(tried(target)) if job.recipe.is_theirs else None
+        run = _Run.start(job, model, ready, target, watch, room)
         facts = run.compute()
         with staged(target, overwrite=overwrite, precious=precious_paths(job.source, job.recipe)) as folder:
             watch.phase("save")
@@ -145,8 +151,9 @@ def execute(
                 run.write_weights(folder, facts)
             with kept_aside(folder, target):
                 run.write_rest(folder, facts)
-                watch.phase("verify")
-                verify_reloaded(folder, run.model, packed=job.packed, probe=run.probe())
+                if room is None:  # else it was held against the model in memory as it was loaded
+                    watch.phase("verify")
+                    verify_reloaded(folder, run.model, packed=job.packed, probe=run.probe())
                 report = run.report(folder, facts)
     return Result(
         plan=run.job.plan,
@@ -177,9 +184,15 @@ class _Run:
     """What a compressed model comes with."""
     carried: tuple[str, ...] = ()
     """Tensors of the source's files that no module of the model holds, written as they are."""
+    room: Path | None = None
+    """A folder for what llm-compressor writes where it runs the whole recipe."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of llm-compressor and what it runs on, where it has run the whole recipe."""
 
     @classmethod
-    def start(cls, job: Job, model: PreTrainedModel | None, ready: Ready, output: Path, watch: Stopwatch) -> _Run:
+    def start(
+        cls, job: Job, model: PreTrainedModel | None, ready: Ready, output: Path, watch: Stopwatch, room: Path | None
+    ) -> _Run:
         """Load the weights, or take those given, and check them."""
         watch.phase("load weights")
         if model is None:
@@ -195,7 +208,7 @@ class _Run:
             brought = given_changes(job.source.compressed, job.source.stored_dtype, packed=job.packed)
         if brought is not None and not job.packed:
             rounded(loaded, dtypes)
-        return cls(job, loaded, ready, output, watch, dtypes, model is not None, brought=brought)
+        return cls(job, loaded, ready, output, watch, dtypes, model is not None, brought=brought, room=room)
 
     def compute(self) -> Facts:
         """Everything that takes long."""
@@ -205,8 +218,10 @@ class _Run:
                 measures = measured(self.ready.data.measures, self.model, self.watch, self.output)
                 measured_again = stack.enter_context(measures)
             source_hash = state_hash(self.model, self.dtypes, job.source.stored_dtype)
-            session = self.compress()
-            evaluations = measured_again()
+            session = None if self.room is not None else self.compress()
+            if self.room is not None:
+                self.take_whole(self.room / "result")
+            evaluations = measured_again(self.model)
         return Facts(
             recipe=self.job.recipe,
             plan=self.job.plan,
@@ -216,9 +231,9 @@ class _Run:
             device=job.device.type,
             attention=attention_of(self.model),
             tokens=self.ready.data.tokens,
-            modules=session.results,
-            results=session.state.results,
-            caches=session.state.caches,
+            modules={} if session is None else session.results,
+            results=() if session is None else session.state.results,
+            caches={} if session is None else session.state.caches,
             evaluations=evaluations,
         )
 
@@ -245,22 +260,33 @@ class _Run:
             session.run()
         return session
 
+    def take_whole(self, result: Path) -> None:
+        """Let llm-compressor run the recipe; the model in memory is the one that it wrote, from here on."""
+        self.watch.phase("llm-compressor")
+        restore(self.model)
+        dtypes = written_dtypes(self.model, self.job.source)
+        dtype = self.job.source.stored_dtype
+        taken = run_whole(self.model, self.step(), result, probe=self.probe(), dtype=dtype, dtypes=dtypes)
+        self.model, self.versions = taken.model, taken.versions
+
     def take_steps(self) -> None:
         """Let llm-compressor change the dense model first; all that follows goes on from that."""
-        job, given = self.job, self.ready.data.tokens
         self.watch.phase("llm-compressor")
+        restore(self.model)
+        dtypes = written_dtypes(self.model, self.job.source)
+        run_step(self.model, self.step(), dtype=self.job.source.stored_dtype, dtypes=dtypes)
+        linearise(self.model, self.job.plan.forms)
+        check_weights(self.model, self.job.plan)
+
+    def step(self) -> Step:
+        """What llm-compressor runs, with the windows of the recipe's calibration."""
+        job, given = self.job, self.ready.data.tokens
         inputs = None if job.recipe.calibration is None else given.get(job.recipe.calibration)
         windows = inputs is not None and inputs.is_windows
         samples = (
             [] if inputs is None or not windows else [inputs.sample(n)["input_ids"][0] for n in range(len(inputs))]
         )
-        modifiers = [(step.kind, step.fields) for step in job.recipe.steps]
-        restore(self.model)
-        dtypes = written_dtypes(self.model, job.source)
-        step = Step(modifiers, self.ready.tokenizer, samples)
-        run_step(self.model, step, dtype=job.source.stored_dtype, dtypes=dtypes)
-        linearise(self.model, job.plan.forms)
-        check_weights(self.model, job.plan)
+        return Step([(step.kind, step.fields) for step in job.recipe.steps], self.ready.tokenizer, samples)
 
     @contextmanager
     def told_as_lost(self, output: Path, facts: Facts) -> Iterator[None]:
@@ -279,6 +305,12 @@ class _Run:
 
     def write_weights(self, folder: Path, facts: Facts) -> None:
         """Write what took long into an empty folder: a model that can be loaded. What stock loaders read has no linear forms."""
+        if self.room is not None:
+            taken = self.room / "result"
+            (taken / RECIPE_FILE).unlink(missing_ok=True)  # llm-compressor's words for what ours says
+            for file in sorted(taken.iterdir()):
+                file.replace(folder / file.name)
+            return
         layers = {name: result.packed for name, result in facts.modules.items() if result.packed is not None}
         quantized = {n: result.quantized for n, result in facts.modules.items() if result.quantized is not None}
         if not (self.job.packed and (layers or quantized)) and restore(self.model):
@@ -299,7 +331,7 @@ class _Run:
         """Write everything else but the report; the manifest comes last, since it hashes the tensors."""
         quantization = read_config(folder).get("quantization_config")
         version = version_of(quantization)
-        there = None if self.given else self.job.source.stored()
+        there = None if self.given or self.room is not None else self.job.source.stored()
         if there is not None:
             own = self.job.source.uncompressed(there.tensors)
             self.carried = left_behind(self.model, read_header(folder), own, packed=quantization is not None)
@@ -311,6 +343,8 @@ class _Run:
         write_beside(folder, self.ready.files(facts, self.job.source), tokenizer=self.ready.tokenizer)
         manifest = build_manifest(facts, tensor_hashes(folder), format_version=version)
         manifest["carried_over"] = list(self.carried)
+        if self.versions:
+            manifest["llmcompressor"] = {"versions": self.versions, "modifiers": [s.key for s in self.job.recipe.steps]}
         manifest["files"] = sorted({*files_below(folder), MANIFEST_FILE, "report.json"})
         write_whole(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
 

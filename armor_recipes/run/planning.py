@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from armor_recipes.calibration.text import is_soon_read
 from armor_recipes.compute import plain_torch
-from armor_recipes.errors import RecipeError
+from armor_recipes.errors import PlanError, RecipeError
 from armor_recipes.integrations.models import ModelSource, load_processor, load_tokenizer, meta_model, open_model
 from armor_recipes.integrations.transformers import check_registered
 from armor_recipes.model.facts import class_numbers
@@ -67,6 +67,9 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
     with refused.noted():
         check_compressed(recipe, source)
     check_measures(recipe, shapes, refused)
+    if recipe.is_theirs and recipe.output.format != "compressed-tensors":
+        text = "what llm-compressor makes of the whole recipe is written in its own formats: remove it"
+        refused.found.append(PlanError(f"output.format {recipe.output.format}: {text}"))
     with refused.noted():
         plan = planned(recipe, source, shapes, instances)
     if plan is None or refused:
@@ -99,9 +102,9 @@ def planned(
     touched = {name for row in plan.rows for name in row.touches}
     forms = forms_of(shapes, (*touched, *(row.name for row in plan.given)))
     restore(shapes, set(every).difference(forms))
+    when = "runs, as all of this recipe does," if recipe.is_theirs else "runs first, on the dense model,"
     first = tuple(
-        f"{step.where}: {step.name} runs first, on the dense model, by llm-compressor's own oneshot; time and memory of it are not "
-        "in the estimate"
+        f"{step.where}: {step.name} {when} by llm-compressor's own oneshot; time and memory of it are not in the estimate"
         for step in recipe.steps
     )
     notes = (*plan.notes, *first, *_unsettled(recipe, instances), *narrowed(plan, source, shapes))

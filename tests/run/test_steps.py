@@ -1,17 +1,20 @@
-"""Modifiers that only llm-compressor has, as the first steps of a run: what is read of a recipe, and the other process."""
+"""Modifiers that only llm-compressor has, as the first steps of a run or as all of it: what is read, and the other process."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from armor_recipes import apply, load
-from armor_recipes.errors import InputError, PlanError, RecipeError
-from armor_recipes.integrations.oneshot import step
+from armor_recipes.errors import InputError, PlanError, RecipeError, VerificationError
+from armor_recipes.integrations.oneshot import child, step
 from armor_recipes.recipe.llmcompressor import STEP_PYTHON
 from armor_recipes.run import prepare
 from armor_recipes.run.job import read_recipe
@@ -24,11 +27,31 @@ import json, shutil
 from pathlib import Path
 from safetensors.numpy import load_file, save_file
 
-def oneshot(model, recipe, output_dir, dataset=None, **options):
+class Whole:
+    # what a whole run leaves: the model in memory, and how it is saved
+
+    def __init__(self, source, factor):
+        from transformers import AutoModelForCausalLM
+
+        self.model, self.factor = AutoModelForCausalLM.from_pretrained(source), factor
+        self.dtype = self.model.dtype
+        self.model.get_input_embeddings().weight.data.mul_(3)
+
+    def __call__(self, **inputs):
+        return self.model(**inputs)
+
+    def save_pretrained(self, folder, save_compressed):
+        self.model.get_input_embeddings().weight.data.mul_(self.factor)
+        self.model.save_pretrained(folder)
+        (Path(folder) / "recipe.yaml").write_text("theirs: {}")
+
+def oneshot(model, recipe, output_dir=None, dataset=None, **options):
     given = json.loads(Path(recipe).read_text())
     fields = next(iter(given["step_stage"]["step0_modifiers"].values()))
     if fields.get("smoothing_strength") == 0.25:
         raise RuntimeError("what went wrong")
+    if output_dir is None:
+        return Whole(model, -1 if fields.get("iters") == 7 else 1)
     shutil.copytree(model, output_dir)
     file = Path(output_dir) / "model.safetensors"
     state = load_file(file)
@@ -52,9 +75,25 @@ def oneshot(model, recipe, output_dir, dataset=None, **options):
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "llmcompressor.py").write_text(FAKE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    place = tmp_path / "python"
+    (place / "llmcompressor-0.14.dist-info").mkdir(parents=True)
+    (place / "llmcompressor-0.14.dist-info" / "METADATA").write_text("Name: llmcompressor\nVersion: 0.14\n")
+    (place / "llmcompressor.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(place))
     monkeypatch.setenv(STEP_PYTHON, sys.executable)
+
+
+@pytest.fixture
+def inside(fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process is this one, which has imported transformers already."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        child.main(Path(command[-1]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.syspath_prepend(str(tmp_path / "python"))
+    monkeypatch.delitem(sys.modules, "llmcompressor", raising=False)
+    monkeypatch.setattr(step.subprocess, "run", run)
 
 
 def read(llama: Path, **modifiers: Any) -> Any:
@@ -78,7 +117,15 @@ def test_what_comes_first_is_a_step_with_its_own_fields(llama: Path, fake: None)
         ({"ARMORModifier": ARMOR, "SpinQuantModifier": {}}, "not after ARMORModifier.*put it before ARMORModifier"),
         ({"AutoRoundModifier": {"scheme": "W4A16"}, "ARMORModifier": ARMOR}, "which leaves a quantised model"),
         ({"REAPPruningModifier": {"sparsity": 0.5}, "ARMORModifier": ARMOR}, "takes experts away"),
-        ({"QuIPModifier": {}, "ARMORModifier": ARMOR}, "rotations that are made as the model runs"),
+        ({"QuIPModifier": {}}, "rotations that are made as the model runs: no loader of transformers makes them"),
+        ({"SpinQuantModifier": {"rotations": ["R1", "R4"]}}, r"as the model runs \(R4\).*\[R1, R2\]"),
+        (
+            {
+                "AutoRoundModifier": {"scheme": "W4A16"},
+                "QuantizationModifier": {"scheme": "W4A16", "gauge": "diagonal"},
+            },
+            "llm-compressor's QuantizationModifier has no such field; fields: targets",
+        ),
         ({"SpinQuantModifier": {"rotation": ["R1"]}, "ARMORModifier": ARMOR}, "no such field; nearest.*rotations"),
     ],
 )
@@ -138,3 +185,49 @@ def test_a_run_goes_on_from_what_the_step_left(fake: None, tmp_path: Path) -> No
     stepped, plain = load(tmp_path / "out"), load(source)
     torch.testing.assert_close(stepped.get_parameter(norm), plain.get_parameter(norm) * 6)
     assert logits(stepped).isfinite().all()
+
+
+AUTO: dict[str, Any] = {"scheme": "W4A16", "ignore": ["lm_head"]}
+
+
+def test_what_both_have_is_llm_compressors_beside_what_only_it_has(llama: Path, fake: None) -> None:
+    found = read(llama, SmoothQuantModifier={"smoothing_strength": 0.5}, AutoRoundModifier=AUTO)
+    assert [step.kind for step in found.steps] == ["SmoothQuantModifier", "AutoRoundModifier"]
+    assert found.is_theirs
+    assert not found.modifiers
+    assert any("runs, as all of this recipe does, by llm-compressor" in note for note in prepare(found).plan.notes)
+    ours = read(llama, LogarithmicEqualizationModifier=LOGARITHMIC, QuantizationModifier=AUTO)
+    assert [entry.kind for entry in ours.modifiers] == ["QuantizationModifier"]
+
+
+def test_a_whole_run_is_the_folder_that_llm_compressor_wrote(inside: None, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama", torch.float32)
+    found = apply(recipe(source, tmp_path / "out", AutoRoundModifier=AUTO))
+    name = "model.embed_tokens.weight"
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_parameter(name)
+    torch.testing.assert_close(stock, load(source).get_parameter(name) * 3)
+    manifest = json.loads((tmp_path / "out" / "armor_manifest.json").read_text())
+    assert manifest["llmcompressor"]["versions"]["llmcompressor"] == "0.14"
+    assert manifest["llmcompressor"]["modifiers"] == ["prune_stage.armor_modifiers.AutoRoundModifier"]
+    assert manifest["tensors"].keys() == load(source).state_dict().keys()
+    assert "AutoRoundModifier" in (tmp_path / "out" / "recipe.yaml").read_text()
+    assert "compressed by llm-compressor" in (tmp_path / "out" / "README.md").read_text()
+    assert not found.modules
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "python", "source"]
+
+
+def test_a_folder_that_loads_as_another_model_is_none(inside: None, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama", torch.float32)
+    with pytest.raises(
+        VerificationError, match="AutoRoundModifier does not load in transformers as the model that it had"
+    ):
+        apply(recipe(source, tmp_path / "out", AutoRoundModifier={**AUTO, "iters": 7}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["python", "source"]
+
+
+def test_a_whole_run_is_neither_dense_nor_in_place(fake: None, llama: Path, tmp_path: Path) -> None:
+    given = recipe(llama, tmp_path / "out", AutoRoundModifier=AUTO)
+    with pytest.raises(PlanError, match=r"output\.format dense: what llm-compressor makes"):
+        apply(given, overrides=["output.format=dense"])
+    with pytest.raises(InputError, match="on a folder and not in place"):
+        apply(given, make_model())

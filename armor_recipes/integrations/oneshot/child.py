@@ -1,13 +1,18 @@
 """The process that runs llm-compressor on a folder: `dense`, `recipe.json` and `samples.safetensors` become `result`.
 
-It imports nothing of this package, whose pins its Python may not have.
+Where there is a `probe.safetensors`, `outputs.safetensors` tells what the model in memory puts out for it, before it is written. It
+imports nothing of this package, whose pins its Python may not have.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
 
 
 class NoTokenizer:
@@ -21,6 +26,7 @@ def main(folder: Path) -> None:
     """Run `oneshot` without the network's help. Whatever goes wrong ends the process with a traceback."""
     from llmcompressor import oneshot
 
+    probe = folder / "probe.safetensors"
     options: dict[str, Any] = {}
     if not (folder / "dense" / "tokenizer_config.json").exists():
         options["processor"] = NoTokenizer()
@@ -32,9 +38,24 @@ def main(folder: Path) -> None:
         ids = load_file(samples)
         windows: Any = [{"input_ids": ids[str(number)]} for number in range(len(ids))]
         options["dataset"] = DataLoader(windows, batch_size=1)
-    oneshot(
-        model=str(folder / "dense"), recipe=str(folder / "recipe.json"), output_dir=str(folder / "result"), **options
-    )
+    if not probe.exists():
+        options["output_dir"] = str(folder / "result")
+    model = oneshot(model=str(folder / "dense"), recipe=str(folder / "recipe.json"), **options)
+    if probe.exists():
+        _look(model, probe, folder)
+        model.save_pretrained(str(folder / "result"), save_compressed=True)
+
+
+def _look(model: Any, probe: Path, folder: Path) -> None:
+    """Write what the model puts out for the probe, and by which releases it was made."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    given = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in load_file(probe).items()}
+    with torch.no_grad():
+        output = model(**given)[0]
+    save_file({"output": output.float().contiguous()}, folder / "outputs.safetensors")
+    (folder / "versions.json").write_text(json.dumps({name: version(name) for name in PACKAGES}))
 
 
 if __name__ == "__main__":

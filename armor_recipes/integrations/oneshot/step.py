@@ -1,13 +1,14 @@
-"""Modifiers of llm-compressor as the first step of a run: its own `oneshot`, in a process of its own, on the dense model.
+"""Modifiers of llm-compressor as the first step of a run, or as all of it: its own `oneshot`, in a process of its own.
 
-The model is written to a folder that vanishes, `oneshot` runs on it, and the weights are read back into the model in memory. The
-process may be of another Python, where its pins differ from ours.
+The model is written to a folder that vanishes, and `oneshot` runs on it. Of a first step the weights are read back into the model
+in memory; of a whole run what `oneshot` writes is the result. The process may be of another Python, where pins differ from ours.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from armor_recipes.checkpoint.files import CONFIG_FILE, read_config, write_whole
 from armor_recipes.checkpoint.writer import write_checkpoint
-from armor_recipes.errors import InputError, PlanError, ResourceError
+from armor_recipes.errors import InputError, PlanError, ResourceError, VerificationError
 from armor_recipes.integrations.models import load_dense
+from armor_recipes.model.replay import feed_alike, on_device
 from armor_recipes.recipe.llmcompressor import STEP_PYTHON
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 _PROGRAM = Path(__file__).with_name("child.py")
 #: Of what a failed process wrote, so much is told.
 _TOLD = 2000
+#: How far outputs may be from those in memory, by norm: those are computed in the stored dtype.
+WITHIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +69,82 @@ def run_step(model: PreTrainedModel, step: Step, *, dtype: torch.dtype, dtypes: 
     """
     with tempfile.TemporaryDirectory(prefix="armor-oneshot-") as made:
         folder = Path(made)
-        (folder / "dense").mkdir()
-        write_checkpoint(model, {}, folder / "dense", dtype=dtype, dtypes=dtypes)
-        if step.tokenizer is not None:
-            step.tokenizer.save_pretrained(str(folder / "dense"))
+        _write_dense(model, step, folder, dtype=dtype, dtypes=dtypes)
         _call(step, folder)
         _read_back(model, step, folder / "result")
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a whole run of llm-compressor left: its model, loaded as stock transformers does, and what made it."""
+
+    model: PreTrainedModel
+    versions: Mapping[str, str]
+    """Of the packages there, by name."""
+    error: float
+    """‖outputs loaded - outputs in memory‖ ÷ ‖outputs in memory‖, of a probe."""
+
+
+@torch.no_grad()
+def run_whole(
+    model: PreTrainedModel,
+    step: Step,
+    result: Path,
+    *,
+    probe: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
+) -> Taken:
+    """Let llm-compressor make a folder of the model, which is left as it is.
+
+    Args:
+        model: a stock model in memory, in its compute dtype.
+        step: all modifiers of a recipe.
+        result: a folder that is not there yet.
+        probe: what to call the model with, by the names of its inputs.
+        dtype: what config.json names.
+        dtypes: of float tensors on disk.
+
+    Raises:
+        InputError: where llm-compressor fails; its last lines are told.
+        VerificationError: where its folder does not load in transformers as the model that it had in memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="armor-oneshot-") as made:
+        folder = Path(made)
+        _write_dense(model, step, folder, dtype=dtype, dtypes=dtypes)
+        save_file({name: tensor.contiguous() for name, tensor in probe.items()}, folder / "probe.safetensors")
+        _call(step, folder)
+        shutil.copytree(folder / "result", result)
+        wanted = load_file(folder / "outputs.safetensors")["output"]
+        versions: dict[str, str] = json.loads((folder / "versions.json").read_text())
+    parameter = next(model.parameters())
+    try:
+        loaded = load_dense(str(result), dtype=parameter.dtype, device=parameter.device)
+    except InputError as error:
+        raise VerificationError(f"what llm-compressor wrote cannot be loaded: {error}") from error
+    return Taken(loaded, versions, _checked(step, loaded, probe, wanted))
+
+
+def _checked(step: Step, loaded: PreTrainedModel, probe: Mapping[str, Tensor], wanted: Tensor) -> float:
+    """How far the loaded model's first output is from the wanted one. Raises VerificationError where it is another model's."""
+    found = feed_alike(loaded, on_device(probe, loaded))[0].float().cpu()
+    error = float((found - wanted).norm() / wanted.norm()) if found.shape == wanted.shape else float("inf")
+    if not error <= WITHIN:
+        raise VerificationError(
+            f"the folder that llm-compressor wrote after {step.names} does not load in transformers as the model that it had in "
+            f"memory: outputs differ by {error:.2g} of their norm ({WITHIN} is allowed, since it computes in the stored dtype); "
+            "a loader of its own may read it: run the recipe by itself with llm-compressor"
+        )
+    return error
+
+
+def _write_dense(
+    model: PreTrainedModel, step: Step, folder: Path, *, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]
+) -> None:
+    (folder / "dense").mkdir()
+    write_checkpoint(model, {}, folder / "dense", dtype=dtype, dtypes=dtypes)
+    if step.tokenizer is not None:
+        step.tokenizer.save_pretrained(str(folder / "dense"))
 
 
 def _call(step: Step, folder: Path) -> None:
