@@ -11,8 +11,8 @@ setup(
     ext_modules=[
         Extension(
             "armor_recipes.solver._native",
-            sources=["armor_recipes/solver/native/sweep.c", "armor_recipes/solver/native/product.c"],
-            depends=["armor_recipes/solver/native/export.h"],
+            sources=sorted(glob("armor_recipes/solver/native/*.c")),  # noqa: PTH207 - setuptools wants relative strings
+            depends=sorted(glob("armor_recipes/solver/native/*.h")),  # noqa: PTH207
             extra_compile_args=FLAGS,
             optional=True,
         ),

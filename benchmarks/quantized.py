@@ -1,4 +1,4 @@
-"""What integers for the kept values of S cost: perplexity of one ARMOR checkpoint with a float, an int8 and an int4 core.
+"""What rounded values of S cost: perplexity of one ARMOR checkpoint with a float core and with cores of 8 and 4 bits.
 
     python benchmarks/quantized.py --checkpoint out/smollm2-135m-armor --work FOLDER \\
         [--text handbook=handbook.txt] [--samples 64] [--rows float,int8] [--results benchmarks/results/quantized]
@@ -27,6 +27,7 @@ from quantizing import CORES, calibration_of, quantise
 from torch import Tensor
 
 import armor_recipes
+from armor_recipes.checkpoint.export import Source
 from armor_recipes.checkpoint.reader import inspect
 
 BASE = "float"
@@ -34,9 +35,15 @@ BASE = "float"
 ROWS: dict[str, dict[str, Any] | None] = {
     BASE: None,
     "int8": CORES["int8"],
-    "int8 without re-solve": {**CORES["int8"], "resolve": False},
+    "int8 without re-solve": {**CORES["int8"], "resolve": False, "rounding": "nearest"},
     "int4": CORES["int4"],
-    "int4 without re-solve": {**CORES["int4"], "resolve": False},
+    "int4 hessian": {**CORES["int4"], "objective": "hessian"},
+    "int4 nearest": {**CORES["int4"], "rounding": "nearest"},
+    "int4 nearest without gauge": {**CORES["int4"], "rounding": "nearest", "gauge": False},
+    "int4 without re-solve": {**CORES["int4"], "resolve": False, "rounding": "nearest", "gauge": False},
+    "W8A8": CORES["W8A8"],
+    "W8A8 without gauge": {**CORES["W8A8"], "gauge": False},
+    "FP8_DYNAMIC": CORES["FP8_DYNAMIC"],
 }
 HELD_OUT = "pydoc-heldout=builtin:pydoc-heldout"
 
@@ -56,10 +63,15 @@ def run_row(row: str, checkpoint: Path, work: Path, samples: int | None, texts: 
         "row": row,
         "fields": fields,
         "calibration": manifest["calibration"],
-        "losses": losses_of(armor_recipes.load(folder, backend="folded", dtype=torch.float32), texts),
+        "losses": losses_of(armor_recipes.load(folder, backend=backend_of(folder), dtype=torch.float32), texts),
         "bytes": sum(layer.nbytes for layer in layers) / sum(layer.dense_nbytes for layer in layers),
         "mean_loss": statistics.fmean(change["stored_loss"] for change in changes) if changes else 0.0,
     }
+
+
+def backend_of(folder: Path) -> str:
+    """`reference` where activations are rounded as well, which no folded weight does."""
+    return "reference" if any(spec.activations for spec in Source.open(folder).specs.values()) else "folded"
 
 
 def file_name(row: str) -> str:

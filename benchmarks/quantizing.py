@@ -23,6 +23,8 @@ from armor_recipes.solver.result import StopReason
 CORES: dict[str, dict[str, Any]] = {
     "int8": {"config_groups": {"core": {"weights": {"num_bits": 8, "strategy": "channel"}}}},
     "int4": {"config_groups": {"core": {"weights": {"num_bits": 4, "group_size": 64}}}},
+    "W8A8": {"scheme": "W8A8"},
+    "FP8_DYNAMIC": {"scheme": "FP8_DYNAMIC"},
 }
 
 

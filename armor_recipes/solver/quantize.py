@@ -1,4 +1,4 @@
-"""A core with integers for its kept values, and A and B re-solved around it (see `docs/solver.md`).
+"""A core with integers for its kept values, and A, B and the integers themselves solved again (see `docs/solver.md`).
 
 Everything is measured against the product `Ŵ = A · S · B` that the factors give before: with `diagonal` by
 `Σ_ij (Ŵ − Ŵ')²_ij h_j`, with `hessian` by `tr((Ŵ − Ŵ') G (Ŵ − Ŵ')ᵀ)`, both on the weight as it is and relative to Ŵ' = 0.
@@ -23,6 +23,7 @@ from armor_recipes.solver.gauge import apply_gauge, choose_gauge
 from armor_recipes.solver.hessian import HessianProblem
 from armor_recipes.solver.normalize import fill_dead_channels
 from armor_recipes.solver.result import Factors, QuantizedValues, SparseFactors
+from armor_recipes.solver.rounding import Grid, nearest_number, update_rounded
 from armor_recipes.solver.spd import cholesky
 
 LEVELS = {8: (-127, 127), 4: (-8, 7)}
@@ -30,7 +31,7 @@ LEVELS = {8: (-127, 127), 4: (-8, 7)}
 Numbers = Literal["int", "fp8"]
 #: The largest float8_e4m3fn.
 _LARGEST_FLOAT8 = float(torch.finfo(torch.float8_e4m3fn).max)
-Rounding = Literal["nearest", "gptq"]
+Rounding = Literal["descent", "nearest", "gptq"]
 #: Called after a cycle with (done, at most, best relative loss).
 Progress = Callable[[int, int, float], None]
 #: Scales that are tried, as shares of the one that reaches the largest value: smaller ones clip it and round the rest finer.
@@ -39,7 +40,7 @@ _RATIOS = tuple(1 - 0.05 * step for step in range(11))
 _FEW_RATIOS = (1.0, 0.8)
 #: Bytes of the float64 Hessians that `gptq` works on at once.
 _GPTQ_BYTES = 1 << 28
-#: Another cycle of A and B follows only where the last one gained more than this, relative.
+#: Another cycle follows only where the last one gained more than this, relative.
 _TOLERANCE = 1e-3
 
 
@@ -70,6 +71,7 @@ def requantize(
     group_size: int | None = None,
     rounding: Rounding = "nearest",
     iterations: int,
+    resolve: bool = True,
     gauge: bool = True,
     numbers: Numbers = "int",
     activations: str | None = None,
@@ -83,10 +85,12 @@ def requantize(
         gram: G `(I, I)` as `hessian.regularize` makes it, for the `hessian` loss; None for `diagonal`.
         num_bits: 8 or 4.
         group_size: kept values of a row that have one scale; None for a scale a row. Must divide I/2.
-        rounding: `nearest`, or `gptq` (arXiv 2210.17323) on the kept values alone, which needs `gram`.
-        iterations: cycles of A and B at most; 0 leaves them as they are, but for the gauge.
+        rounding: `nearest`; or `gptq` (arXiv 2210.17323) on the kept values alone, which needs `gram`; or `descent`: nearest, and
+            in each cycle every value again, as good as its grid allows given all others, A and B (`armor_recipes.solver.rounding`).
+        iterations: cycles at most; 0 leaves what rounding gave.
+        resolve: solve A and B in each cycle; without it they stay as they are, but for the gauge.
         gauge: choose a scale between B and S first (`armor_recipes.solver.gauge`).
-        numbers: `int`, or `fp8` for float8_e4m3fn, with 8 bits and a scale a row, rounded to nearest.
+        numbers: `int`, or `fp8` for float8_e4m3fn, with 8 bits and a scale a row, by `nearest` or `descent`.
         activations: `int8` or `fp8`, what Bx is rounded to as the layer runs: kept with the values, and `int8` counts in the gauge.
         on_progress: called after each cycle with (done, at most, best relative loss).
 
@@ -95,10 +99,8 @@ def requantize(
         NumericalError: values that are not finite.
     """
     _check(factors, second_moment, gram, num_bits, group_size, rounding)
-    if numbers == "fp8" and (num_bits, group_size, rounding) != (8, None, "nearest"):
-        raise ValueError(
-            f"fp8 has 8 bits, a scale a row and rounds to nearest, got {num_bits=}, {group_size=}, {rounding=}"
-        )
+    if numbers == "fp8" and ((num_bits, group_size) != (8, None) or rounding == "gptq"):
+        raise ValueError(f"fp8 has 8 bits, a scale a row and no gptq, got {num_bits=}, {group_size=}, {rounding=}")
     h, dead = fill_dead_channels(second_moment.float())
     target = factors.dense()
     rounded = partial(
@@ -113,7 +115,10 @@ def requantize(
         found = gptq(values, factors.mask, input_gram(factors.b, gram), found)
     start = replace(factors, core=spread(found.dequantize(), factors.mask), quantized=found)
     counts = Counter({"dead_channels": dead} if dead else {})
-    return _Resolve.of(target, h, gram, factors.b.shape[0], counts).run(start, iterations, on_progress)
+    grid = grid_of(found, factors.mask) if rounding == "descent" else None
+    if grid is None and not resolve:
+        iterations = 0
+    return _Resolve.of(target, h, gram, factors.b.shape[0], counts, grid, resolve).run(start, iterations, on_progress)
 
 
 def round_to_nearest(
@@ -140,18 +145,18 @@ def round_to_nearest(
         numbers: `int`, or `fp8` for float8_e4m3fn in the place of 8-bit integers.
         ratios: the shares that are tried.
     """
-    low, high = (-_LARGEST_FLOAT8, _LARGEST_FLOAT8) if numbers == "fp8" else LEVELS[num_bits]
-    nearest = _nearest_float8 if numbers == "fp8" else _nearest
+    float8 = numbers == "fp8"
+    low, high = (-_LARGEST_FLOAT8, _LARGEST_FLOAT8) if float8 else LEVELS[num_bits]
     v, w = (x.unflatten(1, (-1, group_size or x.shape[1])) for x in (values, weights))
     largest = v.abs().amax(-1, keepdim=True)
     best, scale = torch.full_like(largest, torch.inf), torch.ones_like(largest)
     for ratio in ratios:
         trial = torch.where(largest > 0, _storable(largest * (ratio / high), dtype), scale)
-        error = (w * (v - trial * nearest(v, trial, low, high)).square()).sum(-1, keepdim=True)
+        error = (w * (v - trial * nearest_number(v / trial, low, high, float8=float8)).square()).sum(-1, keepdim=True)
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, trial, scale)
-    stored = torch.float8_e4m3fn if numbers == "fp8" else torch.int8
-    integers = nearest(v, scale, low, high).to(stored).flatten(1)
+    stored = torch.float8_e4m3fn if float8 else torch.int8
+    integers = nearest_number(v / scale, low, high, float8=float8).to(stored).flatten(1)
     return QuantizedValues(integers, scale.squeeze(-1).to(dtype), num_bits)
 
 
@@ -179,6 +184,14 @@ def gptq(values: Tensor, mask: Tensor, gram: Tensor, start: QuantizedValues) -> 
     )
     integers = [_gptq_rows(v, gram.double(), index, q, s, LEVELS[start.num_bits]) for v, index, q, s in parts]
     return replace(start, integers=torch.cat(integers))
+
+
+def grid_of(found: QuantizedValues, mask: Tensor) -> Grid:
+    """The grid on which the kept values of a core `(O, I)` lie."""
+    scale = spread(_scales(found), mask)
+    if found.integers.dtype == torch.float8_e4m3fn:
+        return Grid(scale, -_LARGEST_FLOAT8, _LARGEST_FLOAT8, float8=True)
+    return Grid(scale, *LEVELS[found.num_bits])
 
 
 def kept(core: Tensor, mask: Tensor) -> Tensor:
@@ -214,19 +227,32 @@ def input_gram(b: Tensor, gram: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Resolve:
-    """A and B in the coordinates of `problem`: its target is the product that is to stay, B's columns are times `root`."""
+    """Cycles in the coordinates of `problem`: its target is the product that is to stay, B's columns are times `root`.
+
+    With a grid they begin with a pass over S; without `resolve` they leave A and B.
+    """
 
     problem: ExactProblem | HessianProblem
     root: Tensor
+    grid: Grid | None
+    resolve: bool
 
     @classmethod
-    def of(cls, target: Tensor, h: Tensor, gram: Tensor | None, blocks: int, counts: Counter[str]) -> _Resolve:
+    def of(
+        cls,
+        target: Tensor,
+        h: Tensor,
+        gram: Tensor | None,
+        blocks: int,
+        counts: Counter[str],
+        grid: Grid | None,
+        resolve: bool,
+    ) -> _Resolve:
         if gram is not None:
-            return cls(
-                HessianProblem(target, gram, counts=counts), target.new_ones(blocks, 1, target.shape[1] // blocks)
-            )
+            root = target.new_ones(blocks, 1, target.shape[1] // blocks)
+            return cls(HessianProblem(target, gram, counts=counts), root, grid, resolve)
         root = (h / h.mean()).sqrt()
-        return cls(ExactProblem(target * root, counts=counts), root.view(blocks, 1, -1))
+        return cls(ExactProblem(target * root, counts=counts), root.view(blocks, 1, -1), grid, resolve)
 
     def loss(self, factors: SparseFactors) -> float:
         """The loss of factors as they are stored, relative to Ŵ' = 0 (0 where the product itself is 0)."""
@@ -239,7 +265,7 @@ class _Resolve:
         return loss / total if total > 0 else 0.0
 
     def run(self, start: SparseFactors, iterations: int, on_progress: Progress | None) -> Requantized:
-        """Cycles of A and B while they gain. What is returned, rounded to its dtype, is never worse than `start`."""
+        """Cycles while they gain. What is returned, rounded to its dtype, is never worse than `start`."""
         losses, reason = [self.loss(start)], "iterations"
         now = best = self._scaled(start)
         for step in range(iterations):
@@ -254,8 +280,7 @@ class _Resolve:
             if gain <= _TOLERANCE * losses[-1]:
                 reason = "tolerance"
                 break
-        dtype = start.a.dtype
-        found = replace(start, a=best.a.to(dtype), b=(best.b / self.root).to(dtype)) if len(losses) > 1 else start
+        found = self._stored(start, best) if len(losses) > 1 else start
         if found is not start and not self.loss(found) < losses[0]:
             found, losses, reason = start, losses[:1], "rounding"
         return Requantized(found, tuple(losses), reason, dict(self.problem.counts))
@@ -264,9 +289,24 @@ class _Resolve:
         nothing = factors.core.new_empty(0)  # no step of A and B asks which mask a group has
         return Factors(factors.a.float(), factors.core.float(), factors.b.float() * self.root, nothing)
 
+    def _stored(self, start: SparseFactors, best: Factors) -> SparseFactors:
+        """What the cycles found, in the dtypes of `start`."""
+        dtype, found = start.a.dtype, start
+        if self.resolve:
+            found = replace(start, a=best.a.to(dtype), b=(best.b / self.root).to(dtype))
+        if self.grid is None or start.quantized is None:
+            return found
+        numbers = self.grid.nearest(kept(best.core, start.mask), _scales(start.quantized))
+        values = replace(start.quantized, integers=numbers.to(start.quantized.integers.dtype))
+        return replace(found, core=spread(values.dequantize(), start.mask), quantized=values)
+
     def _cycle(self, factors: Factors) -> Factors:
-        """One step of A and one of B, each exact given the other, on a copy."""
-        found = Factors(factors.a, factors.core, factors.b, factors.index)  # steps replace A and B, and leave S
+        """One pass over S, one step of A and one of B, each exact given the others, on a copy."""
+        found = Factors(factors.a, factors.core, factors.b, factors.index)  # steps replace what they change
+        if self.grid is not None:
+            update_rounded(self.problem, found, self.grid)
+        if not self.resolve:
+            return found
         if isinstance(self.problem, HessianProblem):
             hessian.update_a(self.problem, found)
             hessian.update_b(self.problem, found)
@@ -297,12 +337,9 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.to(dtype).float().clamp(min=limits.smallest_normal * limits.eps)
 
 
-def _nearest(values: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
-    return (values / scale).round().clamp(low, high)
-
-
-def _nearest_float8(values: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
-    return (values / scale).clamp(low, high).to(torch.float8_e4m3fn).float()
+def _scales(found: QuantizedValues) -> Tensor:
+    """The scale of each kept value, float32 `(O, I/2)`."""
+    return found.scale.float().repeat_interleave(found.integers.shape[1] // found.scale.shape[1], dim=1)
 
 
 def _gptq_rows(
@@ -317,7 +354,7 @@ def _gptq_rows(
     scales = scale.repeat_interleave(count // scale.shape[1], dim=1)
     left, found = values.clone(), torch.empty_like(values)
     for j in range(count):
-        found[:, j] = _nearest(left[:, j], scales[:, j], *levels)
+        found[:, j] = nearest_number(left[:, j] / scales[:, j], *levels)
         error = (left[:, j] - found[:, j] * scales[:, j]) / upper[:, j, j]
         left[:, j:] -= error[:, None] * upper[:, j, j:]
     errors = [values - integers * scales for integers in (found, start.double())]

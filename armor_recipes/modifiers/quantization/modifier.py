@@ -53,13 +53,13 @@ class QuantizationConfig(SchemeConfig):
     resolve: Annotated[bool, Field(strict=True)] = Field(
         default=True,
         title="Re-solve A and B",
-        description="Solve A and B again around the integers, so that the product comes closer to what it was; false leaves "
+        description="Solve A and B again around the rounded values, so that the product comes closer to what it was; false leaves "
         "them, but for the scale of `gauge` in B.",
     )
     iterations: Annotated[int, Field(strict=True, ge=1)] = Field(
         default=10,
         title="Iterations",
-        description="Cycles of A and B at most; fewer where the last gained less than 0.1 %.",
+        description="Cycles of `rounding: descent`, A and B at most; fewer where the last gained less than 0.1 %.",
     )
     objective: Literal["diagonal", "hessian"] = Field(
         default="diagonal",
@@ -82,10 +82,11 @@ class QuantizationConfig(SchemeConfig):
         "leaves it. The product is the same either way.",
     )
     rounding: Rounding = Field(
-        default="nearest",
+        default="descent",
         title="Rounding",
-        description="`nearest`; or `gptq`, which moves the error of each kept value to the later ones of its row. It goes with "
-        "`objective: hessian`, keeps masks, and costs (I/2)^3 operations for each row of the weight.",
+        description="`descent`: to nearest first, then in each cycle every kept value again, as good as its grid allows given all "
+        "others, A and B; `nearest`, once; or `gptq`, once, which moves the error of each kept value to the later ones of its row. "
+        "It goes with `objective: hessian`, and costs (I/2)^3 operations for each row of the weight.",
     )
 
     @model_validator(mode="after")
@@ -190,7 +191,7 @@ class CoreQuantizer(FactorModifier[QuantizationConfig]):
         factor_bytes = (module.d_out * b_o + module.d_in * b_i) * module.itemsize
         scale_bytes = module.d_out * (kept // group) * module.itemsize
         core_bytes = entries // 2 * core.num_bits // 8 + entries // 8 + scale_bytes
-        cycles = config.iterations if config.resolve else 0
+        cycles = config.iterations if config.resolve or config.rounding == "descent" else 0
         flops = 60.0 * entries + 1.0 * cycles * _PRODUCTS * entries * (b_o + b_i)
         if config.objective == "hessian":
             flops += 4.0 * cycles * entries * module.d_in
@@ -220,7 +221,7 @@ class CoreQuantizer(FactorModifier[QuantizationConfig]):
         statistic: InputSecondMoment | InputGram,
         on_progress: SolveProgress | None,
     ) -> FactorOutcome:
-        """Quantise the core, and re-solve A and B."""
+        """Quantise the core, and solve its values, A and B again."""
         config, (h, gram) = self.config, self._moments(statistic, factors.a)
         core = self._core_of(module)
         found = requantize(
@@ -233,7 +234,8 @@ class CoreQuantizer(FactorModifier[QuantizationConfig]):
             gauge=config.gauge,
             numbers="fp8" if core.core == "fp8" else "int",
             activations=core.activations,
-            iterations=config.iterations if config.resolve else 0,
+            iterations=config.iterations,
+            resolve=config.resolve,
             on_progress=on_progress,
         )
         return FactorOutcome(found.factors, found.losses, len(found.losses) - 1, found.stop_reason, found.counts)
@@ -254,7 +256,7 @@ class CoreQuantizer(FactorModifier[QuantizationConfig]):
         if core.core == "fp8" and self.config.rounding == "gptq":
             raise UnfitError(
                 f"rounding: gptq is for integers, and the core of {module.name} is to be 8-bit floats",
-                "set rounding: nearest",
+                "set rounding: descent",
             )
         return core
 

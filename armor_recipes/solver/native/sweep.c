@@ -7,18 +7,7 @@
 #include <string.h>
 
 #include "export.h"
-
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12 /* the first to know x86-64-v4 here */
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-
-#if defined(__GNUC__) || defined(__clang__)
-#define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#endif
+#include "vectors.h"
 
 #define MOST 8 /* entries of a group */
 
@@ -29,11 +18,6 @@ typedef struct {
 } masks_t;
 
 static const uint8_t PAIRS[12] = {0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3};
-
-/* y[0..n) += alpha * x[0..n) */
-INLINE void axpy(float *restrict y, const float *restrict x, float alpha, int64_t n) {
-    for (int64_t i = 0; i < n; i++) y[i] += alpha * x[i];
-}
 
 /* Solve one group exactly; returns 1 and fills delta when the group changed. */
 INLINE int solve_group(const float *p, const float *shift, float *s, uint8_t *index, const float *gram, int64_t width,
