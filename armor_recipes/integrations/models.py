@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.classes import class_of
 from armor_recipes.integrations.names import origins
 from armor_recipes.model.facts import ModelFacts, attention_of_parts, facts_of
+from armor_recipes.model.forms import linearise
 from armor_recipes.paths import user_path
 from armor_recipes.recipe.schema import ModelSpec
 
@@ -140,6 +141,45 @@ def _compressed(location: str, name: str, config: PretrainedConfig) -> Compresse
         f"model {name} is compressed, and such models are read from a folder, for the headers of their files: download it "
         f"(hf download {name} --local-dir FOLDER) and give that"
     )
+
+
+def open_teacher(
+    spec: ModelSpec, source: ModelSource, shapes: PreTrainedModel, device: torch.device
+) -> ModelSource | None:
+    """The dense model that a compressed one was made from, where a recipe names it; `shapes` is the compressed one on meta.
+
+    Raises PlanError where the model is not compressed, or the teacher is, or another model.
+    """
+    if spec.teacher is None:
+        return None
+    if source.compressed is None or not source.compressed.ours:
+        raise PlanError(
+            f"model.teacher {spec.teacher} goes with a packed model, and {spec.id} is a dense one here: leave it out"
+        )
+    compute: Any = str(source.compute_dtype).removeprefix("torch.")
+    teacher = open_model(ModelSpec(id=spec.teacher, compute_dtype=compute), device=device)
+    if teacher.compressed is not None:
+        raise PlanError(f"model.teacher {spec.teacher} is compressed, too: name the dense model")
+    theirs, own = (_shapes(model) for model in (meta_model(teacher), shapes))
+    other = sorted(name for name in theirs.keys() | own.keys() if theirs.get(name) != own.get(name))
+    if other:
+        found = ", ".join(str(each.get(other[0], "none")) for each in (theirs, own))
+        raise PlanError(
+            f"model.teacher {spec.teacher} is another model than {spec.id}: {other[0]} and {len(other) - 1} more differ ({found})"
+        )
+    return teacher
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def load_teacher(teacher: ModelSource, model: PreTrainedModel, forms: Collection[str]) -> dict[str, Tensor]:
+    """The dense model's parameters where they are not the given model's own, which has those linear forms."""
+    dense = load_model(teacher, device=next(model.parameters()).device)
+    linearise(dense, forms)
+    own = dict(model.named_parameters())
+    return {name: value.detach() for name, value in dense.named_parameters() if not torch.equal(value, own[name])}
 
 
 def _written_dtype(source: ModelSource, name: str) -> torch.dtype:

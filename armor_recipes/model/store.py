@@ -43,22 +43,29 @@ class WeightStore(Protocol):
 
 
 class InMemory:
-    """All weights of a model in memory. `stored_dtype` is that of the checkpoint: originals are kept in it where they fit."""
+    """All weights of a model in memory.
 
-    def __init__(self, model: nn.Module, *, stored_dtype: torch.dtype) -> None:
+    `stored_dtype` is that of the checkpoint: originals are kept in it where they fit. `teacher` are originals of a model that came
+    changed already: the dense weights of those parameters in which it differs.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, stored_dtype: torch.dtype, teacher: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._model = model
         self._stored_dtype = stored_dtype
+        self._teacher = {name: self._narrow(value) for name, value in (teacher or {}).items()}
         self._originals: dict[str, Tensor] | None = None
         self._handles: dict[str, list[RemovableHandle]] = {}
 
     @property
     def originals(self) -> Mapping[str, Tensor]:
-        """What parameters held when they were first written since `keep_originals`."""
-        return self._originals or {}
+        """What parameters held when they were first written since `keep_originals`; and the teacher's."""
+        return self._teacher if self._originals is None else self._originals
 
     def keep_originals(self, wanted: bool) -> None:
         """Forget the originals, and keep those of what is written from now on where they are wanted."""
-        self._originals = {} if wanted else None
+        self._originals = dict(self._teacher) if wanted else None
 
     def read(self, parameter: str) -> Tensor:
         """The present values, which are the model's own memory."""
@@ -68,9 +75,13 @@ class InMemory:
         """Copy the values in place."""
         own = self._model.get_parameter(parameter).data
         if self._originals is not None and not same_function and parameter not in self._originals:
-            narrow = own.to(self._stored_dtype, copy=True)
-            self._originals[parameter] = narrow if torch.equal(narrow.to(own.dtype), own) else own.clone()
+            self._originals[parameter] = self._narrow(own)
         own.copy_(value)
+
+    def _narrow(self, value: Tensor) -> Tensor:
+        """A copy, in the dtype of the checkpoint where that holds the numbers."""
+        narrow = value.to(self._stored_dtype, copy=True)
+        return narrow if torch.equal(narrow.to(value.dtype), value) else value.clone()
 
     def change_activations(self, module: str, before: InputHook | None, after: OutputHook | None) -> None:
         """Register them as hooks, which stay with the model."""

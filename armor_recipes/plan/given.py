@@ -50,12 +50,13 @@ def given_rows(
     for name in (*source.layers, *source.plain):
         if name not in linears.modules:
             raise CheckpointError(f"{source.folder}: {name} is packed or quantised, and no linear layer of the model")
-    rows = [_packed_row(name, spec, linears, stacks, itemsize) for name, spec in source.layers.items()]
+    inside = [name for name in linears.modules if name in source.layers]  # in the model's order
+    rows = [_packed_row(name, source.layers[name], linears, stacks, itemsize) for name in inside]
     if not packed:
         return Given(tuple(rows), source.plain)
-    for name, scheme in source.kept.items():
+    for name in (name for name in linears.modules if name in source.kept):
         own = _row(name, linears, stacks, itemsize)
-        rows.append(_plain_row(own, scheme, source.nbytes[name]))
+        rows.append(_plain_row(own, source.kept[name], source.nbytes[name]))
     return Given(tuple(rows), source.decompressed)
 
 
@@ -154,10 +155,17 @@ def _again(modifier: AnyModifier[Any], scheme: Scheme) -> str:
 
 def _without_dense(recipe: Recipe, entry: ModifierEntry, modifier: AnyModifier[Any], given: Given) -> Iterator[str]:
     needs = modifier.needs
-    if given.rows and (needs.dense or "dense" in needs.streams):
+    if not given.rows or not (needs.dense or "dense" in needs.streams):
+        return
+    if needs.dense == "block":
         yield (
-            f"{entry.where}: {entry.name}: {needs.because} needs the dense model, and {recipe.model.id} is compressed: run it in "
-            "the recipe that compresses the dense model"
+            f"{entry.where}: {entry.name}: {needs.because} needs each layer as it was before, and {recipe.model.id} is compressed: "
+            "take `propagate: compressed`"
+        )
+    elif recipe.model.teacher is None:
+        yield (
+            f"{entry.where}: {entry.name}: {needs.because} needs the dense model, and {recipe.model.id} is compressed: name the "
+            "one that it was made from as model.teacher"
         )
 
 

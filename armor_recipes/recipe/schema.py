@@ -81,6 +81,12 @@ class ModelSpec(Strict):
     revision: Name | None = Field(
         default=None, title="Revision", description="Branch, tag or commit of a hub id; left out, the hub's default."
     )
+    teacher: Name | None = Field(
+        default=None,
+        title="Teacher",
+        description="Of a model that is compressed already, the dense one that it was made from: what refiners train against. Hub "
+        "id, local folder or `builtin:NAME`.",
+    )
     dtype: DType = Field(
         default="auto", title="Stored dtype", description="Dtype of the tensors written; `auto` is that of the input."
     )

@@ -89,6 +89,8 @@ def precious_paths(source: ModelSource, recipe: Recipe) -> dict[str, Path]:
         path = user_path(dataset)
         if "://" not in dataset and not dataset.startswith("builtin:") and path.exists():
             named[f"the dataset {dataset}"] = path
+    if recipe.model.teacher is not None and user_path(recipe.model.teacher).exists():
+        named["the teacher"] = user_path(recipe.model.teacher)
     if source.folder is not None:
         named["the model that is to be compressed"] = source.folder
     return named

@@ -23,7 +23,7 @@ from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, RecipeError, ResourceError
 from armor_recipes.events import Observer, ignore_events
 from armor_recipes.exhaustion import what_ran_out
-from armor_recipes.integrations.models import attention_of, load_model, rounded, written_dtypes
+from armor_recipes.integrations.models import attention_of, load_model, load_teacher, rounded, written_dtypes
 from armor_recipes.integrations.names import left_behind
 from armor_recipes.integrations.oneshot.step import Step, run_step, run_whole
 from armor_recipes.model.forms import linearise, restore
@@ -256,6 +256,7 @@ class _Run:
             keep_packed=job.packed,
             observer=self.watch.observer,
             brought=self.brought,
+            teacher=None if job.teacher is None else load_teacher(job.teacher, self.model, job.plan.forms),
         ) as session:
             session.run()
         return session

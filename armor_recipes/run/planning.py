@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 from armor_recipes.calibration.text import is_soon_read
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import PlanError, RecipeError
-from armor_recipes.integrations.models import ModelSource, load_processor, load_tokenizer, meta_model, open_model
+from armor_recipes.integrations.models import (
+    ModelSource,
+    load_processor,
+    load_tokenizer,
+    meta_model,
+    open_model,
+    open_teacher,
+)
 from armor_recipes.integrations.transformers import check_registered
 from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.forms import forms_of, linearise, restore
@@ -40,6 +47,8 @@ class Job:
     plan: Plan
     estimate: RunEstimate
     device: torch.device
+    teacher: ModelSource | None = None
+    """The dense model that a compressed one was made from."""
 
     @property
     def packed(self) -> bool:
@@ -61,11 +70,13 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
     known = modifiers()
     instances = {entry.key: known[entry.kind](entry.config) for entry in recipe.modifiers}
     shapes = meta_model(source)
-    plan, refused = None, Refusals()
+    plan, teacher, refused = None, None, Refusals()
     with refused.noted():
         check_lengths(recipe, source)
     with refused.noted():
         check_compressed(recipe, source)
+    with refused.noted():
+        teacher = open_teacher(recipe.model, source, shapes, target)
     check_measures(recipe, shapes, refused)
     if recipe.is_theirs and recipe.output.format != "compressed-tensors":
         text = "what llm-compressor makes of the whole recipe is written in its own formats: remove it"
@@ -86,7 +97,7 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
             )
         refused.tell()
     estimate = estimate_run(plan, recipe, shapes, instances)
-    return Job(recipe, source, shapes, instances, plan, estimate, target)
+    return Job(recipe, source, shapes, instances, plan, estimate, target, teacher)
 
 
 def planned(

@@ -57,6 +57,7 @@ class Opening:
         sharing: numbers of other blocks that use weights of a block, by its number, where weights of this stack are planned that
             several blocks share.
         originals: the dense model's weights where they were changed since, asked for by passes that need them.
+        taught: whether the model came changed already, so that dense streams are a teacher's.
     """
 
     model: nn.Module
@@ -67,13 +68,17 @@ class Opening:
     sharing: Mapping[int, Sequence[int]]
     originals: Callable[[], Mapping[str, Tensor]]
     hooks: Hooks
+    taught: bool = False
 
     def open(self, kinds: Iterable[str]) -> Door:
         """The streams of these kinds, by replay of the blocks or, where that is not the model, by passes of it."""
         streams: dict[StreamKey, Activations] = {}
         probes: dict[CalibrationSpec, StackProbe] = {}
+        keys = [key for key in self.keys if key[1] in kinds]
         reason = "its blocks share weights" if self.sharing else ""
-        for key in (key for key in self.keys if key[1] in kinds):
+        if self.taught and any(kind == "dense" for _, kind in keys):
+            reason = reason or "the dense model is the teacher"
+        for key in keys:
             spec, inputs = key[0], self.tokens[key[0]]
             if not reason:
                 if spec not in probes:

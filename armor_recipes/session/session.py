@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import InputSet
 from armor_recipes.events import LayerStarted, Observer, PhaseStarted, ignore_events, one_at_a_time
@@ -55,6 +55,7 @@ class Session:
         stored_dtype: the dtype of the checkpoint. Applied weights are what a loader makes of the stored tensors, bit for bit.
         keep_packed: keep factors for a packed checkpoint; else they are folded into plain weights.
         brought: what a compressed model comes with: factors and quantised layers, committed first.
+        teacher: of a compressed model, the dense model's parameters where they differ from its own.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Session:
         keep_packed: bool = True,
         observer: Observer = ignore_events,
         brought: Changes | None = None,
+        teacher: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.recipe = recipe
         self.plan = plan
@@ -79,7 +81,8 @@ class Session:
         self.observer = one_at_a_time(observer)
         self.hooks = Hooks()
         self.state = State()
-        self.weights = InMemory(model, stored_dtype=stored_dtype)
+        self.weights = InMemory(model, stored_dtype=stored_dtype, teacher=teacher)
+        self._taught = teacher is not None
         self.stacks = find_stacks(model)
         self._sharing = linears_that_share(model)
         self._survey = Survey({}, {}, frozenset(), logits=True)
@@ -178,6 +181,7 @@ class Session:
             sharing,
             lambda: self.weights.originals,
             self.hooks,
+            taught=self._taught,
         )
 
     def _run_stack(
