@@ -114,7 +114,8 @@ def run_pass(work: RoundingPass, *, native: bool | None = None) -> None:
         _pass_native(work)
     else:
         tensors = (work.correlation, work.core, work.scale, work.gram_a, work.gram_b)
-        here = RoundingPass(*(tensor.cpu() for tensor in tensors), grid=work.grid)
+        correlation, core, scale, gram_a, gram_b = (tensor.cpu() for tensor in tensors)
+        here = RoundingPass(correlation, core, scale, gram_a, gram_b, work.grid)
         _pass_native(here)
         work.core.copy_(here.core)
 
@@ -129,8 +130,8 @@ def _passed(
 ) -> Tensor:
     """The core `(O, I)` after a pass."""
     rows, width = gram_a.shape[-1], gram_b.shape[-1]
-    blocks = [to_blocks(part, rows, width) for part in (correlation, core.clone(), grid.scale)]
-    work = RoundingPass(*blocks, gram_a=gram_a, gram_b=gram_b, grid=grid)
+    correlations, cores, scales = (to_blocks(part, rows, width) for part in (correlation, core.clone(), grid.scale))
+    work = RoundingPass(correlations, cores, scales, gram_a, gram_b, grid)
     run_pass(work, native=native)
     return from_blocks(work.core)
 

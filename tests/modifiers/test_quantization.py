@@ -104,7 +104,7 @@ def test_equal_runs_write_equal_bytes(source: Path, tmp_path: Path) -> None:
 def test_a_later_stage_gives_the_factors_of_the_first(source: Path, tmp_path: Path) -> None:
     mapping = recipe(source, tmp_path / "out")
     mapping["pack_stage"] = {
-        "late_modifiers": {"QuantizationModifier": core(targets=[ALL], resolve=False, gauge=False)}
+        "late_modifiers": {"QuantizationModifier": core(targets=[ALL], rounding="nearest", resolve=False, gauge=False)}
     }
     result = armor_recipes.apply(mapping)
     armor_recipes.apply(recipe(source, tmp_path / "float"))
