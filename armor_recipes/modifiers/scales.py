@@ -19,12 +19,10 @@ def weight_scales(
     `args` are compressed-tensors'; `importance` is what some observers weigh columns by. Scales are in the weight's dtype. On the
     meta device only shapes and dtypes are worked out.
     """
-    from compressed_tensors.quantization.utils import calculate_qparams
-
     if args.strategy == "tensor_group" and global_scale is None:
         global_scale = global_scale_of(weight, args, importance)
     low, high = weight_range(weight, args, importance)
-    scale, zero = calculate_qparams(low, high, args, global_scale=global_scale)
+    scale, zero = _scale_and_zero(low, high, args, global_scale)
     found = {"weight_scale": scale.to(weight.dtype), "weight_zero_point": zero}
     return found if global_scale is None else {**found, "weight_global_scale": global_scale}
 
@@ -51,7 +49,7 @@ def global_scale_of(weight: Tensor, args: Any, importance: Tensor | None = None)
 
 def activation_scales(part: str, args: Any, observed: InputRange | None, like: Tensor) -> dict[str, Tensor]:
     """What is stored of activations (`part`: `input` or `output`) that are not wholly dynamic, in the dtype of `like`."""
-    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+    from compressed_tensors.quantization.utils import generate_gparam
 
     if args is None or args.dynamic is True:
         return {}
@@ -63,5 +61,21 @@ def activation_scales(part: str, args: Any, observed: InputRange | None, like: T
         low, high = observed.extremes(moving=rule.moving, last=rule.over == "last")
     if args.strategy == "tensor_group":
         return {f"{part}_global_scale": generate_gparam(low.amin().float(), high.amax().float())}
-    scale, zero = calculate_qparams(low.to(like.dtype), high.to(like.dtype), args)
+    scale, zero = _scale_and_zero(low.to(like.dtype), high.to(like.dtype), args)
     return {f"{part}_scale": scale, f"{part}_zero_point": zero}
+
+
+def _scale_and_zero(low: Tensor, high: Tensor, args: Any, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """compressed-tensors' scales and zero points of ranges, each value by itself.
+
+    On the meta device they are those of one value in that shape: compressed-tensors 0.17 looks at values, which are not there.
+    """
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    if not low.is_meta:
+        scale, zero = calculate_qparams(low, high, args, global_scale=global_scale)
+        return scale, zero
+    one = torch.ones((), dtype=low.dtype)
+    scale, zero = calculate_qparams(-one, one, args, global_scale=None if global_scale is None else torch.ones(1))
+    like = low if global_scale is None else torch.broadcast_tensors(low, global_scale)[0]
+    return like.new_empty(like.shape, dtype=scale.dtype), like.new_empty(like.shape, dtype=zero.dtype)
