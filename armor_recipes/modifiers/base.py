@@ -61,11 +61,23 @@ class CalibratedConfig(ModifierConfig):
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """What a server asks of a module's blocks: all modules of one `layer`, by its full name, have one size, and its sides divide
+    `rows` and `columns`, so that no process has half a block.
+    """
+
+    layer: str
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleShape:
     """A linear module as the plan knows it: full name, weight `(d_out, d_in)`, and bytes of one stored weight value.
 
     `parts` are the rows of each where modules that read the same input are solved stacked; no block may straddle two.
-    `block_size` is the planned (b_o, b_i) where there is a plan and it has one.
+    `block_size` is the planned (b_o, b_i) where there is a plan and it has one. `served` is there where a recipe's block sizes are
+    chosen among many, and has a `serve`.
     """
 
     name: str
@@ -74,6 +86,7 @@ class ModuleShape:
     itemsize: int
     parts: tuple[int, ...] = ()
     block_size: tuple[int, int] | None = None
+    served: Served | None = None
 
     @property
     def dense_bytes(self) -> int:

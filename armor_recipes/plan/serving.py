@@ -7,10 +7,11 @@ from math import gcd
 from typing import NamedTuple
 
 from armor_recipes.checkpoint.config import LayerSpec
-from armor_recipes.checkpoint.serving import FUSED, KEY_VALUE, SIDES, group_problem, split_problem
+from armor_recipes.checkpoint.serving import FUSED, SIDES, group_problem, split_problem
 from armor_recipes.model.facts import ModelFacts
 from armor_recipes.model.fused import RowsOf, fused_layers
 from armor_recipes.model.linears import Linears
+from armor_recipes.modifiers.kinds.served import processes
 from armor_recipes.recipe import ModifierEntry
 
 #: The largest block size that a message proposes.
@@ -79,16 +80,14 @@ def _split(name: str, module: PackedModule, facts: ModelFacts, ways: int) -> str
     last = name.rpartition(".")[2]
     side = SIDES[last]
     size = module.shape[0 if side == "rows" else 1]
-    if last in KEY_VALUE:
-        ways = min(ways, _heads(facts)[1])
-    problem = split_problem(name, size, module.spec, side=side, ways=ways)
+    problem = split_problem(name, size, module.spec, side=side, ways=processes(last, facts, ways))
     return problem and f"{problem}; choose a block size (and group size) that fits, or add {name!r} to `ignore`"
 
 
 def _parts_split(name: str, module: PackedModule, parts: Sequence[RowsOf], facts: ModelFacts, ways: int) -> str | None:
     """A fused layer is split part by part, so each part is whole blocks for each process, one process or several."""
     for part, rows in parts:
-        over = min(ways, _heads(facts)[1]) if part in ("key", "value") else ways
+        over = processes(part, facts, ways)
         problem = split_problem(f"{name} ({part})", rows, module.spec, side="rows", ways=over)
         if problem is not None:
             sizes = sizes_that_fit(parts, over)

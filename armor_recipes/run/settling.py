@@ -21,13 +21,15 @@ from armor_recipes.integrations.models import (
     load_tokenizer,
     written_dtypes,
 )
-from armor_recipes.model.facts import class_numbers
+from armor_recipes.model.facts import class_numbers, model_facts
 from armor_recipes.model.forms import linearise
 from armor_recipes.model.inputs import model_inputs
+from armor_recipes.model.linears import find_linears
 from armor_recipes.model.replay import on_device
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.modifiers.base import ModuleShape, Settles, Unsettled
 from armor_recipes.modifiers.kinds.contract import located
+from armor_recipes.modifiers.kinds.served import served_shapes
 from armor_recipes.plan import estimate_run
 from armor_recipes.recipe import ModifierEntry
 from armor_recipes.recipe.schema import CalibrationSpec
@@ -84,7 +86,8 @@ def settled(
         if asked is None:
             continue
         settling: Any = modifier
-        shapes = [replace(row.shape, block_size=None) for row in job.plan.modules if row.modifier == entry.key]
+        plain = [replace(row.shape, block_size=None) for row in job.plan.modules if row.modifier == entry.key]
+        shapes = served_shapes(plain, find_linears(job.shapes), model_facts(job.shapes), job.recipe)
         with located(entry, asked.key):
             measured = _measured(_Asked(job, model, entry, asked, settling, shapes), tokens, observer)
             configs[entry.key] = settling.settle(shapes, measured.costs)

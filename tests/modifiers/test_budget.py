@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from armor_recipes.modifiers import ModuleShape
 from armor_recipes.modifiers.armor import ARMORConfig, ARMORModifier
 from armor_recipes.modifiers.armor.config import Budget
 from armor_recipes.modifiers.armor.sizes import RATE, choose, factor_values, ladder, spend
+from armor_recipes.modifiers.base import Served
 from armor_recipes.run.job import read_recipe
 from tests.support.engine import recipe
 
@@ -81,6 +83,63 @@ def test_no_other_sizes_of_no_more_values_cost_much_less(costs: list[float], par
     assert total(found.values()) <= best + largest + 1e-9
 
 
+@given(costs_of_four, st.floats(0.05, 0.95))
+def test_what_is_served_as_one_layer_has_one_size_and_no_others_cost_much_less(costs: list[float], part: float) -> None:
+    """Against all sizes of the layer and of the other two modules: what is missed is less than one step of those worth taking."""
+    layer = Served("a.qk", 16, 64)  # two processes: 16 rows of the narrower one
+    shapes = [replace(shape, served=layer) for shape in SHAPES[:2]] + SHAPES[2:]
+    named = {shape.name: cost for shape, cost in zip(shapes, costs, strict=True)}
+    units = [shapes[:2], shapes[2:3], shapes[3:]]
+    whole = sum(shape.d_out * shape.d_in for shape in shapes)
+
+    def values(unit: list[ModuleShape], size: Any) -> int:
+        return sum(factor_values(shape, both(size)) for shape in unit)
+
+    def felt(unit: list[ModuleShape], size: Any) -> float:
+        found = 0.0
+        for shape in unit:
+            rungs = ladder(shape)
+            assert rungs is not None
+            f = values([shape], size) / (shape.d_out * shape.d_in)
+            found += named[shape.name] * math.exp(-RATE * (f - rungs.measured.share))
+        return found
+
+    blocks = [
+        [rung.block for rung in found.rungs if all(values([s], rung.block) < 0.4375 * s.d_out * s.d_in for s in unit)]
+        for unit in units
+        if (found := ladder(unit[0])) is not None
+    ]
+    points = [[(values(u, b), felt(u, b)) for b in found] for u, found in zip(units, blocks, strict=True)]
+    every = list(itertools.product(*points))
+    low, high = (end(sum(v for v, _ in combined) for combined in every) for end in (min, max))
+    limit = int(low + part * (high - low))
+    sizes = choose(Budget(overhead=(limit + 0.5) / whole), shapes, named)
+    assert sizes["a.q_proj"] == sizes["a.k_proj"]
+    assert all(16 % side == 0 for side in both(sizes["a.q_proj"]))
+    assert sum(values([shape], sizes[shape.name]) for shape in shapes) <= limit
+    best = min(sum(cost for _, cost in combined) for combined in every if sum(v for v, _ in combined) <= limit)
+    step = max(a[1] - b[1] for found in points for a, b in itertools.pairwise(hull_of(found)))
+    assert sum(felt([shape], sizes[shape.name]) for shape in shapes) <= best + step + 1e-9
+
+
+def hull_of(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Those that no line between two others passes below."""
+    ordered = sorted(set(points))
+    return [
+        point
+        for place, point in enumerate(ordered)
+        if all(
+            point[1] * (b[0] - a[0]) <= a[1] * (b[0] - point[0]) + b[1] * (point[0] - a[0]) + 1e-12
+            for a, b in itertools.product(ordered[:place], ordered[place + 1 :])
+            if a[0] < point[0] < b[0]
+        )
+    ]
+
+
+def both(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 def test_where_a_weight_costs_more_blocks_are_larger_and_of_equal_modules_the_first_are_no_smaller() -> None:
     shapes = [ModuleShape(f"layers.{i}.up_proj", 192, 64, 2) for i in range(6)]
     costs = dict.fromkeys((shape.name for shape in shapes), 1.0) | {"layers.3.up_proj": 4.0}
@@ -121,15 +180,20 @@ def test_sizes_divide_their_sides_are_packed_and_smaller_than_dense() -> None:
 )
 def test_what_cannot_be_had_is_refused_with_what_can(asked: dict[str, Any], text: str) -> None:
     with pytest.raises(PlanError, match=text) as caught:
-        made(asked).among(SHAPES, None)
+        made(asked).among(SHAPES)
     low, high = (float(word.rstrip(",")) for word in str(caught.value).split("give ")[1].split(" ")[:3:2])
     for share in (low, high):
-        made({next(iter(asked)): share}).among(SHAPES, None)
+        made({next(iter(asked)): share}).among(SHAPES)
+
+
+def test_one_size_each_is_no_choice() -> None:
+    with pytest.raises(PlanError, match=r"nothing for budget 0.8 to choose from, .* which takes 0.9852: give sizes"):
+        made({"budget": 0.8}).among([ModuleShape("narrow", 10, 40, 2), ModuleShape("too", 10, 48, 2)])
 
 
 def test_a_module_that_cannot_be_packed_is_unfit() -> None:
     narrow = ModuleShape("narrow", 64, 36, 2)
-    together = made({"budget": 0.85}).among([*SHAPES, narrow], None)
+    together = made({"budget": 0.85}).among([*SHAPES, narrow])
     with pytest.raises(UnfitError, match="no block size packs narrow"):
         together.plan(narrow)
     assert together.plan(SHAPES[0]).block_size
@@ -139,13 +203,13 @@ def test_sizes_of_a_budget_are_taken_as_they_are_or_refused() -> None:
     sizes = choose(Budget(budget=0.85), SHAPES, {shape.name: 1.0 for shape in SHAPES})
     modifier = made({"budget": 0.85, "sizes": sizes})
     assert modifier.unsettled is None
-    assert modifier.among(SHAPES, None) is modifier
+    assert modifier.among(SHAPES) is modifier
     with pytest.raises(PlanError, match=r"none for a\.down_proj"):
         made({"budget": 0.85, "sizes": {"a.q_proj": 8}}).plan(SHAPES[3])
     with pytest.raises(PlanError, match=r"names a\.down_proj, which is none of the modules"):
-        modifier.among(SHAPES[:3], None)
+        modifier.among(SHAPES[:3])
     with pytest.raises(PlanError, match=r"take 0.8\d+ of the dense weights', more than budget 0.8"):
-        made({"budget": 0.8, "sizes": sizes}).among(SHAPES, None)
+        made({"budget": 0.8, "sizes": sizes}).among(SHAPES)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,6 @@ from armor_recipes.modifiers.base import (
 from armor_recipes.modifiers.kinds.module import Modifier, Outcome
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.seeding import module_seed
-from armor_recipes.recipe.schema import ServeSpec
 from armor_recipes.solver import factorize, relative_loss
 from armor_recipes.solver.hessian import (
     choose_shrinkage,
@@ -63,10 +62,6 @@ _TOO_FEW_WINDOWS = (
 )
 #: Cycles of a trial, and at least how many times as many the run itself takes.
 _TRIAL_CYCLES, _TRIAL_SHARE = 4, 12
-_NOT_SERVED = (
-    "a budget for block_size gives each module a size of its own, and `serve` needs one size for modules that run as one layer: "
-    "leave out `serve`, or give sizes"
-)
 
 
 @register
@@ -212,9 +207,10 @@ class ARMORModifier(Modifier[ARMORConfig]):
             return asked
         found = (asked.sizes or {}).get(module.name)
         if found is None and not has_sizes(module):
+            split = "" if module.served is None else ", with whole blocks for each process of `serve`"
             raise UnfitError(
-                f"no block size packs {module.name} ({module.d_out}x{module.d_in}) into less than its dense weight (and rows must "
-                "have a multiple of 8 entries)",
+                f"no block size packs {module.name} ({module.d_out}x{module.d_in}) into less than its dense weight{split} (and "
+                "rows must have a multiple of 8 entries)",
                 f"add {module.name!r} to `ignore`",
             )
         if found is None:
@@ -237,7 +233,7 @@ class ARMORModifier(Modifier[ARMORConfig]):
         }
         return Unsettled("block_size", asked.windows, self.needs_gradients, settings)
 
-    def among(self, modules: Sequence[ModuleShape], serve: ServeSpec | None) -> ARMORModifier:
+    def among(self, modules: Sequence[ModuleShape]) -> ARMORModifier:
         """Itself; until a budget is settled one that spends it as if the model needed every weight alike.
 
         Raises PlanError where the budget cannot be had, or sizes are more than it.
@@ -248,8 +244,6 @@ class ARMORModifier(Modifier[ARMORConfig]):
         if asked.sizes is not None:
             check_sizes(asked, modules)
             return self
-        if serve is not None:
-            raise PlanError(_NOT_SERVED)
         return type(self)(self.settle(modules, {shape.name: float(shape.d_out * shape.d_in) for shape in modules}))
 
     def settle(self, modules: Sequence[ModuleShape], costs: Mapping[str, float]) -> ARMORConfig:

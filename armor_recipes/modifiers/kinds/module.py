@@ -41,7 +41,7 @@ from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult, loaded_
 from armor_recipes.modifiers.kinds.contract import BlockContext, Kind, Planned, Planning, Row, Share, Unit, located
 from armor_recipes.modifiers.kinds.experts import ExpertBelow, fed
 from armor_recipes.modifiers.kinds.pool import in_order
-from armor_recipes.recipe.schema import ServeSpec
+from armor_recipes.modifiers.kinds.served import served_shapes
 from armor_recipes.solver import Factorization, relative_error
 
 GIVEN = "model"
@@ -190,8 +190,12 @@ class Solving(Kind):
     def plan(self, planning: Planning, modifier: Modifier[Any]) -> Planned:
         """A row for each targeted module inside a block."""
         names = [name for name in planning.names if planning.stacks.block_of(name) is not None]
-        together = modifier.among([_shape(planning, name) for name in names], planning.recipe.serve)
-        return planning.each(planning.names, partial(_plan_module, planning, together))
+        plain = [_shape(planning, name) for name in names]
+        shapes = served_shapes(plain, planning.linears, planning.facts, planning.recipe)
+        together = modifier.among(shapes)
+        return planning.each(
+            planning.names, partial(_plan_module, planning, together, {shape.name: shape for shape in shapes})
+        )
 
     def units(self, shares: Sequence[Share], context: BlockContext) -> Iterator[Unit]:
         """All modules at once; where they are matched those that read the same tensor, in the order in which the block calls them.
@@ -278,10 +282,10 @@ class Modifier(AnyModifier[C]):
         """
         return [[shape] for shape, _ in modules]
 
-    def among(self, modules: Sequence[ModuleShape], serve: ServeSpec | None) -> Self:  # noqa: ARG002 - for those that ask
+    def among(self, modules: Sequence[ModuleShape]) -> Self:  # noqa: ARG002 - for those that ask
         """What plans these modules, which are all of an entry: itself, unless what one is given depends on the others.
 
-        `serve` is the recipe's. Raises PlanError.
+        Raises PlanError.
         """
         return self
 
@@ -302,13 +306,15 @@ class Modifier(AnyModifier[C]):
         """The relative loss of an approximation `(O, I)`: recomputed after rounding to the stored dtype."""
 
 
-def _plan_module(planning: Planning, modifier: Modifier[Any], name: str) -> ModulePlan:
+def _plan_module(
+    planning: Planning, modifier: Modifier[Any], shapes: Mapping[str, ModuleShape], name: str
+) -> ModulePlan:
     layer = planning.stacks.block_of(name)
     if layer is None:
         raise UnfitError(
             f"{name} is not inside a decoder layer, where calibration inputs are taken", f"add {name!r} to `ignore`"
         )
-    shape = _shape(planning, name)
+    shape = shapes[name]
     return ModulePlan.of(planning, modifier, shape, layer, modifier.plan(shape))
 
 
