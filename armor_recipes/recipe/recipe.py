@@ -97,9 +97,8 @@ class Recipe:
         entries = []
         for entry in self.modifiers:
             config = configs.get(entry.key, entry.config)
-            changed = {
-                name for name in type(config).model_fields if getattr(config, name) != getattr(entry.config, name)
-            }
+            before = dict(entry.config)
+            changed = {name for name, value in config if value != before[name]}
             if changed:
                 fields = resolved[entry.stage][entry.group][entry.name]
                 fields |= config.model_dump(mode="json", include=changed, exclude_unset=True)
