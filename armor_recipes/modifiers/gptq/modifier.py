@@ -6,23 +6,20 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from armor_recipes.calibration.moment_range import MomentAndRange
 from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.calibration.statistics import InputGram
-from armor_recipes.checkpoint.quantized import QuantizedCache, Scheme
+from armor_recipes.checkpoint.quantized import Scheme
 from armor_recipes.errors import PlanError
-from armor_recipes.modifiers.base import Estimate, ModuleShape, Tap
+from armor_recipes.modifiers.base import Estimate, ModuleShape
 from armor_recipes.modifiers.kinds.factor import FactorModifier
 from armor_recipes.modifiers.kinds.module import ModulePlan
-from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome, Quantizer
+from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome
 from armor_recipes.modifiers.plain import (
-    cached,
     observed_inputs,
-    observed_tap,
     plan_plain,
     shared_scale,
     stored,
@@ -30,6 +27,7 @@ from armor_recipes.modifiers.plain import (
 )
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.scales import weight_scales
+from armor_recipes.modifiers.scheme_quantizer import SchemeQuantizer
 from armor_recipes.modifiers.schemes import SchemeConfig
 from armor_recipes.solver.gptq import gptq_weight
 
@@ -68,7 +66,7 @@ class GPTQConfig(SchemeConfig):
 
 
 @register
-class GPTQModifier(Quantizer[GPTQConfig]):
+class GPTQModifier(SchemeQuantizer[GPTQConfig]):
     """Quantises whole weights by GPTQ. Where pruning has left a mask of zeros these stay."""
 
     config_type = GPTQConfig
@@ -76,22 +74,8 @@ class GPTQModifier(Quantizer[GPTQConfig]):
 
     def scheme_of(self, name: str, module: Any) -> Scheme | None:
         """The scheme of the group that takes a module, with the order of its columns; None where none does."""
-        found = self.config.scheme_of(name, module)
+        found = super().scheme_of(name, module)
         return None if found is None else _ordered(found, self.config)
-
-    @property
-    def cache(self) -> str | None:
-        """How keys and values are quantised."""
-        return self.config.cache
-
-    @property
-    def takes_modules(self) -> bool:
-        """Whether there is any scheme of weights."""
-        return self.config.for_weights
-
-    def outranked(self, name: str, module: Any) -> tuple[Scheme, ...]:
-        """The schemes of groups that match a module less closely."""
-        return self.config.matching(name, module)[1:]
 
     def core(self, scheme: Scheme) -> FactorModifier[Any]:  # noqa: ARG002 - whatever the scheme is
         """Nothing: cores are another modifier's."""
@@ -124,14 +108,6 @@ class GPTQModifier(Quantizer[GPTQConfig]):
         scheme = self.config.scheme_of(module.name)
         assert scheme is not None
         return MomentAndRange(InputGram(module.name, module.d_in), observed_inputs(module, scheme))
-
-    def listen(self, tap: Tap) -> InputRange:
-        """The range of what a module puts out, or of keys or values."""
-        return observed_tap(tap, self.config.args_of(tap))
-
-    def cached(self, scheme: str, keys: Any, values: Any, dtype: torch.dtype) -> QuantizedCache:
-        """The scales of keys and values."""
-        return cached(scheme, keys, values, dtype)
 
     def quantize(
         self,

@@ -6,29 +6,27 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from armor_recipes.calibration.moment_range import MomentAndRange
 from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.calibration.statistics import InputGram, InputSecondMoment
-from armor_recipes.checkpoint.quantized import QuantizedCache, Scheme
+from armor_recipes.checkpoint.quantized import Scheme
 from armor_recipes.errors import UnfitError
-from armor_recipes.modifiers.base import AnyModifier, Estimate, ModuleShape, Propagate, SolveProgress, Tap
+from armor_recipes.modifiers.base import AnyModifier, Estimate, ModuleShape, Propagate, SolveProgress
 from armor_recipes.modifiers.kinds.factor import FactorModifier, FactorOutcome
 from armor_recipes.modifiers.kinds.module import ModulePlan
-from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome, Quantizer
+from armor_recipes.modifiers.kinds.quantizer import QuantizedOutcome
 from armor_recipes.modifiers.plain import (
-    cached,
     observed_inputs,
-    observed_tap,
     plan_plain,
     quantized,
     shared_scale,
     weighs_columns,
 )
 from armor_recipes.modifiers.registry import register
+from armor_recipes.modifiers.scheme_quantizer import SchemeQuantizer
 from armor_recipes.modifiers.schemes import SchemeConfig
 from armor_recipes.solver.hessian import hessian_loss, regularize
 from armor_recipes.solver.normalize import relative_loss
@@ -271,7 +269,7 @@ class CoreQuantizer(FactorModifier[QuantizationConfig]):
 
 
 @register
-class QuantizationModifier(Quantizer[QuantizationConfig]):
+class QuantizationModifier(SchemeQuantizer[QuantizationConfig]):
     """Quantises linear modules by rounding to nearest: the core of those with factors, the whole weight of others."""
 
     config_type = QuantizationConfig
@@ -292,24 +290,6 @@ class QuantizationModifier(Quantizer[QuantizationConfig]):
             "int4 cores with A and B left raised perplexity by 38 % on SmolLM2-135M, by 12 to 18 % with `resolve: true`"
         )
 
-    def scheme_of(self, name: str, module: Any) -> Scheme | None:
-        """The scheme of the group that takes a module; None where none does."""
-        return self.config.scheme_of(name, module)
-
-    @property
-    def cache(self) -> str | None:
-        """How keys and values are quantised."""
-        return self.config.cache
-
-    @property
-    def takes_modules(self) -> bool:
-        """Whether there is any scheme of weights."""
-        return self.config.for_weights
-
-    def outranked(self, name: str, module: Any) -> tuple[Scheme, ...]:
-        """The schemes of groups that match a module less closely."""
-        return self.config.matching(name, module)[1:]
-
     def core(self, scheme: Scheme) -> CoreQuantizer:
         """What quantises a core to a scheme."""
         return CoreQuantizer(self.config, scheme=scheme)
@@ -326,14 +306,6 @@ class QuantizationModifier(Quantizer[QuantizationConfig]):
         """Whether inputs have scales of their own, or columns are weighed by them."""
         inputs = scheme.args.input_activations
         return weighs_columns(scheme) or (inputs is not None and inputs.dynamic is not True)
-
-    def listen(self, tap: Tap) -> InputRange:
-        """The range of what a module puts out, or of keys or values."""
-        return observed_tap(tap, self.config.args_of(tap))
-
-    def cached(self, scheme: str, keys: Any, values: Any, dtype: torch.dtype) -> QuantizedCache:
-        """The scales of keys and values."""
-        return cached(scheme, keys, values, dtype)
 
     def alike(self, module: ModuleShape) -> Hashable:
         """The observers of plain weights."""
