@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from armor_recipes.report.evaluation import evaluation_dict
 from armor_recipes.report.experts import expert_rows, totals_done
 from armor_recipes.report.names import without_folders
 from armor_recipes.solver.sweep import sweep_form
-from armor_recipes.version import __version__
+from armor_recipes.version import __version__, release_of
 
 _PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "datasets", "numpy")
 
@@ -85,7 +84,7 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str], *, format_version: 
     return {
         "format_version": format_version,
         "armor_recipes": __version__,
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": {name: release_of(name) for name in _PACKAGES},
         "compute": {
             "device": facts.device,
             "compute_dtype": str(facts.compute_dtype).removeprefix("torch."),

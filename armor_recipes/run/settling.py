@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -41,7 +40,7 @@ from armor_recipes.run.planning import Job, planned
 from armor_recipes.run.refusals import Refusals, resource_errors
 from armor_recipes.session.measuring import Trial, change_costs
 from armor_recipes.solver.sweep import sweep_form
-from armor_recipes.version import __version__
+from armor_recipes.version import __version__, release_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,10 @@ class _Asked:
             "inputs": hash_groups(windows),
             "shapes": {shape.name: [shape.d_out, shape.d_in] for shape in self.shapes},
             "compute": [compute, str(source.compute_dtype), sweep_form(compute), attention_of(self.model)],
-            "versions": {"armor_recipes": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+            "versions": {
+                "armor_recipes": __version__,
+                **{name: release_of(name) for name in ("torch", "transformers")},
+            },
         }
 
     def costs(self, windows: Sequence[Batch]) -> dict[str, float]:

@@ -6,12 +6,14 @@ import json
 import os
 import platform
 import socket
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from armor_recipes.run import apply
+from armor_recipes.version import release_of
 from tests.support.engine import ARMOR, ATTENTION, MLP, recipe, rng_states, save_model
 
 
@@ -63,6 +65,12 @@ def test_global_random_generators_are_left_alone(workplace: Path) -> None:
     before = rng_states()
     apply(mixed("out", solver="adam", iterations=4))
     assert rng_states() == before
+
+
+def test_releases_are_those_that_a_process_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert release_of("numpy") == version("numpy")
+    monkeypatch.setattr("armor_recipes.version.version", lambda _: "9999")
+    assert release_of("numpy") == version("numpy")
 
 
 def test_the_manifest_tells_nothing_of_time_and_place(workplace: Path) -> None:
