@@ -16,6 +16,8 @@ from armor_recipes.checkpoint.quantized import QuantizedCache, cache_tensors
 from armor_recipes.errors import CheckpointError
 from armor_recipes.model.cache import cache_argument, through_cache
 
+_CACHE = "_armor_cache"
+
 
 def without_cache(config: Any) -> None:
     """Take the cache out of a config's `quantization_config`, or all of it where nothing else is in it: nobody else hooks it."""
@@ -49,7 +51,13 @@ def run_caches(model: Any, quantization: dict[str, Any], scheme: str, caches: Ma
         inner.kv_cache_scheme = QuantizedCache(scheme, {}).args
 
 
+def has_cache(module: nn.Module) -> bool:
+    """Whether `run_caches` lets keys and values of this module be quantised."""
+    return _CACHE in module.__dict__
+
+
 def _attach(module: nn.Module, cache: QuantizedCache) -> None:
+    module.__dict__[_CACHE] = cache
     for name, tensor in cache.tensors.items():
         module.register_buffer(name, tensor)
     module.register_forward_pre_hook(through_cache(module, cache.states), with_kwargs=True)

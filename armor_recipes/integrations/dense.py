@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from armor_recipes.checkpoint.config import SCALE, TENSOR_NAMES
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import PlanError
+from armor_recipes.integrations.caches import has_cache
 from armor_recipes.integrations.transformers import ArmorCompressor
 from armor_recipes.integrations.upstream import is_module_quantized
 from armor_recipes.model.forms import restore
@@ -36,7 +37,7 @@ def to_dense(model: M) -> M:
         The same model.
 
     Raises:
-        PlanError: if layers are offloaded, or other layers are compressed, too. Nothing was changed.
+        PlanError: if layers are offloaded, or other layers are compressed, too, or keys and values. Nothing was changed.
         CheckpointError: if a layer's tensors break the format.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ArmorLinear)}
@@ -68,6 +69,10 @@ def _refuse_offloaded(layers: dict[str, ArmorLinear]) -> None:
 def _refuse_others(model: nn.Module, layers: dict[str, ArmorLinear]) -> None:
     """The configuration must go with the packed layers, and describes all that are compressed."""
     for name, module in model.named_modules():
+        if layers and has_cache(module):
+            raise PlanError(
+                f"keys and values of {name} are quantised (kv_cache_scheme), for which a dense folder has no place"
+            )
         if name not in layers and is_module_quantized(module):
             raise PlanError(
                 f"{name} ({type(module).__name__}) is compressed, and no ARMOR layer: a model of both cannot be made dense in part"

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from armor_recipes.checkpoint.config import VALUES
+from armor_recipes.checkpoint.config import VALUES, cache_of
 from armor_recipes.checkpoint.export import Exported, Merge, Source, Target, export
-from armor_recipes.checkpoint.files import read_config
+from armor_recipes.checkpoint.files import CONFIG_FILE, read_config
 from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import check_destination, staged
 from armor_recipes.compute import plain_torch
@@ -41,10 +41,20 @@ def export_folder(folder: Path, destination: Path, *, to: Target, overwrite: boo
         raise RecipeError(f"{destination} and {folder} lie one in the other: choose another folder to write to")
     with locked(destination):
         quantization = read_config(folder).get("quantization_config")
+        _refuse_cache(folder, quantization, to)
         source, ignore = _opened(folder, quantization, to)
         with staged(destination, overwrite=overwrite, precious=precious) as staging:
             merges, names = _as_stock(folder, source, quantization, to)
             return export(source, staging, to=to, ignore=ignore, merges=merges, names=names)
+
+
+def _refuse_cache(folder: Path, quantization: object, to: Target) -> None:
+    """Raise PlanError where keys and values are quantised: what is written would run without that, beside scales of nothing."""
+    if cache_of(quantization, where=str(folder / CONFIG_FILE)) is not None:
+        raise PlanError(
+            f"{folder} has a quantised cache of keys and values (kv_cache_scheme in its config.json), for which {to} has no place: "
+            "run its recipe without kv_cache_scheme, and export that"
+        )
 
 
 def _opened(folder: Path, quantization: dict[str, object] | None, to: Target) -> tuple[Source, list[str]]:

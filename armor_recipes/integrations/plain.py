@@ -52,7 +52,7 @@ def dequantized(module: nn.Module) -> Tensor | None:
 
 
 def forget_dequantized(module: nn.Linear) -> None:
-    """Take from a layer that `run_plain` has taken all but its bias: its packed tensors, its scheme, its forward pass and class."""
+    """Leave a layer that `run_plain` has taken its bias alone, as an `nn.Linear`: no packed tensors, scheme or forward pass."""
     module.__class__ = nn.Linear
     for name in ("forward", _DENSE, "quantization_scheme", "quantization_status"):
         module.__dict__.pop(name, None)

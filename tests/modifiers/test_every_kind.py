@@ -50,7 +50,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "QuantizationModifier": [
         core(targets=[MLP]),
-        core(4, 16, targets=[MLP]),
+        core(4, 16, targets=[MLP], propagate="dense"),
         core(targets=[MLP], resolve=False, gauge=False, objective="hessian"),
         core(targets=[MLP], objective="hessian", rounding="gptq"),
     ],
