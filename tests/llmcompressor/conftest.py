@@ -50,7 +50,7 @@ def runs(model: Path, **calibration: Any) -> Both:
         job = make_job({"model": str(model), "calibration": data, **our_stage, "output": {"path": "out"}})
         (spec,) = {entry.config.calibration for entry in job.recipe.modifiers if entry.config.calibration}
         inputs = build_tokens(spec, tokenizer=AutoTokenizer.from_pretrained(model), vocab_size=2048)
-        theirs = oneshot_model(model, stage, inputs.ids)
+        theirs = oneshot(model, stage, inputs.ids)
         ours = load_model(job.source, device=job.device)
         with Session(job.recipe, job.plan, ours, job.modifiers, {spec: inputs}, stored_dtype=torch.float32) as session:
             session.run()
@@ -61,11 +61,12 @@ def runs(model: Path, **calibration: Any) -> Both:
     return run
 
 
-def oneshot_model(model: Path, recipe: Mapping[str, Any], ids: Tensor) -> torch.nn.Module:
+def oneshot(model: Path, recipe: Mapping[str, Any], ids: Tensor) -> torch.nn.Module:
+    """llm-compressor's `oneshot` of a folder with a recipe, on windows of ids."""
+    import llmcompressor
     import yaml
-    from llmcompressor import oneshot
 
-    found: torch.nn.Module = oneshot(
+    found: torch.nn.Module = llmcompressor.oneshot(
         model=AutoModelForCausalLM.from_pretrained(model),
         recipe=yaml.safe_dump(recipe),
         dataset=Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}),
