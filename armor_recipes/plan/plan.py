@@ -43,7 +43,8 @@ class Plan:
     change, with the reason; `given` are rows of what came packed or quantised with the model, which no entry made;
     `overridden` is what was asked for modules and is not done, because another entry or group counts;
     `notes` are sentences on what comes out otherwise than it went in; `forms` are the names of modules
-    that become linear layers (fused experts, transposed layers), some of which are in `rows`;
+    that become linear layers (fused experts, transposed layers), some of which are in `rows`; `untied` are
+    output layers that get a weight of their own, where they have that of the embeddings;
     `experts` is what the experts of mixtures are calibrated on; `warnings` tell what is asked for in vain or was measured to be
     poor.
     Plans are equal, and have equal hashes, where they say the same.
@@ -56,6 +57,7 @@ class Plan:
     totals: Totals
     notes: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     overridden: tuple[Overridden, ...] = ()
     experts: tuple[ExpertsPlan, ...] = ()
@@ -137,6 +139,7 @@ class Plan:
             "skipped": skipped,
         }
         forms = {"linear_forms": list(self.forms)} if self.forms else {}
+        forms |= {"untied": list(self.untied)} if self.untied else {}
         told: dict[str, tuple[Any, ...]] = {
             "experts": self.experts,
             "overridden": self.overridden,

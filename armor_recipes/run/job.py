@@ -28,6 +28,7 @@ from armor_recipes.integrations.names import left_behind
 from armor_recipes.integrations.oneshot.step import Step, run_step, run_whole
 from armor_recipes.model.forms import linearise, restore
 from armor_recipes.model.inputs import random_inputs
+from armor_recipes.model.ties import untie
 from armor_recipes.modifiers import config_types
 from armor_recipes.modifiers.kinds.changes import Changes
 from armor_recipes.paths import user_path
@@ -241,6 +242,7 @@ class _Run:
         """Run a session to its end; it holds the results."""
         if self.job.recipe.steps:
             self.take_steps()
+        untie(self.model, self.job.plan.untied)
         if not is_settled(self.job):
             self.watch.phase("measure")
             self.job, self.measured = settled(self.job, self.model, self.ready.data.tokens, self.watch.observer)

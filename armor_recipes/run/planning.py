@@ -25,9 +25,11 @@ from armor_recipes.integrations.transformers import check_registered
 from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.forms import forms_of, linearise, restore
 from armor_recipes.model.inputs import model_inputs
+from armor_recipes.model.ties import untie, untied
 from armor_recipes.modifiers import AnyModifier, modifiers
 from armor_recipes.modifiers.base import Settles
 from armor_recipes.plan import Plan, RunEstimate, estimate_run, make_plan
+from armor_recipes.plan.untying import to_untie
 from armor_recipes.recipe import Recipe
 from armor_recipes.run.checks import check_compressed, check_lengths, narrowed
 from armor_recipes.run.data import read_data
@@ -109,6 +111,8 @@ def planned(
     """
     every = linearise(shapes)
     itemsize = source.stored_dtype.itemsize
+    if source.compressed is None:
+        untie(shapes, to_untie(recipe, shapes, instances))
     plan = make_plan(recipe, shapes, instances, itemsize=itemsize, compressed=source.compressed)
     touched = {name for row in plan.rows for name in row.touches}
     forms = forms_of(shapes, (*touched, *(row.name for row in plan.given)))
@@ -118,8 +122,12 @@ def planned(
         f"{step.where}: {step.name} {when} by llm-compressor's own oneshot; time and memory of it are not in the estimate"
         for step in recipe.steps
     )
-    notes = (*plan.notes, *first, *_unsettled(recipe, instances), *narrowed(plan, source, shapes))
-    return replace(plan, forms=forms, notes=notes)
+    apart = tuple(
+        f"{name} has the weight of the embeddings, and gets one of its own to be quantised: tie_word_embeddings becomes false"
+        for name in untied(shapes)
+    )
+    notes = (*plan.notes, *apart, *first, *_unsettled(recipe, instances), *narrowed(plan, source, shapes))
+    return replace(plan, forms=forms, untied=untied(shapes), notes=notes)
 
 
 def _unsettled(recipe: Recipe, instances: Mapping[str, AnyModifier[Any]]) -> Iterator[str]:

@@ -27,6 +27,7 @@ ROWS = {"num_bits": 8, "strategy": "channel"}
 FP8 = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True}
 CASES: dict[str, dict[str, Any]] = {
     "FP8": {"scheme": "FP8"},
+    "FP8, tied output": {"scheme": "FP8", "ignore": []},
     "NVFP4": {"scheme": "NVFP4"},
     "static W8A8": {"config_groups": {"g": {"targets": ["Linear"], "weights": ROWS, "input_activations": STATIC}}},
     "outputs": {"config_groups": {"g": {"targets": [r"re:.*k_proj$"], "weights": ROWS, "output_activations": STATIC}}},
