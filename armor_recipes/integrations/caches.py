@@ -43,7 +43,7 @@ def run_caches(model: Any, quantization: dict[str, Any], scheme: str, caches: Ma
         )
     for name, module in modules.items():
         _attach(module, caches.get(name, QuantizedCache(scheme, {})))
-    own = getattr(model.config, "quantization_config", None)
+    own = vars(model.config).get("quantization_config")
     if isinstance(own, dict) or own is None:
         model.config.quantization_config = dict(quantization)
     else:

@@ -373,6 +373,11 @@ class AnyModifier(ABC, Generic[C]):
         raise NotImplementedError(f"{type(self).__name__} taps {tap.name} without a statistic for it")
 
     @property
+    def unties(self) -> bool:
+        """Whether an output layer that it takes gets a weight of its own, where it has that of the embeddings."""
+        return False
+
+    @property
     def takes_modules(self) -> bool:
         """Whether it does anything to the linear modules that `targets` match."""
         return True

@@ -1,4 +1,4 @@
-"""Which output layer a recipe quantises that has the weight of the embeddings, so that it gets one of its own."""
+"""Which output layer that has the weight of the embeddings gets one of its own, for what a recipe does to it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ from armor_recipes.errors import PlanError
 from armor_recipes.model.blocks import find_stacks
 from armor_recipes.model.ties import tied_output
 from armor_recipes.modifiers.base import AnyModifier
-from armor_recipes.modifiers.kinds.quantizer import Quantizer
 from armor_recipes.plan.targets import Tree, resolve_targets
 from armor_recipes.recipe import ModifierConfig, Recipe
 
 
 def to_untie(recipe: Recipe, model: Any, modifiers: Mapping[str, AnyModifier[Any]]) -> tuple[str, ...]:
-    """The output layer where a quantiser targets it, as llm-compressor unties it then; not where `unfit: skip` leaves it out."""
+    """The output layer where a modifier takes it that unties, as llm-compressor does for those that quantise."""
     name = tied_output(model)
     if name is None or recipe.output.format == "dense" or recipe.is_theirs:
         return ()
     modules = [(one, module) for one, module in model.named_modules(remove_duplicate=False) if one]
     tree = Tree(modules, find_stacks(model))
     for entry in recipe.modifiers:
-        modifier = modifiers[entry.key]
-        takes = isinstance(modifier, Quantizer) and modifier.takes_modules and entry.config.unfit != "skip"
-        if takes and name in _targeted(tree, entry.config):
+        if modifiers[entry.key].unties and name in _targeted(tree, entry.config):
             return (name,)
     return ()
 

@@ -180,6 +180,11 @@ class Quantizer(AnyModifier[C]):
         return fed_with_inputs(self.config, factors=True)
 
     @property
+    def unties(self) -> bool:
+        """Where it takes weights, unless those that do not fit are left out."""
+        return self.takes_modules and self.config.unfit != "skip"
+
+    @property
     def cache(self) -> str | None:
         """How keys and values are quantised, as JSON of compressed-tensors' args; None where they are not."""
         return None
