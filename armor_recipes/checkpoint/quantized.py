@@ -69,13 +69,14 @@ class Scheme:
     def described(self) -> str:
         """In words, for people: `int4, groups of 128; inputs int8 by token`."""
         scheme = self.args
-        words = [_described(scheme.weights)]
+        words = [described(scheme.weights)]
         for part, args in (("inputs", scheme.input_activations), ("outputs", scheme.output_activations)):
-            words += [] if args is None else [f"{part} {_described(args)}"]
+            words += [] if args is None else [f"{part} {described(args)}"]
         return "; ".join(words)
 
 
-def _described(args: Any) -> str:
+def described(args: Any) -> str:
+    """compressed-tensors' args of one of weights, inputs and outputs in words: `int4, groups of 128`."""
     name = f"{args.type}{args.num_bits}{'' if args.symmetric else ' asymmetric'}"
     if args.strategy in ("group", "tensor_group"):
         return f"{name}, groups of {args.group_size}"
@@ -171,7 +172,7 @@ def cache_args(text: str) -> Any:
 
 def described_cache(text: str) -> str:
     """How keys and values are quantised, for people: `float8 by tensor`."""
-    return _described(cache_args(text))
+    return described(cache_args(text))
 
 
 def cache_tensors(text: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from armor_recipes.checkpoint.quantized import QuantizedCache, QuantizedLinear, Scheme
-from armor_recipes.errors import PlanError, UnfitError
+from armor_recipes.errors import NumericalError, PlanError, UnfitError
 from armor_recipes.events import ModuleFinished
 from armor_recipes.modifiers.base import AnyModifier, C, Estimate, ModuleShape, Needs, Statistic, Tap, fed_with_inputs
 from armor_recipes.modifiers.kinds.caches import CachePlan, cache_changes, plan_caches, replaced_caches
@@ -304,6 +304,17 @@ def _read_together(rows: Sequence[QuantizedPlan], context: BlockContext) -> dict
     return {name: [weights[other] for other in names] for names in groups.values() for name in names}
 
 
+def _check_finite(row: QuantizedPlan, weight: Tensor, loaded: Tensor) -> None:
+    """Raise NumericalError where a range was too wide for its scale."""
+    bad = int((~loaded.isfinite()).sum())
+    if bad:
+        least, most = float(weight.min()), float(weight.max())
+        raise NumericalError(
+            f"{bad} of the {loaded.numel()} weights of {row.name} are not finite as {row.quantized.described}: they reach from "
+            f"{least:g} to {most:g}; take a symmetric scheme, or add {row.name!r} to `ignore`"
+        )
+
+
 def _quantize(
     share: Share,
     row: QuantizedPlan,
@@ -323,6 +334,7 @@ def _quantize(
             row.shape, weight.to(context.storage.dtype), statistic, row.quantized, together, outputs
         )
         loaded = outcome.packed.dequantize(weight.dtype)
+        _check_finite(row, weight, loaded)
     error = relative_error(weight, loaded)
     result = ModuleResult(
         name=row.name,
