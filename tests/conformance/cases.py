@@ -30,6 +30,7 @@ EXPECTED = Path(__file__).parent / "expected.json"
 #: Fields of a modifier beside `targets` where its defaults do not fit models of 32 channels, or it cannot do without.
 FIELDS: dict[str, dict[str, Any]] = {
     "ARMORModifier": {"block_size": 8, "iterations": 3},
+    "AWQModifier": {"n_grid": 4},
     "BlockRefineModifier": {"epochs": 1, "held_out": 0.4},
     "DistillationModifier": {"epochs": 1, "held_out": 0.4},
     "GPTQModifier": {"config_groups": {"all": {"weights": {"num_bits": 4, "group_size": 16}}}},
@@ -116,7 +117,8 @@ def _cases(name: str) -> Iterator[Case]:
         yield Case(name, after=(pruning,))
         yield Case(name, after=(armor,))
     elif issubclass(kind, Smoother):
-        yield Case(name)
+        if "quantize" not in kind.needs_after:
+            yield Case(name)
         yield Case(name, after=(rounding,))
     elif issubclass(kind, Quantizer):
         yield Case(name)

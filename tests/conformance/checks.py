@@ -24,6 +24,7 @@ from armor_recipes.integrations.exporting import export_folder
 from armor_recipes.model.forms import linearise
 from armor_recipes.modifiers import AnyModifier, Smoother, modifiers
 from armor_recipes.modifiers.kinds.contract import entry_name
+from armor_recipes.modifiers.kinds.smoother import SmoothingPlan
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.run import Result, apply
 from armor_recipes.solver.patterns import parse_pattern
@@ -224,10 +225,13 @@ def _finite(ran: Ran) -> None:
 
 
 def _untouched(ran: Ran) -> None:
-    """Biases are as they were (in another order where channels were reordered), and so is every other tensor but norms."""
+    """Biases are as they were (in another order where channels were reordered, times positive scales where outputs were smoothed),
+    and so is every other tensor but norms.
+    """
     touched = {name for row in ran.result.plan.rows for name in row.touches}
     before, after = ran.dense.model.state_dict(), ran.model.state_dict()
     reordered = bool(ran.result.rearrangements)
+    smoothed = {row.source for row in ran.result.plan.rows if isinstance(row, SmoothingPlan)}
     for name, old in before.items():
         module, _, part = name.rpartition(".")
         if "norm" in name or ".ln_" in name or (part == "weight" and module in touched):
@@ -235,6 +239,8 @@ def _untouched(ran: Ran) -> None:
         new, wanted = after[name].float(), old
         if reordered and part == "bias":
             new, wanted = new.sort().values, old.sort().values
+        if module in smoothed and part == "bias":
+            new, wanted = new.sign(), old.sign()
         assert torch.equal(new, wanted), f"{name} has changed"
 
 
