@@ -117,7 +117,7 @@ def _cases(name: str) -> Iterator[Case]:
         yield Case(name, after=(pruning,))
         yield Case(name, after=(armor,))
     elif issubclass(kind, Smoother):
-        if "quantize" not in kind.needs_after:
+        if not kind.needs_after:
             yield Case(name)
         yield Case(name, after=(rounding,))
     elif issubclass(kind, Quantizer):

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from armor_recipes.integrations.exporting import export_folder
 from armor_recipes.model.forms import linearise
 from armor_recipes.modifiers import AnyModifier, Smoother, modifiers
 from armor_recipes.modifiers.kinds.contract import entry_name
-from armor_recipes.modifiers.kinds.smoother import SmoothingPlan
+from armor_recipes.modifiers.kinds.smoother import SmoothingResult
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.run import Result, apply
 from armor_recipes.solver.patterns import parse_pattern
@@ -225,13 +226,13 @@ def _finite(ran: Ran) -> None:
 
 
 def _untouched(ran: Ran) -> None:
-    """Biases are as they were (in another order where channels were reordered, times positive scales where outputs were smoothed),
-    and so is every other tensor but norms.
+    """Biases are as they were (in another order where channels were reordered, divided as the outputs are by a smoother), and so is
+    every other tensor but norms.
     """
     touched = {name for row in ran.result.plan.rows for name in row.touches}
+    smoothed = {one.source: one for one in ran.own_results if isinstance(one, SmoothingResult) and not one.left}
     before, after = ran.dense.model.state_dict(), ran.model.state_dict()
     reordered = bool(ran.result.rearrangements)
-    smoothed = {row.source for row in ran.result.plan.rows if isinstance(row, SmoothingPlan)}
     for name, old in before.items():
         module, _, part = name.rpartition(".")
         if "norm" in name or ".ln_" in name or (part == "weight" and module in touched):
@@ -239,8 +240,10 @@ def _untouched(ran: Ran) -> None:
         new, wanted = after[name].float(), old
         if reordered and part == "bias":
             new, wanted = new.sort().values, old.sort().values
-        if module in smoothed and part == "bias":
-            new, wanted = new.sign(), old.sign()
+        if part == "bias" and module in smoothed:
+            scales, found = (old / new).aminmax(), smoothed[module]
+            assert [*scales] == pytest.approx([found.least, found.largest], rel=torch.finfo(ran.dense.column.dtype).eps)
+            continue
         assert torch.equal(new, wanted), f"{name} has changed"
 
 

@@ -18,8 +18,8 @@ from armor_recipes.run.job import read_recipe
 from tests.conformance.cases import COLUMNS, fields, mapping, model_of
 from tests.conformance.checks import plain
 
-#: What is put around two modifiers that need factors before, or pruning or quantisation after them, one after the other until a
-#: plan is made.
+#: What is put around two modifiers that need factors before, or pruning or quantising after them: one after the other until a plan
+#: is made.
 CONTEXTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ((), ()),
     (("ARMORModifier",), ()),

@@ -47,7 +47,7 @@ compressed-tensors) or `dense` (a plain weight). It does so only where all of th
 
 - every module that the targets match was taken, or left with a reason, and the bytes are those of the plan;
 - patterns are exact, tensors have the model's dtype, and biases and all that is not targeted are as they were (in the
-  new order, where channels were reordered);
+  new order, where channels were reordered; divided by the scales, where a smoother divides a layer's outputs);
 - no loss ended above its start, and no method above the one that it is to beat;
 - the folder loads here and in `from_pretrained` with the logits of the model in memory, bit for bit;
 - the same recipe writes the same bytes again, what is loaded is saved as the same tensors, and the export to dense holds
