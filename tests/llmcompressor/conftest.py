@@ -20,6 +20,7 @@ from tests.support.engine import make_job
 
 Weights = dict[str, Tensor]
 #: Takes the modifiers of a recipe by name, and fields that only ours have; gives llm-compressor's weights and ours, with scales.
+#: Where `without` names one, ours are those before it: it stands in a stage of its own, which does not run.
 Both = Callable[..., tuple[Weights, Weights]]
 #: Few tokens leave H so close to singular that float32, in which llm-compressor factorises it, decides near ties otherwise.
 CALIBRATION = {"dataset": "builtin:pydoc", "samples": 96, "sequence_length": 128, "batch_size": 1}
@@ -43,17 +44,25 @@ def both(model: Path) -> Both:
 def runs(model: Path, **calibration: Any) -> Both:
     """What runs a recipe on a folder's model in both."""
 
-    def run(modifiers: Mapping[str, Any], **own: Any) -> tuple[Weights, Weights]:
+    def run(modifiers: Mapping[str, Any], without: str = "", **own: Any) -> tuple[Weights, Weights]:
         stage = {"prune_stage": {"prune_modifiers": dict(modifiers)}}
-        our_stage = {"prune_stage": {"prune_modifiers": {k: {**v, **own.get(k, {})} for k, v in modifiers.items()}}}
+        fields = {k: {**v, **own.get(k, {})} for k, v in modifiers.items()}
+        late = {k: fields.pop(k) for k in list(fields) if k == without}
+        our_stages: dict[str, Any] = {"prune_stage": {"prune_modifiers": fields}}
+        if late:
+            our_stages["late_stage"] = {"late_modifiers": late}
         data = {**CALIBRATION, **calibration}
-        job = make_job({"model": str(model), "calibration": data, **our_stage, "output": {"path": "out"}})
+        job = make_job({"model": str(model), "calibration": data, **our_stages, "output": {"path": "out"}})
         (spec,) = {entry.config.calibration for entry in job.recipe.modifiers if entry.config.calibration}
         inputs = build_tokens(spec, tokenizer=AutoTokenizer.from_pretrained(model), vocab_size=2048)
         theirs = oneshot(model, stage, inputs.ids)
         ours = load_model(job.source, device=job.device)
         with Session(job.recipe, job.plan, ours, job.modifiers, {spec: inputs}, stored_dtype=torch.float32) as session:
-            session.run()
+            if late:
+                with torch.no_grad():
+                    session._run_stage("prune_stage")
+            else:
+                session.run()
         quantised = {name: result.quantized for name, result in session.results.items() if result.quantized is not None}
         scales = {f"{name}.weight_scale": layer.tensors["weight_scale"] for name, layer in quantised.items()}
         return _weights(theirs), {**_weights(ours), **scales}
