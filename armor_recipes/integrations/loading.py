@@ -97,9 +97,12 @@ def _mark_initialised(module: Any) -> None:
         module._is_hf_initialized = True
 
 
-def _fuse_again(model: PreTrainedModel) -> None:
-    """Transformers takes Llama 4's experts apart for every quantised model: only those that are named may be."""
+def _fuse_again(model: PreTrainedModel, stored: Collection[str] = ()) -> None:
+    """Transformers takes Llama 4's experts apart for every quantised model: only those may be that are named, or `stored` so."""
     split = [name for name, m in model.named_modules() if type(m).__name__ == "SequentialLlama4TextExperts"]
+    dense = [name for name in split if f"{name}.0.down_proj.weight" in stored]
+    apart = {name for name in dense if f"{name}.0.down_proj.{WEIGHT_SCALE}" not in stored}
+    split = [name for name in split if name not in apart]
     if not split:
         return
     from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
@@ -137,9 +140,10 @@ def _laying_out(process: Callable[..., Any]) -> Callable[..., Any]:
     return process_model
 
 
-def _lay_out_plain(model: PreTrainedModel, stored: Iterable[str]) -> tuple[str, ...]:
+def _lay_out_plain(model: PreTrainedModel, stored: Collection[str]) -> tuple[str, ...]:
     """Give the model the linear forms of layers that files hold quantised; returns the names of the forms."""
     ends = (f".{WEIGHT_PACKED}", f".{WEIGHT_SCALE}")
+    _fuse_again(model, stored)
     forms = linearise(model, forms_of(model, (name.rpartition(".")[0] for name in stored if name.endswith(ends))))
     _leave_alone(model, forms)
     return forms

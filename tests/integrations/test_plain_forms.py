@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
     T5Config,
@@ -32,6 +34,17 @@ MODELS: dict[str, Callable[[], Any]] = {
     "experts": lambda: MixtralForCausalLM(
         MixtralConfig(**SIZES, intermediate_size=64, num_key_value_heads=1, num_local_experts=2)
     ),
+    "llama4": lambda: Llama4ForCausalLM(
+        Llama4TextConfig(
+            **SIZES,
+            intermediate_size=64,
+            intermediate_size_mlp=64,
+            num_key_value_heads=1,
+            head_dim=16,
+            num_local_experts=2,
+            interleave_moe_layer_step=1,
+        )
+    ),
     "conv1d": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2)),
     "t5": lambda: T5ForConditionalGeneration(
         T5Config(vocab_size=96, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
@@ -40,6 +53,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 CASES = [
     ("experts", "W8A16"),
     ("experts", "FP8"),
+    ("llama4", "W8A16"),
     ("conv1d", "W4A16"),
     ("conv1d", "W8A8"),
     ("t5", "W4A16"),
@@ -54,7 +68,8 @@ def written(folder: Path, kind: str, weights: dict[str, Any], **other: Any) -> P
         torch.manual_seed(0)
         model = MODELS[kind]().bfloat16()
     model.save_pretrained(folder / "model")
-    wanted = recipe(folder / "model", folder / "out", QuantizationModifier={"ignore": ["lm_head"], **weights}, **other)
+    quantised = {"ignore": ["lm_head", "re:.*router"], **weights}
+    wanted = recipe(folder / "model", folder / "out", QuantizationModifier=quantised, **other)
     data = "builtin:random-inputs" if kind == "t5" else "builtin:random-tokens"
     wanted["calibration"] |= {"dataset": data, "experts": "all"}
     armor_recipes.apply(wanted)
@@ -87,6 +102,33 @@ def test_they_load_and_are_saved_as_they_were(tmp_path: Path, kind: str, scheme:
     one, other = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "again"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one)
+
+
+def test_experts_that_are_not_quantised_stay_in_one_tensor(tmp_path: Path) -> None:
+    """Transformers takes Llama 4's apart in every quantised model, and would not find the tensor."""
+    out = written(
+        tmp_path, "llama4", {**groups("W8A16"), "ignore": ["lm_head", "re:.*router", "re:.*feed_forward.experts.*"]}
+    )
+    name = "model.layers.0.feed_forward.experts.down_proj"
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert torch.equal(loaded.get_parameter(name), load_file(tmp_path / "model" / "model.safetensors")[name])
+
+
+def test_experts_that_lie_apart_and_are_not_quantised_are_read(tmp_path: Path) -> None:
+    """As llm-compressor writes them."""
+    out = written(
+        tmp_path, "llama4", {**groups("W8A16"), "ignore": ["lm_head", "re:.*router", "re:.*feed_forward.experts.*"]}
+    )
+    tensors, name = load_file(out / "model.safetensors"), "model.layers.0.feed_forward.experts"
+    down, both = tensors.pop(f"{name}.down_proj"), tensors.pop(f"{name}.gate_up_proj")
+    for number in range(len(down)):
+        gate, up = both[number].chunk(2, dim=-1)
+        parts = {"gate_proj": gate, "up_proj": up, "down_proj": down[number]}
+        tensors |= {f"{name}.{number}.{part}.weight": x.T.contiguous() for part, x in parts.items()}
+    wanted = logits(armor_recipes.load(out))
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "armor_manifest.json").unlink()
+    torch.testing.assert_close(logits(armor_recipes.load(out)), wanted)
 
 
 def test_the_weight_of_a_quantised_layer_is_what_it_stands_for(tmp_path: Path) -> None:
