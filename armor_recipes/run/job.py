@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from armor_recipes.calibration.inputs import Batch
+from armor_recipes.calibration.inputs import Batch, arguments
 from armor_recipes.calibration.random_inputs import draw
 from armor_recipes.checkpoint.config import version_of
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_header, write_whole
@@ -282,13 +282,10 @@ class _Run:
         check_weights(self.model, self.job.plan)
 
     def step(self) -> Step:
-        """What llm-compressor runs, with the windows of the recipe's calibration."""
+        """What llm-compressor runs, with the samples of the recipe's calibration."""
         job, given = self.job, self.ready.data.tokens
         inputs = None if job.recipe.calibration is None else given.get(job.recipe.calibration)
-        windows = inputs is not None and inputs.is_windows
-        samples = (
-            [] if inputs is None or not windows else [inputs.sample(n)["input_ids"][0] for n in range(len(inputs))]
-        )
+        samples = [] if inputs is None else [arguments(inputs.sample(n)) for n in range(len(inputs))]
         return Step([(step.kind, step.fields) for step in job.recipe.steps], self.ready.tokenizer, samples)
 
     @contextmanager

@@ -32,18 +32,42 @@ def main(folder: Path) -> None:
         options["processor"] = NoTokenizer()
     samples = folder / "samples.safetensors"
     if samples.exists():
-        from safetensors.torch import load_file
         from torch.utils.data import DataLoader
 
-        ids = load_file(samples)
-        windows: Any = [{"input_ids": ids[str(number)]} for number in range(len(ids))]
-        options["dataset"] = DataLoader(windows, batch_size=1)
+        given: Any = _samples(samples)
+        options["dataset"] = DataLoader(given, batch_size=1, collate_fn=_only)
     if not probe.exists():
         options["output_dir"] = str(folder / "result")
-    model = oneshot(model=str(folder / "dense"), recipe=str(folder / "recipe.json"), **options)
+    model = oneshot(model=_model(folder / "dense"), recipe=str(folder / "recipe.json"), **options)
     if probe.exists():
         _look(model, probe, folder)
         model.save_pretrained(str(folder / "result"), save_compressed=True)
+
+
+def _model(dense: Path) -> Any:
+    """What `oneshot` is given: the folder, which it loads as a causal language model, or a model of any other class."""
+    named = json.loads((dense / "config.json").read_text()).get("architectures") or [""]
+    if named[0].endswith("ForCausalLM"):
+        return str(dense)
+    import transformers
+
+    return getattr(transformers, named[0]).from_pretrained(str(dense), dtype="auto")
+
+
+def _samples(file: Path) -> list[dict[str, Any]]:
+    """What the model is called with, one sample after the other; tensors are `number.name`."""
+    from safetensors.torch import load_file
+
+    found: dict[int, dict[str, Any]] = {}
+    for key, tensor in load_file(file).items():
+        number, _, name = key.partition(".")
+        found.setdefault(int(number), {})[name] = tensor
+    return [found[number] for number in sorted(found)]
+
+
+def _only(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one sample of a batch, which has that dimension already."""
+    return samples[0]
 
 
 def _look(model: Any, probe: Path, folder: Path) -> None:

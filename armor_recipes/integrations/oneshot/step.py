@@ -21,10 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from armor_recipes.calibration.inputs import arguments
 from armor_recipes.checkpoint.files import CONFIG_FILE, read_config, write_whole
 from armor_recipes.checkpoint.writer import write_checkpoint
 from armor_recipes.errors import InputError, PlanError, ResourceError, VerificationError
 from armor_recipes.integrations.models import load_dense
+from armor_recipes.integrations.plain import run_plain
 from armor_recipes.model.replay import feed_alike, on_device
 from armor_recipes.recipe.llmcompressor import STEP_PYTHON
 
@@ -44,8 +46,8 @@ class Step:
 
     modifiers: Sequence[tuple[str, Mapping[str, Any]]]
     tokenizer: Any | None
-    samples: Sequence[Tensor]
-    """Token ids `(L,)` to calibrate on; none for modifiers without data."""
+    samples: Sequence[Mapping[str, Tensor]]
+    """What to call the model with, one by one, to calibrate on, as `arguments` makes it; none for modifiers without data."""
 
     @property
     def names(self) -> str:
@@ -76,13 +78,13 @@ def run_step(model: PreTrainedModel, step: Step, *, dtype: torch.dtype, dtypes: 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a whole run of llm-compressor left: its model, loaded as stock transformers does, and what made it."""
+    """What a whole run of llm-compressor left: its model, loaded in the compute dtype, and what made it."""
 
     model: PreTrainedModel
     versions: Mapping[str, str]
     """Of the packages there, by name."""
     error: float
-    """‖outputs loaded - outputs in memory‖ ÷ ‖outputs in memory‖, of a probe."""
+    """‖outputs loaded - outputs in memory‖ ÷ ‖outputs in memory‖ of a probe, in the stored dtype, by transformers' own code."""
 
 
 @torch.no_grad()
@@ -101,7 +103,7 @@ def run_whole(
         model: a stock model in memory, in its compute dtype.
         step: all modifiers of a recipe.
         result: a folder that is not there yet.
-        probe: what to call the model with, by the names of its inputs.
+        probe: a sample to call the model with.
         dtype: what config.json names.
         dtypes: of float tensors on disk.
 
@@ -112,22 +114,34 @@ def run_whole(
     with tempfile.TemporaryDirectory(prefix="armor-oneshot-") as made:
         folder = Path(made)
         _write_dense(model, step, folder, dtype=dtype, dtypes=dtypes)
-        save_file({name: tensor.contiguous() for name, tensor in probe.items()}, folder / "probe.safetensors")
+        save_file({name: x.contiguous() for name, x in arguments(probe).items()}, folder / "probe.safetensors")
         _call(step, folder)
         shutil.copytree(folder / "result", result)
         wanted = load_file(folder / "outputs.safetensors")["output"]
         versions: dict[str, str] = json.loads((folder / "versions.json").read_text())
     parameter = next(model.parameters())
+    error = _checked(step, _reloaded(result, dtype, parameter.device), probe, wanted)
+    loaded = _reloaded(result, parameter.dtype, parameter.device)
+    run_plain(loaded, parameter.dtype)  # compressed-tensors decompresses 4-bit floats to bfloat16 for any dtype
+    return Taken(loaded, versions, error)
+
+
+def _reloaded(result: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     try:
-        loaded = load_dense(str(result), dtype=parameter.dtype, device=parameter.device)
+        return load_dense(str(result), dtype=dtype, device=device)
     except InputError as error:
         raise VerificationError(f"what llm-compressor wrote cannot be loaded: {error}") from error
-    return Taken(loaded, versions, _checked(step, loaded, probe, wanted))
 
 
 def _checked(step: Step, loaded: PreTrainedModel, probe: Mapping[str, Tensor], wanted: Tensor) -> float:
     """How far the loaded model's first output is from the wanted one. Raises VerificationError where it is another model's."""
-    found = feed_alike(loaded, on_device(probe, loaded))[0].float().cpu()
+    try:
+        found = feed_alike(loaded, on_device(probe, loaded))[0].float().cpu()
+    except RuntimeError as error:
+        raise VerificationError(
+            f"the folder that llm-compressor wrote after {step.names} does not run in transformers in {loaded.dtype}, the dtype "
+            f"of the model's files: {error}"
+        ) from error
     error = float((found - wanted).norm() / wanted.norm()) if found.shape == wanted.shape else float("inf")
     if not error <= WITHIN:
         raise VerificationError(
@@ -152,7 +166,8 @@ def _call(step: Step, folder: Path) -> None:
     stage = {"step_stage": {f"step{n}_modifiers": {kind: dict(f)} for n, (kind, f) in enumerate(step.modifiers)}}
     (folder / "recipe.json").write_text(json.dumps(stage))
     if step.samples:
-        save_file({str(n): ids.clone() for n, ids in enumerate(step.samples)}, folder / "samples.safetensors")
+        named = {f"{n}.{name}": x.clone() for n, sample in enumerate(step.samples) for name, x in sample.items()}
+        save_file(named, folder / "samples.safetensors")
     python = os.environ.get(STEP_PYTHON) or sys.executable
     try:
         done = subprocess.run([python, "-P", str(_PROGRAM), str(folder)], capture_output=True, text=True, check=False)
