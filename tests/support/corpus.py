@@ -46,6 +46,24 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+#: Whose recipes calibrate more than the text part: they are given random inputs of all kinds.
+ALL_INPUTS = (
+    "gemma3",
+    "idefics3",
+    "llava",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "whisper",
+)
+
+
+def dataset_for(name: str) -> str:
+    """What recipes for an architecture are calibrated on."""
+    return "builtin:random-inputs" if name in ALL_INPUTS else "builtin:random-tokens"
+
+
 def save_tiny(name: str, folder: Path) -> Path:
     """Write a random bfloat16 model of an architecture, by transformers' name of it."""
     kind = main_class(name)
