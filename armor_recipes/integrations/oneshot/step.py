@@ -142,14 +142,14 @@ def _checked(step: Step, loaded: PreTrainedModel, probe: Mapping[str, Tensor], w
             f"the folder that llm-compressor wrote after {step.names} does not run in transformers in {loaded.dtype}, the dtype "
             f"of the model's files: {error}"
         ) from error
-    error = float((found - wanted).norm() / wanted.norm()) if found.shape == wanted.shape else float("inf")
-    if not error <= WITHIN:
+    distance = float((found - wanted).norm() / wanted.norm()) if found.shape == wanted.shape else float("inf")
+    if not distance <= WITHIN:
         raise VerificationError(
             f"the folder that llm-compressor wrote after {step.names} does not load in transformers as the model that it had in "
-            f"memory: outputs differ by {error:.2g} of their norm ({WITHIN} is allowed, since it computes in the stored dtype); "
+            f"memory: outputs differ by {distance:.2g} of their norm ({WITHIN} is allowed, since it computes in the stored dtype); "
             "a loader of its own may read it: run the recipe by itself with llm-compressor"
         )
-    return error
+    return distance
 
 
 def _write_dense(
