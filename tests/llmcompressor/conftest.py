@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from armor_recipes.builtin import model_folder
 from armor_recipes.calibration.tokens import build_tokens
+from armor_recipes.events import PhaseStarted
 from armor_recipes.integrations.models import load_model
 from armor_recipes.session import Session
 from tests.support.engine import make_job
 
 Weights = dict[str, Tensor]
 #: Takes the modifiers of a recipe by name, and fields that only ours have; gives llm-compressor's weights and ours, with scales.
-#: Where `without` names one, ours are those before it: it stands in a stage of its own, which does not run.
+#: Where `without` names one, ours are those before it: it stands in a stage of its own.
 Both = Callable[..., tuple[Weights, Weights]]
 #: Few tokens leave H so close to singular that float32, in which llm-compressor factorises it, decides near ties otherwise.
 CALIBRATION = {"dataset": "builtin:pydoc", "samples": 96, "sequence_length": 128, "batch_size": 1}
@@ -57,12 +58,17 @@ def runs(model: Path, **calibration: Any) -> Both:
         inputs = build_tokens(spec, tokenizer=AutoTokenizer.from_pretrained(model), vocab_size=2048)
         theirs = oneshot(model, stage, inputs.ids)
         ours = load_model(job.source, device=job.device)
-        with Session(job.recipe, job.plan, ours, job.modifiers, {spec: inputs}, stored_dtype=torch.float32) as session:
-            if late:
-                with torch.no_grad():
-                    session._run_stage("prune_stage")
-            else:
-                session.run()
+        before: Weights = {}
+
+        def keep(event: object) -> None:
+            if event == PhaseStarted("stage late_stage"):
+                before.update(_weights(ours))
+
+        makings = {"stored_dtype": torch.float32, "observer": keep}
+        with Session(job.recipe, job.plan, ours, job.modifiers, {spec: inputs}, **makings) as session:
+            session.run()
+        if late:
+            return _weights(theirs), before
         quantised = {name: result.quantized for name, result in session.results.items() if result.quantized is not None}
         scales = {f"{name}.weight_scale": layer.tensors["weight_scale"] for name, layer in quantised.items()}
         return _weights(theirs), {**_weights(ours), **scales}

@@ -85,6 +85,7 @@ SMOOTHED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "asymmetric 128": ({"n_grid": 7}, {"scheme": "W4A16_ASYM", "targets": ["Linear"]}, {}),
     "symmetric 128, biases": ({"n_grid": 8, "duo_scaling": "both"}, group(128, symmetric=True), {"bias": True}),
     "asymmetric 64, biases": ({"n_grid": 5, "mappings": MAPPINGS}, group(64, symmetric=False), {"bias": True}),
+    "NVFP4, one scale for q, k and v": ({"n_grid": 4}, {"scheme": "NVFP4A16", "targets": ["Linear"]}, {}),
     "symmetric 64, grouped heads": ({"n_grid": 6, "duo_scaling": False}, group(64, symmetric=True), {"heads": 4}),
 }
 
