@@ -97,13 +97,37 @@ RENAMED: Mapping[str, str] = {"vLLMQuantizationModifier": "QuantizationModifier"
 """Modifiers that llm-compressor itself has renamed since."""
 
 
-def not_here(kind: str, known: Collection[str]) -> str | None:
+_ONLINE = "QuIPModifier"
+_ROTATES = "SpinQuantModifier"
+_FUSED = ("R1", "R2")
+
+
+def online_rotations(kind: str, fields: object) -> str:
+    """Why the folder that a modifier with these fields leaves would load as another model; empty where it would not."""
+    text = (
+        f"llm-compressor has {kind}, which adds rotations that are made as the model runs%s: no loader of transformers makes them, "
+        "and the folder would load as another model; %s"
+    )
+    if kind == _ONLINE:
+        return text % ("", "run it by itself with llm-compressor, or remove it")
+    given = fields.get("rotations") if kind == _ROTATES and isinstance(fields, Mapping) else None
+    asked = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    online = [str(name) for name in asked if name not in _FUSED]
+    if not online:
+        return ""
+    return text % (f" ({', '.join(online)})", "take `rotations: [R1, R2]`, which lie in the weights")
+
+
+def not_here(kind: str, known: Collection[str], fields: object = None) -> str | None:
     """What is said of a modifier of llm-compressor that is not among the `known` ones; None for any other name."""
     if kind in RENAMED:
         return f"llm-compressor has renamed {kind}: write {RENAMED[kind]}"
     neighbour = MODIFIERS.get(kind)
     if neighbour is None:
         return None
+    online = online_rotations(kind, fields)
+    if online:
+        return online
     here = [name for name in neighbour.nearest if name in known]
     other = f"take {here[0]}, which comes closest here" if here else "remove it"
     return f"llm-compressor has {kind}, which is not here: install `{EXTRA}` to run it as a step, or {other}"

@@ -103,7 +103,7 @@ class Stages:
                     fields.mark, path, "a second modifier of this name in the group; name them apart: `Kind@name`"
                 )
             names.add(name)
-            if not self._known_kind(name, kind, path, fields.mark):
+            if not self._known_kind(name, kind, path, fields):
                 continue
             table = Table({}, fields.mark) if is_null(fields.node) else fields.node
             if isinstance(table, Table):
@@ -133,8 +133,9 @@ class Stages:
             else:
                 yield name, name.partition("@")[0], fields
 
-    def _known_kind(self, name: str, kind: str, path: tuple[str, ...], mark: Mark) -> bool:
+    def _known_kind(self, name: str, kind: str, path: tuple[str, ...], fields: Entry) -> bool:
         """Tell whether `kind` is registered; note what is wrong with it, or with the name behind its `@`."""
+        mark = fields.mark
         _, at, instance = name.partition("@")
         if at and not INSTANCE_NAME.fullmatch(instance):
             text = f"the name after @ is {show(instance)}; it takes letters, digits, - and _"
@@ -144,7 +145,7 @@ class Stages:
         if kind not in self.registry:
             broken = self.registry.broken if isinstance(self.registry, KnownModifiers) else ()
             known = nearest(kind, self.registry, noun="registered modifier")
-            text = not_here(kind, self.registry) or f"unknown modifier {show(kind)}; {known}"
+            text = not_here(kind, self.registry, plain(fields.node)) or f"unknown modifier {show(kind)}; {known}"
             self.problems.add(mark, path, "; ".join([text, *broken]))
         return kind in self.registry
 

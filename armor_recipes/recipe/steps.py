@@ -9,21 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from armor_recipes.recipe.llmcompressor import MODIFIERS, field_of
+from armor_recipes.recipe.llmcompressor import MODIFIERS, field_of, online_rotations
 from armor_recipes.recipe.problems import Problems, nearest
 from armor_recipes.recipe.recipe import StepEntry
 from armor_recipes.recipe.stages import Placed
-from armor_recipes.recipe.tree import Entry, Items, Scalar, Table, plain
+from armor_recipes.recipe.tree import Entry, Table, plain
 
 _QUANTISES = "scheme"
-_ONLINE = ("QuIPModifier",)
 _LEAVES: Mapping[str, str] = {"REAPPruningModifier": "takes experts away, which makes another model"}
-_ROTATES = "SpinQuantModifier"
-_FUSED = {"R1", "R2"}
-_ROTATIONS = (
-    "llm-compressor has {kind}, which adds rotations that are made as the model runs{which}: no loader of transformers makes them, "
-    "and the folder would load as another model; {advice}"
-)
 
 
 def taken_steps(placed: Sequence[Placed], problems: Problems) -> tuple[tuple[StepEntry, ...], tuple[Placed, ...]]:
@@ -40,7 +33,7 @@ def taken_steps(placed: Sequence[Placed], problems: Problems) -> tuple[tuple[Ste
         for one in steps if own else ():
             _note_mixed(placed, one, problems)
     for one in steps:
-        text = _online(one)
+        text = online_rotations(one.kind, plain(one.fields))
         if text:
             problems.add(one.mark, one.path, text)
     return tuple(_entry(one, problems) for one in steps), ours
@@ -76,23 +69,6 @@ def _note_mixed(placed: Sequence[Placed], one: Placed, problems: Problems) -> No
     else:
         return
     problems.add(one.mark, one.path, text)
-
-
-def _online(one: Placed) -> str:
-    """Why the folder that a modifier leaves would load as another model; empty where it would not."""
-    if one.kind in _ONLINE:
-        return _ROTATIONS.format(kind=one.kind, which="", advice="run it by itself with llm-compressor, or remove it")
-    given = one.fields.entries.get("rotations")
-    if one.kind != _ROTATES or given is None:
-        return ""
-    nodes = given.node.nodes if isinstance(given.node, Items) else (given.node,)
-    asked = [str(node.value) for node in nodes if isinstance(node, Scalar)]
-    online = [name for name in asked if name not in _FUSED]
-    if not online:
-        return ""
-    return _ROTATIONS.format(
-        kind=one.kind, which=f" ({', '.join(online)})", advice="take `rotations: [R1, R2]`, which lie in the weights"
-    )
 
 
 def _entry(one: Placed, problems: Problems) -> StepEntry:

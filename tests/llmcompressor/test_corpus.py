@@ -1,4 +1,4 @@
-"""The corpus with llm-compressor beside us: what runs, on a tiny model of its own architecture, and what is told of the rest."""
+"""The corpus of recipes where llm-compressor is installed: what runs, each on its architecture, and what is told of the rest."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,29 @@ def test_modifiers_that_are_not_here_are_named_truly(tmp_path: Path) -> None:
         "llm-compressor has renamed vLLMQuantizationModifier: write QuantizationModifier"
     )
     assert not_here("ARMOURModifier", REGISTRY) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "made"),
+    [
+        ("QuIPModifier", {}, "as the model runs: no loader of transformers makes them"),
+        ("SpinQuantModifier", {"rotations": ["R1", "R4"]}, r"as the model runs \(R4\): .*take `rotations: \[R1, R2\]`"),
+        ("SpinQuantModifier", {"rotations": "R3"}, r"as the model runs \(R3\): "),
+        (
+            "SpinQuantModifier",
+            {"rotations": ["R1", "R2"]},
+            r"install `armor-recipes\[llmcompressor\]` to run it as a step",
+        ),
+        ("SpinQuantModifier", {}, r"install `armor-recipes\[llmcompressor\]` to run it as a step"),
+    ],
+)
+def test_what_would_not_run_as_a_step_is_not_told_to_be_installed(
+    kind: str, fields: dict[str, object], made: str
+) -> None:
+    text = not_here(kind, REGISTRY, fields)
+    assert text is not None
+    assert re.search(made, text)
+    assert ("install" in text) == ("as the model runs" not in text)
 
 
 def test_a_list_of_modifiers_is_read_like_a_mapping(tmp_path: Path) -> None:

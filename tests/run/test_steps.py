@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from armor_recipes import apply, load
@@ -223,6 +224,31 @@ def test_a_folder_that_loads_as_another_model_is_none(inside: None, tmp_path: Pa
     ):
         apply(recipe(source, tmp_path / "out", AutoRoundModifier={**AUTO, "iters": 7}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["python", "source"]
+
+
+def test_a_folder_that_does_not_run_is_none(inside: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compressed-tensors decompresses 4-bit floats to bfloat16, which the layers of a float32 model do not take."""
+
+    def feed(model: Any, _: Any) -> Any:
+        return torch.ones(2) @ torch.ones(2, dtype=torch.bfloat16)
+
+    source = save_model(tmp_path / "source", "llama", torch.float32)
+    monkeypatch.setattr(step, "feed_alike", feed)
+    with pytest.raises(VerificationError, match=r"AutoRoundModifier does not run in transformers in torch\.float32"):
+        apply(recipe(source, tmp_path / "out", AutoRoundModifier=AUTO))
+
+
+def test_other_models_are_given_as_they_are_and_samples_by_name(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama", torch.float32)
+    assert child._model(source) == str(source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
+    assert type(child._model(source)).__name__ == "LlamaModel"
+    samples = {f"{n}.{name}": torch.full((1, 2), n) for n in (10, 9) for name in ("input_ids", "pixel_values")}
+    save_file(samples, tmp_path / "samples.safetensors")
+    first, second = child._samples(tmp_path / "samples.safetensors")
+    assert first.keys() == second.keys() == {"input_ids", "pixel_values"}
+    assert (int(first["input_ids"][0, 0]), int(second["pixel_values"][0, 0])) == (9, 10)
 
 
 def test_a_whole_run_is_neither_dense_nor_in_place(fake: None, llama: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from armor_recipes.run.planning import planned
 from tests.support.corpus import CORPUS, PLAIN, save_tiny
 
 #: How many of them plan at least: it grows as modifiers and fields land.
-PLAN = 103
+PLAN = 110
 #: What a recipe may be told is missing: a modifier of llm-compressor, a field that only it has, or one of older releases, or what
 #: a field asks for that is not here. Plain layers, too, while they are not quantised.
 PLAIN_LAYERS = "no modifier before it makes 2:4 factors for"

@@ -137,19 +137,19 @@ def _checked(step: Step, loaded: PreTrainedModel, probe: Mapping[str, Tensor], w
     """How far the loaded model's first output is from the wanted one. Raises VerificationError where it is another model's."""
     try:
         found = feed_alike(loaded, on_device(probe, loaded))[0].float().cpu()
-    except RuntimeError as error:
+    except RuntimeError as failed:
         raise VerificationError(
             f"the folder that llm-compressor wrote after {step.names} does not run in transformers in {loaded.dtype}, the dtype "
-            f"of the model's files: {error}"
-        ) from error
-    distance = float((found - wanted).norm() / wanted.norm()) if found.shape == wanted.shape else float("inf")
-    if not distance <= WITHIN:
+            f"of the model's files: {failed}"
+        ) from failed
+    error = float((found - wanted).norm() / wanted.norm()) if found.shape == wanted.shape else float("inf")
+    if not error <= WITHIN:
         raise VerificationError(
             f"the folder that llm-compressor wrote after {step.names} does not load in transformers as the model that it had in "
-            f"memory: outputs differ by {distance:.2g} of their norm ({WITHIN} is allowed, since it computes in the stored dtype); "
+            f"memory: outputs differ by {error:.2g} of their norm ({WITHIN} is allowed, since it computes in the stored dtype); "
             "a loader of its own may read it: run the recipe by itself with llm-compressor"
         )
-    return distance
+    return error
 
 
 def _write_dense(
