@@ -177,6 +177,35 @@ def test_cores_of_factors_are_refused_with_the_reason(llama: Path) -> None:
     assert all(name.startswith("model.layers.") and "self_attn" in name for row in rows for name in row.by_reader)
 
 
+@pytest.mark.parametrize("names", [("SmoothQuantModifier", "AWQModifier"), ("AWQModifier", "SmoothQuantModifier")])
+def test_smoothquant_may_stand_before_or_behind(names: tuple[str, str], tmp_path: Path) -> None:
+    fields = {"AWQModifier": {"n_grid": 4}, "SmoothQuantModifier": {}}
+    smoothing = recipe(save_model(tmp_path, "llama", torch.float32), **{name: fields[name] for name in names})
+    both = {**smoothing, "quant_stage": {"quant_modifiers": {"QuantizationModifier": scheme()}}}
+    with make_session(make_job(both)) as session, torch.no_grad():
+        session._run_stage("prune_stage")
+    found = [result for result in session.section("smoothings") if not result.left]
+    assert [result.modifier.rpartition(".")[2] for result in found if result.source == f"{LAYER}.input_layernorm"] == [
+        *names
+    ]
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        dense = make_model("llama", torch.float32)(ids).logits
+        torch.testing.assert_close(session.model(ids).logits, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_of_an_earlier_stage_are_not_scaled(llama: Path) -> None:
+    """Nor those whose norm may be read by what is quantised whole, with an order that works."""
+    armor = recipe(llama, ARMORModifier={**ARMOR, "targets": [ATTENTION]})
+    late = {"AWQModifier": {"n_grid": 3}, "QuantizationModifier": {**scheme(), "targets": [MLP]}}
+    text = r"cannot follow ARMORModifier .* an order that works: AWQModifier, ARMORModifier, QuantizationModifier"
+    with pytest.raises(PlanError, match=text):
+        make_job({**armor, "late_stage": {"late_modifiers": late}})
+    mlp = {"n_grid": 3, "mappings": [["re:.*post_attention_layernorm$", ["re:.*gate_proj$", "re:.*up_proj$"]]]}
+    session = run(make_job({**armor, "late_stage": {"late_modifiers": {**late, "AWQModifier": mlp}}}))
+    assert done(session) == {"post_attention_layernorm": 2}
+
+
 def test_one_scale_of_a_whole_weight_goes_without_duo_scaling(llama: Path) -> None:
     whole = {"targets": [ALL], "config_groups": {"g": {"weights": {"num_bits": 8}}}}
     with pytest.raises(PlanError, match=r"duo_scaling compares weights .* set duo_scaling: false"):
