@@ -1,4 +1,4 @@
-"""Folders with scales of activations, or of keys and values, against llm-compressor's own: every tensor, and logits."""
+"""Folders with zero points, or scales of activations, keys and values, against llm-compressor's own: every tensor, and logits."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "FP8": {"scheme": "FP8"},
     "FP8, tied output": {"scheme": "FP8", "ignore": []},
     "NVFP4": {"scheme": "NVFP4"},
+    "W4A16_ASYM": {"scheme": "W4A16_ASYM"},
     "static W8A8": {"config_groups": {"g": {"targets": ["Linear"], "weights": ROWS, "input_activations": STATIC}}},
     "outputs": {"config_groups": {"g": {"targets": [r"re:.*k_proj$"], "weights": ROWS, "output_activations": STATIC}}},
     "cache alone": {"kv_cache_scheme": {**FP8, "strategy": "tensor"}},
