@@ -39,7 +39,7 @@ def untie(model: Any, names: Collection[str]) -> None:
             config.tie_word_embeddings = False
         gone = {f"{name}.weight" for name in names}
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in gone}
-        model.__dict__[_UNTIED] = (*untied(model), *names)
+        model.__dict__[_UNTIED] = tuple(dict.fromkeys((*untied(model), *names)))
 
 
 def untied(model: Any) -> tuple[str, ...]:

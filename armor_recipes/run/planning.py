@@ -25,7 +25,7 @@ from armor_recipes.integrations.transformers import check_registered
 from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.forms import forms_of, linearise, restore
 from armor_recipes.model.inputs import model_inputs
-from armor_recipes.model.ties import untie, untied
+from armor_recipes.model.ties import tied_output, untie, untied
 from armor_recipes.modifiers import AnyModifier, modifiers
 from armor_recipes.modifiers.base import Settles
 from armor_recipes.plan import Plan, RunEstimate, estimate_run, make_plan
@@ -117,9 +117,11 @@ def planned(
     touched = {name for row in plan.rows for name in row.touches}
     forms = forms_of(shapes, (*touched, *(row.name for row in plan.given)))
     restore(shapes, set(every).difference(forms))
+    output = None if recipe.is_theirs else tied_output(shapes)
     when = "runs, as all of this recipe does," if recipe.is_theirs else "runs first, on the dense model,"
     first = tuple(
         f"{step.where}: {step.name} {when} by llm-compressor's own oneshot; time and memory of it are not in the estimate"
+        + (f", and if it unties {output} from the embeddings, both are written" if output is not None else "")
         for step in recipe.steps
     )
     apart = tuple(

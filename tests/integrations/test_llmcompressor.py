@@ -223,8 +223,9 @@ def test_theirs_runs_as_the_first_step_of_a_run_of_ours(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(found), logits(plain), atol=1e-4, rtol=1e-4)
 
 
-def test_rotations_that_lie_in_the_weights_come_before_ours(tmp_path: Path) -> None:
-    source = save_model(tmp_path / "source", "llama", torch.float32)
+@pytest.mark.parametrize("kind", ["llama", "llama-gqa-tied"])
+def test_rotations_that_lie_in_the_weights_come_before_ours(kind: str, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", kind, torch.float32)
     magnitude = {"targets": [r"re:.*mlp\..*_proj$"]}
     apply(run_recipe(source, tmp_path / "out", SpinQuantModifier={}, MagnitudeModifier=magnitude))
     found = load(tmp_path / "out")

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from armor_recipes import apply, load
+from armor_recipes.checkpoint.reader import read_config
 from armor_recipes.errors import InputError, PlanError, RecipeError, VerificationError
 from armor_recipes.integrations.oneshot import child, step
 from armor_recipes.recipe.llmcompressor import STEP_PYTHON
 from armor_recipes.run import prepare
 from armor_recipes.run.job import read_recipe
-from tests.support.engine import ARMOR, logits, make_model, recipe, save_model
+from tests.support.engine import ARMOR, MLP, logits, make_model, recipe, save_model
 
 LOGARITHMIC: dict[str, Any] = {"smoothing_strength": 0.5, "requires_calibration_data": True}
 #: Stands for llm-compressor: a module that `child.py` imports `oneshot` from.
@@ -62,6 +63,9 @@ def oneshot(model, recipe, output_dir=None, dataset=None, **options):
         config = json.loads((Path(output_dir) / "config.json").read_text())
         groups = {"R": {"apply": [{"location": place}]}}
         config["quantization_config"] = {"quant_method": "compressed-tensors", "transform_config": {"config_groups": groups}}
+        if config["tie_word_embeddings"]:
+            config["tie_word_embeddings"] = False
+            state["lm_head.weight"] = state["model.embed_tokens.weight"] * 2
         (Path(output_dir) / "config.json").write_text(json.dumps(config))
     if kind == "ConstantPruningModifier":
         state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][:90].copy()
@@ -186,6 +190,19 @@ def test_a_run_goes_on_from_what_the_step_left(fake: None, tmp_path: Path) -> No
     stepped, plain = load(tmp_path / "out"), load(source)
     torch.testing.assert_close(stepped.get_parameter(norm), plain.get_parameter(norm) * 6)
     assert logits(stepped).isfinite().all()
+
+
+def test_an_output_layer_that_the_step_unties_stays_so(fake: None, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama-gqa-tied", torch.float32)
+    given = recipe(
+        source, tmp_path / "out", SpinQuantModifier={"rotations": ["R1"]}, MagnitudeModifier={"targets": [MLP]}
+    )
+    result = apply(given)
+    assert any("if it unties lm_head from the embeddings, both are written" in note for note in result.plan.notes)
+    found, embeddings = load(tmp_path / "out"), load(source).get_parameter("model.embed_tokens.weight")
+    assert read_config(tmp_path / "out")["tie_word_embeddings"] is False
+    torch.testing.assert_close(found.get_parameter("lm_head.weight"), embeddings * 2, rtol=0, atol=0)
+    torch.testing.assert_close(found.get_parameter("model.embed_tokens.weight"), embeddings, rtol=0, atol=0)
 
 
 AUTO: dict[str, Any] = {"scheme": "W4A16", "ignore": ["lm_head"]}

@@ -28,6 +28,7 @@ from armor_recipes.errors import InputError, PlanError, ResourceError, Verificat
 from armor_recipes.integrations.models import load_dense
 from armor_recipes.integrations.plain import run_plain
 from armor_recipes.model.replay import feed_alike, on_device
+from armor_recipes.model.ties import tied_output, untie
 from armor_recipes.recipe.llmcompressor import STEP_PYTHON
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Step:
 
 @torch.no_grad()
 def run_step(model: PreTrainedModel, step: Step, *, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Change the model's weights as llm-compressor does.
+    """Change the model's weights as llm-compressor does. An output layer that it unties from the embeddings is untied here.
 
     Args:
         model: a stock model in memory, in its compute dtype.
@@ -193,7 +194,11 @@ def _read_back(model: PreTrainedModel, step: Step, result: Path) -> None:
         )
     own: dict[str, Tensor] = model.state_dict()
     parameter = next(model.parameters())
-    found: dict[str, Tensor] = load_dense(str(result), dtype=parameter.dtype, device=parameter.device).state_dict()
+    stepped = load_dense(str(result), dtype=parameter.dtype, device=parameter.device)
+    output, found = tied_output(model), stepped.state_dict()
+    if output is not None and tied_output(stepped) is None:
+        untie(model, (output,))
+        own = model.state_dict()
     changed = next(_other_shapes(own, found), None)
     if changed is None:
         for name, tensor in own.items():
