@@ -44,7 +44,7 @@ def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
         table.add_row(*_plan_row(modules))
     totals = plan.totals
     lines = [
-        f"{totals.modules} weights: {size(totals.bytes_before)} -> {size(totals.bytes_after)} "
+        f"{totals.modules} weights: {_before(plan)} -> {size(totals.bytes_after)} "
         f"({percent(totals.bytes_after, totals.bytes_before)}), "
         f"factors {percent(totals.factor_bytes, totals.bytes_before)} of dense",
         f"other weights: {size(totals.untouched_bytes)}, unchanged",
@@ -66,6 +66,12 @@ def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
     lines += plan.notes
     lines += warning_lines(plan)
     return Group(table, Text("\n".join(lines)))
+
+
+def _before(plan: Plan) -> str:
+    """The bytes of the plan's weights; of a compressed model as they are in it, with those of a dense one behind."""
+    dense = size(plan.totals.bytes_before)
+    return f"{size(plan.bytes_given)} ({dense} dense)" if plan.given else dense
 
 
 def _blocks(names: Sequence[str]) -> str:
@@ -276,14 +282,16 @@ def summary(result: Result) -> RenderableType:
         "?" if large is None else f"{small / large:.3f}",
     )
     totals = totals_done(result.plan, result.modules, result.results)
+    before = result.plan.bytes_given if result.plan.given else totals.bytes_before
     table.add_row(
         "pruned weights",
-        size(totals.bytes_before),
+        size(before),
         size(totals.bytes_after),
-        f"{totals.bytes_after / totals.bytes_before:.3f}" if totals.bytes_before else "-",
+        f"{totals.bytes_after / before:.3f}" if before else "-",
     )
-    firsts, lasts = _mean_losses(result)
-    table.add_row("mean relative loss", f"{firsts:.5f}", f"{lasts:.5f}", f"{lasts / firsts:.3f}" if firsts else "-")
+    if any(module.modifier != GIVEN for module in result.modules.values()) or not result.plan.given:
+        firsts, lasts = _mean_losses(result)
+        table.add_row("mean relative loss", f"{firsts:.5f}", f"{lasts:.5f}", f"{lasts / firsts:.3f}" if firsts else "-")
     lines = [] if result.evaluations else ["perplexity: not measured, the recipe has no `evaluation`"]
     lines += [_calibration_line(row) for row in report["calibration"]]
     lines += _rearrangement_lines(result)

@@ -16,6 +16,7 @@ from armor_recipes.model.facts import ModelFacts, model_facts
 from armor_recipes.model.linears import Linears, find_linears
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.modifiers.kinds.contract import Planned, Planning, Row, once
+from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.plan.experts import expert_notes, expert_problems, plan_experts
 from armor_recipes.plan.given import given_notes, given_problems, given_rows
 from armor_recipes.plan.order import order_problems, order_warnings
@@ -87,7 +88,7 @@ def make_plan(
         layers=subject.stacks.names_to(max((row.layer for row in rows if row.layer is not None), default=-1)),
         rows=_in_order(recipe, rows),
         ignored=tuple(name for name in _ignored(found.values()) if name not in touched),
-        totals=_totals((*given.rows, *rows), model, itemsize),
+        totals=_totals((*_written(given.rows, packed=packed), *rows), model, itemsize),
         skipped=tuple(skipped),
         overridden=tuple(overridden),
         notes=(
@@ -299,6 +300,11 @@ def _by_passes(subject: _Subject, rows: Sequence[Row], modifiers: Modifiers) -> 
         f"blocks of {name} share weights: its statistics come from passes of the whole model, one for each block and batch"
         for name in stacks_with_shared_weights(observed, subject.linears, subject.stacks)
     )
+
+
+def _written(given: Sequence[ModulePlan], *, packed: bool) -> Sequence[ModulePlan]:
+    """Rows of a compressed model with the bytes that they take in the output."""
+    return given if packed else [replace(row, bytes_after=row.bytes_before, factor_bytes=0) for row in given]
 
 
 def _totals(rows: Sequence[Row], model: nn.Module, itemsize: int) -> Totals:

@@ -76,6 +76,11 @@ class Plan:
         return _section(self.rows, name)
 
     @property
+    def bytes_given(self) -> int:
+        """Of the weights in `totals`, the bytes that they take in the model as it comes; those of dense ones, if it is."""
+        return self.totals.bytes_before - sum(row.bytes_before - row.bytes_after for row in self.given)
+
+    @property
     def modules(self) -> tuple[ModulePlan, ...]:
         """What is done to single modules."""
         return self.section(ModulePlan.section)

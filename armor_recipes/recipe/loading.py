@@ -132,7 +132,12 @@ def check(table: Table, registry: Registry, problems: Problems) -> Recipe:
     found = list(Stages(registry, problems).walk(table))
     steps, placed = taken_steps(found, problems)
     if not found and all(problem.path[:1] and problem.path[0] in SECTIONS for problem in problems.found):
-        problems.add(table.mark, (), "the recipe has no modifier; add `NAME_stage: {NAME_modifiers: {MODIFIER: {…}}}`")
+        problems.add(
+            table.mark,
+            (),
+            "the recipe has no modifier; add `NAME_stage: {NAME_modifiers: {MODIFIER: {…}}}`. To measure a model as it is, or "
+            "write it in another format, take `armor eval` or `armor export`",
+        )
     configs = [_config(modifier, registry[modifier.kind], default, problems) for modifier in placed]
     problems.raise_if_any()
     assert sections is not None, "a section that failed noted a problem"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import yaml
 
+from armor_recipes.modifiers.kinds.module import GIVEN, ModulePlan
 from armor_recipes.report.evaluation import evaluation_rows
 from armor_recipes.report.licence import Licence
 from armor_recipes.report.manifest import Facts, sections
@@ -48,6 +49,7 @@ def model_card(facts: Facts, licence: Licence, *, base_model: str | None) -> str
 def _pruned(name: str, named: str, facts: Facts) -> str:
     """The title, what was done, and what the weights take."""
     totals = facts.totals
+    given = f"{facts.plan.bytes_given} | " if facts.plan.given else ""
     return f"""# {name}, pruned to {named}
 
 Made with [armor-recipes](https://pypi.org/project/armor-recipes/) from `{name}`: {totals.modules} linear
@@ -55,9 +57,14 @@ weights in {named} sparsity, each written as `A · S · B` with a core S in that
 2510.05528), or plainly pruned
 where the recipe says so. The recipe is in `recipe.yaml`, hashes and losses in `armor_manifest.json`.
 
-| | dense | this checkpoint |
-|---|---|---|
-| bytes of those weights | {totals.bytes_before} | {totals.bytes_after} |"""
+{_heading(facts)}
+| bytes of those weights | {totals.bytes_before} | {given}{totals.bytes_after} |"""
+
+
+def _heading(facts: Facts) -> str:
+    """The head of the table: a compressed model has a column of its own between the dense one and the result."""
+    names = ["dense", *(["the compressed model it was made from"] if facts.plan.given else []), "this checkpoint"]
+    return f"| | {' | '.join(names)} |\n|---|{'---|' * len(names)}"
 
 
 def _by_llmcompressor(name: str, facts: Facts) -> str:
@@ -76,8 +83,9 @@ def _evaluation(facts: Facts) -> str:
     """Rows of what was measured before and after."""
     if not facts.evaluations:
         return "\nNothing was evaluated: the recipe has no `evaluation`."
+    dense = "| " if facts.plan.given else ""
     return "\n".join(
-        f"| {name} | {before} | {after} |" for name, before, after, _ in evaluation_rows(facts.evaluations)
+        f"| {name} {dense}| {before} | {after} |" for name, before, after, _ in evaluation_rows(facts.evaluations)
     )
 
 
@@ -86,7 +94,7 @@ def _dense_note(facts: Facts) -> str:
     stored = facts.plan.stored
     rows = [stored[name] for name, result in facts.modules.items() if result.packed is None]
     quantized = sum(row.stored_as == "quantized" for row in rows)
-    folded = sum(row.stored_as == "dense" and row.block_size is not None for row in rows)
+    folded = sum(row.stored_as != "quantized" and row.block_size not in _plain_sizes(row) for row in rows)
     masked = len(rows) - quantized - folded
     notes = [f"\n{masked} of these weights are stored dense (zeros kept where they were pruned).\n"] if masked else []
     if quantized:
@@ -97,6 +105,11 @@ def _dense_note(facts: Facts) -> str:
             "and the product has no zeros, so it is no smaller and no faster than the original.\n"
         )
     return "".join(notes)
+
+
+def _plain_sizes(row: ModulePlan) -> tuple[tuple[int, int] | None, ...]:
+    """Block sizes of weights without factors: a compressed model's core of block size 1 has none, and keeps zeros when dense."""
+    return (None, (1, 1)) if row.modifier == GIVEN else (None,)
 
 
 def _skipped_note(facts: Facts) -> str:

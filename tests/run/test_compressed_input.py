@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import armor_recipes
 from armor_recipes.checkpoint.reader import inspect
 from armor_recipes.checkpoint.verify import verify
+from armor_recipes.cli.tables import size
 from armor_recipes.errors import PlanError
 from armor_recipes.integrations.exporting import export_folder
 from armor_recipes.integrations.models import load_model
@@ -109,6 +110,8 @@ def test_a_dense_output_holds_what_the_folder_stands_for(ours: Path, tmp_path: P
     assert "8 layers of the model are decompressed: int8 by channel" in result.plan.notes
     exported = export_folder(ours, tmp_path / "dense", to="dense")
     assert exported.layers == 14
+    assert result.plan.totals.bytes_after == result.plan.totals.bytes_before > result.plan.bytes_given
+    assert "6 of these weights are stored as the dense product" in (tmp_path / "out" / "README.md").read_text()
     found, wanted = tensors(tmp_path / "out"), tensors(tmp_path / "dense")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted if name != "lm_head.weight")
 
@@ -177,7 +180,13 @@ def test_through_the_commands(
     file = write_recipe(tmp_path, ours, QuantizationModifier=CORES)
     plan = shell("armor-apply", file, "--plan")
     assert "8 layers of the model stay as they are stored: int8 by channel" in plan.out
-    assert shell("armor-apply", file).code == 0
+    inspected = inspect(ours)
+    given = sum(each.nbytes for each in (*inspected.layers, *inspected.plain))
+    assert f"14 weights: {size(given)} (" in plan.out
+    done = shell("armor-apply", file)
+    assert (done.code, "mean relative loss" in done.out) == (0, False)
+    assert f" {size(given)} " in done.out.partition("pruned weights")[2].partition("\n")[0]
+    assert f" | {given} | " in (tmp_path / "out" / "README.md").read_text()
     assert shell("armor", "verify", tmp_path / "out").code == 0
     assert shell("armor-apply", write_recipe(tmp_path, ours, ARMORModifier=ARMOR), "--plan").code == 3
 
