@@ -288,7 +288,7 @@ def test_static_scales_need_data(source: Path) -> None:
     del static["calibration"]
     with pytest.raises(
         PlanError,
-        match="inputs float8 by tensor come from calibration inputs, and the recipe has none",
+        match=r"inputs float8 by tensor\) has scales that come from calibration inputs, and the recipe has none",
     ):
         make_job(static)
     shared = wanted(source, QuantizationModifier={"scheme": "NVFP4A16", "ignore": ["lm_head"]})

@@ -278,9 +278,9 @@ def _plan_plain(
     listens = outputs is not None and outputs.dynamic is not True
     if (observes or listens) and planning.entry.config.calibration is None:
         raise PlanError(
-            f"{name}: scales of {scheme.described} come from calibration inputs, and the recipe has none: add a top-level "
-            "`calibration`, say `calibration: {dataset: builtin:pydoc, samples: 64, sequence_length: 256}`, or take a scheme with "
-            "dynamic activations (and for weights no observer that weighs columns)"
+            f"{name}: its scheme ({scheme.described}) has scales that come from calibration inputs, and the recipe has none: "
+            "add a top-level `calibration`, say `calibration: {dataset: builtin:pydoc, samples: 64, sequence_length: 256}`, "
+            "or take a scheme with dynamic activations (and for weights no observer that weighs columns)"
         )
     if scheme.args.weights.strategy == "tensor_group" and planning.entry.config.calibration is None:
         raise PlanError(
