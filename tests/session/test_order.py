@@ -130,12 +130,30 @@ def test_what_was_measured_to_be_poor_is_warned_of_with_the_figure(llama: Path) 
 
 
 @pytest.mark.parametrize(
-    ("bits", "fields", "figure"), [(4, {"resolve": False}, "38 %"), (4, {}, "12 to 18 %"), (8, {}, "")]
+    ("bits", "fields", "figure"),
+    [
+        (4, {"resolve": False}, "38 %"),
+        (4, {"gauge": False}, "12 to 18 %"),
+        (4, {"rounding": "nearest"}, "1.5 %"),
+        (4, {}, "12 to 18 %"),
+        (8, {}, ""),
+    ],
 )
 def test_int4_cores_are_warned_of(llama: Path, bits: int, fields: dict[str, Any], figure: str) -> None:
     groups = {"core": {"weights": {"num_bits": bits, "strategy": "group", "group_size": 16}}}
     armor = {"targets": [MLP], "block_size": 8}
     quantize = {"targets": [MLP], "config_groups": groups, **fields}
+    told = make_job(recipe(llama, ARMORModifier=armor, QuantizationModifier=quantize)).plan.warnings
+    assert bool(told) == bool(figure)
+    assert all(figure in warning.text for warning in told)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "gauge", "figure"), [("W8A8", False, "4.1 %"), ("W8A8", True, ""), ("FP8_DYNAMIC", False, "")]
+)
+def test_integer_activations_without_a_gauge_are_warned_of(llama: Path, scheme: str, gauge: bool, figure: str) -> None:
+    armor = {"targets": [MLP], "block_size": 8}
+    quantize = {"targets": [MLP], "scheme": scheme, "gauge": gauge}
     told = make_job(recipe(llama, ARMORModifier=armor, QuantizationModifier=quantize)).plan.warnings
     assert bool(told) == bool(figure)
     assert all(figure in warning.text for warning in told)
