@@ -10,11 +10,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+import armor_recipes
 from armor_recipes.errors import PlanError
 from armor_recipes.modifiers import modifiers
 from armor_recipes.session import Session
 from armor_recipes.solver.smoothing import smoothing_scales
-from tests.support.engine import ARMOR, make_job, make_model, make_session, recipe, save_model
+from tests.support.engine import ALL, ARMOR, make_job, make_model, make_session, recipe, save_model
 
 CONFIG = modifiers()["SmoothQuantModifier"].config_type
 
@@ -98,6 +99,44 @@ def test_mappings_that_change_the_function_are_refused(tmp_path: Path) -> None:
         smoothed(tmp_path, "llama", mappings=[[[r"re:.*q_proj"], r"re:.*no_such_norm"]])
     with pytest.raises(ValidationError):
         CONFIG(mappings=[[["re:.*q_proj"]]])
+
+
+GROUPS = {"config_groups": {"all": {"weights": {"num_bits": 4, "group_size": 16}}}}
+ATTENTION_INPUT = [["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"]
+
+
+@pytest.mark.parametrize("modifier", ["SmoothQuantModifier", "AWQModifier"])
+@pytest.mark.parametrize(
+    ("pair", "text"),
+    [
+        (
+            [["re:.*down_proj"], "re:.*input_layernorm"],
+            r"puts out 32 numbers, and model\.layers\.0\.mlp\.down_proj reads 64",
+        ),
+        ([["re:.*o_proj"], "re:.*self_attn$"], r"model\.layers\.0\.self_attn: .*it has layers in it"),
+        ([["re:.*q_proj", "re:.*down_proj"], "re:.*input_layernorm"], r"puts out 32 numbers, and .*down_proj reads 64"),
+        (
+            [["re:.*gate_proj"], "re:.*nope"],
+            r"\['re:\.\*gate_proj'\] could read: 're:\.\*nope' matches nothing inside of a layer",
+        ),
+        ([["re:.*nope"], "re:.*post_attention_layernorm"], r"found by \['re:\.\*nope'\], to read the outputs of"),
+        ([["re:.*q_proj"], "re:.*embed_tokens"], r"'re:\.\*embed_tokens' matches nothing inside of a layer"),
+    ],
+    ids=str,
+)
+def test_pairs_that_do_not_fit_are_told_beside_one_that_does(
+    tmp_path: Path, modifier: str, pair: list[Any], text: str
+) -> None:
+    after = {"QuantizationModifier": {"targets": [ALL], **GROUPS}} if modifier == "AWQModifier" else {}
+    fields = {"mappings": [ATTENTION_INPUT, pair], **({"n_grid": 4} if after else {})}
+    with pytest.raises(PlanError, match=text):
+        armor_recipes.apply(recipe(save_model(tmp_path / "model"), tmp_path / "out", **{modifier: fields}, **after))
+
+
+@pytest.mark.parametrize("pair", [[["re:("], "re:x"], [["re:x"], "re:("], [[], "re:x"]], ids=str)
+def test_patterns_of_pairs_are_read_with_the_recipe(pair: list[Any]) -> None:
+    with pytest.raises(ValidationError):
+        CONFIG(mappings=[pair])
 
 
 def test_it_comes_before_factors(llama: Path) -> None:

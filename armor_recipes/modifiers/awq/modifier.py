@@ -18,7 +18,7 @@ from armor_recipes.modifiers.kinds.searcher import Loss, Searcher
 from armor_recipes.modifiers.kinds.smoother import Scales
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.scales import global_scale_of, rounded
-from armor_recipes.recipe.schema import ModifierConfig, Strict, Targets
+from armor_recipes.recipe.schema import ModifierConfig, Strict, Target, Targets
 from armor_recipes.solver.awq import candidate, grid, mean_weight_sizes, search
 
 _PAIR = 2
@@ -40,11 +40,11 @@ def _one_or_more(value: object) -> object:
 class AWQMapping(Strict):
     """A module and those that read its outputs: llm-compressor's `AWQMapping`."""
 
-    smooth_layer: Annotated[str, Field(min_length=1)] = Field(
+    smooth_layer: Target = Field(
         title="Smooth layer",
         description="Pattern of the module whose outputs are divided by scales: a norm, or a linear module.",
     )
-    balance_layers: Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Field(min_length=1)] = Field(
+    balance_layers: Annotated[tuple[Target, ...], BeforeValidator(_one_or_more), Field(min_length=1)] = Field(
         title="Balance layers",
         description="Patterns of the modules that read them, whose weights are multiplied by the scales.",
     )

@@ -121,10 +121,13 @@ class Scales:
 
 @dataclass(slots=True)
 class _Seen:
-    """A module on the calibration: the extremes of its outputs by channel, who read the first of them, and its first input."""
+    """A module on the calibration: the extremes of its outputs by channel and how many there are, who read the first of them, and
+    its first input.
+    """
 
     readers: list[str]
     first: Tensor
+    width: int
     low: Tensor | None = None
     high: Tensor | None = None
 
@@ -150,10 +153,16 @@ class Smoothing(Kind):
     def plan(self, planning: Planning, modifier: Smoother[Any]) -> Planned:
         """A row for each module whose outputs linear modules of its block may read."""
         rows = tuple(_rows(planning, modifier))
-        text = "no module was found whose outputs linear modules of `targets` could read; give `mappings`"
-        if rows or planning.entry.config.optional:
+        if planning.entry.config.optional:
             return modifier.planned(planning, rows)
-        return Planned((), (text,))
+        vain = tuple(_vain_links(planning, modifier))
+        if vain:
+            return Planned((), vain)
+        if rows:
+            return modifier.planned(planning, rows)
+        advice = "widen `targets`" if modifier.links else "give `mappings`"
+        text = "no module was found whose outputs linear modules of `targets` could read"
+        return Planned((), (f"{text}; {advice}",))
 
     @torch.no_grad()
     def run(self, unit: Unit, context: BlockContext) -> Changes:
@@ -206,14 +215,33 @@ class Smoother(AnyModifier[C]):
         """What to divide a module's outputs by, the weights that read them being multiplied by the same."""
 
 
-def _rows(planning: Planning, modifier: Smoother[Any]) -> Iterator[SmoothingPlan]:
+def _vain_links(planning: Planning, modifier: Smoother[Any]) -> Iterator[str]:
+    """What is wrong with pairs of the recipe that nothing in any layer matches."""
+    from compressed_tensors.utils import is_match
+
+    inside = [_Inside.of(planning, layer, linears) for layer, linears in _by_layer(planning).items()]
+    for patterns, pattern in modifier.links:
+        advice = "correct the pair in `mappings`, or say `optional: true`"
+        if not any(is_match(name, m, pattern) for one in inside for name, m in one.modules.items()):
+            where = f"{pattern!r} matches nothing inside of a layer"
+            yield f"no module was found whose outputs {list(patterns)} could read: {where}; {advice}"
+        elif not any(is_match(name, m, list(patterns)) for one in inside for name, m in one.readable.items()):
+            yield f"no linear module inside of a layer was found by {list(patterns)}, to read the outputs of {pattern!r}; {advice}"
+
+
+def _by_layer(planning: Planning) -> dict[int, list[str]]:
+    """Linear modules of each block that have their weight to themselves."""
     blocks: dict[int, list[str]] = {}
     for name in planning.linears.modules:
         layer = planning.stacks.block_of(name)
         if layer is not None and not planning.linears.others(name):
             blocks.setdefault(layer, []).append(name)
+    return blocks
+
+
+def _rows(planning: Planning, modifier: Smoother[Any]) -> Iterator[SmoothingPlan]:
     targeted = frozenset(planning.names)
-    for layer, linears in blocks.items():
+    for layer, linears in _by_layer(planning).items():
         inside = _Inside.of(planning, layer, linears)
         for source, readers, given in inside.sources(planning.entry.config.ignore, modifier):
             wanted = tuple(name for name in readers if name in targeted)
@@ -347,7 +375,7 @@ class _Watch:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = first_output(output)
             self.alive[_place(x)] = name, x
-            seen = self.seen.setdefault(name, _Seen([], first_tensor(args, kwargs)))
+            seen = self.seen.setdefault(name, _Seen([], first_tensor(args, kwargs), x.shape[-1]))
             if self.padding is not None:
                 seen.take(torch.cat([piece.flatten(0, -2) for piece in self.padding.pieces(x)]))
 
@@ -380,7 +408,7 @@ def _smooth(
     started = time.perf_counter()
     modifier: Any = share.modifier
     readers = row.readers if row.exact or seen is None else tuple(name for name in row.readers if name in seen.readers)
-    left = row.misfit or _nothing_to_do(row, seen, readers, modifier)
+    left = row.misfit or _nothing_to_do(row, seen, readers, modifier) or _unfit(row, seen, readers, context, modifier)
     chosen: Scales | None = None
     if not left and seen is not None:
         matrices = {name: _read(f"{name}.weight", context, weights) for name in readers}
@@ -440,6 +468,25 @@ def _nothing_to_do(row: SmoothingPlan, seen: _Seen | None, readers: Sequence[str
     if seen is None or (modifier.ranges and seen.spread is None):
         return "it is not called"
     return "" if any(name in row.wanted for name in readers) else "no target reads its output"
+
+
+def _unfit(
+    row: SmoothingPlan, seen: _Seen | None, readers: Sequence[str], context: BlockContext, modifier: Smoother[Any]
+) -> str:
+    """Why the readers cannot read its outputs channel by channel; empty where they can. Of a layer that holds several projections
+    a search takes the last.
+    """
+    if any(context.model.get_submodule(row.source).children()):
+        return "it has layers in it: name the one whose outputs are read"
+    columns = {name: _columns(context.model.get_submodule(name)) for name in readers}
+    for name, count in columns.items():
+        if seen is not None and (seen.width < count or (modifier.ranges and seen.width != count)):
+            return f"it puts out {seen.width} numbers, and {name} reads {count}"
+    return "" if len(set(columns.values())) <= 1 else f"they read {' and '.join(map(str, columns.values()))} numbers"
+
+
+def _columns(module: Any) -> int:
+    return int(module.weight.shape[1])
 
 
 def _read(parameter: str, context: BlockContext, weights: Mapping[str, Tensor]) -> Tensor:

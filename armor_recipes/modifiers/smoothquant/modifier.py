@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from armor_recipes.modifiers.base import UNROUNDED
 from armor_recipes.modifiers.kinds.smoother import Scales, Smoothed, Smoother
 from armor_recipes.modifiers.registry import register
-from armor_recipes.recipe.schema import ModifierConfig, Targets
+from armor_recipes.recipe.schema import ModifierConfig, Target, Targets
 from armor_recipes.solver.smoothing import smoothing_scales
 
 
@@ -30,7 +30,8 @@ def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-Mappings = Annotated[tuple[tuple[tuple[str, ...], str], ...], BeforeValidator(_frozen)]
+Readers = Annotated[tuple[Target, ...], Field(min_length=1)]
+Mappings = Annotated[tuple[tuple[Readers, Target], ...], BeforeValidator(_frozen)]
 
 
 class SmoothQuantConfig(ModifierConfig):
