@@ -124,12 +124,24 @@ def _holding(config: ModifierConfig) -> str:
 
 
 def vain_ignores(tree: Tree, config: ModifierConfig) -> list[str]:
-    """A sentence on each pattern of `ignore` that matches no module of the model."""
-    return [
-        f"`ignore` {pattern!r} matches no module of this model and holds nothing back"
-        for pattern in config.ignore
-        if not any(tree.matches(name, module, pattern) for name, module in tree.modules)
-    ]
+    """A sentence on each pattern of `ignore` that matches no module of the model, or only such as have others in them."""
+    found = ((pattern, [one for one in tree.modules if tree.matches(*one, pattern)]) for pattern in config.ignore)
+    return [text for pattern, matched in found if (text := _vain(pattern, matched))]
+
+
+def _vain(pattern: str, matched: Sequence[tuple[str, nn.Module]]) -> str:
+    if not matched:
+        return f"`ignore` {pattern!r} matches no module of this model and holds nothing back"
+    if any(is_linear(module) or _has_weights(module) for _, module in matched):
+        return ""
+    name, module = matched[0]
+    inside = next((f"{name}.{part}" for part, one in module.named_modules() if part and is_linear(one)), "")
+    if not inside:
+        return ""
+    return (
+        f"`ignore` {pattern!r} matches {name} ({type(module).__name__}) and no linear module, such as {inside}, and holds nothing "
+        f"back: to leave all in it, write 're:{re.escape(name)}\\..*'"
+    )
 
 
 def not_linear(name: str, module: nn.Module) -> UnfitError:

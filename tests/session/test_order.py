@@ -175,3 +175,19 @@ def test_an_ignore_that_matches_nothing_is_a_warning_that_is_counted(llama: Path
         assert [row["text"] for row in json.loads((result.output / name).read_text())["warnings"]] == told
     again = apply(recipe(llama, tmp_path / "again", WandaPruningModifier={**fields, "ignore": ["lm_head"]}))
     assert "warnings" not in again.report
+
+
+def test_an_ignore_of_a_module_with_linear_ones_in_it_is_a_warning(llama: Path) -> None:
+    """As in compressed-tensors it holds back what it names, and not what is inside."""
+    fields = {"targets": [MLP], "pattern": "2:4"}
+    for pattern in ("model.layers.0.mlp", "LlamaMLP", r"re:model\.layers\.0\.mlp$"):
+        plan = make_job(recipe(llama, WandaPruningModifier={**fields, "ignore": [pattern]})).plan
+        (told,) = (warning.text for warning in plan.warnings)
+        assert told.startswith(f"`ignore` {pattern!r} matches model.layers.0.mlp (LlamaMLP) and no linear module")
+        assert "model.layers.0.mlp.up_proj" in {row.name for row in plan.modules}
+        advised = told.rpartition("write ")[2].strip("'")
+        kept = make_job(recipe(llama, WandaPruningModifier={**fields, "ignore": [advised]})).plan
+        assert {row.name.split(".")[2] for row in kept.modules} == {"1"}
+        assert not kept.warnings
+    norms = {**fields, "ignore": ["LlamaRMSNorm", r"re:.*layers\.0(\..*)?$"]}
+    assert not make_job(recipe(llama, WandaPruningModifier=norms)).plan.warnings
