@@ -15,7 +15,7 @@ from armor_recipes.checkpoint.quantized import Scheme, cache_args
 from armor_recipes.errors import PlanError
 from armor_recipes.modifiers.base import Tap
 from armor_recipes.modifiers.observers import observer_of
-from armor_recipes.recipe.schema import PRESET, ModifierConfig, Strict, Targets
+from armor_recipes.recipe.schema import PRESET, Count, ModifierConfig, Strict, Targets
 
 _OLD_KEYS = ("num_bits", "strategy", "group_size")
 _OBSERVED = ("weights", "input", "output")
@@ -66,7 +66,7 @@ class QuantizationArgs(Strict):
         description="What has one scale. Left out: `group` with a group_size, `channel` with -1, else `tensor`.",
     )
     block_structure: Annotated[
-        tuple[int, int] | None, BeforeValidator(_as_pair, json_schema_input_type=str | tuple[int, int] | None)
+        tuple[Count, Count] | None, BeforeValidator(_as_pair, json_schema_input_type=str | tuple[Count, Count] | None)
     ] = Field(default=None, title="Block structure", description="`block`: rows and columns that have one scale.")
     dynamic: Annotated[bool | Literal["local"], _AnyCase] = Field(
         default=False, title="Dynamic", description="Of activations: whether scales are made of each input as it comes."

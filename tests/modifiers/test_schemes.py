@@ -43,7 +43,10 @@ REFUSED = [
         weights(strategy="block", block_structure="128"),
         ".block_structure: is not of the form ROWSxCOLUMNS, such as 128x128",
     ),
-    (weights(strategy="block", block_structure="0x128"), "compressed-tensors refuses it: weights"),
+    (
+        weights(strategy="block", block_structure="0x128"),
+        ".config_groups.own.weights.block_structure: must be at least 1",
+    ),
     (weights(strategy="block", block_structure=[1, 2, 3]), ".config_groups.own.weights.block_structure: "),
     (weights(scale_dtype="float33"), "refuses it: weights.scale_dtype: "),
     (weights(dynamic="local"), "config_groups.own: compressed-tensors refuses it: weights: "),
