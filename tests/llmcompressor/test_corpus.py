@@ -19,7 +19,8 @@ from armor_recipes.modifiers import config_types
 from armor_recipes.recipe import convert_recipe
 from tests.support.corpus import CORPUS, PLAIN, dataset_for, save_tiny
 
-pytestmark = pytest.mark.llmcompressor
+#: llm-compressor warns as it saves, and warnings are errors in tests.
+pytestmark = [pytest.mark.llmcompressor, pytest.mark.filterwarnings("ignore")]
 #: A word of a recipe that does not run → what is told: names of older releases, rotations that no loader of transformers makes, and
 #: what llm-compressor 0.14.0.1 itself fails at.
 TOLD = {
