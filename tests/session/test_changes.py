@@ -34,7 +34,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "matched and distilled": {
         "ARMORModifier": {**ARMOR, "propagate": "matched", "shrinkage": 0.1, "share_input_factor": True},
-        "DistillationModifier": SMALL,
+        # A store that drops what it is given keeps no originals: the dense model is then read at the width of the factors.
+        "DistillationModifier": {**SMALL, "compute_dtype": "float32"},
     },
     "quantised": {
         "QuantizationModifier": {
