@@ -125,16 +125,20 @@ def _holding(config: ModifierConfig) -> str:
 
 def vain_ignores(tree: Tree, config: ModifierConfig) -> list[str]:
     """A sentence on each pattern of `ignore` that matches no module of the model, or only such as have others in them."""
-    found = ((pattern, [one for one in tree.modules if tree.matches(*one, pattern)]) for pattern in config.ignore)
-    return [text for pattern, matched in found if (text := _vain(pattern, matched))]
+    return [text for pattern in config.ignore if (text := _vain(tree, pattern))]
 
 
-def _vain(pattern: str, matched: Sequence[tuple[str, nn.Module]]) -> str:
-    if not matched:
+def _vain(tree: Tree, pattern: str) -> str:
+    holding: tuple[str, nn.Module] | None = None  # the first that has others in it
+    for name, module in tree.modules:
+        if not tree.matches(name, module, pattern):
+            continue
+        if is_linear(module) or _has_weights(module):
+            return ""
+        holding = holding or (name, module)
+    if holding is None:
         return f"`ignore` {pattern!r} matches no module of this model and holds nothing back"
-    if any(is_linear(module) or _has_weights(module) for _, module in matched):
-        return ""
-    name, module = matched[0]
+    name, module = holding
     inside = next((f"{name}.{part}" for part, one in module.named_modules() if part and is_linear(one)), "")
     if not inside:
         return ""

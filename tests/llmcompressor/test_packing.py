@@ -13,7 +13,7 @@ import armor_recipes
 from armor_recipes.checkpoint.reader import inspect
 from armor_recipes.checkpoint.verify import verify
 from armor_recipes.integrations.exporting import export_folder
-from tests.llmcompressor.conftest import oneshot_model
+from tests.llmcompressor.conftest import oneshot
 from tests.support.engine import MLP, recipe
 
 pytestmark = [
@@ -33,7 +33,7 @@ SPARSE: dict[str, tuple[dict[str, Any], str]] = {
 def saved(model: Path, folder: Path, **modifiers: Any) -> Path:
     """What `oneshot` makes of the embedded model, saved compressed."""
     ids = torch.arange(4 * 64).view(4, 64) * 7 % 2048
-    made: Any = oneshot_model(model, {"prune_stage": {"prune_modifiers": modifiers}}, ids)
+    made: Any = oneshot(model, {"prune_stage": {"prune_modifiers": modifiers}}, ids)
     made.save_pretrained(folder, save_compressed=True)
     return folder
 

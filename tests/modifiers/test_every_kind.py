@@ -53,6 +53,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         core(4, 16, targets=[MLP], propagate="dense"),
         core(targets=[MLP], resolve=False, gauge=False, objective="hessian"),
         core(targets=[MLP], objective="hessian", rounding="gptq"),
+        core(targets=[MLP], rounding="nearest"),
     ],
     "GPTQModifier": [
         {"targets": [MLP], "config_groups": {"g": {"weights": {"group_size": -1}}}},
