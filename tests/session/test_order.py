@@ -135,7 +135,7 @@ def test_what_was_measured_to_be_poor_is_warned_of_with_the_figure(llama: Path) 
         (4, {"resolve": False}, "38 %"),
         (4, {"gauge": False}, "12 to 18 %"),
         (4, {"rounding": "nearest"}, "1.5 %"),
-        (4, {}, "12 to 18 %"),
+        (4, {}, "10 to 12 %"),
         (8, {}, ""),
     ],
 )
