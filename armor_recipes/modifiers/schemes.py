@@ -15,7 +15,7 @@ from armor_recipes.checkpoint.quantized import Scheme, cache_args
 from armor_recipes.errors import PlanError
 from armor_recipes.modifiers.base import Tap
 from armor_recipes.modifiers.observers import observer_of
-from armor_recipes.recipe.schema import PRESET, Count, ModifierConfig, Strict, Targets
+from armor_recipes.recipe.schema import PRESET, Count, ModifierConfig, SomeTargets, Strict
 
 _OLD_KEYS = ("num_bits", "strategy", "group_size")
 _OBSERVED = ("weights", "input", "output")
@@ -23,8 +23,7 @@ _ANY_LINEAR = nn.Linear(1, 1, bias=False, device="meta")
 """What stands for a module where a target is a class: a quantising modifier takes linear modules alone."""
 
 Observer = Annotated[str, Field(min_length=1)]
-GroupTargets = Annotated[Targets, Field(min_length=1)]
-_TARGETS: TypeAdapter[tuple[str, ...]] = TypeAdapter(GroupTargets)
+_TARGETS: TypeAdapter[tuple[str, ...]] = TypeAdapter(SomeTargets)
 
 
 def _as_pair(value: object) -> object:
@@ -91,7 +90,7 @@ class QuantizationArgs(Strict):
 class SchemeGroup(Strict):
     """What some modules are quantised to: compressed-tensors' `QuantizationScheme`."""
 
-    targets: GroupTargets | None = Field(
+    targets: SomeTargets | None = Field(
         default=None, title="Targets", description="Modules of the group; left out, the modifier's own."
     )
     weights: QuantizationArgs | None = Field(default=None, title="Weights", description="How weights are quantised.")
@@ -117,19 +116,17 @@ class SchemeGroup(Strict):
 class SchemeConfig(ModifierConfig):
     """What modules are quantised to, as a preset or in full."""
 
-    targets: GroupTargets = Field(
+    targets: SomeTargets = Field(
         default=("Linear",),
         title="Targets",
         description="Modules to quantise: exact names, `re:` patterns on the full name, or class names such as `Linear`. Groups "
         "may have targets of their own instead.",
     )
-    scheme: Annotated[str, Field(min_length=1)] | Annotated[dict[str, GroupTargets], Field(min_length=1)] | None = (
-        Field(
-            default=None,
-            title="Scheme",
-            description="A preset of compressed-tensors, in capitals or not (`W4A16`, `W8A8`, `FP8_DYNAMIC`, …), or a mapping from "
-            "presets to targets. Either this or `config_groups`.",
-        )
+    scheme: Annotated[str, Field(min_length=1)] | Annotated[dict[str, SomeTargets], Field(min_length=1)] | None = Field(
+        default=None,
+        title="Scheme",
+        description="A preset of compressed-tensors, in capitals or not (`W4A16`, `W8A8`, `FP8_DYNAMIC`, …), or a mapping from "
+        "presets to targets. Either this or `config_groups`.",
     )
     config_groups: Annotated[dict[str, SchemeGroup], Field(min_length=1)] | None = Field(
         default=None,

@@ -63,6 +63,7 @@ Target = Annotated[Name, AfterValidator(_check_target)]
 Targets = Annotated[
     tuple[Target, ...], BeforeValidator(_one_or_many, json_schema_input_type=Target | tuple[Target, ...])
 ]
+SomeTargets = Annotated[Targets, Field(min_length=1)]
 
 
 class Strict(BaseModel):
@@ -477,7 +478,7 @@ class ModifierConfig(Strict):
     needs_calibration: ClassVar[bool] = False
     takes_containers: ClassVar[bool] = False
 
-    targets: Annotated[Targets, Field(min_length=1)] = Field(
+    targets: SomeTargets = Field(
         title="Targets",
         description="Modules to change: exact names, `re:` patterns on the full name, class names such as `Linear`, or sets: "
         "`preset:attention` and `preset:mlp` (linear modules of the repeated layers in and outside of attention, routers "

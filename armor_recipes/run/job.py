@@ -219,8 +219,10 @@ class _Run:
                 measures = measured(self.ready.data.measures, self.model, self.watch, self.output)
                 measured_again = stack.enter_context(measures)
             source_hash = state_hash(self.model, self.dtypes, job.source.stored_dtype)
-            session = None if self.room is not None else self.compress()
-            if self.room is not None:
+            session = None
+            if self.room is None:
+                session = self.compress()
+            else:
                 self.take_whole(self.room / "result")
             evaluations = measured_again(self.model)
         return Facts(

@@ -1,4 +1,4 @@
-"""The solver's compiled extension, entered through ctypes."""
+"""The solver's compiled extension, entered through ctypes, and blocks of S shared out among threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import ctypes
 import functools
 import importlib.util
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import torch
+
+#: Entries of S below which starting another thread costs more than it saves.
+_WORTH_A_THREAD = 1 << 16
 
 
 @functools.cache
@@ -21,3 +27,17 @@ def compiled(name: str, *, pointers: int, integers: int) -> Callable[..., None] 
     function.restype = None
     function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * integers
     return function  # type: ignore[no-any-return]
+
+
+def over_blocks(run: Callable[[int, int], None], blocks: int, entries: int) -> None:
+    """Call `run(first, end)` for shares of independent blocks, in `torch.get_num_threads()` threads at most.
+
+    `entries` are those of all blocks: few of them are not worth a thread.
+    """
+    threads = max(1, min(torch.get_num_threads(), blocks, entries // _WORTH_A_THREAD))
+    if threads == 1:
+        run(0, blocks)
+        return
+    bounds = [blocks * i // threads for i in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, bounds[:-1], bounds[1:]))

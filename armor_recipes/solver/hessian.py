@@ -170,7 +170,7 @@ def update_core(problem: HessianProblem, factors: Factors) -> None:
     error = residual(problem, factors)
     core, index = factors.core.clone(), factors.index.clone()
     group = problem.pattern.group
-    for columns, blocks in _panels(factors, group):
+    for columns, blocks in panels(factors, group):
         b, numbers = factors.b[blocks], slice(columns.start // group, columns.stop // group)
         correlation = left_multiply(factors.a.mT, right_multiply(error @ problem.gram[:, columns], b.mT))
         gram_b = right_multiply(left_multiply(b, problem.gram[columns, columns]), b.mT)
@@ -219,7 +219,7 @@ def diagonal_blocks(gram: Tensor, size: int) -> Tensor:
     return blocks
 
 
-def _panels(factors: Factors, group: int) -> Iterator[tuple[slice, slice]]:
+def panels(factors: Factors, group: int) -> Iterator[tuple[slice, slice]]:
     """Columns of S and blocks of B of each panel: whole blocks and whole groups, `_PANEL` columns or a little more."""
     size, d_in = factors.b.shape[-1], factors.core.shape[1]
     unit = math.lcm(size, group)

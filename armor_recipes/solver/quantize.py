@@ -23,14 +23,13 @@ from armor_recipes.solver.gauge import apply_gauge, choose_gauge
 from armor_recipes.solver.hessian import HessianProblem
 from armor_recipes.solver.normalize import fill_dead_channels
 from armor_recipes.solver.result import Factors, QuantizedValues, SparseFactors
-from armor_recipes.solver.rounding import Grid, nearest_number, update_rounded
+from armor_recipes.solver.rounding import LARGEST_FLOAT8, Grid, nearest_number, update_rounded
 from armor_recipes.solver.spd import cholesky
 
 LEVELS = {8: (-127, 127), 4: (-8, 7)}
 """Smallest and largest integer by number of bits."""
 Numbers = Literal["int", "fp8"]
 #: The largest float8_e4m3fn.
-_LARGEST_FLOAT8 = float(torch.finfo(torch.float8_e4m3fn).max)
 Rounding = Literal["descent", "nearest", "gptq"]
 #: Called after a cycle with (done, at most, best relative loss).
 Progress = Callable[[int, int, float], None]
@@ -146,7 +145,7 @@ def round_to_nearest(
         ratios: the shares that are tried.
     """
     float8 = numbers == "fp8"
-    low, high = (-_LARGEST_FLOAT8, _LARGEST_FLOAT8) if float8 else LEVELS[num_bits]
+    low, high = (-LARGEST_FLOAT8, LARGEST_FLOAT8) if float8 else LEVELS[num_bits]
     v, w = (x.unflatten(1, (-1, group_size or x.shape[1])) for x in (values, weights))
     largest = v.abs().amax(-1, keepdim=True)
     best, scale = torch.full_like(largest, torch.inf), torch.ones_like(largest)
@@ -190,7 +189,7 @@ def grid_of(found: QuantizedValues, mask: Tensor) -> Grid:
     """The grid on which the kept values of a core `(O, I)` lie."""
     scale = spread(_scales(found), mask)
     if found.integers.dtype == torch.float8_e4m3fn:
-        return Grid(scale, -_LARGEST_FLOAT8, _LARGEST_FLOAT8, float8=True)
+        return Grid(scale, -LARGEST_FLOAT8, LARGEST_FLOAT8, float8=True)
     return Grid(scale, *LEVELS[found.num_bits])
 
 

@@ -12,7 +12,6 @@ takes as long as a sweep of `exact`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +19,12 @@ from torch import Tensor
 
 from armor_recipes.compute import check_tensors
 from armor_recipes.solver.blockdiag import left_multiply, right_multiply
-from armor_recipes.solver.compiled import compiled
+from armor_recipes.solver.compiled import compiled, over_blocks
 from armor_recipes.solver.exact import ExactProblem, from_blocks, residual, to_blocks
-from armor_recipes.solver.hessian import HessianProblem
+from armor_recipes.solver.hessian import HessianProblem, panels
 from armor_recipes.solver.result import Factors
 
-#: Columns that a pass takes at once with correlated inputs, at least: as `hessian.update_core` does.
-_PANEL = 192
-#: Entries of S below which starting another thread costs more than it saves.
-_WORTH_A_THREAD = 1 << 16
-_LARGEST_FLOAT8 = float(torch.finfo(torch.float8_e4m3fn).max)
+LARGEST_FLOAT8 = float(torch.finfo(torch.float8_e4m3fn).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +66,7 @@ class RoundingPass:
 def nearest_number(values: Tensor, low: float, high: float, *, float8: bool = False) -> Tensor:
     """The nearest integers from low to high, ties to even, or the nearest float8_e4m3fn; float32, of any shape."""
     if float8:
-        return values.clamp(-_LARGEST_FLOAT8, _LARGEST_FLOAT8).to(torch.float8_e4m3fn).float()
+        return values.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn).float()
     return values.round().clamp(low, high)
 
 
@@ -86,11 +81,9 @@ def update_rounded(
         correlation = left_multiply(factors.a.mT, right_multiply(error, factors.b.mT))
         factors.core = _passed(correlation, factors.core, grid, gram_a, gram_b, native)
         return
-    size, core = factors.b.shape[-1], factors.core.clone()
-    at_once = max(1, _PANEL // size)
-    for start in range(0, factors.b.shape[0], at_once):
-        b = factors.b[start : start + at_once]
-        columns = slice(start * size, (start + b.shape[0]) * size)
+    core = factors.core.clone()
+    for columns, blocks in panels(factors, 1):
+        b = factors.b[blocks]
         correlation = left_multiply(factors.a.mT, right_multiply(error @ problem.gram[:, columns], b.mT))
         gram_b = right_multiply(left_multiply(b, problem.gram[columns, columns]), b.mT)[None].contiguous()
         part = Grid(grid.scale[:, columns], grid.low, grid.high, grid.float8)
@@ -172,22 +165,15 @@ def _pass_native(work: RoundingPass) -> None:
         raise RuntimeError("the compiled pass of rounding needs its extension")
     row_blocks, column_blocks, rows, width = work.core.shape
     _check(work)
-    total = row_blocks * column_blocks
-    threads = max(1, min(torch.get_num_threads(), total, work.core.numel() // _WORTH_A_THREAD))
-    bounds = [total * i // threads for i in range(threads + 1)]
-    scratch = torch.empty(threads, width, dtype=torch.float32, device="cpu")
     tensors = (work.correlation, work.core, work.scale, work.gram_a, work.gram_b)
     pointers = [tensor.data_ptr() for tensor in tensors]
     sizes = (column_blocks, rows, width, int(work.grid.low), int(work.grid.high), int(work.grid.float8))
 
-    def run(part: int) -> None:
-        function(*pointers, scratch[part].data_ptr(), *sizes, bounds[part], bounds[part + 1])
+    def run(first: int, end: int) -> None:
+        scratch = torch.empty(width, dtype=torch.float32, device="cpu")
+        function(*pointers, scratch.data_ptr(), *sizes, first, end)
 
-    if threads == 1:
-        run(0)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, range(threads)))
+    over_blocks(run, row_blocks * column_blocks, work.core.numel())
 
 
 def _check(work: RoundingPass) -> None:

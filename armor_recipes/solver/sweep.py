@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,12 +20,10 @@ import torch
 from torch import Tensor
 
 from armor_recipes.compute import check_tensors
-from armor_recipes.solver.compiled import compiled
+from armor_recipes.solver.compiled import compiled, over_blocks
 from armor_recipes.solver.groups import minor_inverses, solve_group
 from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern, mask_lanes
 
-#: Entries of S below which starting another thread costs more than it saves.
-_WORTH_A_THREAD = 1 << 16
 SweepForm = Literal["native", "triton", "torch"]
 
 
@@ -182,19 +179,11 @@ def _sweep_native(problem: SweepProblem, inverses: Tensor | None) -> None:
     lanes = torch.tensor(mask_lanes(problem.pattern), dtype=torch.uint8, device="cpu")
     tensors = (problem.correlation, problem.core, problem.index, problem.gram_a, problem.gram_b, inverses, lanes)
     row_blocks, column_blocks, rows, width = problem.core.shape
-    total = row_blocks * column_blocks
     pointers = [t.data_ptr() for t in tensors]
-    threads = max(1, min(torch.get_num_threads(), total, problem.core.numel() // _WORTH_A_THREAD))
-    bounds = [total * i // threads for i in range(threads + 1)]
+    sizes = (column_blocks, rows, width, lanes.shape[1], problem.pattern.group, lanes.shape[0])
 
-    scratch = torch.empty(threads, width, dtype=torch.float32, device="cpu")
+    def run(first: int, end: int) -> None:
+        scratch = torch.empty(width, dtype=torch.float32, device="cpu")
+        function(*pointers, scratch.data_ptr(), *sizes, first, end, int(problem.fixed_mask))
 
-    def run(part: int) -> None:
-        sizes = (column_blocks, rows, width, lanes.shape[1], problem.pattern.group, lanes.shape[0])
-        function(*pointers, scratch[part].data_ptr(), *sizes, bounds[part], bounds[part + 1], int(problem.fixed_mask))
-
-    if threads == 1:
-        run(0)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, range(threads)))
+    over_blocks(run, row_blocks * column_blocks, problem.core.numel())

@@ -112,7 +112,7 @@ def test_the_compiled_grid_of_float8_is_torchs() -> None:
 
 @native
 def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("armor_recipes.solver.rounding._WORTH_A_THREAD", 1)
+    monkeypatch.setattr("armor_recipes.solver.compiled._WORTH_A_THREAD", 1)
     found = []
     for threads in (1, 3):
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)

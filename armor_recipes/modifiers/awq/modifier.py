@@ -18,7 +18,7 @@ from armor_recipes.modifiers.kinds.searcher import Loss, Searcher
 from armor_recipes.modifiers.kinds.smoother import Scales
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.scales import global_scale_of, rounded
-from armor_recipes.recipe.schema import ModifierConfig, Strict, Target, Targets
+from armor_recipes.recipe.schema import ModifierConfig, SomeTargets, Strict, Target
 from armor_recipes.solver.awq import candidate, grid, mean_weight_sizes, search
 
 _PAIR = 2
@@ -33,10 +33,6 @@ def _mapping(value: object) -> object:
     return {"smooth_layer": names[0], "balance_layers": lists[0]} if len(lists) == len(names) == 1 else value
 
 
-def _one_or_more(value: object) -> object:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
 class AWQMapping(Strict):
     """A module and those that read its outputs: llm-compressor's `AWQMapping`."""
 
@@ -44,7 +40,7 @@ class AWQMapping(Strict):
         title="Smooth layer",
         description="Pattern of the module whose outputs are divided by scales: a norm, or a linear module.",
     )
-    balance_layers: Annotated[tuple[Target, ...], BeforeValidator(_one_or_more), Field(min_length=1)] = Field(
+    balance_layers: SomeTargets = Field(
         title="Balance layers",
         description="Patterns of the modules that read them, whose weights are multiplied by the scales.",
     )
@@ -73,7 +69,7 @@ class AWQConfig(ModifierConfig):
         description="Where calibration inputs come from: `compressed`, the model as compressed so far; `dense`, the original one, "
         "as llm-compressor has it before a QuantizationModifier.",
     )
-    targets: Annotated[Targets, Field(min_length=1)] = Field(
+    targets: SomeTargets = Field(
         default=("Linear",),
         title="Targets",
         description="Linear modules for whose sake scales are searched; of them those that an entry behind this one quantises. "

@@ -222,18 +222,15 @@ class _Costs:
     def of(self, row: SmoothingPlan) -> tuple[float, int]:
         """Operations and bytes of a row."""
         planning = self._planning
-        size = sum(self._weight(name).numel() for name in row.readers)
-        if self._is_open(
-            row
-        ):  # each linear module of the block reads one of its norms, so that their parents make up the block
-            block = planning.stacks.block(row.layer)
-            size = parent = sum(p.numel() for p in block.parameters()) // self._norms[row.layer]
-        else:
-            parent = sum(
-                p.numel() for p in planning.model.get_submodule(parent_of(row.readers, planning.model)).parameters()
-            )
         width = self._weight(row.readers[0]).shape[1]
-        given = width if self._is_open(row) else max(self._weight(name).shape[0] for name in row.readers)
+        if self._is_open(row):
+            # Each linear module of the block reads one of its norms, so that their parents make up the block.
+            size = parent = _values(planning.stacks.block(row.layer)) // self._norms[row.layer]
+            given = width
+        else:
+            size = sum(self._weight(name).numel() for name in row.readers)
+            parent = _values(planning.model.get_submodule(parent_of(row.readers, planning.model)))
+            given = max(self._weight(name).shape[0] for name in row.readers)
         held = (self._planning.facts.experts_per_token or 1) if expert_layer(row.source) else 1
         flops = self._tries * (2.0 * parent * self._tokens + _ROUNDING * size)
         return flops, 4 * (self._tokens * (held * width + given) + 3 * size)
@@ -246,3 +243,7 @@ class _Costs:
         module: Any = self._planning.model.get_submodule(name)
         found: Tensor = module.weight
         return found
+
+
+def _values(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

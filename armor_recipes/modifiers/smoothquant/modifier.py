@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from armor_recipes.modifiers.base import UNROUNDED
 from armor_recipes.modifiers.kinds.smoother import Scales, Smoothed, Smoother
 from armor_recipes.modifiers.registry import register
-from armor_recipes.recipe.schema import ModifierConfig, Target, Targets
+from armor_recipes.recipe.schema import ModifierConfig, SomeTargets, Target
 from armor_recipes.solver.smoothing import smoothing_scales
 
 
@@ -42,7 +42,7 @@ class SmoothQuantConfig(ModifierConfig):
 
     needs_calibration: ClassVar[bool] = True
 
-    targets: Annotated[Targets, Field(min_length=1)] = Field(
+    targets: SomeTargets = Field(
         default=("Linear",),
         title="Targets",
         description="Linear modules for whose inputs norms are smoothed; a norm that none of them reads is left as it is. Others "
