@@ -82,7 +82,8 @@ class RefineConfig(ModifierConfig):
     core: Annotated[bool, Field(strict=True)] = Field(
         default=False,
         title="Train the core",
-        description="Train the kept values of S too, and not A and B alone. A step takes about half as long again.",
+        description="Train the kept values of S too, and not A and B alone. A step takes about half as long again. A "
+        "quantised core stays as it is.",
     )
     norms: Annotated[bool, Field(strict=True)] = Field(
         default=True,
@@ -96,6 +97,11 @@ C = TypeVar("C", bound=RefineConfig)
 
 class TrainingRefiner(Refiner[C]):
     """A refiner that says only what its loss is."""
+
+    @property
+    def trains_core(self) -> bool:
+        """As the config says."""
+        return self.config.core
 
     def plan(self, unit: RefineUnit) -> Estimate:
         """Costs of the passes. Raises PlanError where no batch is left to decide on."""

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import RecipeError
-from armor_recipes.runtime.activations import round_activations
 from armor_recipes.runtime.auto import DenseCores
 from armor_recipes.runtime.cuda import prepare_cuda, run_cuda
 from armor_recipes.runtime.kernel import FORMATS, kernel_available
 from armor_recipes.runtime.op import linear
 from armor_recipes.runtime.validation import check_numbers, check_packed, has_numbers
+from armor_recipes.solver.activations import round_activations
 from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor
 
 BACKEND_VARIABLE = "ARMOR_BACKEND"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armor_recipes.solver.activations import round_activations
 from armor_recipes.solver.blockdiag import fold
 from armor_recipes.solver.sparse import SparseCore
 
@@ -19,6 +20,9 @@ class TrainableFactors(nn.Module):
     out; parameters and their gradients are float32 in any case. As long as S is not trained, its float32 products take half the
     multiplications on a CPU (`SparseCore`) where its numbers are bfloat16 ones, as those of a bfloat16 checkpoint are.
 
+    Where `activations` is `int8` or `fp8`, Bx is rounded as such a layer rounds it when it runs, and gradients pass as if it were
+    not.
+
     They start as the very numbers that are given, so that factors which no step changes pack to the same bits again. A common
     scale of S and A makes no difference to steps that are relative to each tensor's root mean square.
     """
@@ -30,9 +34,17 @@ class TrainableFactors(nn.Module):
     _core: Tensor | None
     _sparse: SparseCore | None
 
-    def __init__(self, a: Tensor, core: Tensor, mask: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        a: Tensor,
+        core: Tensor,
+        mask: Tensor,
+        b: Tensor,
+        dtype: torch.dtype = torch.float32,
+        activations: str | None = None,
+    ) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.activations = dtype, activations
         self.a, self.b = (nn.Parameter(part.detach().float().clone()) for part in (a, b))
         self.register_buffer("mask", mask)
         self._sparse = SparseCore.of(core.detach(), mask) if dtype == torch.float32 else None
@@ -68,7 +80,9 @@ class TrainableFactors(nn.Module):
         No weight is folded, and no gradient of a weight's size is made unless the values are trained.
         """
         core = self._sparse if self._core is None else self._core.to(self.dtype)
-        rows: Tensor = _Product.apply(x.flatten(0, -2), self.a, self.values, self.b, core, self.mask)  # type: ignore[no-untyped-call]
+        rows: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            x.flatten(0, -2), self.a, self.values, self.b, core, self.mask, self.activations
+        )
         return rows.view(*x.shape[:-1], -1)
 
 
@@ -109,8 +123,11 @@ class _Product(torch.autograd.Function):
         b: Tensor,
         core: Tensor | SparseCore,
         mask: Tensor,
+        activations: str | None,
     ) -> Tensor:
         inner = _blocks(x, b.to(x.dtype))
+        if activations is not None:
+            inner = round_activations(inner, activations)
         y = core.forward.times(inner) if isinstance(core, SparseCore) else inner @ core.T
         ctx.core = core
         ctx.save_for_backward(x.bfloat16(), y.bfloat16(), a, b, mask)
@@ -128,7 +145,7 @@ class _Product(torch.autograd.Function):
         in_bx = ctx.core.backward.times(in_y) if isinstance(ctx.core, SparseCore) else in_y @ ctx.core
         in_b = _outer(in_bx, x, b).float() if wanted[3] else None
         in_x = _blocks(in_bx, b.mT) if wanted[0] else None
-        return in_x, in_a, in_values, in_b, None, None
+        return in_x, in_a, in_values, in_b, None, None, None
 
 
 def _narrowest(core: Tensor, dtype: torch.dtype) -> Tensor:

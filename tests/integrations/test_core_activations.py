@@ -20,9 +20,9 @@ from armor_recipes.checkpoint.config import layer_spec_of, layer_specs, quantiza
 from armor_recipes.checkpoint.export import Source, export
 from armor_recipes.checkpoint.reader import check_folder, inspect, read_layers
 from armor_recipes.errors import CheckpointError, RecipeError
-from armor_recipes.runtime.activations import round_activations
 from armor_recipes.runtime.kernel import kernel_available
 from armor_recipes.runtime.linear import ArmorLinear, set_backend
+from armor_recipes.solver.activations import round_activations
 from tests.support.packed import logits, session_model, write
 
 KIND = "llama-attention-bias-gqa"

@@ -28,7 +28,7 @@ from armor_recipes.modifiers.optimizers import root_mean_square
 from armor_recipes.modifiers.training import RefineConfig, schedule, split_batches
 from armor_recipes.session import Session
 from armor_recipes.solver import TrainableFactors, factorize
-from tests.support.engine import ARMOR, make_job, make_model, make_session, recipe, rng_states, save_model
+from tests.support.engine import ALL, ARMOR, core, make_job, make_model, make_session, recipe, rng_states, save_model
 
 REFINERS = {name: kind for name, kind in modifiers().items() if issubclass(kind, Refiner)}
 #: Learns on the problem below within a few epochs.
@@ -569,6 +569,42 @@ def test_only_factors_and_norms_change(
         weight = session.model.get_parameter(f"{module}.weight")
         assert torch.equal(weight, after.fold(torch.float32))
     assert len(session.results) == 14
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [core(8), core(4, 32), {"scheme": "W8A8"}, {"scheme": "FP8_DYNAMIC"}],
+    ids=["int8", "int4 in groups", "W8A8", "FP8_DYNAMIC"],
+)
+def test_a_quantised_core_stays_and_what_is_around_it_learns(llama: Path, name: str, scheme: dict[str, Any]) -> None:
+    quantiser = {"targets": [ALL], "rounding": "nearest", "resolve": False, **scheme}
+    entries = {"ARMORModifier": ARMOR, "QuantizationModifier": quantiser}
+    refiner = {**FAST, "core": False, "learning_rate": 0.003, "compute_dtype": "float32"}
+    if REFINERS[name].scope == "layer":
+        del refiner["compute_dtype"]
+    found = [recipe(llama, **entries), recipe(llama, **entries, **{name: refiner})]
+    for one in found:
+        one["calibration"] |= {"samples": 24, "sequence_length": 16}
+    before, after = map(run, found)
+    for module, result in after.results.items():
+        ours, theirs = result.packed, before.results[module].packed
+        assert ours is not None
+        assert theirs is not None
+        assert (ours.core, ours.activations, ours.group_size) == (theirs.core, theirs.activations, theirs.group_size)
+        assert ours.scale is not None
+        assert theirs.scale is not None
+        # A layer's own refiner changes what comes into the next one before that is pruned and quantised.
+        if REFINERS[name].scope == "model" or module.startswith("model.layers.0."):
+            assert torch.equal(ours.values.view(torch.uint8), theirs.values.view(torch.uint8))
+            assert torch.equal(ours.bitmask, theirs.bitmask)
+            assert torch.equal(ours.scale, theirs.scale)
+        assert torch.equal(after.model.get_parameter(f"{module}.weight"), ours.fold(torch.float32))
+        assert not torch.equal(ours.a, theirs.a)
+        assert not torch.equal(ours.b, theirs.b)
+    assert len(after.results) == 14
+    first, *others = after.section("refinements")
+    assert min(first.losses) < 0.95 * first.losses[0]
+    assert all(min(one.losses) < one.losses[0] for one in others)
 
 
 def test_training_in_a_session_lowers_the_held_out_loss(llama: Path, name: str) -> None:

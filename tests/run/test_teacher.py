@@ -55,6 +55,22 @@ def test_distillation_gives_the_bytes_of_one_recipe(dense: Path, packed: Path, t
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_a_quantised_core_is_trained_around_as_in_one_recipe(dense: Path, tmp_path: Path) -> None:
+    entries = {"ARMORModifier": ARMOR, "QuantizationModifier": {"targets": [MLP], **core(4, 32)}}
+    refiner = {"DistillationModifier": {"epochs": 4, "learning_rate": 3e-4, "calibration": MORE}}
+    armor_recipes.apply(recipe(dense, tmp_path / "int4", **entries))
+    one = armor_recipes.apply(recipe(dense, tmp_path / "one", **entries, **refiner))
+    two = armor_recipes.apply(taught(tmp_path / "int4", dense, tmp_path / "two", **refiner))
+    assert two.refinements[0].losses == one.refinements[0].losses
+    assert min(two.refinements[0].losses) < two.refinements[0].losses[0]
+    start, before, after = (tensors(tmp_path / name) for name in ("int4", "one", "two"))
+    assert before.keys() == after.keys() == start.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    integers = [name for name in start if name.endswith((".weight_packed", ".bitmask", ".weight_scale"))]
+    assert integers
+    assert all(torch.equal(start[name], before[name]) for name in integers)
+
+
 def test_layers_are_refined_as_in_one_recipe(dense: Path, packed: Path, tmp_path: Path) -> None:
     """Statistics come by passes of the teacher as a whole, which are counted."""
     refiner = {"BlockRefineModifier": TRAINING}
@@ -83,8 +99,8 @@ def test_what_does_not_fit_is_refused(dense: Path, packed: Path, tmp_path: Path)
     other = {"ARMORModifier": {**ARMOR, "targets": [r"re:.*q_proj$"], "propagate": "matched"}}
     assert "take `propagate: compressed`" in refusal(taught(packed, dense, **other))
     armor_recipes.apply(recipe(packed, tmp_path / "int8", QuantizationModifier={"targets": [MLP], **core(8)}))
-    told = refusal(taught(tmp_path / "int8", dense, **refiner))
-    assert "the core of model.layers.0.mlp.gate_proj is int8 in the model" in told
+    told = refusal(taught(tmp_path / "int8", dense, DistillationModifier={**TRAINING, "core": True}))
+    assert "the core of model.layers.0.mlp.gate_proj is int8 in the model, whose numbers stay as they are" in told
 
 
 def test_another_model_is_no_teacher(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,14 +96,24 @@ def test_every_kind_leaves_what_it_cannot_take(gqa: Path, name: str, fields: dic
     assert any(one.reason.startswith(reason) for one in plan.skipped)
 
 
-def test_a_refiner_leaves_integer_cores(gqa: Path) -> None:
+def test_a_refiner_that_trains_cores_leaves_integers(gqa: Path) -> None:
     armor, quantization = {**ARMOR, "targets": [MLP]}, core(targets=[r"re:.*down_proj$"])
     before = {"ARMORModifier": armor, "QuantizationModifier": quantization}
-    with pytest.raises(PlanError, match="a refiner trains and stores float cores; put it before that"):
-        make_job(recipe(gqa, **before, BlockRefineModifier={"targets": ["Linear"]}))
-    plan = make_job(recipe(gqa, **before, BlockRefineModifier={"targets": ["Linear"], **SKIP})).plan
+    fields = {"targets": ["Linear"], "core": True}
+    with pytest.raises(
+        PlanError, match="whose numbers stay as they are, and `core: true` would train them; leave `core` out"
+    ):
+        make_job(recipe(gqa, **before, BlockRefineModifier=fields))
+    plan = make_job(recipe(gqa, **before, BlockRefineModifier={**fields, **SKIP})).plan
     assert [one.name for one in plan.skipped] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
     assert {name.rsplit(".", 1)[-1] for row in plan.refinements for name in row.modules} == {"gate_proj", "up_proj"}
+    plan = make_job(recipe(gqa, **before, BlockRefineModifier={"targets": ["Linear"]})).plan
+    assert not plan.skipped
+    assert {name.rsplit(".", 1)[-1] for row in plan.refinements for name in row.modules} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
 
 
 def test_a_run_tells_what_it_left(gqa: Path, tmp_path: Path) -> None:

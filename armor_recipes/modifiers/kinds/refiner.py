@@ -211,7 +211,7 @@ class Refining(Kind):
         """One unit a block, or one for the model, of the targeted modules that this stage factorised before."""
         wanted = set(planning.names)
         made: list[ModulePlan] = [row for row in planning.made(ModulePlan.section) if row.name in wanted]
-        refused = {row.name: error for row in made if (error := _unfit(row)) is not None}
+        refused = {row.name: error for row in made if (error := _unfit(row, modifier)) is not None}
         problems, skipped = planning.unfit(refused)
         stage = planning.entry.stage
         taken = [
@@ -264,6 +264,11 @@ class Refiner(AnyModifier[C]):
         return "" if scope in ("layer", "model") else f"its scope must be 'layer' or 'model' (value {scope!r})"
 
     @property
+    def trains_core(self) -> bool:
+        """Whether it trains the kept values of S, too, which a quantised core does not allow."""
+        return False
+
+    @property
     def needs(self) -> Needs:
         """Factors; and what the dense block gives on the same tokens, or the dense model as a whole at the end of the stage."""
         if self.scope == "model":
@@ -291,18 +296,13 @@ class Refiner(AnyModifier[C]):
         """Train the task's factors in place. Raises NumericalError."""
 
 
-def _unfit(row: ModulePlan) -> UnfitError | None:
+def _unfit(row: ModulePlan, modifier: Refiner[Any]) -> UnfitError | None:
     """Why factors that were made before cannot be trained; None where they can."""
-    if row.core != "float" and row.modifier == GIVEN:
+    if row.core != "float" and modifier.trains_core:
+        where = "in the model" if row.modifier == GIVEN else f"by {entry_name(row.modifier)} before it"
         return UnfitError(
-            f"the core of {row.name} is {row.core} in the model, and a refiner trains and stores float cores",
-            "give the model as it was before its cores were quantised",
-        )
-    if row.core != "float":
-        return UnfitError(
-            f"{entry_name(row.modifier)} makes the core of {row.name} {row.core} before it, and a refiner trains and stores float "
-            "cores",
-            "put it before that",
+            f"the core of {row.name} is {row.core} {where}, whose numbers stay as they are, and `core: true` would train them",
+            "leave `core` out, which trains A and B around it, or put the refiner before what quantises",
         )
     if row.uses:
         return UnfitError(
@@ -523,7 +523,10 @@ def _train(job: _Job, task: RefineTask, *, tokens: int, compute: torch.dtype) ->
     with located(job.share.entry, job.unit):
         with frozen(module), context.weights.lent(own):
             outcome = job.refiner.refine(task, context.told(job.unit))
-        packed = {name: _packed(name, factors, context.storage.factor_dtype) for name, factors in task.factors.items()}
+        packed = {
+            name: _packed(name, factors, job.packed[name], context.storage.factor_dtype)
+            for name, factors in task.factors.items()
+        }
     changed = {
         name: value.detach()
         for name, value in task.vectors.items()
@@ -573,12 +576,17 @@ def _refined(result: ModuleResult, modifier: str) -> ModuleResult:
     return replace(result, refined=(*result.refined, modifier))
 
 
-def _packed(name: str, factors: TrainableFactors, dtype: torch.dtype) -> PackedLinear:
-    """Rounded and packed. Raises CheckpointError with the module's name where a value overflows `dtype`."""
+def _packed(name: str, factors: TrainableFactors, before: PackedLinear, dtype: torch.dtype) -> PackedLinear:
+    """Rounded and packed, a quantised core as it was. Raises CheckpointError with the module's name where a value overflows."""
     try:
-        return PackedLinear.from_factorization(factors, dtype)
+        if before.scale is None:
+            return PackedLinear.from_factorization(factors, dtype)
+        a, b = (part.detach().to(dtype).contiguous() for part in (factors.a, factors.b))
+        packed = replace(before, a=a, b=b)
+        packed.validate()
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}; lower `learning_rate`") from error
+    return packed
 
 
 def _trainables(
@@ -592,7 +600,7 @@ def _trainables(
     shared: dict[str, nn.Parameter] = {}
     for name, packed in job.packed.items():
         core, mask = packed.unpack(name=name)
-        factors[name] = TrainableFactors(packed.a, core, mask, packed.b, products)
+        factors[name] = TrainableFactors(packed.a, core, mask, packed.b, products, packed.activations)
         factors[name].b = shared.setdefault(job.context.state.sharing[name], factors[name].b)
     vectors = {
         f"{prefix}{owner}.{name}": nn.Parameter(parameter.detach().float().clone())
