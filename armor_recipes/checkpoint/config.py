@@ -38,6 +38,8 @@ CORE_BITS = {"int8": 8, "int4": 4, "fp8": 8}
 _NUMBERS = {"int": "int8", "float": "fp8"}
 """What entries of Bx are rounded to, by the schema's type of 8 bits."""
 VALUES, BITMASK, OUTPUT_FACTOR, INPUT_FACTOR, SCALE = "weight", "bitmask", "armor_a", "armor_b", "weight_scale"
+ROTATIONS = "transform_config"
+_IN_WEIGHTS = ("weight_input", "weight_output")
 TENSOR_NAMES = (VALUES, BITMASK, OUTPUT_FACTOR, INPUT_FACTOR)
 """Names of a layer's tensors after its module's name; a quantised core has `SCALE` besides. The values are called `weight`,
 in their packed shape, on purpose: a loader that does not know the format meets a size mismatch, where it would replace a
@@ -316,6 +318,28 @@ def cache_of(config: object, *, where: str) -> str | None:
     return text
 
 
+def rotations_of(config: object) -> dict[str, dict[str, Any]]:
+    """The groups of a `quantization_config`'s `transform_config` whose rotations a model makes as it runs, with the places of those
+    alone; what is rotated in the weights is no loader's business. Empty where there are none.
+
+    Raises:
+        CheckpointError: where it is none that compressed-tensors writes.
+    """
+    found = config.get(ROTATIONS) if isinstance(config, Mapping) else None
+    if not found:
+        return {}
+    try:
+        online = {
+            name: {**group, "apply": [place for place in group["apply"] if place["location"] not in _IN_WEIGHTS]}
+            for name, group in found["config_groups"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"config.json: quantization_config.{ROTATIONS} is none that compressed-tensors writes ({error!r})"
+        ) from error
+    return {name: group for name, group in online.items() if group["apply"]}
+
+
 def _new_in_four(group: Mapping[str, Any]) -> bool:
     """Whether a release that reads version 3 would run the group's layers otherwise, or not read them."""
     return group.get("input_activations") is not None or _observer_kwargs(group.get("weights")).get(CORE_KEY) == "fp8"
@@ -335,6 +359,8 @@ def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
             f"{where}: no quantization_config with quant_method {QUANT_METHOD!r}: not an ARMOR checkpoint"
         )
     groups = config.get("config_groups")
+    if not groups and rotations_of(config):
+        return {}
     alone = groups == {} and cache_of(config, where=where) is not None
     _check_one_of(config, "format", (DENSE,) if alone else (FORMAT, MIXED, *FORMATS), where=where)
     _check_field(config, "quantization_status", "compressed", where=where)

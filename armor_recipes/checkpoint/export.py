@@ -28,6 +28,7 @@ from torch import Tensor
 
 from armor_recipes.checkpoint.companions import is_inside, is_stale, without_missing_code
 from armor_recipes.checkpoint.config import (
+    ROTATIONS,
     SCALE,
     TENSOR_NAMES,
     VALUES,
@@ -35,6 +36,7 @@ from armor_recipes.checkpoint.config import (
     layer_specs,
     named_tensors,
     quantization_config,
+    rotations_of,
     version_of,
 )
 from armor_recipes.checkpoint.cores import NOT_2OF4, dense_core, is_2of4, quantized_core
@@ -253,7 +255,12 @@ def _refuse_pickled(folder: Path) -> None:
 
 
 def _check_source(source: Source, to: Target) -> None:
-    """Raises PlanError where there is nothing to convert."""
+    """Raises PlanError where there is nothing to convert, or what it does as it runs would be lost."""
+    if rotations_of(source.config.get("quantization_config")):
+        raise PlanError(
+            f"{source.folder} rotates activations as it runs ({ROTATIONS} in its config.json), which no other form of its weights "
+            "does: load it as it is"
+        )
     if source.kind == "dense" and to in ("dense", "dense-2of4"):
         raise PlanError(f"{source.folder} is dense already: every stock loader reads it")
     if source.kind == "armor" and to == "armor":

@@ -13,6 +13,7 @@ from armor_recipes.checkpoint.config import SCALE, TENSOR_NAMES
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import PlanError
 from armor_recipes.integrations.caches import has_cache
+from armor_recipes.integrations.rotations import rotation_tensors
 from armor_recipes.integrations.transformers import ArmorCompressor
 from armor_recipes.integrations.upstream import is_module_quantized
 from armor_recipes.model.forms import restore
@@ -68,6 +69,9 @@ def _refuse_offloaded(layers: dict[str, ArmorLinear]) -> None:
 
 def _refuse_others(model: nn.Module, layers: dict[str, ArmorLinear]) -> None:
     """The configuration must go with the packed layers, and describes all that are compressed."""
+    rotated = sorted(rotation_tensors(model)) if layers else []
+    if rotated:
+        raise PlanError(f"{rotated[0]} rotates activations as the model runs, for which a dense folder has no place")
     for name, module in model.named_modules():
         if layers and has_cache(module):
             raise PlanError(

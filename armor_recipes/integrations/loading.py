@@ -14,6 +14,7 @@ from torch import nn
 from armor_recipes.checkpoint.config import FORMAT, SCALE, TENSOR_NAMES, VALUES
 from armor_recipes.checkpoint.quantized import WEIGHT_PACKED, WEIGHT_SCALE
 from armor_recipes.errors import CheckpointError
+from armor_recipes.integrations.rotations import run_rotations
 from armor_recipes.model.facts import text_config
 from armor_recipes.model.forms import forms_of, layouts, linearise
 
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _READING = "_armor_names_in_files"
+_FILES = "_armor_files"
 
 
 def wrap_quantizer(quantizer: Any) -> None:
-    """Let `from_pretrained` lay out linear forms, and take tensors that lie in files under the modules' own names as they are.
+    """Let `from_pretrained` lay out linear forms, take tensors that lie in files under the modules' own names as they are, and
+    make rotations as the model runs.
 
     `quantizer` is transformers' class for compressed-tensors: importing that here would be a circle, since the import registers.
     """
     quantizer._process_model_before_weight_loading = _laying_out(quantizer._process_model_before_weight_loading)
+    quantizer._process_model_after_weight_loading = _rotating(quantizer._process_model_after_weight_loading)
     quantizer.update_weight_conversions = _without_conversions(quantizer.update_weight_conversions)
 
 
@@ -116,6 +120,9 @@ def _fuse_again(model: PreTrainedModel, stored: Collection[str] = ()) -> None:
 def _laying_out(process: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(process)
     def process_model(self: Any, model: PreTrainedModel, **options: Any) -> Any:
+        self.__dict__[_FILES] = tuple(options.get("checkpoint_files") or ())
+        if self.compressor.quantization_config is None:  # rotations alone
+            return None
         groups = self.compressor.quantization_config.config_groups
         if self.quantization_config.dequantize:
             return process(self, model, **options)
@@ -136,6 +143,16 @@ def _laying_out(process: Callable[..., Any]) -> Callable[..., Any]:
         _attach(modules, {target: group for target, group in targets.items() if target not in ignore})
         self.compressor.compress_model(model=model)
         return None
+
+    return process_model
+
+
+def _rotating(process: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(process)
+    def process_model(self: Any, model: PreTrainedModel, **options: Any) -> Any:
+        found = process(self, model, **options)
+        run_rotations(model, self.__dict__.pop(_FILES, ()))
+        return found
 
     return process_model
 

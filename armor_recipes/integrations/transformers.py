@@ -39,6 +39,7 @@ from armor_recipes.errors import ArmorError, CheckpointError, PlanError
 from armor_recipes.integrations.caches import run_caches, without_cache
 from armor_recipes.integrations.loading import tie_packed, wrap_quantizer
 from armor_recipes.integrations.plain import lay_out_zero_point, run_plain
+from armor_recipes.integrations.rotations import rotation_tensors
 from armor_recipes.integrations.upstream import (
     VERSIONS,
     BaseCompressor,
@@ -235,7 +236,8 @@ def _loaded(folder: Path, dtype: torch.dtype | str, attention: str | dict[str, A
         source = {"pretrained_model_name_or_path": None, "state_dict": state}
     source |= {"config": config, "dtype": dtype, "output_loading_info": True, **attention_option(attention)}
     model, info = load_class.from_pretrained(**source)
-    carried = _carried_over(folder) | {f"{name}.{part}" for name, cache in caches.items() for part in cache.tensors}
+    carried = _carried_over(folder) | rotation_tensors(model)
+    carried |= {f"{name}.{part}" for name, cache in caches.items() for part in cache.tensors}
     left = {
         kind: {str(n) for n in names} - (carried if kind == "unexpected_keys" else set())
         for kind, names in info.items()

@@ -41,6 +41,7 @@ try:
         QuantizationStatus.COMPRESSED,
         QuantizationStatus.DECOMPRESSED,
         HfQuantizer._process_model_before_weight_loading,
+        HfQuantizer._process_model_after_weight_loading,
         HfQuantizer.update_weight_conversions,
     )
     """What is wrapped or called of these, looked at here so that it is missed here."""

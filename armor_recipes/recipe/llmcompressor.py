@@ -97,37 +97,55 @@ RENAMED: Mapping[str, str] = {"vLLMQuantizationModifier": "QuantizationModifier"
 """Modifiers that llm-compressor itself has renamed since."""
 
 
-_ONLINE = "QuIPModifier"
-_ROTATES = "SpinQuantModifier"
-_FUSED = ("R1", "R2")
+_ONLINE, _ROTATES, _FUSED = "QuIPModifier", "SpinQuantModifier", ("R1", "R2")
+_QUANTISES = "scheme"
+_LEAVES: Mapping[str, str] = {"REAPPruningModifier": "takes experts away, which makes another model"}
 
 
-def online_rotations(kind: str, fields: object) -> str:
-    """Why the folder that a modifier with these fields leaves would load as another model; empty where it would not."""
-    text = (
-        f"llm-compressor has {kind}, which adds rotations that are made as the model runs%s: no loader of transformers makes them, "
-        "and the folder would load as another model; %s"
-    )
-    if kind == _ONLINE:
-        return text % ("", "run it by itself with llm-compressor, or remove it")
+def rotates_as_it_runs(kind: str, fields: object) -> bool:
+    """Whether the model that a modifier with these fields leaves rotates activations as it runs, and not in its weights alone."""
     given = fields.get("rotations") if kind == _ROTATES and isinstance(fields, Mapping) else None
     asked = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
-    online = [str(name) for name in asked if name not in _FUSED]
-    if not online:
-        return ""
-    return text % (f" ({', '.join(online)})", "take `rotations: [R1, R2]`, which lie in the weights")
+    return kind == _ONLINE or any(name not in _FUSED for name in asked)
 
 
-def not_here(kind: str, known: Collection[str], fields: object = None) -> str | None:
-    """What is said of a modifier of llm-compressor that is not among the `known` ones; None for any other name."""
+ROTATING = (
+    "activations are rotated as the model runs, which transformers by itself leaves out: it would load another model without a "
+    "word. Load the folder with armor_recipes.load, or after `import armor_recipes` with from_pretrained, or serve it where "
+    "`transform_config` is read"
+)
+"""What is said of a folder that rotates."""
+
+
+def left_behind_by(kind: str, fields: object) -> str:
+    """Why no modifier of ours goes on from what one of llm-compressor's with these fields leaves; empty where they do."""
+    if rotates_as_it_runs(kind, fields):
+        fused = f" ({' and '.join(_FUSED)} lie in the weights)" if kind == _ROTATES else ""
+        return f"leaves rotations that are made as the model runs{fused}"
+    return _LEAVES.get(kind, "leaves a quantised model" if _QUANTISES in MODIFIERS[kind].fields else "")
+
+
+def cannot_be_mixed(kind: str, reason: str) -> str:
+    """What is said of a modifier that leaves what no modifier of ours goes on from, in a recipe with one of ours."""
+    return (
+        f"llm-compressor has {kind}, which {reason}, and no modifier here goes on from that: run it by itself with "
+        "llm-compressor (a recipe of its modifiers alone does), or remove it"
+    )
+
+
+def not_here(kind: str, known: Collection[str], fields: object = None, kinds: Collection[str] = ()) -> str | None:
+    """What is said of a modifier of llm-compressor that is not among the `known` ones; None for any other name.
+
+    `kinds` are those of the recipe's other modifiers.
+    """
     if kind in RENAMED:
         return f"llm-compressor has renamed {kind}: write {RENAMED[kind]}"
     neighbour = MODIFIERS.get(kind)
     if neighbour is None:
         return None
-    online = online_rotations(kind, fields)
-    if online:
-        return online
+    reason = left_behind_by(kind, fields)
+    if reason and any(name not in MODIFIERS for name in kinds):
+        return cannot_be_mixed(kind, reason)
     here = [name for name in neighbour.nearest if name in known]
     other = f"take {here[0]}, which comes closest here" if here else "remove it"
     return f"llm-compressor has {kind}, which is not here: install `{EXTRA}` to run it as a step, or {other}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from armor_recipes.recipe.llmcompressor import rotates_as_it_runs
 from armor_recipes.recipe.schema import (
     CalibrationSpec,
     EvaluationSpec,
@@ -62,6 +63,11 @@ class StepEntry:
     def key(self) -> str:
         """`stage.group.name`."""
         return f"{self.stage}.{self.group}.{self.name}"
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the model that it leaves rotates activations as it runs, for which it needs a loader that makes rotations."""
+        return rotates_as_it_runs(self.kind, self.fields)
 
 
 @dataclass(frozen=True, slots=True)

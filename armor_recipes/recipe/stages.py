@@ -12,7 +12,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from armor_recipes.recipe.llmcompressor import not_here
 from armor_recipes.recipe.problems import Mark, Problems, nearest, shorten, show
@@ -73,14 +73,21 @@ class Stages:
 
     registry: Mapping[str, type[ModifierConfig]]
     problems: Problems
+    unknown: list[tuple[str, tuple[str, ...], Entry]] = field(default_factory=list)
+    """Modifiers that are not registered, with their keys and fields."""
 
     def walk(self, recipe: Table) -> Iterator[Placed]:
         """Yield every modifier in recipe order; those of an unknown kind are noted and left out."""
+        kinds = []
         for key, entry in recipe.entries.items():
             if key.endswith(STAGE):
-                yield from self._stage(key, entry)
+                for placed in self._stage(key, entry):
+                    kinds.append(placed.kind)
+                    yield placed
             elif key not in SECTIONS:
                 self.problems.add(entry.mark, (key,), self._unknown_section(key, entry.node))
+        for kind, path, fields in self.unknown:
+            self._note_unknown(kind, path, fields, kinds)
 
     def _stage(self, stage: str, entry: Entry) -> Iterator[Placed]:
         if not isinstance(entry.node, Table) or not entry.node.entries:
@@ -143,11 +150,15 @@ class Stages:
         if kind not in self.registry and isinstance(self.registry, KnownModifiers) and kind in self.registry.steps:
             return True
         if kind not in self.registry:
-            broken = self.registry.broken if isinstance(self.registry, KnownModifiers) else ()
-            known = nearest(kind, self.registry, noun="registered modifier")
-            text = not_here(kind, self.registry, plain(fields.node)) or f"unknown modifier {show(kind)}; {known}"
-            self.problems.add(mark, path, "; ".join([text, *broken]))
+            self.unknown.append((kind, path, fields))
         return kind in self.registry
+
+    def _note_unknown(self, kind: str, path: tuple[str, ...], fields: Entry, kinds: Collection[str]) -> None:
+        """Note a modifier that is not registered, in a recipe with these kinds of those that are."""
+        broken = self.registry.broken if isinstance(self.registry, KnownModifiers) else ()
+        known = nearest(kind, self.registry, noun="registered modifier")
+        text = not_here(kind, self.registry, plain(fields.node), kinds) or f"unknown modifier {show(kind)}; {known}"
+        self.problems.add(fields.mark, path, "; ".join([text, *broken]))
 
     def _expect(self, entry: Entry, path: tuple[str, ...], text: str) -> None:
         """Note that the value of `entry` has the wrong shape, unless it was reported already."""

@@ -6,17 +6,14 @@ whole recipe, and what it writes is the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from armor_recipes.recipe.llmcompressor import MODIFIERS, field_of, online_rotations
+from armor_recipes.recipe.llmcompressor import MODIFIERS, cannot_be_mixed, field_of, left_behind_by
 from armor_recipes.recipe.problems import Problems, nearest
 from armor_recipes.recipe.recipe import StepEntry
 from armor_recipes.recipe.stages import Placed
 from armor_recipes.recipe.tree import Entry, Table, plain
-
-_QUANTISES = "scheme"
-_LEAVES: Mapping[str, str] = {"REAPPruningModifier": "takes experts away, which makes another model"}
 
 
 def taken_steps(placed: Sequence[Placed], problems: Problems) -> tuple[tuple[StepEntry, ...], tuple[Placed, ...]]:
@@ -32,10 +29,6 @@ def taken_steps(placed: Sequence[Placed], problems: Problems) -> tuple[tuple[Ste
             steps, ours = tuple(placed), ()
         for one in steps if own else ():
             _note_mixed(placed, one, problems)
-    for one in steps:
-        text = online_rotations(one.kind, plain(one.fields))
-        if text:
-            problems.add(one.mark, one.path, text)
     return tuple(_entry(one, problems) for one in steps), ours
 
 
@@ -48,8 +41,7 @@ def _is_whole(placed: Sequence[Placed]) -> bool:
 
 def _leaves(one: Placed) -> str:
     """Why nothing of ours goes on from what a step leaves; empty where it does."""
-    quantised = "leaves a quantised model" if _QUANTISES in MODIFIERS[one.kind].fields else ""
-    return _LEAVES.get(one.kind, quantised)
+    return left_behind_by(one.kind, plain(one.fields))
 
 
 def _note_mixed(placed: Sequence[Placed], one: Placed, problems: Problems) -> None:
@@ -62,10 +54,7 @@ def _note_mixed(placed: Sequence[Placed], one: Placed, problems: Problems) -> No
             f"not leave as they are: put it before {before.name}"
         )
     elif reason:
-        text = (
-            f"llm-compressor has {one.kind}, which {reason}, and no modifier here goes on from that: run it by itself with "
-            "llm-compressor (a recipe of its modifiers alone does), or remove it"
-        )
+        text = cannot_be_mixed(one.kind, reason)
     else:
         return
     problems.add(one.mark, one.path, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import yaml
 
 from armor_recipes.modifiers.kinds.module import GIVEN, ModulePlan
+from armor_recipes.recipe.llmcompressor import ROTATING
 from armor_recipes.report.evaluation import evaluation_rows
 from armor_recipes.report.licence import Licence
 from armor_recipes.report.manifest import Facts, sections
@@ -70,10 +71,13 @@ def _heading(facts: Facts) -> str:
 def _by_llmcompressor(name: str, facts: Facts) -> str:
     """The same of a recipe that llm-compressor ran."""
     kinds = ", ".join(f"`{step.kind}`" for step in facts.recipe.steps)
+    rotating = (
+        f"\n\n**{ROTATING[0].upper()}{ROTATING[1:]}.**" if any(step.rotates for step in facts.recipe.steps) else ""
+    )
     return f"""# {name}, compressed by llm-compressor
 
 Made with [armor-recipes](https://pypi.org/project/armor-recipes/) from `{name}`: all modifiers of the recipe ({kinds}) ran in
-llm-compressor's own `oneshot`, which wrote the weights. The recipe is in `recipe.yaml`, hashes in `armor_manifest.json`.
+llm-compressor's own `oneshot`, which wrote the weights. The recipe is in `recipe.yaml`, hashes in `armor_manifest.json`.{rotating}
 
 | | dense | this checkpoint |
 |---|---|---|"""

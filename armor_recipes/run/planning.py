@@ -31,6 +31,7 @@ from armor_recipes.modifiers.base import Settles
 from armor_recipes.plan import Plan, RunEstimate, estimate_run, make_plan
 from armor_recipes.plan.untying import to_untie
 from armor_recipes.recipe import Recipe
+from armor_recipes.recipe.llmcompressor import ROTATING
 from armor_recipes.run.checks import check_compressed, check_lengths, narrowed
 from armor_recipes.run.data import read_data
 from armor_recipes.run.evaluating import check_measures
@@ -124,6 +125,7 @@ def planned(
         + (f", and if it unties {output} from the embeddings, both are written" if output is not None else "")
         for step in recipe.steps
     )
+    first += tuple(f"{step.where}: {step.name}: {ROTATING}" for step in recipe.steps if step.rotates)
     apart = tuple(
         f"{name} has the weight of the embeddings, and gets one of its own to be quantised: tie_word_embeddings becomes false"
         for name in untied(shapes)

@@ -156,26 +156,25 @@ def test_modifiers_that_are_not_here_are_named_truly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "made"),
+    ("kind", "fields", "reason"),
     [
-        ("QuIPModifier", {}, "as the model runs: no loader of transformers makes them"),
-        ("SpinQuantModifier", {"rotations": ["R1", "R4"]}, r"as the model runs \(R4\): .*take `rotations: \[R1, R2\]`"),
-        ("SpinQuantModifier", {"rotations": "R3"}, r"as the model runs \(R3\): "),
-        (
-            "SpinQuantModifier",
-            {"rotations": ["R1", "R2"]},
-            r"install `armor-recipes\[llmcompressor\]` to run it as a step",
-        ),
-        ("SpinQuantModifier", {}, r"install `armor-recipes\[llmcompressor\]` to run it as a step"),
+        ("QuIPModifier", {}, "leaves rotations that are made as the model runs, and no modifier here goes on"),
+        ("SpinQuantModifier", {"rotations": ["R1", "R4"]}, r"as the model runs \(R1 and R2 lie in the weights\), and"),
+        ("SpinQuantModifier", {"rotations": "R3"}, "as the model runs"),
+        ("AutoRoundModifier", {"scheme": "W4A16"}, "leaves a quantised model, and no modifier here goes on"),
+        ("REAPPruningModifier", {}, "takes experts away"),
+        ("SpinQuantModifier", {"rotations": ["R1", "R2"]}, ""),
+        ("SpinQuantModifier", {}, ""),
     ],
 )
-def test_what_would_not_run_as_a_step_is_not_told_to_be_installed(
-    kind: str, fields: dict[str, object], made: str
-) -> None:
-    text = not_here(kind, REGISTRY, fields)
-    assert text is not None
-    assert re.search(made, text)
-    assert ("install" in text) == ("as the model runs" not in text)
+def test_only_what_would_run_is_told_to_be_installed(kind: str, fields: dict[str, object], reason: str) -> None:
+    """Beside a modifier of ours; a recipe of llm-compressor's modifiers alone is all run there."""
+    alone, mixed = (not_here(kind, REGISTRY, fields, kinds) for kinds in ((), ("ARMORModifier",)))
+    assert alone is not None
+    assert mixed is not None
+    assert "install `armor-recipes[llmcompressor]` to run it as a step" in alone
+    assert re.search(reason or r"install `armor-recipes\[llmcompressor\]`", mixed)
+    assert ("install" in mixed) == (not reason)
 
 
 def test_a_list_of_modifiers_is_read_like_a_mapping(tmp_path: Path) -> None:
