@@ -21,6 +21,7 @@ from armor_recipes.errors import CheckpointError, NumericalError, PlanError
 from armor_recipes.model.calls import LayerCall
 from armor_recipes.modifiers import ModuleShape, Refiner, RefineTask, RefineUnit, UnitOutput, modifiers, training
 from armor_recipes.modifiers.distillation import DistillationModifier
+from armor_recipes.modifiers.distillation import modifier as distillation
 from armor_recipes.modifiers.distillation.modifier import relative_error
 from armor_recipes.modifiers.kinds import refiner
 from armor_recipes.modifiers.kinds.refiner import _converted
@@ -349,8 +350,12 @@ def test_the_losses_are_the_published_ones() -> None:
     }
 
 
+@pytest.mark.parametrize("at_once", [1, 64 * 50, 1 << 19])
 @pytest.mark.parametrize("rows", [3, 64, 131])
-def test_the_divergences_gradient_is_that_of_plain_autograd(rows: int) -> None:
+def test_the_divergences_gradient_is_that_of_plain_autograd(
+    rows: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(distillation._AT_ONCE, "cpu", at_once)
     output, target = (torch.randn(1, rows, 50, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     output.requires_grad_()
     kind: Any = REFINERS["DistillationModifier"]

@@ -19,8 +19,9 @@ from armor_recipes.modifiers.kinds.refiner import RefineUnit, UnitOutput
 from armor_recipes.modifiers.registry import register
 from armor_recipes.modifiers.training import RefineConfig, TrainingRefiner, learning_rate_field
 
-#: Tokens whose probabilities are made at once: a vocabulary's worth of numbers each.
-_ROWS = 64
+#: Probabilities that are made at once, by the kind of device. A CPU is three to four times as fast where they stay in its cache.
+_AT_ONCE = {"cpu": 1 << 19}
+_AT_ONCE_ELSEWHERE = 1 << 24
 
 
 class DistillationConfig(RefineConfig):
@@ -125,7 +126,8 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, found: Tensor, wanted: Tensor) -> Tensor:
         gradient = torch.empty_like(found)
         total = torch.zeros((), dtype=torch.float64, device=found.device)
-        for rows, targets, out in zip(*(x.split(_ROWS) for x in (found, wanted, gradient)), strict=True):
+        at_once = max(1, _AT_ONCE.get(found.device.type, _AT_ONCE_ELSEWHERE) // found.shape[1])
+        for rows, targets, out in zip(*(x.split(at_once) for x in (found, wanted, gradient)), strict=True):
             ours, theirs = (functional.log_softmax(part.float(), dim=-1) for part in (rows, targets))
             expected = theirs.exp()
             total += torch.sum(expected * (theirs - ours), dim=-1).sum(dtype=torch.float64)
