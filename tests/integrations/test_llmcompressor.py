@@ -26,11 +26,13 @@ pytestmark = [pytest.mark.llmcompressor, pytest.mark.filterwarnings("default")]
 
 ARMOR: dict[str, Any] = {"targets": ["Linear"], "ignore": ["lm_head"], "block_size": 8, "iterations": 3}
 SMOOTH: dict[str, Any] = {"smoothing_strength": 0.5}
+KEYS = {"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}}
+BUT_HEAD: dict[str, Any] = {"targets": ["Linear"], "ignore": ["lm_head"]}
 
 
-def eight_bits(**weights: Any) -> dict[str, Any]:
+def eight_bits(targets: str = "Linear", **weights: Any) -> dict[str, Any]:
     given = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16, **weights}
-    return {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": given}}}
+    return {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": [targets], "weights": given}}}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,8 @@ def compressed(theirs: ModuleType, source: Path, given: Any, samples: Any = None
         (("ARMORModifier", ARMOR), ("QuantizationModifier", eight_bits(strategy="tensor", group_size=None))),
         (("ARMORModifier", ARMOR), ("QuantizationModifier", eight_bits(num_bits=4, group_size=32))),
         (("SmoothQuantModifier", SMOOTH), ("ARMORModifier", ARMOR), ("QuantizationModifier", eight_bits())),
+        (("ARMORModifier", ARMOR), ("QuantizationModifier", {"scheme": "W8A8", **BUT_HEAD})),
+        (("ARMORModifier", ARMOR), ("QuantizationModifier", {"scheme": "FP8_DYNAMIC", **BUT_HEAD})),
     ],
     ids=lambda modifiers: "-".join(name.removesuffix("Modifier") for name, _ in modifiers),
 )
@@ -85,13 +89,15 @@ def test_what_is_saved_gives_the_logits_of_the_model_in_memory(
     theirs: ModuleType, source: Path, tmp_path: Path, modifiers: Any
 ) -> None:
     model = compressed(theirs, source, recipe(*modifiers), output_dir=str(tmp_path / "out"))
-    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), atol=1e-5, rtol=1e-5)
+    found = load(tmp_path / "out", backend="reference")  # which rounds activations, too
+    torch.testing.assert_close(logits(found), logits(model), atol=1e-5, rtol=1e-5)
     layers = read_layers(tmp_path / "out")
     assert len(layers) == 14
     assert {layer.core for layer in layers.values()} == {_core(modifiers[-1])}
     model.save_pretrained(tmp_path / "dense", save_compressed=False)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
-    torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=1e-5)
+    if "scheme" not in modifiers[-1][1]:  # no activations are rounded
+        torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=1e-5)
     assert "quantization_config" not in read_config(tmp_path / "dense")
     beside = (tmp_path / "out/recipe.yaml").read_text()
     assert "tuple" not in beside.partition("ARMORModifier")[2]  # that tag llm-compressor writes and does not read
@@ -100,7 +106,38 @@ def test_what_is_saved_gives_the_logits_of_the_model_in_memory(
 def _core(last: tuple[str, dict[str, Any]]) -> str:
     if last[0] != "QuantizationModifier":
         return "float"
+    if "scheme" in last[1]:
+        return {"W8A8": "int8", "FP8_DYNAMIC": "fp8"}[last[1]["scheme"]]
     return f"int{last[1]['config_groups']['group_0']['weights']['num_bits']}"
+
+
+MLP_ALONE = {**ARMOR, "targets": ["re:.*mlp.*"]}
+
+
+@pytest.mark.parametrize(
+    ("quantiser", "core"),
+    [
+        (("QuantizationModifier", {"scheme": "W8A8", **BUT_HEAD}), "int8"),
+        (("QuantizationModifier", {"scheme": "FP8_DYNAMIC", "targets": ["Linear"]}), "fp8"),
+        (("QuantizationModifier", eight_bits("re:.*self_attn.*_proj$")), "float"),
+        (("GPTQModifier", eight_bits("re:.*self_attn.*_proj$")), "float"),
+    ],
+    ids=["W8A8", "FP8_DYNAMIC and the head", "integers beside", "GPTQ beside"],
+)
+def test_cores_and_layers_that_are_quantised_beside_them_are_stored_together(
+    theirs: ModuleType, source: Path, tmp_path: Path, quantiser: Any, core: str
+) -> None:
+    model = compressed(
+        theirs, source, recipe(("ARMORModifier", MLP_ALONE), quantiser), output_dir=str(tmp_path / "out")
+    )
+    found = load(tmp_path / "out", backend="reference")
+    torch.testing.assert_close(logits(found), logits(model), atol=2e-5, rtol=1e-4)
+    layers = read_layers(tmp_path / "out")
+    assert {(name.split(".")[3], layer.core) for name, layer in layers.items()} == {("mlp", core)}
+    model.save_pretrained(tmp_path / "dense", save_compressed=False)
+    if core == "float":  # no activations are rounded
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+        torch.testing.assert_close(logits(stock), logits(model), atol=2e-5, rtol=1e-4)
 
 
 def test_scales_are_those_of_the_dtype_that_is_stored(theirs: ModuleType, tmp_path: Path) -> None:
@@ -152,11 +189,20 @@ def test_theirs_of_a_name_that_both_have_stays_theirs(theirs: ModuleType) -> Non
         ((("ARMORModifier", ARMOR), ("GPTQModifier", eight_bits())), {}, r"in 9\.6 % of all groups"),
         ((("SmoothQuantModifier", SMOOTH), ("ARMORModifier", ARMOR)), {"pipeline": "sequential"}, "perplexity 653"),
         ((("QuantizationModifier", eight_bits()), ("ARMORModifier", ARMOR)), {}, "put the entry that quantises after"),
-        ((("ARMORModifier", ARMOR), ("QuantizationModifier", {"scheme": "W8A16"})), {}, "no ARMOR layers"),
         (
-            (("ARMORModifier", ARMOR), ("QuantizationModifier", {"scheme": "W8A8", "ignore": ["lm_head"]})),
+            (("ARMORModifier", ARMOR), ("QuantizationModifier", {"scheme": "NVFP4A16", "ignore": ["lm_head"]})),
             {},
-            "quantised input activations",
+            "would quantise ARMOR's cores: .* not as float4 by tensor_group",
+        ),
+        (
+            (("ARMORModifier", ARMOR), ("QuantizationModifier", {"scheme": "W4A16", "ignore": ["lm_head"]})),
+            {},
+            "group_size 128 is no multiple of 16 that divides the 32 columns",
+        ),
+        (
+            (("ARMORModifier", ARMOR), ("QuantizationModifier", {**KEYS, "ignore": ["lm_head"]})),
+            {},
+            r"also quantises keys and values \(kv_cache_scheme\)",
         ),
         ((("ARMORModifier", {**ARMOR, "block_size": 7}),), {}, "block_size 7 does not fit"),
         ((("ARMORModifier", {**ARMOR, "targets": ["re:nothing"]}),), {}, "matches"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from armor_recipes import load
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import CheckpointError, PlanError
 from armor_recipes.integrations.oneshot import cores, order, saving
+from armor_recipes.modifiers.base import ModuleShape
 from armor_recipes.modifiers.kinds.changes import loaded_weight
 from armor_recipes.solver import factorize
 from tests.support.engine import logits, make_model
@@ -108,10 +110,12 @@ class Fake:
     ignore: list[str] = field(default_factory=list)
     requires_calibration_data: bool = True
     scheme: Any = None
+    cache: Any = None
 
     @property
     def resolved_config(self) -> Any:
-        return SimpleNamespace(config_groups={"group_0": self.scheme})
+        groups = {"group_0": self.scheme}
+        return SimpleNamespace(config_groups=groups, kv_cache_scheme=self.cache, ignore=self.ignore)
 
 
 def fake(name: str, targets: list[str], *, quantizes: bool = False, **fields: Any) -> Fake:
@@ -120,10 +124,12 @@ def fake(name: str, targets: list[str], *, quantizes: bool = False, **fields: An
     return found
 
 
-def weights(**fields: Any) -> Any:
-    kept = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "strategy": "channel", "actorder": None}
-    given = SimpleNamespace(**{**kept, "group_size": None, **fields})
-    return SimpleNamespace(weights=given, input_activations=None, output_activations=None)
+def weights(inputs: dict[str, Any] | None = None, **fields: Any) -> QuantizationScheme:
+    given = QuantizationArgs(**{"num_bits": 8, "strategy": "channel", **fields})
+    args = (
+        None if inputs is None else QuantizationArgs(**{"num_bits": 8, "strategy": "token", "dynamic": True, **inputs})
+    )
+    return QuantizationScheme(targets=[], weights=given, input_activations=args)
 
 
 def checked(other: Fake, *, before: bool = False) -> list[str]:
@@ -159,32 +165,56 @@ def test_modifiers_that_were_not_tried_are_refused_after_armor() -> None:
 @pytest.mark.parametrize(
     ("scheme", "problem"),
     [
-        (weights(type="float"), "8 bits of type float, symmetric"),
-        (weights(symmetric=False), "8 bits of type int, asymmetric"),
-        (weights(num_bits=6), "6 bits of type int"),
-        (weights(strategy="block"), "strategy block"),
-        (weights(strategy="group", group_size=128), "groups of 128 columns, which must divide the 64"),
-        (weights(strategy="group", group_size=8), "groups of 8 columns"),
-        (SimpleNamespace(**{**vars(weights()), "input_activations": 1}), "quantised input activations"),
+        (weights(num_bits=4, type="float"), "not as float4 by channel"),
+        (weights(symmetric=False), "not as asymmetric int8 by channel"),
+        (weights(num_bits=6), "not as int6 by channel"),
+        (weights(strategy="block", block_structure=[8, 8]), "not as int8 by block"),
+        (weights(strategy="group", group_size=128), "group_size 128 is no multiple of 16 that divides the 64 columns"),
+        (weights(strategy="group", group_size=8), "group_size 8 is no multiple of 16"),
+        (weights(strategy="group", group_size=16, actorder="static"), "in the order of its columns"),
+        (weights({"symmetric": False}), "not dynamic asymmetric int8 by token"),
+        (weights({"dynamic": False, "strategy": "tensor"}), "not static int8 by tensor"),
     ],
+    ids=repr,
 )
 def test_schemes_that_a_core_cannot_be_stored_in_are_refused_first(scheme: Any, problem: str) -> None:
-    with pytest.raises(PlanError, match=f"would quantise ARMOR's cores with {problem}"):
+    scheme.targets = ["re:.*down_proj$"]
+    with pytest.raises(PlanError, match=rf"would quantise ARMOR's cores: .*{problem}"):
         checked(fake("QuantizationModifier", ["re:.*down_proj$"], quantizes=True, scheme=scheme))
 
 
+@pytest.mark.parametrize("inputs", [None, {}, {"type": "float"}], ids=["none", "int8", "fp8"])
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_schemes_that_a_core_has_a_place_for(strategy: str, inputs: dict[str, Any] | None) -> None:
+    kind = "float" if inputs else "int"
+    scheme = weights(inputs, strategy=strategy, type=kind)
+    scheme.targets = ["re:.*down_proj$"]
+    assert checked(fake("QuantizationModifier", ["re:.*down_proj$"], quantizes=True, scheme=scheme)) == []
+    shape = ModuleShape("down_proj", 32, 64, 2)
+    found = cores.core_scheme(scheme, shape)
+    assert found is not None
+    assert (found.core, found.activations) == (
+        ("fp8", "fp8") if inputs else ("int8", None if inputs is None else "int8")
+    )
+
+
 def test_four_bits_are_warned_of_and_eight_are_not() -> None:
-    by_bits = {
-        bits: checked(fake("QuantizationModifier", ["re:.*down_proj$"], quantizes=True, scheme=weights(num_bits=bits)))
-        for bits in (8, 4)
-    }
+    by_bits = {}
+    for bits in (8, 4):
+        scheme = weights(num_bits=bits)
+        scheme.targets = ["re:.*down_proj$"]
+        by_bits[bits] = checked(fake("QuantizationModifier", ["re:.*down_proj$"], quantizes=True, scheme=scheme))
     assert by_bits[8] == []
     assert "perplexity 42.4 from 39.5" in by_bits[4][0]
 
 
-def test_layers_that_are_no_armor_layers_are_not_quantised_beside_them() -> None:
-    with pytest.raises(PlanError, match="also quantises 2 layers that are no ARMOR layers"):
-        checked(fake("QuantizationModifier", ["re:.*(up|down)_proj$"], quantizes=True, scheme=weights()))
+def test_other_layers_may_be_quantised_beside_them_and_keys_and_values_not() -> None:
+    scheme = weights()
+    scheme.targets = ["re:.*(up|down)_proj$"]
+    assert checked(fake("QuantizationModifier", ["re:.*(up|down)_proj$"], quantizes=True, scheme=scheme)) == []
+    other = fake("QuantizationModifier", [], quantizes=True, scheme=scheme, cache=QuantizationArgs(num_bits=8))
+    with pytest.raises(PlanError, match=r"also quantises keys and values \(kv_cache_scheme\)"):
+        checked(other)
 
 
 def test_a_joint_pipeline_is_refused_where_both_learn_from_inputs() -> None:

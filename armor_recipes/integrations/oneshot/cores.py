@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from armor_recipes.checkpoint.packing import GROUP_STEP, PackedLinear
-from armor_recipes.errors import CheckpointError, PlanError
+from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
+from armor_recipes.errors import CheckpointError, PlanError, UnfitError
 from armor_recipes.integrations.upstream import unwrap_offload_forward
+from armor_recipes.modifiers.base import ModuleShape
+from armor_recipes.modifiers.quantization.modifier import CoreScheme, core_of
 from armor_recipes.solver.blockdiag import apply_input_factor, apply_output_factor
-from armor_recipes.solver.quantize import LEVELS, kept
+from armor_recipes.solver.quantize import kept
 from armor_recipes.solver.result import QuantizedValues, SparseFactors
 
 FACTORS = "armor_factors"
@@ -92,23 +95,19 @@ def _check_mask(name: str, weight: Tensor, mask: Tensor) -> None:
         )
 
 
-def scheme_problem(scheme: Any, columns: int) -> str:
-    """Why a core of so many columns cannot be stored under a scheme of compressed-tensors; empty where it can."""
+def core_scheme(scheme: Any, module: ModuleShape) -> CoreScheme | None:
+    """What a scheme of compressed-tensors makes of a module's core; None where it leaves the weight. Raises UnfitError."""
     weights = scheme.weights
-    for what in ("input_activations", "output_activations"):
-        if getattr(scheme, what) is not None:
-            return f"quantised {what.replace('_', ' ')}, which llm-compressor would take of Bx"
-    if weights is None:
-        return ""
-    kind, bits, strategy = _value(weights.type), weights.num_bits, _value(weights.strategy)
-    if kind != "int" or bits not in LEVELS or not weights.symmetric or weights.dynamic:
-        symmetry = "symmetric" if weights.symmetric else "asymmetric"
-        return f"{bits} bits of type {kind}, {symmetry}, where a core is symmetric int8 or int4"
-    if strategy not in ("tensor", "channel", "group") or weights.actorder is not None:
-        return f"strategy {strategy} with actorder {_value(weights.actorder)}"
-    if strategy == "group" and (columns % weights.group_size or weights.group_size % (2 * GROUP_STEP)):
-        return f"groups of {weights.group_size} columns, which must divide the {columns} and be a multiple of {2 * GROUP_STEP}"
-    return ""
+    if weights is None and scheme.input_activations is None and scheme.output_activations is None:
+        return None
+    advice = f"give {module.name} a scheme that a core has, or add it to the quantiser's `ignore`"
+    if weights is None or weights.dynamic or weights.actorder is not None:
+        raise UnfitError(
+            f"the core of {module.name} is stored with its own scales, in the order of its columns", advice
+        )
+    if _value(weights.strategy) == "tensor":  # one scale for all rows, which are stored with a copy of it each
+        scheme = scheme.model_copy(update={"weights": weights.model_copy(update={"strategy": "channel"})})
+    return core_of(module, scheme)
 
 
 def _value(of: Any) -> Any:
@@ -116,17 +115,38 @@ def _value(of: Any) -> Any:
 
 
 def _quantized(name: str, module: Any, weight: Tensor, mask: Tensor, scheme: Any) -> QuantizedValues | None:
-    problem = scheme_problem(scheme, weight.shape[1])
-    if problem:
-        raise CheckpointError(f"{name} was quantised with {problem}: a checkpoint has no place for that")
-    if scheme.weights is None:
+    try:
+        core = core_scheme(scheme, ModuleShape(name, weight.shape[0], weight.shape[1], weight.itemsize))
+    except UnfitError as error:
+        raise CheckpointError(str(error)) from error
+    if core is None:
         return None
     from compressed_tensors.quantization.lifecycle.forward import quantize
 
     scale = module.weight_scale.detach().to(weight.dtype)
-    integers = quantize(weight, scale, module.weight_zero_point, scheme.weights)
+    numbers = quantize(weight, scale, module.weight_zero_point, scheme.weights)
     rows = scale.expand(weight.shape[0], 1) if scale.numel() == 1 else scale
-    return QuantizedValues(kept(integers, mask).to(torch.int8), rows.contiguous(), scheme.weights.num_bits)
+    dtype = torch.float8_e4m3fn if core.core == "fp8" else torch.int8
+    return QuantizedValues(kept(numbers.float(), mask).to(dtype), rows.contiguous(), core.num_bits, core.activations)
+
+
+def plain_layer(name: str, module: nn.Module) -> QuantizedLinear:
+    """What a checkpoint stores of a quantised layer that is no core: as compressed-tensors packs it, with the scales that it has.
+
+    Raises:
+        CheckpointError: where it has no format for that.
+    """
+    state = {key: value.detach() for key, value in module.named_parameters(recurse=False) if key != "bias"}
+    try:
+        return QuantizedLinear.compress(Scheme.of(module.quantization_scheme), state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def is_quantized_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with a scheme, and no core."""
+    scheme: Any = getattr(module, "quantization_scheme", None)
+    return isinstance(module, nn.Linear) and not is_core(module) and scheme is not None and scheme.weights is not None
 
 
 def check_plain(name: str, module: nn.Module) -> None:

@@ -5,13 +5,15 @@ Figures are perplexities of the embedded model on held-out text, blocks of 32: d
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from armor_recipes.errors import PlanError
-from armor_recipes.integrations.oneshot.cores import scheme_problem
+from armor_recipes.checkpoint.quantized import FORMATS, Scheme
+from armor_recipes.errors import PlanError, UnfitError
+from armor_recipes.integrations.oneshot.cores import core_scheme
+from armor_recipes.modifiers.base import ModuleShape
 
 _SMOOTHING = ("SmoothQuantModifier", "LogarithmicEqualizationModifier", "AWQModifier")
 _IN_ONE_PIPELINE = (
@@ -66,38 +68,47 @@ def check_order(own: Any, recipe: Sequence[Any], taken: Mapping[str, nn.Linear],
             if not names or shared:
                 raise PlanError(_UNKNOWN.format(own=_name(own), other=_name(other)))
         elif "QuantizationModifier" in kinds:
-            warnings += _check_quantization(other, names, taken)
+            warnings += _check_quantization(other, taken, model)
         elif shared:
             text = _GPTQ if "GPTQModifier" in kinds else _UNKNOWN
             raise PlanError(f"{text.format(own=_name(own), other=_name(other))} (both take {shared[0]})")
         else:
-            _refuse_mixed(other, names)
+            warnings += _check_quantization(other, taken, model)
     return warnings
 
 
-def _check_quantization(other: Any, names: Sequence[str], taken: Mapping[str, nn.Linear]) -> list[str]:
-    plain = [name for name in names if name not in taken]
-    if plain:
-        _refuse_mixed(other, plain)
-    bits: set[int] = set()
-    for scheme in other.resolved_config.config_groups.values():
-        for columns in sorted({linear.in_features for linear in taken.values()}):
-            problem = scheme_problem(scheme, columns)
-            if problem:
+def _check_quantization(other: Any, taken: Mapping[str, nn.Linear], model: nn.Module) -> list[str]:
+    """Raise PlanError where a quantiser would leave a core, or another layer, with no place in a checkpoint; returns warnings."""
+    from compressed_tensors.utils import match_named_modules
+
+    config = other.resolved_config
+    if config.kv_cache_scheme is not None:
+        raise PlanError(
+            f"{_name(other)} also quantises keys and values (kv_cache_scheme), for which a folder written here has no place yet: "
+            "leave it out, or run the recipe with armor-apply"
+        )
+    poor = False
+    for scheme in config.config_groups.values():
+        for name, module in match_named_modules(model, scheme.targets, config.ignore or ()):
+            if name in taken:
+                poor |= _core_of(other, scheme, name, taken[name]) == "int4"
+            elif isinstance(module, nn.Linear) and Scheme.of(scheme).format not in FORMATS:
                 raise PlanError(
-                    f"{_name(other)} would quantise ARMOR's cores with {problem}: a checkpoint has no place for that; take W8A16 "
-                    "or W4A16, or quantise the core with armor-apply"
+                    f"{_name(other)} would store {name} as {Scheme.of(scheme).format}, which is not read here"
                 )
-        bits |= {scheme.weights.num_bits} if scheme.weights is not None else set()
-    return [f"{_name(other)}: {POOR}"] if 4 in bits and names else []
+    return [f"{_name(other)}: {POOR}"] if poor else []
 
 
-def _refuse_mixed(other: Any, names: Collection[str]) -> None:
-    first = next(iter(names), "")
-    raise PlanError(
-        f"{_name(other)} also quantises {len(names)} layers that are no ARMOR layers ({first}, …), and a folder written here "
-        "cannot hold both yet: add them to its `ignore`, or take them as ARMOR layers, too"
-    )
+def _core_of(other: Any, scheme: Any, name: str, linear: nn.Linear) -> str:
+    shape = ModuleShape(name, linear.out_features, linear.in_features, linear.weight.itemsize)
+    try:
+        found = core_scheme(scheme, shape)
+    except UnfitError as error:
+        raise PlanError(
+            f"{_name(other)} would quantise ARMOR's cores: {error}; take W8A16, W8A8, FP8_DYNAMIC or W4A16 with groups that divide "
+            "the columns, or quantise the core with armor-apply"
+        ) from error
+    return "" if found is None else found.core
 
 
 def _targets(other: Any, model: nn.Module) -> list[str]:

@@ -22,7 +22,7 @@ from armor_recipes.checkpoint.files import CONFIG_FILE, read_config
 from armor_recipes.checkpoint.writer import write_checkpoint
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import CheckpointError
-from armor_recipes.integrations.oneshot.cores import is_core, packed_layer
+from armor_recipes.integrations.oneshot.cores import is_core, is_quantized_plain, packed_layer, plain_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,8 +38,8 @@ _mode: ContextVar[Literal["refuse", "packed", "dense"]] = ContextVar("_mode", de
 def guard(model: PreTrainedModel) -> None:
     """Give a model with cores a `save_pretrained` of its own, and let `state_dict` give nothing that is no whole model."""
     for module in model.modules():
-        if is_core(module) and not getattr(module, "armor_guarded", False):
-            module.register_state_dict_post_hook(_state_of_core)
+        if isinstance(module, nn.Linear) and not getattr(module, "armor_guarded", False):
+            module.register_state_dict_post_hook(_state_of_linear)
             module.armor_guarded = True  # type: ignore[assignment]
     vars(model)[SAVE] = MethodType(save_pretrained, model)
 
@@ -83,6 +83,7 @@ def _write(model: PreTrainedModel, folder: Path, *, packed: bool, shards: int | 
     if len(dtypes) > 1:
         raise CheckpointError(f"ARMOR layers of several dtypes ({sorted(map(str, dtypes))}): give the model one dtype")
     layers = {name: packed_layer(name, module) for name, module in cores.items()}
+    plain = {name: plain_layer(name, m) for name, m in model.named_modules() if packed and is_quantized_plain(m)}
     with _saving("packed" if packed else "dense"), _stock_saving(model):
         kept = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         write_checkpoint(
@@ -90,6 +91,7 @@ def _write(model: PreTrainedModel, folder: Path, *, packed: bool, shards: int | 
             layers if packed else {},
             folder,
             dtype=dtypes.pop(),
+            quantized=plain,
             dtypes=kept,
             base_config=_source_config(model),
             max_shard_bytes=shards,  # type: ignore[arg-type] # transformers reads "20GB", too
@@ -116,21 +118,28 @@ def _stock_saving(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _state_of_core(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
-    """A core's entries of a `state_dict`: its weight and bias for our own writer, an error for anybody else."""
-    mode = _mode.get()
-    if mode == "refuse":
+def _state_of_linear(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+    """A linear layer's entries of a `state_dict`: its weight and bias for our own writer; of a core an error for anybody else."""
+    mode, core = _mode.get(), is_core(module)
+    if mode == "refuse" and core:
         raise CheckpointError(
             f"{prefix.removesuffix('.')} is an ARMOR layer, whose weight is a core without its factors here: saved alone, it would "
             "load as garbage; call model.save_pretrained(folder), which stores all of them (or with save_compressed=False a "
             "dense model)"
         )
+    if mode == "refuse" or not (core or is_quantized_plain(module)):
+        return
     for name in [key for key in state if key.startswith(prefix)]:
         if name.removeprefix(prefix) not in (VALUES, _BIAS):
             del state[name]
     if mode == "dense":
-        weight = state[f"{prefix}{VALUES}"]
-        state[f"{prefix}{VALUES}"] = packed_layer(prefix.removesuffix("."), module).fold(weight.dtype)
+        weight, name = state[f"{prefix}{VALUES}"], prefix.removesuffix(".")
+        dense = (
+            packed_layer(name, module).fold(weight.dtype)
+            if core
+            else plain_layer(name, module).dequantize(weight.dtype)
+        )
+        state[f"{prefix}{VALUES}"] = dense
 
 
 def _source_config(model: PreTrainedModel) -> dict[str, Any]:
