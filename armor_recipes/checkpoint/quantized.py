@@ -77,12 +77,17 @@ class Scheme:
 
 def described(args: Any) -> str:
     """compressed-tensors' args of one of weights, inputs and outputs in words: `int4, groups of 128`."""
-    name = f"{args.type}{args.num_bits}{'' if args.symmetric else ' asymmetric'}"
+    name = f"{word(args.type)}{args.num_bits}{'' if args.symmetric else ' asymmetric'}"
     if args.strategy in ("group", "tensor_group"):
         return f"{name}, groups of {args.group_size}"
     if args.strategy == "block":
         return f"{name}, blocks of {'x'.join(map(str, args.block_structure))}"
-    return f"{name} by {args.strategy}"
+    return f"{name} by {word(args.strategy)}"
+
+
+def word(of: Any) -> Any:
+    """The word for a value of compressed-tensors' enumerations, which its args hold as such or as that word."""
+    return getattr(of, "value", of)
 
 
 @lru_cache(maxsize=256)

@@ -175,7 +175,7 @@ def test_modifiers_that_were_not_tried_are_refused_after_armor() -> None:
         (weights({"symmetric": False}), "not dynamic asymmetric int8 by token"),
         (weights({"dynamic": False, "strategy": "tensor"}), "not static int8 by tensor"),
     ],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, str) else "scheme",
 )
 def test_schemes_that_a_core_cannot_be_stored_in_are_refused_first(scheme: Any, problem: str) -> None:
     scheme.targets = ["re:.*down_proj$"]

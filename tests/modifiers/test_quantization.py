@@ -233,12 +233,10 @@ def test_refusals_say_what_to_do(source: Path) -> None:
     assert "both quantize" in refusal(twice)
 
 
-def test_refiners_stand_before_it(source: Path) -> None:
-    after = recipe(
-        source, ARMORModifier=ARMOR, QuantizationModifier=core(targets=[ALL]), BlockRefineModifier={"targets": [ALL]}
-    )
-    text = refusal(after)
-    assert "QuantizationModifier makes the core of model.layers.0.self_attn.q_proj int8 before it" in text
+def test_refiners_of_a_stage_stand_after_it_and_train_no_core(source: Path) -> None:
+    refiner = {"targets": [ALL], "core": True}
+    after = recipe(source, ARMORModifier=ARMOR, QuantizationModifier=core(targets=[ALL]), BlockRefineModifier=refiner)
+    assert "the core of model.layers.0.self_attn.q_proj is int8 by QuantizationModifier before it" in refusal(after)
     same = recipe(
         source, ARMORModifier=ARMOR, DistillationModifier={"targets": [ALL]}, QuantizationModifier=core(targets=[ALL])
     )

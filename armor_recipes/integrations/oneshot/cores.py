@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme
+from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme, word
 from armor_recipes.errors import CheckpointError, PlanError, UnfitError
 from armor_recipes.integrations.upstream import unwrap_offload_forward
 from armor_recipes.modifiers.base import ModuleShape
@@ -105,13 +105,9 @@ def core_scheme(scheme: Any, module: ModuleShape) -> CoreScheme | None:
         raise UnfitError(
             f"the core of {module.name} is stored with its own scales, in the order of its columns", advice
         )
-    if _value(weights.strategy) == "tensor":  # one scale for all rows, which are stored with a copy of it each
+    if word(weights.strategy) == "tensor":  # one scale for all rows, which are stored with a copy of it each
         scheme = scheme.model_copy(update={"weights": weights.model_copy(update={"strategy": "channel"})})
     return core_of(module, scheme)
-
-
-def _value(of: Any) -> Any:
-    return getattr(of, "value", of)
 
 
 def _quantized(name: str, module: Any, weight: Tensor, mask: Tensor, scheme: Any) -> QuantizedValues | None:

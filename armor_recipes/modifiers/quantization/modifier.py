@@ -12,7 +12,7 @@ from torch import Tensor
 from armor_recipes.calibration.moment_range import MomentAndRange
 from armor_recipes.calibration.ranges import InputRange
 from armor_recipes.calibration.statistics import InputGram, InputSecondMoment
-from armor_recipes.checkpoint.quantized import Scheme
+from armor_recipes.checkpoint.quantized import Scheme, word
 from armor_recipes.errors import UnfitError
 from armor_recipes.modifiers.base import AnyModifier, Estimate, ModuleShape, Propagate, SolveProgress
 from armor_recipes.modifiers.kinds.factor import FactorModifier, FactorOutcome
@@ -124,7 +124,7 @@ def core_of(module: ModuleShape, scheme: Any) -> CoreScheme:
         raise UnfitError(
             f"the core of {module.name} is stored as symmetric integers of 8 or 4 bits with a scale for a row or for groups of it, "
             "or as 8-bit floats with a scale for a row, not as "
-            f"{'' if weights.symmetric else 'asymmetric '}{weights.type}{weights.num_bits} by {weights.strategy}",
+            f"{'' if weights.symmetric else 'asymmetric '}{word(weights.type)}{weights.num_bits} by {word(weights.strategy)}",
             advice,
         )
     if core == "int4" and kept % 8:
@@ -153,7 +153,7 @@ def _activations_of(module: ModuleShape, scheme: Any, advice: str) -> str | None
         raise UnfitError(
             f"activations of the core of {module.name} are symmetric numbers of 8 bits with a dynamic scale for each token, as in "
             f"W8A8 and FP8_DYNAMIC, not {'dynamic' if args.dynamic else 'static'} {'' if args.symmetric else 'asymmetric '}"
-            f"{args.type}{args.num_bits} by {args.strategy}",
+            f"{word(args.type)}{args.num_bits} by {word(args.strategy)}",
             advice,
         )
     return "int8" if args.type == "int" else "fp8"
