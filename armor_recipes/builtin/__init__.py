@@ -46,14 +46,19 @@ def token_ids(name: str) -> NDArray[np.uint16]:
 
 def documents(name: str) -> list[str]:
     """Decode the documents of an embedded text, in order, without special tokens. Unknown names raise `InputError`."""
+    check_text(name)
     if name in _PROSE:
         return lzma.decompress((_HERE / f"{name}.txt.xz").read_bytes()).decode().split(_SEPARATOR)
-    _check(name, known=texts(), kind="text")
     tokenizer = _tokenizer()
     ids = token_ids(name)
     ends = np.flatnonzero(ids == tokenizer.token_to_id(_END_OF_TEXT))
     pieces = [piece.tolist() for piece in np.split(ids, ends + 1)]
     return [text for text in tokenizer.decode_batch(pieces, skip_special_tokens=True) if text]
+
+
+def check_text(name: str) -> None:
+    """Raise InputError where there is no embedded text of that name."""
+    _check(name, known=texts(), kind="text")
 
 
 def text(name: str) -> str:

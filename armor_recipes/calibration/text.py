@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from armor_recipes import builtin
 from armor_recipes.calibration.chat import is_left_out, messages_of
-from armor_recipes.calibration.files import SUFFIXES, TENSORS, Cell, Column, Columns, read_path, shown
+from armor_recipes.calibration.files import SUFFIXES, TENSORS, Cell, Column, Columns, read_path, readable, shown
 from armor_recipes.calibration.hub import read_hub
 from armor_recipes.errors import InputError
 
@@ -114,6 +114,18 @@ def is_soon_read(dataset: str) -> bool:
         return path is not None and sum(file.stat().st_size for file in files if file.is_file()) <= _SOON_READ
     except (InputError, OSError):
         return True  # which reading it tells
+
+
+def check_there(dataset: str) -> None:
+    """Raise InputError where a dataset is no text inside the package, or a path at which nothing is; a hub id is not looked up."""
+    if dataset.startswith(BUILTIN):
+        if dataset not in (RANDOM_TOKENS, RANDOM_INPUTS):
+            builtin.check_text(dataset.removeprefix(BUILTIN))
+        return
+    path = local_path(dataset)
+    if path is not None:
+        with readable(path):
+            path.stat()
 
 
 def local_path(dataset: str) -> Path | None:

@@ -57,6 +57,7 @@ def apply_command(
     from armor_recipes.cli.tables import plan_table, resolved_recipe, result_json, summary, warning_lines
     from armor_recipes.cli.view import progress_view
     from armor_recipes.run import execute, prepare
+    from armor_recipes.run.checks import check_places
     from armor_recipes.run.job import read_recipe
     from armor_recipes.run.report_file import check_report_file, write_report
     from armor_recipes.run.settling import is_settled, settled_before
@@ -65,6 +66,7 @@ def apply_command(
     out, err = Console(), Console(stderr=True)
     job = prepare(read_recipe(recipes, overrides=overrides or (), output=output), device=device)
     if plan:
+        check_places(job.source, job.recipe)
         if not is_settled(job):
             with progress_view(err, quiet=quiet) as view:
                 job = settled_before(job, view)

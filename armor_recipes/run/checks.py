@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from armor_recipes.calibration.text import check_there
 from armor_recipes.calibration.tokens import has_length
 from armor_recipes.checkpoint.staging import check_destination
 from armor_recipes.errors import InputError, NumericalError, PlanError, RecipeError
@@ -17,6 +18,7 @@ from armor_recipes.model.forms import linear_parts
 from armor_recipes.paths import user_path
 from armor_recipes.plan import Plan
 from armor_recipes.recipe import Recipe
+from armor_recipes.run.refusals import Refusals
 
 _SHOWN = 8
 
@@ -80,6 +82,20 @@ def check_output(output: Path, source: ModelSource, recipe: Recipe, *, overwrite
     except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
         raise RecipeError(f"output.path {output} is no path that can be written: {error}; choose another") from error
     check_writable(output, "output.path")
+
+
+def check_places(source: ModelSource, recipe: Recipe) -> None:
+    """Raise, with all of them, where data are not there or the output must not be replaced: what a run finds out before it computes
+    anything, and a plan alone does not read.
+    """
+    refused = Refusals()
+    with refused.noted():
+        check_output(user_path(recipe.output.path), source, recipe, overwrite=True)
+    for dataset in recipe.datasets:
+        with refused.noted():
+            check_there(dataset)
+    if refused:
+        refused.tell()
 
 
 def precious_paths(source: ModelSource, recipe: Recipe) -> dict[str, Path]:

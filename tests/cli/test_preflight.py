@@ -282,6 +282,15 @@ def test_everything_that_is_wrong_with_a_plan_at_once(shell: Shell, texts: Path,
         assert any(text in line for line in found), (text, found)
 
 
+def test_a_plan_looks_whether_data_are_there_and_the_output_is_free(shell: Shell, texts: Path) -> None:
+    model = yaml.safe_load(texts.read_text())["model"]
+    words = ["--set", "evaluation.perplexity.dataset=builtin:nothing", "--set", "calibration.dataset=gone.txt"]
+    found = problems(shell("armor-apply", texts, "--plan", *words, "--output", model), 2)
+    for text in ("is never replaced", "there is no embedded text 'nothing'", "gone.txt: No such file"):
+        assert any(text in line for line in found), (text, found)
+    assert shell("armor-apply", texts, "--plan").code == 0
+
+
 def test_the_headers_of_the_model_are_read_once(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from armor_recipes.checkpoint import stored
 
