@@ -38,6 +38,7 @@ from armor_recipes.integrations.models import (
 from armor_recipes.integrations.names import left_behind
 from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.inputs import model_inputs
+from armor_recipes.model.ties import tied_output
 from armor_recipes.report.card import model_card
 from armor_recipes.report.licence import Licence, base_licence
 from armor_recipes.report.manifest import Facts, build_manifest
@@ -186,6 +187,9 @@ def _bytes_of_tensors(job: Job, model: PreTrainedModel | None) -> int:
     rest = {n: t for n, t in state.items() if n not in planned and n not in subject.all_tied_weights_keys}
     nbytes: int = sum(t.numel() * (dtypes[n].itemsize if n in dtypes else t.element_size()) for n, t in rest.items())
     total: int = job.plan.totals.bytes_after + nbytes
+    output = tied_output(subject) if job.recipe.steps else None
+    if output is not None:  # llm-compressor may untie it
+        total += subject.get_parameter(f"{output}.weight").numel() * job.source.stored_dtype.itemsize
     there = job.source.stored() if model is None else None
     carried = (
         ()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from armor_recipes import apply, load
@@ -198,12 +198,18 @@ def test_a_run_goes_on_from_what_the_step_left(fake: None, tmp_path: Path) -> No
     assert logits(stepped).isfinite().all()
 
 
-def test_an_output_layer_that_the_step_unties_stays_so(fake: None, tmp_path: Path) -> None:
+def test_an_output_layer_that_the_step_unties_stays_so(
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = save_model(tmp_path / "source", "llama-gqa-tied", torch.float32)
     given = recipe(
         source, tmp_path / "out", SpinQuantModifier={"rotations": ["R1"]}, MagnitudeModifier={"targets": [MLP]}
     )
+    checked: list[int] = []
+    monkeypatch.setattr("armor_recipes.run.preflight.check_disk", lambda _, nbytes: checked.append(nbytes))
     result = apply(given)
+    written = sum(tensor.nbytes for tensor in load_file(result.output / "model.safetensors").values())
+    assert checked[0] >= written - 64  # not of a tied one
     assert any("if it unties lm_head from the embeddings, both are written" in note for note in result.plan.notes)
     found, embeddings = load(tmp_path / "out"), load(source).get_parameter("model.embed_tokens.weight")
     assert read_config(tmp_path / "out")["tie_word_embeddings"] is False
