@@ -21,6 +21,7 @@ from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.report.evaluation import evaluation_dict
 from armor_recipes.report.experts import expert_rows, totals_done
+from armor_recipes.report.machine import machine_class
 from armor_recipes.report.names import without_folders
 from armor_recipes.solver.sweep import sweep_form
 from armor_recipes.version import __version__, release_of
@@ -84,7 +85,7 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str], *, format_version: 
     return {
         "format_version": format_version,
         "armor_recipes": __version__,
-        "versions": {name: release_of(name) for name in _PACKAGES},
+        "versions": {name: version for name, version in versions().items() if name in _PACKAGES},
         "compute": {
             "device": facts.device,
             "compute_dtype": str(facts.compute_dtype).removeprefix("torch."),
@@ -92,6 +93,7 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str], *, format_version: 
             "sweep": sweep_form(facts.device),
             "attention": facts.attention,
         },
+        "machine": machine_class(facts.device),
         "recipe_sha256": facts.recipe.hash(),
         "model": {"id": facts.model_name, "revision": facts.recipe.model.revision, "sha256": facts.source_sha256},
         "calibration": calibration_rows(facts),
@@ -109,6 +111,12 @@ def build_manifest(facts: Facts, tensors: Mapping[str, str], *, format_version: 
         **skipped_rows(facts.plan),
         "tensors": dict(sorted(tensors.items())),
     }
+
+
+def versions(*, llmcompressor: bool = False) -> dict[str, str]:
+    """The releases that bytes may depend on, this package's among them, by the names of packages."""
+    others = (*_PACKAGES, *(["llmcompressor"] if llmcompressor else []))
+    return {"armor-recipes": __version__, **{name: release_of(name) for name in others}}
 
 
 def _module(result: ModuleResult, plan: ModulePlan) -> dict[str, Any]:
@@ -144,8 +152,7 @@ def calibration_rows(facts: Facts) -> list[dict[str, Any]]:
     """
     return [
         {
-            "modifiers": [entry.key for entry in facts.recipe.modifiers if entry.config.calibration == spec]
-            + [step.key for step in facts.recipe.steps if facts.recipe.calibration == spec],
+            "modifiers": used_by(facts.recipe, spec),
             "asked": tokens.asked,
             "samples": len(tokens),
             "sequence_length": _length(tokens),
@@ -158,6 +165,13 @@ def calibration_rows(facts: Facts) -> list[dict[str, Any]]:
             "sources": [_source(source) for source in tokens.sources],
         }
         for spec, tokens in facts.tokens.items()
+    ]
+
+
+def used_by(recipe: Recipe, spec: CalibrationSpec) -> list[str]:
+    """The keys of those that learn from these samples."""
+    return [entry.key for entry in recipe.modifiers if entry.config.calibration == spec] + [
+        step.key for step in recipe.steps if recipe.calibration == spec
     ]
 
 
