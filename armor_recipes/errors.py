@@ -49,7 +49,7 @@ class CheckpointError(InputError):
 
 
 class VerificationError(ArmorError):
-    """What was written does not read back as what was meant."""
+    """What was written does not read back as what was meant, a lock does not hold, or two folders differ."""
 
     exit_code = 6
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from armor_recipes.cli.guard import run_command
+from armor_recipes.errors import RecipeError
+
+if TYPE_CHECKING:
+    from armor_recipes.run import Job
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -21,8 +25,8 @@ Examples:  armor-apply quickstart  |  armor-apply my.yaml --plan  |  armor-apply
 |  armor-apply my.yaml --set prune_stage.armor_modifiers.ARMORModifier.block_size=32
 
 Exit codes: 0 done, 1 a bug here, 2 recipe or usage, 3 plan refused, 4 numerical failure, 5 input or checkpoint unreadable,
-6 verification mismatch or another run on the output, 7 disk or memory, 8 quality gate, 129 terminal closed, 130 interrupted,
-143 terminated.
+6 verification or lock mismatch, or another run on the output, 7 disk or memory, 8 quality gate, 129 terminal closed,
+130 interrupted, 143 terminated.
 """
 
 
@@ -50,44 +54,63 @@ def apply_command(
         typer.Option("--report", metavar="FILE", dir_okay=False, help="Also write report.json to this file."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:N.")] = "cpu",
+    locked: Annotated[
+        bool,
+        typer.Option("--locked", help="Refuse any difference from RECIPE.lock.yaml, also of a tensor that was made."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary; errors only.")] = False,
 ) -> None:
     """Prune a language model as RECIPE says, and write a checkpoint that loads in transformers."""
     from armor_recipes.cli.quiet import quiet_libraries
-    from armor_recipes.cli.tables import plan_table, resolved_recipe, result_json, summary, warning_lines
+    from armor_recipes.cli.tables import result_json, summary, warning_lines
     from armor_recipes.cli.view import progress_view
     from armor_recipes.run import execute, prepare
-    from armor_recipes.run.checks import check_places
     from armor_recipes.run.job import read_recipe
+    from armor_recipes.run.recipe_lock import lock_file, read_lock
     from armor_recipes.run.report_file import check_report_file, write_report
-    from armor_recipes.run.settling import is_settled, settled_before
 
     quiet_libraries()
     out, err = Console(), Console(stderr=True)
+    if plan and locked:
+        raise RecipeError(
+            "--locked is of a run, and --plan of none: `armor lock RECIPE --check` compares without a run"
+        )
+    lock = read_lock(lock_file(recipes)) if locked else None
     job = prepare(read_recipe(recipes, overrides=overrides or (), output=output), device=device)
     if plan:
-        check_places(job.source, job.recipe)
-        if not is_settled(job):
-            with progress_view(err, quiet=quiet) as view:
-                job = settled_before(job, view)
-        if as_json:
-            found = {"plan": job.plan.to_dict(), "estimate": asdict(job.estimate), "recipe": job.recipe.resolved}
-            print(json.dumps(found, indent=2))
-        else:
-            out.print(plan_table(job.plan, job.estimate), *resolved_recipe(job.recipe))
+        _print_plan(job, out, err, as_json=as_json, quiet=quiet)
         return
     if report is not None:
         check_report_file(report)
     for note in (*job.plan.notes, *warning_lines(job.plan)) if not quiet else ():
         err.print(note, markup=False)
     with progress_view(err, quiet=quiet) as view:
-        result = execute(job, overwrite=overwrite, observer=view)
+        result = execute(job, overwrite=overwrite, lock=lock, observer=view)
+    if result.promise and not quiet:
+        err.print(result.promise, markup=False, soft_wrap=True)
     if report is not None:
         write_report(report, result.report, output=result.output)
     if as_json:
         print(json.dumps(result_json(result), indent=2))
     elif not quiet:
         out.print(summary(result))
+
+
+def _print_plan(job: Job, out: Console, err: Console, *, as_json: bool, quiet: bool) -> None:
+    from armor_recipes.cli.tables import plan_table, resolved_recipe
+    from armor_recipes.cli.view import progress_view
+    from armor_recipes.run.checks import check_places
+    from armor_recipes.run.settling import is_settled, settled_before
+
+    check_places(job.source, job.recipe)
+    if not is_settled(job):
+        with progress_view(err, quiet=quiet) as view:
+            job = settled_before(job, view)
+    if as_json:
+        found = {"plan": job.plan.to_dict(), "estimate": asdict(job.estimate), "recipe": job.recipe.resolved}
+        print(json.dumps(found, indent=2))
+    else:
+        out.print(plan_table(job.plan, job.estimate), *resolved_recipe(job.recipe))
 
 
 def main() -> NoReturn:

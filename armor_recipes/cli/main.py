@@ -11,6 +11,7 @@ from armor_recipes.cli.evaluate import eval_command
 from armor_recipes.cli.export import export_command
 from armor_recipes.cli.guard import run_command
 from armor_recipes.cli.inspect import inspect_command
+from armor_recipes.cli.lock import lock_command
 from armor_recipes.cli.recipes import recipes_command
 from armor_recipes.cli.schema import schema_command
 from armor_recipes.cli.verify import verify_command
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
 app.command("export")(export_command)
+app.command("lock")(lock_command)
 app.command("verify")(verify_command)
 app.command("schema")(schema_command)
 app.command("recipes")(recipes_command)

@@ -68,6 +68,11 @@ class Classification(Measure[ClassificationSpec]):
         labels = torch.tensor([label_of(cell, reading) for cell in marks])
         return cls(texts, labels, spec.dataset, size, texts.cut)
 
+    @property
+    def sha256(self) -> str:
+        """Of the samples, labels apart."""
+        return self.samples.hash()
+
     @classmethod
     def _of_images(cls, spec: ClassificationSpec, image_column: str, reading: Reading) -> Self:
         rows = labelled(spec, image_column, reading)
@@ -91,7 +96,7 @@ class Classification(Measure[ClassificationSpec]):
             tuple(rate(f"top{k}_accuracy", int((ranks <= k).sum()), len(ranks)) for k in tops),
             (self.dataset,),
             len(ranks),
-            self.samples.hash(),
+            self.sha256,
             {"classes": classes, "texts_cut": self.cut} if isinstance(self.samples, Texts) else {"classes": classes},
         )
 

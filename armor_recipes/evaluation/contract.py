@@ -147,6 +147,11 @@ class Measure(ABC, Generic[SpecT]):
     def read(cls, spec: SpecT, reading: Reading) -> Self:
         """The measure with its data. Raises InputError."""
 
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """The hash of what it is measured on, in hex."""
+
     def dense_bytes(self, model: nn.Module) -> int:
         """What it will keep of the dense model, as far as shapes tell; the model may be on the meta device."""
         del model  # nothing is kept of any

@@ -73,6 +73,11 @@ class Fidelity(Measure[FidelitySpec]):
                 raise InputError(f"{inputs.dataset}: a sample's {name} is zero everywhere; remove the sample")
         return cls(inputs, spec.output, spec.batch_size)
 
+    @property
+    def sha256(self) -> str:
+        """Of the samples."""
+        return self.inputs.sha256
+
     def dense_bytes(self, model: nn.Module) -> int:
         """Bytes of logits over the vocabulary, or of hidden states, of all tokens; what has no tokens is small."""
         ids = [group.get("decoder_input_ids", group.get(TOKENS)) for group in self.inputs.groups]
@@ -131,7 +136,7 @@ class Fidelity(Measure[FidelitySpec]):
             tuple(_mean(key, values) for key, values in columns.items() if values),
             tuple(source.dataset for source in self.inputs.sources),
             len(rows),
-            self.inputs.sha256,
+            self.sha256,
             {"output": name, "positions": positions},
         )
 

@@ -98,6 +98,11 @@ class PerplexityMeasure(Measure[PerplexitySpec]):
         """Cut the windows."""
         return cls(evaluation_windows(spec, reading.tokenizer, vocab_size=reading.model.vocabulary))
 
+    @property
+    def sha256(self) -> str:
+        """Of the windows."""
+        return self.windows.sha256
+
     def after(self, model: nn.Module, room: Room) -> Perplexity:
         """Perplexity on the windows."""
         return measure(model, self.windows, on_progress=room.on_progress)

@@ -67,6 +67,11 @@ class Retrieval(Measure[RetrievalSpec]):
         )
         return cls(queries, documents, torch.tensor([places[text] for text in there]), spec)
 
+    @property
+    def sha256(self) -> str:
+        """Of queries and documents."""
+        return hashlib.sha256(f"{self.queries.hash()} {self.documents.hash()}".encode()).hexdigest()
+
     @plain_torch()
     def after(self, model: nn.Module, room: Room) -> Measurement:
         """Embed queries and documents, and rank these."""
@@ -81,7 +86,7 @@ class Retrieval(Measure[RetrievalSpec]):
             ),
             (self.spec.dataset,),
             len(ranks),
-            hashlib.sha256(f"{self.queries.hash()} {self.documents.hash()}".encode()).hexdigest(),
+            self.sha256,
             {
                 "documents": len(documents),
                 "pooling": self.spec.pooling,

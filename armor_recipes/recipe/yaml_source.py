@@ -105,17 +105,17 @@ def read_file(path: Path, problems: Problems) -> Table | None:
     return None if source is None else only_mapping(parse(source, Mark(str(path), 1, path.parent), problems), problems)
 
 
-def read_text(path: Path, problems: Problems) -> str | None:
-    """Return what is in the file at `path`, or None after noting why that cannot be read."""
+def read_text(path: Path, problems: Problems, *, limit: int = MAX_BYTES) -> str | None:
+    """Return what is in the file at `path`, or None after noting why that cannot be read, or that it is larger than `limit`."""
     mark = Mark(str(path), None, path.parent)
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(limit + 1)
     except (OSError, ValueError) as error:
         problems.add(mark, (), _why_unreadable(error))
         return None
-    if len(data) > MAX_BYTES:
-        problems.add(mark, (), f"larger than {MAX_BYTES:,} bytes; a recipe is a small file")
+    if len(data) > limit:
+        problems.add(mark, (), f"larger than {limit:,} bytes; a recipe is a small file")
         return None
     try:
         return data.decode("utf-8-sig")

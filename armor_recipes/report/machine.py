@@ -45,8 +45,8 @@ def machine_class(device: str) -> dict[str, Any]:
         "architecture": platform.machine(),
         "vendor": _vendor(),
         "level": torch.backends.cpu.get_cpu_capability(),
-        "instructions": sorted(name for name, there in told.items() if there is True),
-        "limits": {name: os.environ[name] for name in _LIMITS if name in os.environ},
+        "instructions": " ".join(sorted(name for name, there in told.items() if there is True)),
+        "limits": " ".join(f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ),
         "torch": f"{torch.__version__} ({torch.version.git_version})",
         "libraries": [
             line for line in re.findall(r"^  - (.*)$", built, re.MULTILINE) if not line.startswith(_NOT_CODE)

@@ -40,6 +40,7 @@ from armor_recipes.run.evaluating import measured
 from armor_recipes.run.given import given_changes, run_as_stored
 from armor_recipes.run.planning import Job, prepare
 from armor_recipes.run.preflight import Ready, check_disk, preflight
+from armor_recipes.run.recipe_lock import Lock, locked_facts, read_lock
 from armor_recipes.run.refusals import resource_errors
 from armor_recipes.run.result import Result
 from armor_recipes.run.settling import Measured, is_settled, settled
@@ -63,6 +64,7 @@ def apply(
     output: str | Path | None = None,
     overwrite: bool = False,
     device: str = "cpu",
+    lock: str | Path | None = None,
     observer: Observer = ignore_events,
 ) -> Result:
     """Run a recipe and write its checkpoint: what `armor-apply` does.
@@ -77,6 +79,8 @@ def apply(
         output: replaces `output.path`.
         overwrite: replace an existing checkpoint at the output path.
         device: where to compute.
+        lock: the file that `armor lock` wrote: any difference from it is an error before anything is computed, and tensors that
+            it does not name are one afterwards.
         observer: is called with each event of `armor_recipes.events`.
 
     Raises:
@@ -88,10 +92,10 @@ def apply(
         raise RecipeError(
             f"model is a {type(loaded).__name__}: give a hub id, a folder, builtin:NAME or a PreTrainedModel"
         )
+    held = None if lock is None else read_lock(user_path(lock))
     resolved = read_recipe(recipe, overrides=overrides, model=named, output=None if output is None else str(output))
-    return execute(
-        prepare(resolved, device=device), loaded, tokenizer=tokenizer, overwrite=overwrite, observer=observer
-    )
+    job = prepare(resolved, device=device)
+    return execute(job, loaded, tokenizer=tokenizer, overwrite=overwrite, lock=held, observer=observer)
 
 
 def read_recipe(
@@ -128,10 +132,16 @@ def execute(
     *,
     tokenizer: Any | None = None,
     overwrite: bool = False,
+    lock: Lock | None = None,
     observer: Observer = ignore_events,
 ) -> Result:
-    """Carry out a prepared job: preflight, load, evaluate, compress, evaluate again, write, verify, commit."""
+    """Carry out a prepared job: preflight, load, evaluate, compress, evaluate again, write, verify, commit.
+
+    With a `lock`, what it depends on is held against that after preflight, and the tensors before the commit.
+    """
     output = user_path(job.recipe.output.path)
+    if lock is not None and (model is not None or tokenizer is not None):
+        raise RecipeError("a lock names a model's files: it cannot be held against a model or tokenizer in memory")
     if model is not None and job.recipe.is_theirs:
         raise InputError(
             "llm-compressor runs the whole recipe, on a folder and not in place: save the model, and give the folder as `model`"
@@ -143,6 +153,8 @@ def execute(
         recover(target)
         check_output(output, job.source, job.recipe, overwrite=overwrite)  # as the run before left it
         ready = preflight(job, model, tokenizer, target, watch)
+        if lock is not None:
+            lock.check(locked_facts(job, ready.data))
         room = stack.enter_context(tried(target)) if job.recipe.is_theirs else None
         run = _Run.start(job, model, ready, target, watch, room)
         facts = run.compute()
@@ -156,6 +168,8 @@ def execute(
                     watch.phase("verify")
                     verify_reloaded(folder, run.model, packed=job.packed, probe=run.probe())
                 report = run.report(folder, facts)
+                if lock is not None:
+                    lock.check_output(folder)
     return Result(
         plan=run.job.plan,
         output=output,
@@ -164,6 +178,7 @@ def execute(
         results=facts.results,
         evaluations=facts.evaluations,
         report=report,
+        promise=None if lock is None else lock.finish(output),
     )
 
 

@@ -25,6 +25,7 @@ class Result:
         modules: by full name, in the order in which they were solved.
         results: what was measured besides modules, in order.
         evaluations: what was measured of the dense model, and of the compressed one as a loader of the folder gives it.
+        promise: with a lock, what was held against it, in a sentence.
         report: everything that is not a function of the inputs: seconds by phase, peak memory, sizes, host.
     """
 
@@ -35,6 +36,7 @@ class Result:
     results: Sequence[StepResult]
     evaluations: Sequence[Evaluation]
     report: Mapping[str, Any]
+    promise: str | None = None
 
     @property
     def perplexity_before(self) -> Perplexity | None:
