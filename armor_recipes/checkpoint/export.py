@@ -62,7 +62,7 @@ from armor_recipes.checkpoint.quantized import WEIGHT_PACKED, Scheme
 from armor_recipes.checkpoint.reader import BIAS, check_folder, checked_layers, plain_layers, read_layer, read_plain
 from armor_recipes.checkpoint.staging import files_below
 from armor_recipes.checkpoint.stored import BIN_FILE, BIN_INDEX
-from armor_recipes.checkpoint.writer import tensor_hashes
+from armor_recipes.checkpoint.writer import file_hashes, tensor_hashes
 from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.version import __version__
 
@@ -429,6 +429,7 @@ def _write_manifest(source: Source, destination: Path, to: Target) -> None:
         "armor_recipes": __version__,
         "export": {"to": to, "source_manifest_sha256": digest},
         "files": sorted({*files_below(destination), MANIFEST_FILE}),
+        "file_hashes": file_hashes(destination),
         "tensors": tensor_hashes(destination),
     }
     _write_json(destination / MANIFEST_FILE, content, sort_keys=False)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from armor_recipes.checkpoint.companions import without_missing_code
 from armor_recipes.checkpoint.config import INPUT_FACTOR, VALUES, LayerSpec, named_tensors, quantization_config
-from armor_recipes.checkpoint.files import CONFIG_FILE, INDEX_FILE, read_header, read_tensor, write_whole
+from armor_recipes.checkpoint.files import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, read_header, read_tensor, write_whole
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.quantized import QuantizedCache, QuantizedLinear, Scheme
 from armor_recipes.checkpoint.reader import check_folder
+from armor_recipes.checkpoint.staging import files_below
 from armor_recipes.checkpoint.stored import StoredTensors
 from armor_recipes.errors import CheckpointError, PlanError
 
@@ -33,6 +34,8 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 _NOT_SAVED = ("attn_implementation", "_attn_implementation", "return_dict")
 #: Where transformers keeps the conversions by which a model was loaded, which saving reverts.
 _CONVERSIONS = "_weight_conversions"
+#: Files that are no function of the inputs alone, or that hold the hashes.
+_NO_FUNCTION = (MANIFEST_FILE, "README.md", "recipe.yaml", "report.json")
 _DECODER_LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
 
 
@@ -210,7 +213,7 @@ def shared_input_factors(layers: Mapping[str, PackedLinear]) -> dict[str, str]:
         decoder_layer = _DECODER_LAYER.match(name)
         if decoder_layer is None:
             continue
-        digest = digests.setdefault(id(layer.b), "") or _sha256(layer.b)  # of bytes: 0.0 and -0.0 differ
+        digest = digests.setdefault(id(layer.b), "") or tensor_hash(layer.b)  # of bytes: 0.0 and -0.0 differ
         digests[id(layer.b)] = digest
         kind = layer.block_size, layer.core, layer.group_size, layer.activations
         owner = owners.setdefault((decoder_layer[0], kind, layer.b.shape, layer.b.dtype, digest), name)
@@ -222,10 +225,29 @@ def shared_input_factors(layers: Mapping[str, PackedLinear]) -> dict[str, str]:
 def tensor_hashes(folder: Path) -> dict[str, str]:
     """Map tensor name → sha256 (hex) of its bytes, sorted. Raises `CheckpointError` if the folder cannot be read."""
     header = read_header(folder)
-    return {name: _sha256(read_tensor(header, name)) for name in header}
+    return {name: tensor_hash(read_tensor(header, name)) for name in header}
 
 
-def _sha256(tensor: Tensor) -> str:
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Map file → sha256 (hex) of its bytes, sorted: those that equal runs write equal. Weights go by their tensors.
+
+    Model card and recipe name the output's path, and the report is of one run.
+    """
+    names = [name for name in files_below(folder) if name not in _NO_FUNCTION and not name.endswith(".safetensors")]
+    return {name: file_hash(folder / name) for name in sorted(names) if (folder / name).is_file()}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 in hex of a file, read piece by piece. Raises `CheckpointError` where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 in hex of a tensor's bytes."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 

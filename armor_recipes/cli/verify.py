@@ -1,4 +1,4 @@
-"""`armor verify FOLDER`: the tensors of a checkpoint against the hashes of its manifest."""
+"""`armor verify FOLDER`: the tensors and files of a checkpoint against the hashes of its manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def verify_command(
     folder: Annotated[Path, typer.Argument(help="A checkpoint folder with an armor_manifest.json.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Compare every tensor with the SHA-256 in armor_manifest.json (armor verify out/quickstart)."""
+    """Compare every tensor and file with the SHA-256 in armor_manifest.json (armor verify out/quickstart)."""
     from dataclasses import asdict
 
     from armor_recipes.checkpoint.verify import verify
@@ -24,5 +24,9 @@ def verify_command(
         return
     print(
         f"{found.tensors} tensors, {found.nbytes} bytes: as in armor_manifest.json (format version {found.format_version}); "
-        f"{found.layers} packed layers are well formed"
+        f"{found.layers} packed layers are well formed, no number is NaN; {found.files} other files as they were"
     )
+    for name, count in found.infinite.items():
+        print(f"{name}: {count} numbers are infinite, as they were when it was written")
+    if found.missing:
+        print(f"in armor_manifest.json, and not there: {', '.join(found.missing)}")

@@ -130,23 +130,25 @@ class Recipe:
         return yaml.dump(self.resolved, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
     def hash(self) -> str:
-        """Return the SHA-256, in hex, of the canonical JSON of `resolved` without `output.path` and `metadata`.
+        """Return the SHA-256, in hex, of `resolved`; see `hash_of`."""
+        return hash_of(self.resolved)
 
-        Keys are sorted where their order means nothing and kept where it does: stages, groups and modifiers.
-        """
-        sections = {key: value for key, value in self.resolved.items() if not key.endswith(STAGE) and key != "metadata"}
-        output = {key: value for key, value in sections["output"].items() if key != "path"}
-        stages = [
-            [
-                stage,
-                [
-                    [group, [[name, fields] for name, fields in modifiers.items()]]
-                    for group, modifiers in groups.items()
-                ],
-            ]
-            for stage, groups in self.resolved.items()
-            if stage.endswith(STAGE)
+
+def hash_of(resolved: Mapping[str, Any]) -> str:
+    """Return the SHA-256, in hex, of the canonical JSON of a resolved recipe without `output.path` and `metadata`.
+
+    Keys are sorted where their order means nothing and kept where it does: stages, groups and modifiers.
+    """
+    sections = {key: value for key, value in resolved.items() if not key.endswith(STAGE) and key != "metadata"}
+    output = {key: value for key, value in sections["output"].items() if key != "path"}
+    stages = [
+        [
+            stage,
+            [[group, [[name, fields] for name, fields in modifiers.items()]] for group, modifiers in groups.items()],
         ]
-        canonical = {"sections": {**sections, "output": output}, "stages": stages}
-        text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-        return hashlib.sha256(text.encode("ascii")).hexdigest()
+        for stage, groups in resolved.items()
+        if stage.endswith(STAGE)
+    ]
+    canonical = {"sections": {**sections, "output": output}, "stages": stages}
+    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -18,7 +18,7 @@ from armor_recipes.checkpoint.config import version_of
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_header, write_whole
 from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, staged, tried
-from armor_recipes.checkpoint.writer import carry_over, tensor_hashes, write_beside, write_checkpoint
+from armor_recipes.checkpoint.writer import carry_over, file_hashes, tensor_hashes, write_beside, write_checkpoint
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, RecipeError, ResourceError
 from armor_recipes.events import Observer, ignore_events
@@ -363,6 +363,7 @@ class _Run:
         if self.versions:
             manifest["llmcompressor"] = {"versions": self.versions, "modifiers": [s.key for s in self.job.recipe.steps]}
         manifest["files"] = sorted({*files_below(folder), MANIFEST_FILE, "report.json"})
+        manifest["file_hashes"] = file_hashes(folder)
         write_whole(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
 
     def report(self, folder: Path, facts: Facts) -> dict[str, Any]:

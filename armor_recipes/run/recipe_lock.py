@@ -20,6 +20,7 @@ from armor_recipes.calibration.text import BUILTIN, local_path
 from armor_recipes.checkpoint.files import MANIFEST_FILE, write_whole
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.staging import files_below
+from armor_recipes.checkpoint.writer import file_hash
 from armor_recipes.errors import InputError, RecipeError, ResourceError, VerificationError
 from armor_recipes.exhaustion import is_disk_full
 from armor_recipes.integrations.models import ModelSource, fetch_files, load_processor, load_tokenizer
@@ -298,8 +299,8 @@ def fingerprint(dataset: str) -> str | None:
     if path is None:
         return None
     if path.is_file():
-        return _file_hash(path)
-    lines = [f"{_file_hash(path / name)}  {name}\n" for name in files_below(path) if (path / name).is_file()]
+        return file_hash(path)
+    lines = [f"{file_hash(path / name)}  {name}\n" for name in files_below(path) if (path / name).is_file()]
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -377,16 +378,8 @@ def _model(name: str, source: ModelSource) -> dict[str, Any]:
         "id": name,
         "revision": source.revision,
         "commit": folder.name if folder is not None and source.folder is None else None,
-        "files": {path.name: _file_hash(path) for path in wanted},
+        "files": {path.name: file_hash(path) for path in wanted},
     }
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): a lock names its hash") from error
 
 
 def _held(content: LockFile) -> Plain:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from armor_recipes.checkpoint.export import Source
+from armor_recipes.checkpoint.verify import verify
+from armor_recipes.checkpoint.writer import tensor_hashes
 from armor_recipes.runtime import capabilities
 from tests.support.commands import Shell, write_recipe
 from tests.support.engine import ARMOR, MLP
@@ -86,3 +93,68 @@ def test_what_the_runtime_can_do(shell: Shell) -> None:
     for words in ((), ("out", "--runtime")):
         done = shell("armor", "inspect", *words)
         assert (done.code, "one of the two" in done.err) == (2, True)
+
+
+def test_a_changed_file_beside_the_weights_is_found(shell: Shell, shared: Path) -> None:
+    config = shared / "generation_config.json"
+    before = config.read_bytes()
+    config.write_bytes(before + b" ")
+    done = shell("armor", "verify", "out")
+    assert (done.code, "generation_config.json: has SHA-256" in done.err) == (6, True)
+    config.unlink()
+    done = shell("armor", "verify", "out")
+    assert (done.code, "not there: generation_config.json" in done.out) == (0, True)
+    config.write_bytes(before)
+    (shared / "README.md").write_text("A card that somebody wrote.\n")
+    recipe = shared / "recipe.yaml"
+    text = recipe.read_text()
+    recipe.write_text(text.replace("path:", "path: elsewhere #"))
+    assert shell("armor", "verify", "out").code == 0
+    for changed in (text.replace("iterations: 3", "iterations: 4"), "x", "output: 1\n", "a_stage: 1\noutput: {}\n"):
+        recipe.write_text(changed)
+        done = shell("armor", "verify", "out")
+        assert (done.code, "recipe.yaml: its hash is" in done.err) == (6, True)
+
+
+def test_numbers_that_are_not_finite_are_found(shell: Shell, shared: Path) -> None:
+    weights = load_file(shared / "model.safetensors")
+    name = "model.norm.weight"
+    manifest = json.loads((shared / "armor_manifest.json").read_text())
+    for value, code, said in (
+        (float("inf"), 0, "1 numbers are infinite"),
+        (float("nan"), 6, "1 of 32 numbers are NaN"),
+    ):
+        weights[name][3] = value
+        save_file(weights, shared / "model.safetensors", metadata={"format": "pt"})
+        manifest["tensors"] = tensor_hashes(shared)  # as if a run had written it so
+        (shared / "armor_manifest.json").write_text(json.dumps(manifest))
+        done = shell("armor", "verify", "out")
+        assert (done.code, f"{name}: {said}" in done.out + done.err) == (code, True)
+
+
+@pytest.mark.parametrize("name", ["../recipe.yaml", "/etc/hostname", "a\0b", "link"])
+def test_a_manifest_leads_to_no_file_outside_of_the_folder(shell: Shell, shared: Path, name: str) -> None:
+    (shared / "link").symlink_to(shared.parent / "recipe.yaml")
+    manifest = json.loads((shared / "armor_manifest.json").read_text())
+    manifest["file_hashes"] = {name: "0" * 64}
+    (shared / "armor_manifest.json").write_text(json.dumps(manifest))
+    done = shell("armor", "verify", "out")
+    assert (done.code, "is no file of this folder" in done.err) == (5, True)
+
+
+def test_layers_are_verified_one_at_a_time(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a folder larger than memory can be."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    read = Source.layer
+
+    def layer(source: Source, name: str) -> Any:
+        nonlocal most
+        packed = read(source, name)
+        most = max(most, sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(packed.values))
+        return packed
+
+    monkeypatch.setattr(Source, "layer", layer)
+    assert (verify(shared).layers, len(alive)) == (14, 14)
+    assert most <= 1
