@@ -69,7 +69,11 @@ class InputRange:
             raise NumericalError(f"no calibration token reaches {self.name}: the range of its inputs is unknown")
         ranges = torch.stack(self._ranges)
         if not bool(ranges.isfinite().all()):
-            raise NumericalError(f"inputs of {self.name} are not finite during calibration")
+            broken = int((~ranges.isfinite()).flatten(1).any(1).sum())
+            raise NumericalError(
+                f"the inputs of {self.name} are not finite in {broken} of {len(ranges)} calls during calibration; check "
+                "the model's weights, or set a wider `compute_dtype`"
+            )
         if last:
             return ranges[-1, 0], ranges[-1, 1]
         if moving is None:

@@ -32,6 +32,7 @@ from armor_recipes.evaluation.outputs import chosen, counted, head_rows, inferen
 from armor_recipes.evaluation.perplexity import fitting_batch
 from armor_recipes.evaluation.room import check_room
 from armor_recipes.model.facts import model_facts
+from armor_recipes.model.finite import is_finite
 from armor_recipes.recipe.schema import FidelitySpec, Strict
 
 #: Values of one output that are compared at once, in float64.
@@ -87,12 +88,18 @@ class Fidelity(Measure[FidelitySpec]):
 
     @plain_torch()
     def before(self, model: nn.Module, room: Room) -> None:
-        """Keep the dense model's outputs. Raises ResourceError where they do not fit on the disk."""
+        """Keep the dense model's outputs. Raises ResourceError where they do not fit on the disk, NumericalError as `after`."""
         done = 0
         with inference(model):
             for place, batch in enumerate(self._batches(model)):
                 size = len(leading(batch))
                 name, dense = chosen(outputs(model, batch), size, self.output)
+                mask = counted(batch, name, dense)
+                if not is_finite(dense if mask is None else dense[mask.to(dense.device)]):
+                    raise NumericalError(
+                        f"{self.inputs.dataset}: {name} of a sample among {done}…{done + size - 1} (from 0) are not finite in the "
+                        "dense model"
+                    )
                 if not place:
                     check_room(room.folder, dense.nbytes // size * len(self.inputs))
                 save_file({name: dense.contiguous().cpu()}, _file(room.folder, place))

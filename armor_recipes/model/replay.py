@@ -17,6 +17,7 @@ from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.model.blocks import Stack
 from armor_recipes.model.calls import CALL_ERRORS, REPLAY_TOLERANCE, LayerCall, hidden_states, relative_difference
 from armor_recipes.model.facts import model_facts
+from armor_recipes.model.finite import ADVICE, first_broken, is_finite, joined
 from armor_recipes.model.hooks import Hooks, input_of
 from armor_recipes.model.padding import NO_PADDING, Padding, padding_of, reads_of
 
@@ -116,9 +117,19 @@ class Stream:
             pass
 
     def advance(self, block: int) -> None:
-        """Replace the activations by a block's outputs."""
+        """Replace the activations by a block's outputs. Raises NumericalError where those of a token are not finite."""
         for index, output in enumerate(self.run(block)):
+            if not all(map(is_finite, self.padding.pieces(output))):
+                raise self._broken(block, index)
             self.hidden[index] = output
+
+    def _broken(self, block: int, batch: int) -> NumericalError:
+        module = self._stack.block(block)
+        inner = first_broken(module, lambda: self.call(block, batch).run(module))
+        return NumericalError(
+            f"the output of {joined(self._stack.block_name(block), inner)} is not finite in batch {batch} (from 0) of the "
+            f"calibration; {ADVICE}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +154,11 @@ def probe_stack(model: nn.Module, stack: Stack, inputs: Batch, hooks: Hooks) -> 
     with forward_errors(model, sample):
         seen = _watch(model, stack, sample, hooks)
     output = seen.outputs[-1] if seen.outputs else None
-    if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+    if isinstance(output, Tensor) and not is_finite(output):
+        inner = first_broken(model, lambda: feed_alike(model, on_device(sample, model)))
         raise NumericalError(
-            f"{type(model).__name__}: the output of {stack.names[-1]} is not finite before anything was changed: check "
-            "the model's weights, or set a wider model.compute_dtype"
+            f"{type(model).__name__}: the output of {inner or stack.names[-1]} is not finite before anything was changed: "
+            f"{ADVICE}"
         )
     places = [place for place, _ in seen.calls]
     if places != list(range(len(stack.modules))) or not isinstance(output, Tensor):

@@ -32,6 +32,7 @@ from armor_recipes.model.inputs import model_inputs
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import load_section
 from armor_recipes.recipe.schema import InputsSpec, ModelSpec
+from armor_recipes.run.evaluating import taken
 from armor_recipes.run.planning import parse_device
 from armor_recipes.run.refusals import resource_errors
 from armor_recipes.runtime.backends import BACKEND_VARIABLE
@@ -81,8 +82,13 @@ def _evaluate(
     measure.check(shapes)
     with resource_errors(), tempfile.TemporaryDirectory(prefix="armor-eval-") as folder:
         ready, room = measure.read(spec, _reading(source, shapes)), Room(Path(folder))
-        before = None if against is None else ready.before(_loaded(against, device), room)
-        return Evaluation(measure.name, before, ready.after(_loaded(model, device), room))
+        before = None
+        if against is not None:
+            dense = _loaded(against, device)
+            before = taken(partial(ready.before, dense, room), dense)
+            del dense  # two models need not be held
+        found = _loaded(model, device)
+        return Evaluation(measure.name, before, taken(partial(ready.after, found, room), found))
 
 
 def _reading(source: ModelSource, shapes: PreTrainedModel) -> Reading:

@@ -12,15 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import Batch
-from armor_recipes.errors import ArmorError, InputError, VerificationError
+from armor_recipes.errors import ArmorError, InputError, NumericalError, VerificationError
 from armor_recipes.integrations.models import attention_of, load_dense
 from armor_recipes.integrations.plain import dequantized
 from armor_recipes.integrations.transformers import load
+from armor_recipes.model.blocks import find_stacks
+from armor_recipes.model.finite import ADVICE, first_broken
 from armor_recipes.model.replay import feed_alike, on_device
 
 
 def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe: Batch) -> None:
-    """Raise VerificationError unless the folder, loaded in the model's compute dtype, puts out what the model does, bit for bit.
+    """Raise VerificationError unless the folder, loaded in the model's compute dtype, puts out what the model does, bit for bit;
+    and NumericalError where what the model's blocks give is not finite.
 
     All tensors of the output are compared, and all weights that are not packed. `probe` is what to call both with; `packed` says
     whether the folder needs this package to load. It is loaded with the attention implementations that the model runs on, into
@@ -68,8 +71,8 @@ def _wanting_gradients(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _compare_outputs(model: PreTrainedModel, loaded: PreTrainedModel, batch: Batch) -> None:
-    """Raise VerificationError unless both put out the same for the batch."""
-    ours, theirs = _outputs(model, batch), _reloaded_outputs(loaded, batch)
+    """Raise VerificationError unless both put out the same for the batch, NumericalError where what blocks give is not finite."""
+    ours, theirs = _finite_outputs(model, batch), _reloaded_outputs(loaded, batch)
     if ours.keys() != theirs.keys() or not ours:
         raise VerificationError(
             f"the model loaded again puts out {sorted(theirs) or 'no tensor'}, and the one in memory {sorted(ours) or 'none'}: "
@@ -85,6 +88,20 @@ def _outputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
     """All tensors that a model puts out; one that draws random numbers draws those of any other call."""
     with torch.inference_mode():
         return _tensors(feed_alike(model, batch))
+
+
+def _finite_outputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """`_outputs`, looked at in those of blocks, and for one of which no number is finite: a head may have rows without meaning."""
+    found: dict[str, Tensor] = {}
+    broken = first_broken(model, lambda: found.update(_outputs(model, batch)), among=find_stacks(model).names)
+    lost = [name for name, x in found.items() if x.is_floating_point() and x.numel() and not bool(x.isfinite().any())]
+    if broken or lost:
+        inner = first_broken(model, lambda: _outputs(model, batch))
+        broken = broken or f"{type(model).__name__} ({lost[0]})"
+        raise NumericalError(
+            f"the output of {inner or broken} in the compressed model is not finite on one sample; {ADVICE}"
+        )
+    return found
 
 
 def _reloaded_outputs(loaded: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:

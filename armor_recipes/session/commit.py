@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isfinite
 
 from armor_recipes.checkpoint.quantized import QuantizedLinear
+from armor_recipes.errors import NumericalError
+from armor_recipes.model.finite import ADVICE, is_finite
 from armor_recipes.model.store import WeightStore
 from armor_recipes.modifiers.kinds.changes import Changes
 from armor_recipes.modifiers.kinds.contract import State
 
 
 def commit(changes: Changes, weights: WeightStore, state: State) -> None:
-    """Write the weights and add the rest to the state. Raises ValueError, before it writes, on a weight of another shape."""
+    """Write the weights and add the rest to the state.
+
+    Raises ValueError, before it writes, on a weight of another shape, and NumericalError on one, or on a loss, that is not finite.
+    """
     for name, value in changes.weights.items():
         own = weights.read(name)
         if own.shape != value.shape:
             raise ValueError(
                 f"{changes.step}: {name} is {tuple(own.shape)}, and {tuple(value.shape)} was to be written"
             )
+    _check_finite(changes)
     for name, value in changes.weights.items():
         weights.write(name, value, same_function=changes.same_function)
     for name, factors in changes.factors.items():
@@ -35,6 +42,23 @@ def commit(changes: Changes, weights: WeightStore, state: State) -> None:
         weights.change_cache(name, cache.states)
     state.caches |= changes.caches
     state.results += changes.results
+
+
+def _check_finite(changes: Changes) -> None:
+    """What every solver promises of itself, of whatever a modifier or a plug-in gives."""
+    for name, value in changes.weights.items():
+        if not is_finite(value):
+            count = int((~value.isfinite()).sum())
+            raise NumericalError(
+                f"{changes.step}: {count} of {value.numel()} new numbers of {name} are not finite; nothing of it was taken "
+                f"over: {ADVICE}"
+            )
+    for name, result in changes.modules.items():
+        for loss in (*result.losses, result.stored_loss, result.error):
+            if not isfinite(loss):
+                raise NumericalError(
+                    f"{changes.step}: a loss of {name} is {loss}; nothing of it was taken over: {ADVICE}"
+                )
 
 
 def _run_as_stored(name: str, layer: QuantizedLinear | None, weights: WeightStore) -> None:

@@ -24,9 +24,10 @@ from torch import Tensor
 from armor_recipes.calibration.inputs import arguments
 from armor_recipes.checkpoint.files import CONFIG_FILE, read_config, write_whole
 from armor_recipes.checkpoint.writer import write_checkpoint
-from armor_recipes.errors import InputError, PlanError, ResourceError, VerificationError
+from armor_recipes.errors import InputError, NumericalError, PlanError, ResourceError, VerificationError
 from armor_recipes.integrations.models import load_dense
 from armor_recipes.integrations.plain import run_plain
+from armor_recipes.model.finite import first_broken, is_finite
 from armor_recipes.model.replay import feed_alike, on_device
 from armor_recipes.model.ties import tied_output, untie
 from armor_recipes.recipe.llmcompressor import STEP_PYTHON
@@ -69,6 +70,7 @@ def run_step(model: PreTrainedModel, step: Step, *, dtype: torch.dtype, dtypes: 
     Raises:
         InputError: where llm-compressor fails; its last lines are told.
         PlanError: where it leaves a quantised model, or one of another structure: nothing of ours could go on with it.
+        NumericalError: where it leaves numbers that are not finite in a tensor that had none.
     """
     with tempfile.TemporaryDirectory(prefix="armor-oneshot-") as made:
         folder = Path(made)
@@ -111,6 +113,7 @@ def run_whole(
     Raises:
         InputError: where llm-compressor fails; its last lines are told.
         VerificationError: where its folder does not load in transformers as the model that it had in memory.
+        NumericalError: where what a module of it gives is not finite.
     """
     with tempfile.TemporaryDirectory(prefix="armor-oneshot-") as made:
         folder = Path(made)
@@ -143,6 +146,12 @@ def _checked(step: Step, loaded: PreTrainedModel, probe: Mapping[str, Tensor], w
             f"the folder that llm-compressor wrote after {step.names} does not run in transformers in {loaded.dtype}, the dtype "
             f"of the model's files: {failed}"
         ) from failed
+    broken = first_broken(loaded, lambda: feed_alike(loaded, on_device(probe, loaded)))
+    if broken:
+        raise NumericalError(
+            f"{step.names}: the output of {broken} is not finite in what llm-compressor wrote: check the model's weights, "
+            "or change the recipe"
+        )
     error = float((found - wanted).norm() / wanted.norm()) if found.shape == wanted.shape else float("inf")
     if not error <= WITHIN:
         raise VerificationError(
@@ -201,6 +210,11 @@ def _read_back(model: PreTrainedModel, step: Step, result: Path) -> None:
         own = model.state_dict()
     changed = next(_other_shapes(own, found), None)
     if changed is None:
+        for name, tensor in own.items():
+            if not is_finite(found[name]) and is_finite(tensor):
+                raise NumericalError(
+                    f"{step.names} left numbers of {name} that are not finite: check the model's weights, or change the recipe"
+                )
         for name, tensor in own.items():
             tensor.copy_(found[name])
         changed = next((name for name, tensor in own.items() if not torch.equal(tensor, found[name])), None)
