@@ -131,11 +131,17 @@ def _files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str
         yield RECIPE_FILE, "" if there == recipe else f"{RECIPE_FILE}: its hash is {there}, the manifest's {recipe}"
 
 
-def _recipe_hash(file: Path) -> str | None:
-    """The hash of a resolved recipe, as it stands there; None for what is none."""
+def read_resolved(file: Path) -> dict[str, Any] | None:
+    """The mapping that a folder's recipe is, unchecked; None for a file that cannot be read as one."""
     table = read_file(file, problems := Problems())
     resolved = None if table is None or problems.found else plain(table)
+    return resolved if isinstance(resolved, dict) else None
+
+
+def _recipe_hash(file: Path) -> str | None:
+    """The hash of a resolved recipe, as it stands there; None for what is none."""
+    resolved = read_resolved(file)
     try:
-        return hash_of(resolved) if isinstance(resolved, dict) else None
+        return None if resolved is None else hash_of(resolved)
     except (KeyError, AttributeError, TypeError):  # its sections are not what a recipe's are
         return None

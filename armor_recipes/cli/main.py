@@ -7,6 +7,7 @@ from typing import NoReturn
 import typer
 
 from armor_recipes.cli.convert import convert_command
+from armor_recipes.cli.diff import diff_command
 from armor_recipes.cli.evaluate import eval_command
 from armor_recipes.cli.export import export_command
 from armor_recipes.cli.guard import run_command
@@ -28,6 +29,7 @@ app.command("inspect")(inspect_command)
 app.command("export")(export_command)
 app.command("lock")(lock_command)
 app.command("verify")(verify_command)
+app.command("diff")(diff_command)
 app.command("schema")(schema_command)
 app.command("recipes")(recipes_command)
 app.command("convert")(convert_command)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -27,11 +27,12 @@ from armor_recipes.integrations.models import ModelSource, fetch_files, load_pro
 from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.paths import user_path
-from armor_recipes.recipe.problems import Mark, Problems, printable, show
+from armor_recipes.recipe.leaves import differing
+from armor_recipes.recipe.problems import Mark, Problems, show
 from armor_recipes.recipe.schema import Strict
 from armor_recipes.recipe.tree import Items, Node, Scalar, Table, plain
 from armor_recipes.recipe.validation import validate
-from armor_recipes.recipe.yaml_source import MAX_DEPTH, Dumper, parse, read_text
+from armor_recipes.recipe.yaml_source import Dumper, parse, read_text
 from armor_recipes.report.machine import machine_class
 from armor_recipes.report.manifest import used_by, versions
 from armor_recipes.report.names import without_folders
@@ -60,8 +61,8 @@ _HEAD = (
     "# Written by `armor lock`: what a run of the recipe depends on. `armor-apply --locked` refuses any difference.\n"
 )
 _ELSEWHERE = (
-    "the machine class is another one, where the same bytes are not promised: what is are the same tokens, and masks and values "
-    "near those that the lock's class gives. Run it here without --locked, and `armor diff` says how near the two folders are"
+    "the machine class is another one, where the same bytes are not promised: what is are the same tokens, and weights near those "
+    "of the lock's class. Run it without --locked, and hold the folder against one from there: `armor diff A B --tolerance 0.25`"
 )
 _ANEW = "if the change is meant, `armor lock` writes the lock anew"
 
@@ -123,11 +124,9 @@ class Lock:
 
     def differences(self, now: LockFile) -> list[str]:
         """A line for each thing that differs, with both values; none of tensors."""
-        locked, found = (dict(_leaves(_held(each))) for each in (self.content, now))
         return [
-            f"{self._place(path)}: {printable('.'.join(path))}: locked {_said(locked, path)}, now {_said(found, path)}"
-            for path in dict.fromkeys([*locked, *found])
-            if _said(locked, path) != _said(found, path)
+            f"{self._place(each.path)}: {each.key}: locked {each.first}, now {each.second}"
+            for each in differing(_held(self.content), _held(now))
         ]
 
     def check(self, now: LockFile) -> None:
@@ -340,11 +339,8 @@ def _tensors_of_run(output: Path, job: Job, content: LockFile) -> dict[str, str]
         "armor_recipes": content.versions["armor-recipes"],
         "machine": content.machine,
     }
-    theirs, ours = (dict(_leaves(each)) for each in (told, here))
     wrong = [
-        f"{printable('.'.join(path))}: {MANIFEST_FILE} says {_said(theirs, path)}, here it is {_said(ours, path)}"
-        for path in dict.fromkeys([*theirs, *ours])
-        if _said(theirs, path) != _said(ours, path)
+        f"{each.key}: {MANIFEST_FILE} says {each.first}, here it is {each.second}" for each in differing(told, here)
     ]
     if wrong:
         raise VerificationError("\n".join([f"--from {output}: it was not made by this recipe as it is here", *wrong]))
@@ -389,18 +385,3 @@ def _held(content: LockFile) -> Plain:
     if isinstance(held["recipe"].get("output"), dict):
         held["recipe"]["output"].pop("path", None)
     return held
-
-
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value that holds no others, by the path of keys to it."""
-    inner = dict(value) if isinstance(value, Mapping) else dict(enumerate(value)) if isinstance(value, list) else {}
-    if not inner or len(path) == MAX_DEPTH:
-        yield path, "…" if inner else value
-        return
-    for key, child in inner.items():
-        yield from _leaves(child, (*path, str(key)))
-
-
-def _said(leaves: Mapping[tuple[str, ...], Any], path: tuple[str, ...]) -> str:
-    """A value as JSON, in which 1 and 1.0 and true differ; `nothing` where there is none."""
-    return printable(json.dumps(leaves[path], ensure_ascii=False)) if path in leaves else "nothing"
