@@ -26,6 +26,7 @@ def lock_command(
 ) -> None:
     """Write RECIPE.lock.yaml for armor-apply --locked (armor lock quickstart --from out/quickstart)."""
     from armor_recipes.cli.quiet import quiet_libraries
+    from armor_recipes.paths import user_path
     from armor_recipes.run import prepare
     from armor_recipes.run.job import read_recipe
     from armor_recipes.run.recipe_lock import lock_file, make_lock, read_lock
@@ -33,12 +34,13 @@ def lock_command(
     quiet_libraries()
     file = lock_file(recipes)
     before = read_lock(file) if check else None
-    lock = make_lock(
-        prepare(read_recipe(recipes, overrides=overrides or (), output=output), device=device), file, output=run
-    )
+    job = prepare(read_recipe(recipes, overrides=overrides or (), output=output), device=device)
+    lock = make_lock(job, file, output=None if before is not None and before.tensors else run)
     if before is not None:
         before.check(lock.content)
-        print(f"{file} holds; it knows {len(before.tensors)} tensors")
+        if run is not None:
+            before.check_output(user_path(run))
+        print(f"{file} holds; it knows {len(before.tensors)} tensors" + (f", those of {run}" if run else ""))
         return
     lock.write()
     print(f"{file}: {len(lock.content.model.files)} files of the model, {len(lock.tensors)} tensors")

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import typer
 
+from armor_recipes.cli.check import check_command
 from armor_recipes.cli.convert import convert_command
 from armor_recipes.cli.diff import diff_command
 from armor_recipes.cli.evaluate import eval_command
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
 app.command("export")(export_command)
+app.command("check")(check_command)
 app.command("lock")(lock_command)
 app.command("verify")(verify_command)
 app.command("diff")(diff_command)

@@ -27,6 +27,7 @@ from armor_recipes.integrations.models import ModelSource, fetch_files, load_pro
 from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.paths import user_path
+from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.leaves import differing
 from armor_recipes.recipe.problems import Mark, Problems, show
 from armor_recipes.recipe.schema import Strict
@@ -290,6 +291,22 @@ def locked_facts(job: Job, data: Data) -> LockFile:
         "machine": machine_class(job.device.type),
     }
     return LockFile.model_validate_json(json.dumps(found))
+
+
+def check_recipe(file: Path, recipe: Recipe) -> str:
+    """Hold a recipe against its lock, if it has one; says in words what was. Neither data nor model are read.
+
+    Raises VerificationError with every key that differs, and RecipeError for a lock that cannot be read.
+    """
+    place = lock_file([file])
+    if not place.exists():
+        return "well formed"
+    lock = read_lock(place)
+    known = lock.content.model_copy(update={"recipe": recipe.resolved, "recipe_sha256": recipe.hash()})
+    found = lock.differences(known)
+    if found:
+        raise VerificationError("\n".join([f"{place} is of another recipe than {file}", *found, _ANEW]))
+    return f"well formed, and what {place} locks"
 
 
 def fingerprint(dataset: str) -> str | None:

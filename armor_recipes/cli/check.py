@@ -1,0 +1,24 @@
+"""`armor check RECIPE…`: recipes by themselves, as a pre-commit hook wants it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def check_command(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files, each for itself.")],
+) -> None:
+    """Check recipes, and that their locks are of them, without model and data (armor check recipes/quickstart.yaml)."""
+    from armor_recipes.run.job import read_recipe
+    from armor_recipes.run.recipe_lock import check_recipe
+    from armor_recipes.run.refusals import Refusals
+
+    refused = Refusals()
+    for file in recipes:
+        with refused.noted():
+            print(f"{file}: {check_recipe(file, read_recipe(file))}")
+    if refused:
+        refused.tell()
