@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,7 @@ from armor_recipes.run.data import Data, read_data
 from armor_recipes.run.planning import Job
 from armor_recipes.run.refusals import Refusals, resource_errors
 from armor_recipes.run.settling import is_settled
+from armor_recipes.version import release_of
 
 LOCK_VERSION = 1
 MAX_LOCK_BYTES = 64 * 2**20
@@ -104,6 +106,7 @@ class LockFile(Strict):
     order: tuple[str, ...]
     recipe: Plain
     model: LockedModel
+    teacher: LockedModel | None
     datasets: tuple[LockedDataset, ...]
     tokens: tuple[LockedTokens, ...]
     evaluation: dict[str, Sha256]
@@ -274,6 +277,7 @@ def locked_facts(job: Job, data: Data) -> LockFile:
         "order": [*(step.key for step in recipe.steps), *(entry.key for entry in recipe.modifiers)],
         "recipe": recipe.resolved,
         "model": _model(recipe.model.id, job.source),
+        "teacher": None if job.teacher is None else _model(str(recipe.model.teacher), job.teacher),
         "datasets": [{"dataset": without_folders(name), "sha256": fingerprint(name)} for name in recipe.datasets],
         "tokens": [
             {
@@ -286,7 +290,11 @@ def locked_facts(job: Job, data: Data) -> LockFile:
         ],
         "evaluation": {measure.name: measure.sha256 for measure in data.measures},
         "seeds": seeds,
-        "versions": {**versions(llmcompressor=bool(recipe.steps)), "python": platform.python_version()},
+        "versions": {
+            **versions(llmcompressor=bool(recipe.steps)),
+            **_plug_ins(job),
+            "python": platform.python_version(),
+        },
         "device": job.device.type,
         "machine": machine_class(job.device.type),
     }
@@ -380,6 +388,13 @@ def _data(job: Job) -> Data:
     if refused:
         refused.tell()
     return data
+
+
+def _plug_ins(job: Job) -> dict[str, str]:
+    """The releases of the packages that the recipe's modifiers come from, this one apart."""
+    roots = {type(modifier).__module__.partition(".")[0] for modifier in job.modifiers.values()} - {"armor_recipes"}
+    found = packages_distributions() if roots else {}
+    return {name: release_of(name) for root in sorted(roots) for name in sorted(set(found.get(root, ())))}
 
 
 def _model(name: str, source: ModelSource) -> dict[str, Any]:

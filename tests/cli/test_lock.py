@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
 from armor_recipes.errors import RecipeError
+from armor_recipes.modifiers.armor import ARMORModifier
 from armor_recipes.run import apply
 from armor_recipes.run.recipe_lock import read_lock
 from tests.support.commands import Shell
@@ -182,3 +184,26 @@ def test_python_takes_a_lock_and_no_model_in_memory_beside_it(shell: Shell, rand
     assert "it knew no tensors" in str(apply("recipe.yaml", lock="recipe.lock.yaml").promise)
     with pytest.raises(RecipeError, match="a model or tokenizer in memory"):
         apply("recipe.yaml", make_model(), output="again", lock="recipe.lock.yaml")
+
+
+def test_a_teacher_is_locked_as_the_model_is(shell: Shell, random: Path, llama: Path) -> None:
+    assert shell("armor-apply", "recipe.yaml", "--quiet").code == 0
+    dense = random / "dense"
+    shutil.copytree(llama, dense)
+    refiner = {"DistillationModifier": {"epochs": 1, "calibration": {"samples": 32}}}
+    mapping = {**recipe("out", "taught", **refiner), "model": {"id": "out", "teacher": "dense"}}
+    (random / "taught.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False))
+    assert shell("armor", "lock", "taught.yaml").code == 0
+    assert shell("armor", "lock", "taught.yaml", "--check").code == 0
+    config = dense / "config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
+    done = shell("armor", "lock", "taught.yaml", "--check")
+    assert (done.code, done.err.count(": locked "), "teacher.files.config.json" in done.err) == (6, 1, True)
+
+
+def test_the_release_of_a_plug_in_is_locked(shell: Shell, random: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ARMORModifier, "__module__", "plugin.modifier")
+    monkeypatch.setattr("armor_recipes.run.recipe_lock.packages_distributions", lambda: {"plugin": ["numpy", "numpy"]})
+    monkeypatch.setattr("armor_recipes.run.recipe_lock.release_of", lambda name: f"{name} 7")
+    assert shell("armor", "lock", "recipe.yaml").code == 0
+    assert read_lock(random / "recipe.lock.yaml").content.versions["numpy"] == "numpy 7"

@@ -108,6 +108,7 @@ def _lines(lock: Lock) -> str:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Made:
     found = Made(tmp_path_factory.mktemp("fuzz"), llama)
+    "\n".encode("unicode_escape")  # a codec is imported when it is first used
     sys.addaudithook(_audit)  # what is imported late is imported by now
     return found
 
