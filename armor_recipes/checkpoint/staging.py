@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from armor_recipes.checkpoint.lock import has_ended, host
-from armor_recipes.errors import ArmorError, RecipeError, ResourceError
+from armor_recipes.errors import ArmorError, QualityError, RecipeError, ResourceError
 from armor_recipes.exhaustion import is_disk_full, is_out_of_memory
 
 _MANIFEST, _CONFIG = "armor_manifest.json", "config.json"
@@ -123,7 +123,8 @@ def tried(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def kept_aside(folder: Path, output: Path) -> Iterator[None]:
-    """Keep a folder in which the weights are written in full beside `output`, as `NAME.unverified`, where what follows goes wrong.
+    """Keep a folder in which the weights are written in full beside `output`, where what follows goes wrong: as `NAME.unverified`,
+    or `NAME.rejected` where all that is wrong is its quality.
 
     The error says where it is, and whether more than the weights is there. What ran out is a ResourceError.
     """
@@ -151,7 +152,7 @@ def _kept(folder: Path, target: Path, error: BaseException) -> str:
     """Move a folder beside its place, or leave it where it is if that cannot be; says which."""
     whole = "tensors" in _json_object(folder / _MANIFEST)
     kept = "what was written is complete and kept in" if whole else "the weights, written in full, are kept in"
-    aside = _free_sibling(target, "unverified")
+    aside = _free_sibling(target, "rejected" if isinstance(error, QualityError) else "unverified")
     with contextlib.suppress(OSError):
         _flush(folder)
     try:

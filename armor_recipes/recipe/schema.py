@@ -353,17 +353,27 @@ class EvaluationSpec(Strict):
         description="Whether embeddings of queries are nearest to those of their documents.",
     )
 
+    max_perplexity_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        title="Highest ratio of perplexities",
+        description="A run whose perplexity after is more than so many times the one before fails with exit code 8; its output is "
+        "kept beside its place. Needs `perplexity`; left out, any is taken.",
+    )
+
     @model_validator(mode="after")
     def _measure_something(self) -> EvaluationSpec:
+        if self.max_perplexity_ratio is not None and self.perplexity is None:
+            raise ValueError("max_perplexity_ratio compares perplexity after with that before: give `perplexity`, too")
         if not self.measures:
-            raise ValueError(f"names nothing to measure; give one or more of {', '.join(type(self).model_fields)}")
+            measures = [name for name in type(self).model_fields if name != "max_perplexity_ratio"]
+            raise ValueError(f"names nothing to measure; give one or more of {', '.join(measures)}")
         return self
 
     @property
     def measures(self) -> dict[str, Strict]:
         """The sections that are there, by their keys."""
         found = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: spec for name, spec in found.items() if spec is not None}
+        return {name: spec for name, spec in found.items() if isinstance(spec, Strict)}
 
     @property
     def datasets(self) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from armor_recipes.checkpoint.staging import tried
-from armor_recipes.errors import NumericalError
-from armor_recipes.evaluation import Evaluation, Measure, Room, asked
+from armor_recipes.errors import NumericalError, QualityError
+from armor_recipes.evaluation import Evaluation, Measure, Perplexity, Room, asked
 from armor_recipes.events import EvaluationProgressed, Observer
 from armor_recipes.model.finite import ADVICE, first_broken
 from armor_recipes.recipe import Recipe
@@ -69,6 +69,23 @@ def taken(take: Callable[[], T], model: nn.Module) -> T:
         if not name:
             raise
         raise NumericalError(f"{error}: the output of {name} is the first that is not finite; {ADVICE}") from error
+
+
+def check_quality(recipe: Recipe, evaluations: Sequence[Evaluation]) -> None:
+    """Raise QualityError where perplexity has risen by more than the recipe's `evaluation.max_perplexity_ratio`."""
+    allowed = None if recipe.evaluation is None else recipe.evaluation.max_perplexity_ratio
+    if allowed is None:
+        return
+    found = next(each for each in evaluations if isinstance(each.after, Perplexity))
+    assert isinstance(found.before, Perplexity)
+    before, after = found.before.value, found.after.values[0].value
+    if after > allowed * before:
+        raise QualityError(
+            f"perplexity on {found.before.dataset} is {after:.4g} after and {before:.4g} before: {after / before:.4g} times as "
+            f"high, and evaluation.max_perplexity_ratio allows {allowed:g}, however well the layers' own losses did. Compress less "
+            "(larger blocks, fewer modules), calibrate on more text that is like it, train with BlockRefineModifier or "
+            "DistillationModifier, or raise the bound"
+        )
 
 
 def _room(measure: Measure[Any], folder: Path, observer: Observer) -> Room:

@@ -36,7 +36,7 @@ from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
 from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, skipped_rows, state_hash
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.checks import check_output, check_weights, placed, precious_paths
-from armor_recipes.run.evaluating import measured
+from armor_recipes.run.evaluating import check_quality, measured
 from armor_recipes.run.given import given_changes, run_as_stored
 from armor_recipes.run.planning import Job, prepare
 from armor_recipes.run.preflight import Ready, check_disk, preflight
@@ -138,6 +138,8 @@ def execute(
     """Carry out a prepared job: preflight, load, evaluate, compress, evaluate again, write, verify, commit.
 
     With a `lock`, what it depends on is held against that after preflight, and the tensors before the commit.
+
+    Raises ArmorError; QualityError where the recipe's bound on perplexity is not kept: what was written is then beside its place.
     """
     output = user_path(job.recipe.output.path)
     if lock is not None and (model is not None or tokenizer is not None):
@@ -170,6 +172,7 @@ def execute(
                 report = run.report(folder, facts)
                 if lock is not None:
                     lock.check_output(folder)
+                check_quality(job.recipe, facts.evaluations)
     return Result(
         plan=run.job.plan,
         output=output,

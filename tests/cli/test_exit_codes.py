@@ -16,6 +16,7 @@ from armor_recipes.errors import InputError
 from armor_recipes.run import data, job, planning
 from tests.support.commands import Shell, write_recipe
 from tests.support.engine import ARMOR, make_model
+from tests.support.tokenizers import byte_tokenizer
 
 
 def fail_with(error: BaseException) -> Any:
@@ -257,6 +258,20 @@ def test_7_whatever_ran_out_before_or_after_the_run(
     done = shell("armor-apply", file)
     assert (done.code, done.err.count("\n")) == (7, 1), done.err
     assert done.err.startswith(f"error: {said}")
+
+
+def test_8_a_bound_on_perplexity(shell: Shell, llama: Path, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(shutil.copytree(llama, tmp_path / "m"))
+    (tmp_path / "letters.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 9)  # whose ids are below 96
+    words = [
+        "evaluation.perplexity={dataset: ./letters.txt, sequence_length: 32}",
+        "evaluation.max_perplexity_ratio=0.1",
+    ]
+    sets = [part for word in words for part in ("--set", word)]
+    done = shell("armor-apply", write_recipe(tmp_path, tmp_path / "m"), *sets, "--json")
+    assert (done.code, done.out) == (8, "")
+    assert "evaluation.max_perplexity_ratio allows 0.1" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["m", "out.rejected"]
 
 
 def test_130_an_interrupt(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

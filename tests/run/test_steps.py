@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from armor_recipes import apply, load
 from armor_recipes.checkpoint.reader import read_config
-from armor_recipes.errors import InputError, PlanError, RecipeError, VerificationError
+from armor_recipes.errors import InputError, PlanError, QualityError, RecipeError, VerificationError
 from armor_recipes.integrations.oneshot import child, step
 from armor_recipes.recipe.llmcompressor import STEP_PYTHON
 from armor_recipes.run import prepare
 from armor_recipes.run.job import read_recipe
 from tests.support.engine import ARMOR, MLP, logits, make_model, recipe, save_model
+from tests.support.tokenizers import byte_tokenizer
 
 LOGARITHMIC: dict[str, Any] = {"smoothing_strength": 0.5, "requires_calibration_data": True}
 #: Stands for llm-compressor: a module that `child.py` imports `oneshot` from.
@@ -244,6 +245,19 @@ def test_a_whole_run_is_the_folder_that_llm_compressor_wrote(inside: None, tmp_p
     assert "compressed by llm-compressor" in (tmp_path / "out" / "README.md").read_text()
     assert not found.modules
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "python", "source"]
+
+
+def test_a_whole_run_keeps_the_bound_on_perplexity(inside: None, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(save_model(tmp_path / "source", "llama", torch.float32))
+    (tmp_path / "letters.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 9)  # whose ids are below 96
+    given = recipe(tmp_path / "source", tmp_path / "out", AutoRoundModifier={"iters": 3})
+    measured = {"dataset": str(tmp_path / "letters.txt"), "sequence_length": 32, "windows": 2}
+    given["evaluation"] = {"perplexity": measured, "max_perplexity_ratio": 0.01}
+    with pytest.raises(QualityError, match=r"max_perplexity_ratio allows 0\.01.*complete and kept in .*out\.rejected$"):
+        apply(given)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out.rejected"]
+    assert json.loads((tmp_path / "out.rejected" / "armor_manifest.json").read_text())["llmcompressor"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out.rejected")
 
 
 def test_a_folder_that_loads_as_another_model_is_none(inside: None, tmp_path: Path) -> None:
