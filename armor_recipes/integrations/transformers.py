@@ -54,6 +54,7 @@ from armor_recipes.integrations.upstream import (
 from armor_recipes.paths import user_path
 from armor_recipes.runtime.backends import choose_backend
 from armor_recipes.runtime.linear import ArmorLinear
+from armor_recipes.runtime.slower import warn_where_slower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,6 +172,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a checkpoint that a recipe or `armor export` wrote, or a legacy 2:4 folder, checked, in evaluation mode.
 
+    One warning names how many ARMOR layers are slower on this CPU than dense ones, where that can be felt.
+
     Unlike `from_pretrained` this checks names, shapes and dtypes of every ARMOR tensor against config.json first, then
     their contents, and accepts no format outside a fixed list; nothing that the checkpoint contains is executed.
 
@@ -206,10 +209,11 @@ def load(
     run_plain(model, model.dtype)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its signature
-    for name, module in model.named_modules():
-        if isinstance(module, ArmorLinear):
-            module.label, module.backend = name, chosen.name
-            module.prepare()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ArmorLinear)}
+    for name, layer in layers.items():
+        layer.label, layer.backend = name, chosen.name
+        layer.prepare()
+    warn_where_slower(layers)
     return model
 
 
