@@ -139,6 +139,10 @@ def test_sizes_that_a_measurement_settles_are_locked_by_a_run(shell: Shell, rand
     assert shell("armor", "lock", "recipe.yaml", "--set", sizes).code == 0
     done = shell("armor", "lock", "recipe.yaml", "--set", sizes, "--from", "out")
     assert (done.code, "leaves sizes to a measurement" in done.err) == (2, True)
+    for said in ("it knew no tensors", "the same bytes of all"):
+        done = shell("armor-apply", "recipe.yaml", "--set", sizes, "--locked", "--overwrite")
+        assert (done.code, said in done.err) == (0, True)
+    assert shell("armor", "lock", "recipe.yaml", "--set", sizes, "--check", "--from", "out").code == 0
 
 
 @pytest.mark.parametrize(
