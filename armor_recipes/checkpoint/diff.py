@@ -14,7 +14,7 @@ from armor_recipes.checkpoint.export import Source
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_tensor
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.packing import PackedLinear
-from armor_recipes.checkpoint.verify import RECIPE_FILE, read_resolved
+from armor_recipes.checkpoint.verify import RECIPE_FILE, has_recipe, read_resolved
 from armor_recipes.paths import user_path
 from armor_recipes.recipe.leaves import Differing, differing
 from armor_recipes.solver.blockdiag import stable_sum
@@ -116,7 +116,7 @@ def diff(first: Path, second: Path) -> Diff:
 
 def _recipe(folder: Path) -> dict[str, Any]:
     """The resolved recipe without what it says of itself and where the output goes; empty without one."""
-    found = (read_resolved(folder / RECIPE_FILE) if (folder / RECIPE_FILE).is_file() else None) or {}
+    found = (read_resolved(folder / RECIPE_FILE) if has_recipe(folder) else None) or {}
     output = found.get("output")
     kept = {key: value for key, value in found.items() if key != "metadata"}
     return {**kept, "output": {k: v for k, v in output.items() if k != "path"}} if isinstance(output, dict) else kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from armor_recipes.checkpoint.export import Source
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_tensor
 from armor_recipes.checkpoint.header import read_json, shown
 from armor_recipes.checkpoint.reader import format_version
+from armor_recipes.checkpoint.staging import files_below
 from armor_recipes.checkpoint.writer import file_hash, tensor_hash
 from armor_recipes.errors import CheckpointError, VerificationError
 from armor_recipes.paths import user_path
@@ -71,7 +72,8 @@ def verify(folder: Path) -> Verified:
         wrong += [f"{name}: {nans} of {tensor.numel()} numbers are NaN"] if nans else []
         infinite |= {name: infinities} if infinities else {}
     wrong += [line for name in sorted(found.keys() | promised.keys()) for line in _difference(name, found, promised)]
-    files = dict(_files(folder, manifest))
+    there = set(files_below(folder))
+    files = dict(_files(folder, manifest, there))
     wrong += [line for line in files.values() if line]
     if wrong:
         raise VerificationError(f"{folder} is not what {MANIFEST_FILE} says:\n" + "\n".join(wrong))
@@ -85,9 +87,7 @@ def verify(folder: Path) -> Verified:
         layers=len(source.specs),
         format_version=version or FORMAT_VERSION,
         files=len(files),
-        missing=tuple(
-            name for name in names if "\0" not in name and is_inside(folder, name) and not (folder / name).exists()
-        ),
+        missing=tuple(name for name in names if name not in there),
         infinite=infinite,
     )
 
@@ -116,19 +116,24 @@ def _difference(name: str, found: Mapping[str, str], promised: Mapping[str, str]
         yield f"{name}: has SHA-256 {found[name]}, the manifest {promised[name]}"
 
 
-def _files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _files(folder: Path, manifest: Mapping[str, Any], there: Set[str]) -> Iterator[tuple[str, str]]:
     """Each file that is there and whose hash is known, with what is wrong with it, if anything is."""
     promised = _hashes(folder, manifest, "file_hashes") if "file_hashes" in manifest else {}
     for name, digest in promised.items():
         if "\0" in name or not is_inside(folder, name):
             raise CheckpointError(f"{folder / MANIFEST_FILE}: file_hashes: {shown(name)} is no file of this folder")
-        if (folder / name).is_file():
+        if name in there and (folder / name).is_file():
             found = file_hash(folder / name)
             yield name, "" if found == digest else f"{name}: has SHA-256 {found}, the manifest {digest}"
     recipe = manifest.get("recipe_sha256")
-    if isinstance(recipe, str) and (folder / RECIPE_FILE).is_file() and is_inside(folder, RECIPE_FILE):
-        there = _recipe_hash(folder / RECIPE_FILE)
-        yield RECIPE_FILE, "" if there == recipe else f"{RECIPE_FILE}: its hash is {there}, the manifest's {recipe}"
+    if isinstance(recipe, str) and has_recipe(folder):
+        now = _recipe_hash(folder / RECIPE_FILE)
+        yield RECIPE_FILE, "" if now == recipe else f"{RECIPE_FILE}: its hash is {now}, the manifest's {recipe}"
+
+
+def has_recipe(folder: Path) -> bool:
+    """Whether a folder holds a recipe, and no link to one elsewhere."""
+    return (folder / RECIPE_FILE).is_file() and is_inside(folder, RECIPE_FILE)
 
 
 def read_resolved(file: Path) -> dict[str, Any] | None:

@@ -164,6 +164,15 @@ def test_a_folder_without_a_manifest_and_one_that_is_none(shell: Shell, made: Pa
         diff(tmp_path, made)
 
 
+def test_a_recipe_that_is_a_link_out_of_the_folder_is_not_read(made: Path, tmp_path: Path) -> None:
+    recipe = made / "recipe.yaml"
+    (tmp_path / "elsewhere.yaml").write_bytes(recipe.read_bytes())
+    recipe.unlink()
+    recipe.symlink_to(tmp_path / "elsewhere.yaml")
+    assert {each.second for each in diff(tmp_path / "out", made).recipe} <= {"nothing", "{}"}
+    assert diff(tmp_path / "out", made).recipe
+
+
 def test_one_layer_of_each_is_in_memory(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0

@@ -132,7 +132,7 @@ def test_numbers_that_are_not_finite_are_found(shell: Shell, shared: Path) -> No
         assert (done.code, f"{name}: {said}" in done.out + done.err) == (code, True)
 
 
-@pytest.mark.parametrize("name", ["../recipe.yaml", "/etc/hostname", "a\0b", "link"])
+@pytest.mark.parametrize("name", ["../recipe.yaml", "/etc/hostname", "a\0b", "link", "../" + "x" * 300])
 def test_a_manifest_leads_to_no_file_outside_of_the_folder(shell: Shell, shared: Path, name: str) -> None:
     (shared / "link").symlink_to(shared.parent / "recipe.yaml")
     manifest = json.loads((shared / "armor_manifest.json").read_text())
@@ -158,3 +158,11 @@ def test_layers_are_verified_one_at_a_time(shared: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Source, "layer", layer)
     assert (verify(shared).layers, len(alive)) == (14, 14)
     assert most <= 1
+
+
+def test_a_name_that_no_file_can_have_is_of_one_that_is_missing(shared: Path) -> None:
+    manifest = json.loads((shared / "armor_manifest.json").read_text())
+    manifest["file_hashes"] = {"x" * 300: "0" * 64}
+    manifest["files"].append("x" * 300)
+    (shared / "armor_manifest.json").write_text(json.dumps(manifest))
+    assert verify(shared).missing == ("x" * 300,)

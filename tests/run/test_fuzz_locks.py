@@ -108,7 +108,8 @@ def _lines(lock: Lock) -> str:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Made:
     found = Made(tmp_path_factory.mktemp("fuzz"), llama)
-    "\n".encode("unicode_escape")  # a codec is imported when it is first used
+    for codec in ("unicode_escape", *(f"utf-{bits}{end}" for bits in (16, 32) for end in ("", "-le", "-be"))):
+        "".encode(codec)  # Python imports one when it is first used, json that of what it takes bytes for
     sys.addaudithook(_audit)  # what is imported late is imported by now
     return found
 
