@@ -14,7 +14,7 @@ from armor_recipes.errors import RecipeError
 from armor_recipes.modifiers.armor import ARMORModifier
 from armor_recipes.run import apply
 from armor_recipes.run.recipe_lock import read_lock
-from tests.support.commands import Shell
+from tests.support.commands import Shell, finished, process
 from tests.support.engine import ATTENTION, make_model, recipe
 
 KEY = "prune_stage.armor_modifiers.ARMORModifier"
@@ -211,3 +211,14 @@ def test_the_release_of_a_plug_in_is_locked(shell: Shell, random: Path, monkeypa
     monkeypatch.setattr("armor_recipes.run.recipe_lock.release_of", lambda name: f"{name} 7")
     assert shell("armor", "lock", "recipe.yaml").code == 0
     assert read_lock(random / "recipe.lock.yaml").content.versions["numpy"] == "numpy 7"
+
+
+def test_another_machine_class_is_refused_with_what_is_promised_there(shell: Shell, random: Path) -> None:
+    assert shell("armor", "lock", "recipe.yaml").code == 0
+    elsewhere = process("armor-apply", "recipe.yaml", "--locked", cwd=random, ATEN_CPU_CAPABILITY="default")
+    done = finished(elsewhere)
+    assert (done.code, done.err.count(": locked ")) == (6, 2)
+    assert 'machine.level: locked "' in done.err
+    assert 'machine.limits: locked "", now "ATEN_CPU_CAPABILITY=default"' in done.err
+    assert "armor diff A B --tolerance" in done.err
+    assert not (random / "out").exists()
