@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 from importlib.metadata import version
 from pathlib import Path
@@ -81,11 +82,12 @@ def test_the_manifest_tells_nothing_of_time_and_place(workplace: Path) -> None:
     mapping["calibration"] = {"dataset": "notes.txt", "samples": 2, "sequence_length": 16}
     mapping["evaluation"] = {"perplexity": {"dataset": "./notes.txt", "sequence_length": 16, "windows": 2}}
     result = apply(mapping)
-    seconds = str(result.report["seconds"])
+    seconds = rf"(?<![\d.]){re.escape(str(result.report['seconds']))}(?![\d.])"  # 0.23 is no part of a release 0.23.3
     for name in ("armor_manifest.json", "config.json", "README.md", "recipe.yaml"):
         text = (result.output / name).read_text()
-        for secret in (str(workplace), socket.gethostname(), str(Path.home()) + "/", platform.platform(), seconds):
+        for secret in (str(workplace), socket.gethostname(), str(Path.home()) + "/", platform.platform()):
             assert secret not in text, (name, secret)
+        assert not re.search(seconds, text), (name, seconds)
     manifest = json.loads((result.output / "armor_manifest.json").read_text())
     assert manifest["evaluation"]["before"]["windows"] == 2
     assert {"armor_recipes", "compute", "versions", "recipe_sha256", "tensors"} <= manifest.keys()
