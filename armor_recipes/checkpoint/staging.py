@@ -280,7 +280,7 @@ def _replace(staging: Path, target: Path, *, overwrite: bool, precious: Mapping[
         staging.rename(target)
     elif not _exchange(staging, target):
         _replace_in_two_steps(staging, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _replace_in_two_steps(staging: Path, target: Path) -> None:
@@ -312,11 +312,12 @@ def _flush(folder: Path) -> None:
     """Force everything below `folder` to disk, files before the folders that name them."""
     for current, _, files in os.walk(folder, topdown=False):
         for name in files:
-            _sync(Path(current, name))
-        _sync(Path(current))
+            sync(Path(current, name))
+        sync(Path(current))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
     descriptor = os.open(path, os.O_RDONLY)

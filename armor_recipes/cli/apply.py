@@ -58,6 +58,9 @@ def apply_command(
         bool,
         typer.Option("--locked", help="Refuse any difference from RECIPE.lock.yaml, also of a tensor that was made."),
     ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over, where a run on this output was cut short and left a journal.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary; errors only.")] = False,
 ) -> None:
     """Prune a language model as RECIPE says, and write a checkpoint that loads in transformers."""
@@ -85,7 +88,7 @@ def apply_command(
     for note in (*job.plan.notes, *warning_lines(job.plan)) if not quiet else ():
         err.print(note, markup=False)
     with progress_view(err, quiet=quiet) as view:
-        result = execute(job, overwrite=overwrite, lock=lock, observer=view)
+        result = execute(job, overwrite=overwrite, lock=lock, fresh=fresh, observer=view)
     if result.promise and not quiet:
         err.print(result.promise, markup=False, soft_wrap=True)
     if report is not None:

@@ -302,6 +302,10 @@ def summary(result: Result) -> RenderableType:
     lines.append(
         f"{totals.modules} modules in {report['seconds']:.0f} s, peak memory {size(report['peak_memory_bytes'])}"
     )
+    if "resumed" in report:
+        lines.append(
+            f"{_count(report['resumed']['steps'], 'step')} were taken from a run before, which had been cut short"
+        )
     lines.append(f"checkpoint: {result.output}")
     experts = [_experts_table(report["experts"])] if report["experts"] else []
     return Group(table, *experts, Text("\n".join(lines)))

@@ -33,6 +33,7 @@ class PassStream:
         batches: what the model was called with.
         padding: of the batch that is passing, at the block that is running.
         passes: how many passes there were.
+        hidden: nothing: each pass begins anew.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class PassStream:
         self._reads = reads_of(model, stack.names[0], groups[0])
         self.batches = tuple(batches_of(model, groups, batch_size))
         self.padding: Padding = NO_PADDING
+        self.hidden: list[Tensor] = []
         self.passes = self._batch = 0
         self._counts = [self._count(batch) for batch in self.batches]
 

@@ -39,6 +39,8 @@ class Activations(Protocol):
     """What one calibration set brings to the blocks of a stack, in one model."""
 
     batches: tuple[Batch, ...]
+    hidden: list[Tensor]
+    passes: int
 
     @property
     def padding(self) -> Padding:
@@ -70,7 +72,10 @@ class Stream:
         batches: what the model was called with.
         hidden: activations of each batch at the door of the next block, `(B, L, H)`.
         padding: of the batch that is passing.
+        passes: of the whole model, of which there are none.
     """
+
+    passes = 0
 
     def __init__(
         self,

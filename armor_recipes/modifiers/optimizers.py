@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Literal
 
@@ -34,6 +34,25 @@ class Optimizer:
         self._blocks = [(*pair, torch.zeros_like(pair[0])) for pair, muon in zip(scaled, by_muon, strict=True) if muon]
         groups = [{"params": [p], "scale": s} for (p, s), muon in zip(scaled, by_muon, strict=True) if not muon]
         self._adam = torch.optim.Adam(groups, lr=0.0, betas=_BETAS, eps=_EPSILON, fused=True) if groups else None
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All moments, by name; empty before the first step but for Muon's."""
+        moments = {} if self._adam is None else self._adam.state_dict()["state"]
+        found = {f"adam/{place}/{name}": value for place, parts in moments.items() for name, value in parts.items()}
+        return found | {f"muon/{place}": momentum for place, (_, _, momentum) in enumerate(self._blocks)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put moments back that `state` gave of an optimizer of the same parameters."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            kind, place, *part = name.split("/")
+            if kind == "muon":
+                self._blocks[int(place)][2].copy_(value)
+            else:
+                moments.setdefault(int(place), {})[part[0]] = value
+        if self._adam is not None:
+            self._adam.load_state_dict({**self._adam.state_dict(), "state": moments})
 
     def step(self, rate: float, workers: Executor) -> None:
         """Change each parameter by its `grad`, which is None afterwards; one worker to a tensor of blocks."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from armor_recipes.errors import PlanError
 from armor_recipes.modifiers.base import Estimate, SolveProgress
+from armor_recipes.modifiers.kinds.contract import Snapshot
 from armor_recipes.modifiers.kinds.refiner import RefineOutcome, Refiner, RefineTask, RefineUnit, UnitOutput
 from armor_recipes.modifiers.optimizers import Optimizer
 from armor_recipes.modifiers.passes import Passes, passes_of
@@ -176,38 +177,99 @@ class _Training:
 def train(training: _Training, on_progress: SolveProgress | None) -> RefineOutcome:
     """Epochs over the batches that are not held out, in an order of the seed's; the best state on those that are is kept.
 
+    Where the task has a snapshot that holds a state, it goes on from there: what comes out is the same, bit for bit.
+
     Raises NumericalError where a loss is not finite.
     """
-    config = training.config
+    config, snapshot = training.config, training.passes.task.snapshot
     held, trained = split_batches(training.passes.task.batches, config.held_out)
     steps = -(-len(trained) // config.accumulate)
     total = config.epochs * steps
     optimizer = Optimizer(training.parameters, config.optimizer)
     generator = torch.Generator().manual_seed(training.seed)
-    losses = [training.held_out_loss(held)]
-    kept = [p.detach().clone() for p in training.parameters]
-    step, clipped = 0, 0
-    lengths: list[float] = []
-    for _ in range(config.epochs):
+    state = _State(training.parameters, optimizer)
+    if state.restored(snapshot):
+        training.refresh()
+    else:
+        state.losses.append(training.held_out_loss(held))
+    losses = state.losses
+    for epoch in range(config.epochs):
         order = [trained[i] for i in torch.randperm(len(trained), generator=generator).tolist()]
         groups = [order[first : first + config.accumulate] for first in range(0, len(order), config.accumulate)]
-        for batches, coming in pairwise([*groups, []]):
-            rate = config.learning_rate * schedule(step, total)
-            clipped += _step(training, optimizer, batches, coming, lengths, rate=rate)
-            step += 1
+        for place, (batches, coming) in enumerate(pairwise([*groups, []]), start=epoch * steps):
+            if place < state.step:
+                continue
+            rate = config.learning_rate * schedule(state.step, total)
+            state.clipped += _step(training, optimizer, batches, coming, state.lengths, rate=rate)
+            state.step += 1
             if on_progress is not None:
-                on_progress(step, total, losses[-1])
+                on_progress(state.step, total, losses[-1])
+            if snapshot is not None and snapshot.due():
+                snapshot.save(*state.saved)
+        if len(losses) > epoch + 1:  # a run before has measured it
+            continue
         losses.append(training.held_out_loss(held))
         if losses[-1] >= min(losses[:-1]):
             break
-        kept = [p.detach().clone() for p in training.parameters]
-    with torch.no_grad():
-        for parameter, value in zip(training.parameters, kept, strict=True):
-            parameter.copy_(value)
+        state.keep()
+    state.take_best()
     training.refresh()
-    return RefineOutcome(
-        tuple(losses), step, "epochs" if step == total and losses[-1] <= min(losses) else "held-out loss", clipped
-    )
+    stopped = "epochs" if state.step == total and losses[-1] <= min(losses) else "held-out loss"
+    return RefineOutcome(tuple(losses), state.step, stopped, state.clipped)
+
+
+class _State:
+    """Where a training is: parameters and moments, the best parameters at the end of an epoch, and what was counted.
+
+    Attributes:
+        losses: held-out ones, before training and after each epoch.
+        lengths: of the gradients of all batches so far.
+        step: how many steps were taken.
+        clipped: how many gradients were shortened.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> None:
+        self._parameters, self._optimizer = parameters, optimizer
+        self._best: list[Tensor] = []
+        self.losses: list[float] = []
+        self.lengths: list[float] = []
+        self.step = self.clipped = 0
+        self.keep()
+
+    def keep(self) -> None:
+        """The parameters are the best so far."""
+        self._best = [parameter.detach().clone() for parameter in self._parameters]
+
+    def take_best(self) -> None:
+        """Put the best ones in their place."""
+        self._take(self._best)
+
+    @torch.no_grad()
+    def _take(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
+    @property
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All of it, as a snapshot takes it."""
+        tensors = {f"now/{place}": parameter.detach() for place, parameter in enumerate(self._parameters)}
+        tensors |= {f"best/{place}": value for place, value in enumerate(self._best)}
+        counts = {name: getattr(self, name) for name in ("losses", "lengths", "step", "clipped")}
+        return tensors | {f"moments/{name}": value for name, value in self._optimizer.state.items()}, counts
+
+    def restored(self, snapshot: Snapshot | None) -> bool:
+        """Whether a snapshot held a state, which then is this one."""
+        found = None if snapshot is None else snapshot.load()
+        if found is None:
+            return False
+        tensors, counts = found
+        self._take([tensors[f"now/{place}"] for place in range(len(self._parameters))])
+        self._best = [tensors[f"best/{place}"] for place in range(len(self._parameters))]
+        start = "moments/"
+        self._optimizer.restore({n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)})
+        for name, value in counts.items():
+            setattr(self, name, value)
+        return True
 
 
 def _check_batches(batches: int) -> None:

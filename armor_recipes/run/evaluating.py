@@ -12,12 +12,14 @@ from torch import nn
 
 from armor_recipes.checkpoint.staging import tried
 from armor_recipes.errors import NumericalError, QualityError
-from armor_recipes.evaluation import Evaluation, Measure, Perplexity, Room, asked
+from armor_recipes.evaluation import Evaluation, Measure, Measured, Perplexity, Room, asked
+from armor_recipes.evaluation.records import from_record, to_record
 from armor_recipes.events import EvaluationProgressed, Observer
 from armor_recipes.model.finite import ADVICE, first_broken
 from armor_recipes.recipe import Recipe
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.refusals import Refusals
+from armor_recipes.session.journal import FileJournal, Journal
 
 Measures = Sequence[Measure[Any]]
 T = TypeVar("T")
@@ -34,21 +36,23 @@ Again = Callable[[nn.Module], tuple[Evaluation, ...]]
 
 
 @contextmanager
-def measured(measures: Measures, model: nn.Module, watch: Stopwatch, output: Path) -> Iterator[Again]:
+def measured(measures: Measures, model: nn.Module, watch: Stopwatch, output: Path, journal: Journal) -> Iterator[Again]:
     """Measure a dense model; what is yielded measures what it has become.
 
-    What has to be kept of the dense model lies in a folder beside `output`, which vanishes at the end of the block.
+    What has to be kept of the dense model lies in the journal, or in a folder beside `output`, which vanishes at the end of the
+    block. What a journal has recorded of the dense model is not measured again.
     """
     if not measures:
         yield lambda _: ()
         return
     with ExitStack() as stack:
-        keeps = any(measure.keeps for measure in measures)
-        folder = stack.enter_context(tried(output)) if keeps else output
+        folder = output
+        if any(measure.keeps for measure in measures):
+            folder = journal.folder if isinstance(journal, FileJournal) else stack.enter_context(tried(output))
         watch.phase("evaluate before")
         rooms = [_room(measure, folder, watch.observer) for measure in measures]
         pairs = list(zip(measures, rooms, strict=True))
-        before = [taken(partial(measure.before, model, room), model) for measure, room in pairs]
+        before = [_before(measure, room, model, journal) for measure, room in pairs]
 
         def again(changed: nn.Module) -> tuple[Evaluation, ...]:
             watch.phase("evaluate after")
@@ -58,6 +62,19 @@ def measured(measures: Measures, model: nn.Module, watch: Stopwatch, output: Pat
             )
 
         yield again
+
+
+def _before(measure: Measure[Any], room: Room, model: nn.Module, journal: Journal) -> Measured | None:
+    """Of the dense model: as it is recorded, else measured and recorded."""
+    if not isinstance(journal, FileJournal):
+        return taken(partial(measure.before, model, room), model)
+    found = journal.evaluation(measure.name)
+    if found is not None:
+        return from_record(found["before"])
+    there = set(journal.folder.iterdir())
+    measured = taken(partial(measure.before, model, room), model)
+    journal.record_evaluation(measure.name, to_record(measured), sorted({*journal.folder.iterdir()} - there))
+    return measured
 
 
 def taken(take: Callable[[], T], model: nn.Module) -> T:

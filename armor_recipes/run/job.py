@@ -43,9 +43,11 @@ from armor_recipes.run.preflight import Ready, check_disk, preflight
 from armor_recipes.run.recipe_lock import Lock, locked_facts, read_lock
 from armor_recipes.run.refusals import resource_errors
 from armor_recipes.run.result import Result
+from armor_recipes.run.resuming import begin, hash_tensors, journaled, resumed_row
 from armor_recipes.run.settling import Measured, is_settled, settled
 from armor_recipes.run.verify import verify_reloaded
 from armor_recipes.session import Session
+from armor_recipes.session.journal import FileJournal, Journal
 from armor_recipes.solver.sweep import sweep_form
 
 #: Tokens of a sample that outputs are compared on where a recipe calibrates on none.
@@ -65,6 +67,7 @@ def apply(
     overwrite: bool = False,
     device: str = "cpu",
     lock: str | Path | None = None,
+    fresh: bool = False,
     observer: Observer = ignore_events,
 ) -> Result:
     """Run a recipe and write its checkpoint: what `armor-apply` does.
@@ -81,6 +84,8 @@ def apply(
         device: where to compute.
         lock: the file that `armor lock` wrote: any difference from it is an error before anything is computed, and tensors that
             it does not name are one afterwards.
+        fresh: start over, where a run before was cut short and left a journal. Without it such a run is gone on with. One of a
+            model in memory, or with modifiers of llm-compressor, has no journal.
         observer: is called with each event of `armor_recipes.events`.
 
     Raises:
@@ -95,7 +100,7 @@ def apply(
     held = None if lock is None else read_lock(user_path(lock))
     resolved = read_recipe(recipe, overrides=overrides, model=named, output=None if output is None else str(output))
     job = prepare(resolved, device=device)
-    return execute(job, loaded, tokenizer=tokenizer, overwrite=overwrite, lock=held, observer=observer)
+    return execute(job, loaded, tokenizer=tokenizer, overwrite=overwrite, lock=held, fresh=fresh, observer=observer)
 
 
 def read_recipe(
@@ -133,6 +138,7 @@ def execute(
     tokenizer: Any | None = None,
     overwrite: bool = False,
     lock: Lock | None = None,
+    fresh: bool = False,
     observer: Observer = ignore_events,
 ) -> Result:
     """Carry out a prepared job: preflight, load, evaluate, compress, evaluate again, write, verify, commit.
@@ -151,14 +157,20 @@ def execute(
     check_output(output, job.source, job.recipe, overwrite=overwrite)
     target = output.resolve()  # the same place to the end, whoever changes the working directory
     watch = Stopwatch(observer)
-    with resource_errors(), locked(target), ExitStack() as stack:
+    with (
+        resource_errors(),
+        locked(target),
+        journaled(target, job, in_memory=model is not None, fresh=fresh) as journal,
+        resource_errors(),
+        ExitStack() as stack,
+    ):
         recover(target)
         check_output(output, job.source, job.recipe, overwrite=overwrite)  # as the run before left it
         ready = preflight(job, model, tokenizer, target, watch)
         if lock is not None:
             lock.check(locked_facts(job, ready.data))
         room = stack.enter_context(tried(target)) if job.recipe.is_theirs else None
-        run = _Run.start(job, model, ready, target, watch, room)
+        run = _Run.start(job, model, ready, target, watch, room, journal)
         facts = run.compute()
         with staged(target, overwrite=overwrite, precious=precious_paths(job.source, job.recipe)) as folder:
             watch.phase("save")
@@ -195,6 +207,7 @@ class _Run:
     output: Path
     watch: Stopwatch
     dtypes: dict[str, torch.dtype]
+    journal: Journal
     given: bool
     """Whether the model came in memory, so that the source's files say nothing of its tensors."""
     measured: tuple[Measured, ...] = ()
@@ -210,7 +223,14 @@ class _Run:
 
     @classmethod
     def start(
-        cls, job: Job, model: PreTrainedModel | None, ready: Ready, output: Path, watch: Stopwatch, room: Path | None
+        cls,
+        job: Job,
+        model: PreTrainedModel | None,
+        ready: Ready,
+        output: Path,
+        watch: Stopwatch,
+        room: Path | None,
+        journal: Journal,
     ) -> _Run:
         """Load the weights, or take those given, and check them."""
         watch.phase("load weights")
@@ -227,16 +247,17 @@ class _Run:
             brought = given_changes(job.source.compressed, job.source.stored_dtype, packed=job.packed)
         if brought is not None and not job.packed:
             rounded(loaded, dtypes)
-        return cls(job, loaded, ready, output, watch, dtypes, model is not None, brought=brought, room=room)
+        return cls(job, loaded, ready, output, watch, dtypes, journal, model is not None, brought=brought, room=room)
 
     def compute(self) -> Facts:
         """Everything that takes long."""
         job = self.job
+        source_hash = state_hash(self.model, self.dtypes, job.source.stored_dtype)
+        begin(self.journal, job, self.ready.data, self.model, source_hash, self.watch)
         with ExitStack() as stack:
             with run_as_stored(self.model, {} if self.brought is None else self.brought.quantized):
-                measures = measured(self.ready.data.measures, self.model, self.watch, self.output)
+                measures = measured(self.ready.data.measures, self.model, self.watch, self.output, self.journal)
                 measured_again = stack.enter_context(measures)
-            source_hash = state_hash(self.model, self.dtypes, job.source.stored_dtype)
             session = None
             if self.room is None:
                 session = self.compress()
@@ -266,7 +287,11 @@ class _Run:
         if not is_settled(self.job):
             self.watch.phase("measure")
             self.job, self.measured = settled(self.job, self.model, self.ready.data.tokens, self.watch.observer)
-        job = self.job
+            self.journal.same("plan as settled", self.job.plan.sha256)
+        job, teacher = self.job, None
+        if job.teacher is not None:
+            teacher = load_teacher(job.teacher, self.model, job.plan.forms)
+            self.journal.same("teacher", hash_tensors(teacher))
         self.watch.phase("compress")
         with Session(
             job.recipe,
@@ -278,7 +303,8 @@ class _Run:
             keep_packed=job.packed,
             observer=self.watch.observer,
             brought=self.brought,
-            teacher=None if job.teacher is None else load_teacher(job.teacher, self.model, job.plan.forms),
+            teacher=teacher,
+            journal=self.journal,
         ) as session:
             session.run()
         return session
@@ -318,9 +344,11 @@ class _Run:
             if not what:
                 raise
             lost = f"{len(facts.modules)} compressed modules ({self.watch.seconds.get('compress', 0.0):.0f} s of work)"
-            fate = (
-                "they are in the model that was given" if self.given else "they are lost, and have to be computed again"
-            )
+            fate = "they are lost, and have to be computed again"
+            if self.given:
+                fate = "they are in the model that was given"
+            elif isinstance(self.journal, FileJournal):
+                fate = "they are in the journal beside it"
             raise ResourceError(f"{what}. {lost} were not written to {output}: {fate}") from error
 
     def write_weights(self, folder: Path, facts: Facts) -> None:
@@ -378,6 +406,7 @@ class _Run:
             "calibration": calibration_rows(facts),
             "experts": facts.experts,
             "sweep": sweep_form(job.device.type),
+            **resumed_row(self.journal),
             **({"measured": [one.to_dict() for one in self.measured]} if self.measured else {}),
             **skipped_rows(job.plan),
             "left_out": list(self.ready.companions.left_out),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import isfinite
 
 from armor_recipes.checkpoint.quantized import QuantizedLinear
-from armor_recipes.errors import NumericalError
+from armor_recipes.errors import CheckpointError, NumericalError
 from armor_recipes.model.finite import ADVICE, is_finite
 from armor_recipes.model.store import WeightStore
 from armor_recipes.modifiers.kinds.changes import Changes
@@ -42,6 +42,16 @@ def commit(changes: Changes, weights: WeightStore, state: State) -> None:
         weights.change_cache(name, cache.states)
     state.caches |= changes.caches
     state.results += changes.results
+
+
+def commit_recorded(changes: Changes, weights: WeightStore, state: State) -> None:
+    """`commit` of what was read again. Raises CheckpointError where it is not of this model."""
+    try:
+        commit(changes, weights, state)
+    except (AttributeError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"the recorded step {changes.step} does not fit the model ({error}): pass --fresh to start over"
+        ) from error
 
 
 def _check_finite(changes: Changes) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -33,8 +35,9 @@ from armor_recipes.modifiers.kinds.contract import (
 from armor_recipes.plan.plan import Plan
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
-from armor_recipes.session.commit import commit
+from armor_recipes.session.commit import commit, commit_recorded
 from armor_recipes.session.gradients import stage_gradients
+from armor_recipes.session.journal import Done, Journal
 from armor_recipes.session.looking import look
 from armor_recipes.session.observing import (
     Door,
@@ -56,6 +59,7 @@ class Session:
         keep_packed: keep factors for a packed checkpoint; else they are folded into plain weights.
         brought: what a compressed model comes with: factors and quantised layers, committed first.
         teacher: of a compressed model, the dense model's parameters where they differ from its own.
+        journal: what the steps are written to, and taken from where a run before has done them.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Session:
         observer: Observer = ignore_events,
         brought: Changes | None = None,
         teacher: Mapping[str, Tensor] | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.recipe = recipe
         self.plan = plan
@@ -90,6 +95,8 @@ class Session:
         if brought is not None:
             commit(brought, self.weights, self.state)
         self._work, self._work_done = plan.flops or 1.0, 0.0
+        self._journal = Journal() if journal is None else journal
+        self._place = "", ""
 
     def __enter__(self) -> Session:
         self.hooks.__enter__()
@@ -143,22 +150,59 @@ class Session:
         ]
 
     def _run_stage(self, stage: str) -> None:
-        shares = self._shares(stage)
+        shares, mark, stages = self._shares(stage), self._journal.mark, self.recipe.stages
         self.observer(PhaseStarted(f"stage {stage}"))
+        self._place = stage, ""
+        if mark is not None and stages.index(stage) < stages.index(mark.stage):
+            self._replay(stage)
+            return
         self._commit_gradients(stage, shares)
         self.weights.keep_originals(any(share.modifier.needs.dense == "model" for share in shares))
         work = {stack: found for stack in self._in_order() if (found := _inside(shares, stack))}
-        openings = {stack: self._opening(stack, found) for stack, found in work.items()}
+        past = self._past(stage, [stack.name for stack in work])
+        openings = {stack: self._opening(stack, found) for stack, found in work.items() if stack.name not in past}
         # The dense streams of a stack need the stacks before it as they were.
-        early = {stack: opening.open(["dense"]) for stack, opening in openings.items() if len(openings) > 1}
+        early = {stack: opening.open(["dense"]) for stack, opening in openings.items() if len(work) > 1}
         if any(door.passes for door in early.values()):
             self.weights.keep_originals(True)
         for stack, found in work.items():
-            self._run_stack(stage, stack, found, openings[stack], early.get(stack))
+            self._place = stage, stack.name
+            if stack.name in past:
+                self._replay(stage, stack.name)
+            else:
+                self._run_stack(stage, stack, found, openings[stack], early.get(stack))
+        self._place = stage, ""
         for share in self._with_rows(shares, None):
             self.observer(PhaseStarted(f"{share.entry.name} ({stage})"))
             self._step([share], self._context(self.stacks.every[-1], None, {}))
         self.weights.keep_originals(False)
+
+    def _past(self, stage: str, stacks: Sequence[str]) -> Sequence[str]:
+        """Those of a stage's stacks that a run before has done."""
+        mark = self._journal.mark
+        if mark is None or mark.stage != stage or mark.stack not in stacks:
+            return ()
+        return stacks[: stacks.index(mark.stack) + (mark.block is None)]
+
+    def _replay(self, stage: str, stack: str | None = None, steps: int | None = None) -> None:
+        """Commit recorded steps, as they are: those of a stage, of one of its stacks, or up to so many in the whole run."""
+        while (key := self._journal.next_key(stage, stack, steps)) is not None:
+            self._do(key, None)
+
+    def _do(self, key: str, make: Callable[[], Changes] | None, streams: Iterable[Activations] = ()) -> None:
+        """One step: what is recorded of it, else what `make` gives, which then is."""
+        counted = list(streams)
+        done = self._journal.replay(key)
+        if done is not None:
+            commit_recorded(done.changes, self.weights, self.state)
+            self._work_done = done.work
+            for stream, count in zip(counted, done.passes, strict=False):
+                stream.passes = count
+        elif make is not None:
+            changes = make()
+            commit(changes, self.weights, self.state)
+            passes = tuple(stream.passes for stream in counted)
+            self._journal.record(self._place, Done(changes, self._work_done, passes))
 
     def _in_order(self) -> list[Stack]:
         """The stacks in the order in which the forward pass comes to them."""
@@ -200,13 +244,29 @@ class Session:
         if reasons:
             self.observer(PhaseStarted(f"{stack.name}: statistics by passes of the whole model: {reasons[0]}"))
             blocks = sorted(working, key=self._survey.place)
-        for block in blocks:
+        for block, following in pairwise([*self._left(blocks, stage, stack, streams), None]):
+            assert block is not None
             self.observer(LayerStarted(stage, block, total))
             self._run_block(stack, block, shares, streams, last=last)
+            if following is not None:
+                self._journal.reach(self._place, following, list(streams.values()))
         if reasons:
             passes = sum(one.passes for one in (door, early) if one is not None)
             result = PassesResult(stage, stack.name, len(working), passes, reasons[0])
-            commit(Changes(f"{stage}/passes/{stack.name}", results=(result,)), self.weights, self.state)
+            key = f"{stage}/passes/{stack.name}"
+            self._do(key, lambda: Changes(key, results=(result,)))
+        self._journal.reach(self._place, None, [])
+
+    def _left(
+        self, blocks: Sequence[int], stage: str, stack: Stack, streams: Mapping[StreamKey, Activations]
+    ) -> Sequence[int]:
+        """The blocks that no run before has done; the model and its activations are then as they were at the door of the first."""
+        mark = self._journal.mark
+        if mark is None or (mark.stage, mark.stack) != (stage, stack.name) or mark.block not in blocks:
+            return blocks
+        self._journal.restore(mark, list(streams.values()))
+        self._replay(stage, stack.name, mark.steps)
+        return blocks[blocks.index(mark.block) :]
 
     def _with_rows(self, shares: Sequence[Share], block: int | None) -> list[Share]:
         """Those that have work in a block, with the rows of it."""
@@ -216,9 +276,8 @@ class Session:
     def _commit_gradients(self, stage: str, shares: Sequence[Share]) -> None:
         """What modifiers of the stage ask for of the model as the stage finds it."""
         if any(share.modifier.needs.gradients for share in shares):
-            context = self._context(self.stacks.every[0], None, {})
-            gradients = stage_gradients(shares, self.plan.rows, context)
-            commit(Changes(f"{stage}/gradients", gradients=gradients), self.weights, self.state)
+            key, context = f"{stage}/gradients", self._context(self.stacks.every[0], None, {})
+            self._do(key, lambda: Changes(key, gradients=stage_gradients(shares, self.plan.rows, context)))
 
     def _context(
         self,
@@ -249,6 +308,7 @@ class Session:
             hooks=self.hooks,
             observer=self.observer,
             progress=self._progress,
+            snapshot=self._journal.snapshot,
         )
 
     def _run_block(
@@ -259,7 +319,7 @@ class Session:
         """
         working = self._with_rows(shares, block)
         for share in (share for share in working if share.modifier.needs.when == "before"):
-            self._step([share], self._observed([share], self._context(stack, block, streams)))
+            self._step([share], self._context(stack, block, streams))
         working = [share for share in working if share.modifier.needs.when == "in turn"]
         original = original_of(stack.block(block), block, working, streams)
         context = self._context(stack, block, streams, {}, original)
@@ -271,7 +331,7 @@ class Session:
         for turn in _turns(working):
             known = {share.entry.key: statistics.pop(share.entry.key, {}) for share in turn}
             context = self._context(stack, block, streams, known, original)
-            self._step(turn, self._observed(turn, context))
+            self._step(turn, context)
         for key, stream in streams.items():
             if key[1] == "compressed" and block < last:
                 stream.advance(block)
@@ -286,10 +346,16 @@ class Session:
         return self._context(context.stack, context.block, context.streams, found, context.original)
 
     def _step(self, turn: Sequence[Share], context: BlockContext) -> None:
-        """Run the turn's steps, each on what those before it have become."""
+        """Run the turn's steps, each on what those before it have become; what they are fed with is observed first.
+
+        Not where all of them are recorded.
+        """
         kind = turn[0].modifier.kind
-        for unit in kind.units(turn, context):
-            commit(kind.run(unit, context), self.weights, self.state)
+        units = list(kind.units(turn, context))
+        if not self._journal.knows([unit.key for unit in units]):
+            context = self._observed(turn, context)
+        for unit in units:
+            self._do(unit.key, partial(kind.run, unit, context), context.streams.values())
 
     @property
     def _reached(self) -> tuple[int, ...]:

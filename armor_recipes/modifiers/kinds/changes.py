@@ -184,14 +184,18 @@ class Changes:
         }
 
     @classmethod
-    def load(cls, path: Path) -> Changes:
-        """Read what `save` wrote, tensors bit for bit, on the CPU. Raises CheckpointError, naming the file, for anything else."""
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> Changes:
+        """Read what `save` wrote, tensors bit for bit, in memory of their own on a device.
+
+        Raises CheckpointError, naming the file, for anything else.
+        """
         try:
-            with safe_open(path, framework="pt") as opened:
+            with safe_open(path, framework="pt", device=str(device)) as opened:
                 record = json.loads((opened.metadata() or {})["changes"])
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+                # Of a mapped file they would be at addresses on which BLAS may round otherwise.
+                tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - no mapping
             return _read(record, tensors | {name: tensors[first] for name, first in record["aliases"].items()})
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} does not hold the changes of a step ({error!r}); remove it") from error
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -288,6 +288,19 @@ class Original:
     calls: Mapping[StreamKey, Sequence[tuple[LayerCall, ...]]]
 
 
+class Snapshot(Protocol):
+    """Keeps the state of a training now and then, so that a run that is taken up again goes on from the last one."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The state that was saved last, by this run or by one that was cut short; None where there is none."""
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Keep tensors and plain data in the place of those before. Raises OSError where the disk is full."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockContext:
     """All that a step may look at. It changes nothing of it: what it wants changed it returns.
@@ -305,6 +318,7 @@ class BlockContext:
         original: the block as it was, where a modifier needs it.
         keep_factors: whether a modifier of the recipe reads factors.
         progress: adds finished work, in operations, and returns the share that is done.
+        snapshot: where a training, by its step's key, keeps its state; None where a run cannot be taken up again.
     """
 
     model: nn.Module
@@ -327,6 +341,7 @@ class BlockContext:
     hooks: Hooks
     observer: Observer
     progress: Callable[[float], float]
+    snapshot: Callable[[str], Snapshot | None]
 
     @property
     def index(self) -> int:

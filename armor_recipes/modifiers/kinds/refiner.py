@@ -30,6 +30,7 @@ from armor_recipes.modifiers.kinds.contract import (
     Planning,
     Row,
     Share,
+    Snapshot,
     Unit,
     calibration_tokens,
     entry_name,
@@ -179,6 +180,7 @@ class RefineTask:
         target: the dense unit's output.
         parts: for each batch the windows that a CPU computes together, part by part; none where the batch goes as a whole only,
             as all do where nothing is named.
+        snapshot: keeps the state of the training, where a run can be taken up again.
     """
 
     factors: Mapping[str, TrainableFactors]
@@ -187,6 +189,7 @@ class RefineTask:
     forward: UnitPass
     target: UnitPass
     parts: Sequence[Sequence[slice]] = ()
+    snapshot: Snapshot | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +236,7 @@ class Refining(Kind):
         """Train, and round what was trained as it is stored."""
         (share,) = unit.shares
         (row,) = share.rows
-        job = _Job.of(share, row, context)
+        job = _Job.of(unit.key, share, row, context)
         if not job.packed:
             context.progress(row.flops)
             return Changes(unit.key, results=(UnitLeftOut(share.entry.key, row.unit, "its modules were left dense"),))
@@ -352,23 +355,27 @@ def _head(planning: Planning) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A refiner with the packed factors of the modules that it takes, by full name, and the block or model around them."""
+    """A refiner with the packed factors of the modules that it takes, by full name, and the block or model around them.
+
+    `key` is the step's.
+    """
 
     share: Share
     refiner: Refiner[Any]
     packed: Mapping[str, PackedLinear]
+    key: str
     unit: str
     module: nn.Module
     context: BlockContext
     logit_stride: int
 
     @classmethod
-    def of(cls, share: Share, row: RefinePlan, context: BlockContext) -> _Job:
+    def of(cls, key: str, share: Share, row: RefinePlan, context: BlockContext) -> _Job:
         refiner: Any = share.modifier
         without = left_alone(context.state)
         packed = {name: context.state.factors[name] for name in row.modules if name not in without}
         module = context.model if context.block is None else context.module
-        return cls(share, refiner, packed, row.unit, module, context, row.logit_stride)
+        return cls(share, refiner, packed, key, row.unit, module, context, row.logit_stride)
 
     @property
     def prefix(self) -> str:
@@ -518,6 +525,7 @@ def _converted(model: nn.Module, dtype: torch.dtype, *, but: Collection[str]) ->
 def _train(job: _Job, task: RefineTask, *, tokens: int, compute: torch.dtype) -> _Trained:
     started = time.perf_counter()
     context, module = job.context, job.module
+    task = replace(task, snapshot=context.snapshot(job.key))
     # The factors stand for these weights while they are trained, and make them anew in the end.
     own = [f"{name}.weight" for name in task.factors]
     with located(job.share.entry, job.unit):

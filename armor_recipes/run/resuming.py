@@ -1,0 +1,115 @@
+"""A run that was cut short and goes on: what its journal is of, and what becomes of it as the run ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from armor_recipes.calibration.inputs import hash_inputs
+from armor_recipes.checkpoint.journal import journal_folder
+from armor_recipes.errors import ArmorError, RecipeError
+from armor_recipes.events import PhaseStarted
+from armor_recipes.report.machine import machine_class
+from armor_recipes.report.manifest import used_by, versions
+from armor_recipes.report.measure import Stopwatch
+from armor_recipes.run.data import Data
+from armor_recipes.run.planning import Job
+from armor_recipes.session.journal import FileJournal, Journal
+
+
+@contextmanager
+def journaled(output: Path, job: Job, *, in_memory: bool, fresh: bool) -> Iterator[Journal]:
+    """The journal of an output, for a run of this job: removed where the run ends well or has done nothing yet, else kept.
+
+    What ends the run then says so. A model in memory and modifiers of llm-compressor have none, since nobody could tell whether a
+    later process has the same before it.
+
+    Raises RecipeError where there is one that such a run cannot go on with. With `fresh` what is there is removed.
+    """
+    folder = journal_folder(output)
+    if fresh:
+        FileJournal(folder, job.device).remove()
+    if in_memory or job.recipe.steps:
+        if folder.exists():
+            raise RecipeError(
+                f"{folder} is the journal of another run, and one of a model in memory or with modifiers of llm-compressor has "
+                "none: pass --fresh (in Python `fresh=True`) to remove it, or choose another output.path"
+            )
+        yield Journal()
+        return
+    journal = FileJournal(folder, job.device)
+    try:
+        yield journal
+    except BaseException as error:
+        if journal.is_begun and not journal.holds_work:
+            journal.remove()
+        if not (journal.is_begun and journal.holds_work):
+            raise
+        said = (
+            f"what was done is kept in {folder}: the same command goes on from there, and with --fresh it starts over"
+        )
+        if isinstance(error, ArmorError):
+            raise type(error)(f"{error}; {said}") from error
+        error.add_note(said)
+        raise
+    journal.remove()
+
+
+def begin(journal: Journal, job: Job, data: Data, model: nn.Module, source_sha256: str, watch: Stopwatch) -> None:
+    """Let the journal go on, or begin. Raises RecipeError where it is of another run."""
+    if not isinstance(journal, FileJournal):
+        return
+    journal.begin(_of(job, data, model, source_sha256))
+    if journal.is_taken_up:
+        watch.observer(PhaseStarted(f"going on with {journal.folder}: {journal.taken_up} steps are done"))
+    for note in journal.notes:
+        watch.observer(PhaseStarted(f"{journal.folder}: {note}"))
+
+
+def resumed_row(journal: Journal) -> dict[str, Any]:
+    """For report.json: what was taken from a run before; nothing where nothing was."""
+    if not (isinstance(journal, FileJournal) and (journal.is_taken_up or journal.notes)):
+        return {}
+    return {"resumed": {"steps": journal.taken_up, "notes": journal.notes}}
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 in hex of named tensors."""
+    return hash_inputs(tensors)
+
+
+def _of(job: Job, data: Data, model: nn.Module, source_sha256: str) -> dict[str, Any]:
+    """All that the bytes of a run rest on, by name, as short as it can be told."""
+    buffers = {name: value for name, value in model.named_buffers() if value is not None}
+    return {
+        "recipe": job.recipe.hash(),
+        "plan": job.plan.sha256,
+        "model": source_sha256,
+        "model.config": _hash(job.source.config.to_dict()),
+        "model.buffers": hash_tensors(buffers),
+        "model.dtypes": f"{job.source.stored_dtype}, computed in {job.source.compute_dtype}",
+        **{f"tokens of {', '.join(used_by(job.recipe, spec))}": found.sha256 for spec, found in data.tokens.items()},
+        **{f"data of evaluation.{measure.name}": measure.sha256 for measure in data.measures},
+        **{f"version of {name}": value for name, value in versions().items()},
+        "version of python": platform.python_version(),
+        "device": job.device.type,
+        **{f"machine.{name}": _short(value) for name, value in machine_class(job.device.type).items()},
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+__all__ = ["begin", "hash_tensors", "journaled", "resumed_row"]

@@ -1,0 +1,120 @@
+"""A run that is killed goes on from its journal, and ends with the bytes of the undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.engine import ARMOR, MLP, core, recipe
+from tests.support.forks import Forks
+from tests.support.killing import Kill, hashes, run_killed
+
+SMALL = {"epochs": 2, "held_out": 0.4, "accumulate": 1}
+RECIPES: dict[str, dict[str, Any]] = {
+    "refined": {
+        "ChannelPermutationModifier": {"targets": [r"re:.*down_proj$"]},
+        "ARMORModifier": {**ARMOR, "gradient_power": 0.5},
+        "BlockRefineModifier": {**SMALL, "optimizer": "muon"},
+        "QuantizationModifier": core(targets=[MLP]),
+    },
+    "distilled": {
+        "ARMORModifier": {**ARMOR, "propagate": "matched", "shrinkage": 0.1, "share_input_factor": True},
+        "DistillationModifier": {**SMALL, "core": True},
+    },
+}
+
+
+def write(folder: Path, model: Path, name: str) -> Path:
+    """A recipe with a measure that keeps files, whose output is `out` beside it."""
+    mapping: dict[str, Any] = recipe(model, folder / "out", **RECIPES[name])
+    samples = {"dataset": "builtin:random-tokens", "samples": 3, "sequence_length": 12}
+    mapping["evaluation"] = {"fidelity": samples}
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(mapping, sort_keys=False))
+    return file
+
+
+class Runs:
+    """Undisturbed runs of each recipe, made once."""
+
+    def __init__(self, forks: Forks, folder: Path, model: Path) -> None:
+        self.forks, self.folder, self.model = forks, folder, model
+        self.known: dict[str, tuple[Mapping[str, str], int]] = {}
+
+    def undisturbed(self, name: str) -> tuple[Mapping[str, str], int]:
+        """Hashes of its files, and how often it flushed."""
+        if name not in self.known:
+            folder = self.folder / name
+            folder.mkdir()
+            done, flushes = run_killed(self.forks, folder, write(folder, self.model, name), "--quiet")
+            assert done.code == 0, done.err
+            assert sorted(path.name for path in folder.iterdir()) == ["out", "recipe.yaml"]
+            self.known[name] = hashes(folder / "out"), flushes
+        return self.known[name]
+
+    def killed(self, folder: Path, name: str, *kills: Kill) -> str:
+        """Kill it at each of the moments in turn, go on, and compare; how far it was when it was killed last."""
+        wanted, _ = self.undisturbed(name)
+        file = write(folder, self.model, name)
+        moment = "nothing"
+        for kill in kills:
+            done, _ = run_killed(self.forks, folder, file, "--quiet", "--overwrite", kill=kill)
+            assert done.code in (-9, 0), done.err
+            moment = reached(folder) if done.code else "ended"
+        done, _ = run_killed(self.forks, folder, file, "--quiet", "--overwrite")
+        assert done.code == 0, done.err
+        found = hashes(folder / "out")
+        assert {n for n in wanted if wanted[n] != found.get(n)} <= {"README.md", "recipe.yaml"}  # they name the output
+        assert found.keys() == wanted.keys()
+        assert not [path for path in folder.iterdir() if path.name.startswith(".out.journal")]
+        return moment
+
+
+def reached(folder: Path) -> str:
+    """The kind of the journal's last record, or where the run was else."""
+    file = folder / ".out.journal" / "records.jsonl"
+    if not file.exists():
+        return "no journal"
+    lines = file.read_text().splitlines()
+    staged = any(path.name.startswith(".out.tmp-") for path in folder.iterdir())
+    return "checkpoint" if staged and len(lines) > 3 else json.loads(lines[-1])["kind"] if lines else "no record"
+
+
+@pytest.fixture(scope="session")
+def runs(forks: Forks, tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Runs:
+    return Runs(forks, tmp_path_factory.mktemp("undisturbed"), llama)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_killed_run_ends_with_the_same_bytes(name: str, share: float, runs: Runs, tmp_path: Path) -> None:
+    _, flushes = runs.undisturbed(name)
+    runs.killed(tmp_path, name, Kill(round(share * flushes), -1.0))
+
+
+def test_a_run_that_is_killed_again_and_again(runs: Runs, tmp_path: Path) -> None:
+    """Each time it comes a little further."""
+    runs.killed(tmp_path, "distilled", *[Kill(12)] * 6)
+
+
+@pytest.mark.slow
+def test_100_moments(runs: Runs, tmp_path: Path) -> None:
+    """Before a flush, after one, or some time after one, all by a seed."""
+    choose, moments = random.Random(0), Counter[str]()
+    for number in range(100):
+        name = list(RECIPES)[number % len(RECIPES)]
+        _, flushes = runs.undisturbed(name)
+        kill = Kill(choose.randint(1, flushes), choose.choice([-1.0, 0.0, choose.uniform(0.001, 0.1)]))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        moments[runs.killed(folder, name, kill)] += 1
+    print(*(f"{count:4d}  {moment}" for moment, count in moments.most_common()), sep="\n")
+    within = sum(count for moment, count in moments.items() if moment not in ("no journal", "no record", "ended"))
+    assert within >= 60, moments
