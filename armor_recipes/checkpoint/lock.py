@@ -71,6 +71,20 @@ def lock_file(target: Path) -> Path:
     return target.with_name(f".{target.name}.lock")
 
 
+def holder(target: Path) -> dict[str, Any]:
+    """Whom the lock's file names, for a path without links: `process`, `host` and `since`.
+
+    It is empty where it names nobody, or a process of this host that has ended. Nothing is locked for that, so that no run is
+    refused because somebody looked.
+    """
+    try:
+        found = json.loads(lock_file(target).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    named = isinstance(found, dict) and isinstance(found.get("process"), int)
+    return found if named and not _names_one_that_ended(found) else {}
+
+
 def host() -> str:
     """The name of this machine."""
     return socket.gethostname() or "host"

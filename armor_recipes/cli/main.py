@@ -16,6 +16,7 @@ from armor_recipes.cli.inspect import inspect_command
 from armor_recipes.cli.lock import lock_command
 from armor_recipes.cli.recipes import recipes_command
 from armor_recipes.cli.schema import schema_command
+from armor_recipes.cli.status import status_command
 from armor_recipes.cli.verify import verify_command
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command("inspect")(inspect_command)
 app.command("export")(export_command)
 app.command("check")(check_command)
 app.command("lock")(lock_command)
+app.command("status")(status_command)
 app.command("verify")(verify_command)
 app.command("diff")(diff_command)
 app.command("schema")(schema_command)

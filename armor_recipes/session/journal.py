@@ -49,10 +49,11 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A recorded step: its changes; the work done after it; and passes of the whole model by then, for each stream."""
+    """A recorded step: its changes; the work done by then, and its share of all; passes of the whole model, for each stream."""
 
     changes: Changes
     work: float
+    share: float
     passes: tuple[int, ...]
 
 
@@ -245,20 +246,14 @@ class FileJournal(Journal):
             )
         changes = Changes.load(self.folder / record["file"], self.device)
         self._at += 1
-        return Done(changes, record["work"], tuple(record["passes"]))
+        return Done(changes, record["work"], record["share"], tuple(record["passes"]))
 
     def record(self, place: tuple[str, str], done: Done) -> None:
         """Add a step: its file, then the record."""
         stage, stack = place
         file = self._files.write(f"{len(self._steps):06d}.safetensors", done.changes.save)
-        told = {
-            "stage": stage,
-            "stack": stack,
-            "step": done.changes.step,
-            "work": done.work,
-            "passes": list(done.passes),
-        }
-        record = {"kind": "step", **told, **file, "time": time.time()}
+        told = {"stage": stage, "stack": stack, "step": done.changes.step, "passes": list(done.passes)}
+        record = {"kind": "step", **told, "work": done.work, "share": done.share, **file, "time": time.time()}
         self._files.append(record)
         self._steps.append(record)
         self._at = len(self._steps)

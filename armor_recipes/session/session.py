@@ -202,7 +202,7 @@ class Session:
             changes = make()
             commit(changes, self.weights, self.state)
             passes = tuple(stream.passes for stream in counted)
-            self._journal.record(self._place, Done(changes, self._work_done, passes))
+            self._journal.record(self._place, Done(changes, self._work_done, self._progress(0.0), passes))
 
     def _in_order(self) -> list[Stack]:
         """The stacks in the order in which the forward pass comes to them."""

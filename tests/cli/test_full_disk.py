@@ -77,7 +77,8 @@ def check(done: Done, out: Path, moment: str, old: dict[str, bytes]) -> None:
     assert (contents(out) == old) == (fate != "in place")
     kept = out.with_name(f"{out.name}.unverified")
     others = {path.name for path in out.parent.iterdir()} - {"ballast", "recipe.yaml", "m", "old", out.name}
-    assert others == ({kept.name} if fate in ("weights", "complete") else set())
+    journal = set() if fate == "in place" else {f".{out.name}.journal"}
+    assert others == ({kept.name} if fate in ("weights", "complete") else set()) | journal
     if kept.exists():
         load(kept)
     if fate in ("complete", "in place"):

@@ -9,8 +9,8 @@ from pathlib import Path
 from tests.support.commands import LISTEN, Done, finished, surroundings
 from tests.support.forks import Forks
 
-#: Counts calls of `fsync`: each journal write has some, and so has the checkpoint on its way to its place. At the one that is asked for
-#: the process is killed: before it, after it, or so many seconds later.
+#: Counts calls of `fsync`: each journal write has some, and so has the checkpoint on its way to its place. At the one that is asked
+#: for the process is killed: before it, after it, or so many seconds later.
 PROGRAM = (
     LISTEN
     + """
