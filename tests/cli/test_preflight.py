@@ -69,17 +69,18 @@ def test_two_runs_on_one_output(shell: Shell, busy: Fork, llama: Path, tmp_path:
         (line,) = problems(shell("armor-apply", file, *words), 6)
         assert line.startswith(f"{tmp_path / 'out'} is being written by another run (process {busy.pid} on ")
         assert f" on {socket.gethostname()}, since 20" in line
-    assert names(tmp_path) == [".out.lock", "link", "recipe.yaml"]
+    assert names(tmp_path) == [".out.journal", ".out.lock", "link", "recipe.yaml"]
 
     beside = shell("armor-apply", file, "--output", "out2", "--quiet")
     assert (beside.code, beside.err) == (0, "")
     exported = shell("armor", "export", "out2", "out", "--to", "dense")
-    assert (exported.code, names(tmp_path)) == (6, [".out.lock", "link", "out2", "recipe.yaml"])
+    assert (exported.code, names(tmp_path)) == (6, [".out.journal", ".out.lock", "link", "out2", "recipe.yaml"])
 
     busy.send_signal(signal.SIGKILL)  # which leaves the file, and no lock
     busy.wait()
     assert ".out.lock" in names(tmp_path)
-    assert shell("armor-apply", file, "--quiet").code == 0
+    assert f"{tmp_path / '.out.journal'} is the journal of another run:" in shell("armor-apply", file, "--quiet").err
+    assert shell("armor-apply", file, "--quiet", "--fresh").code == 0
     assert names(tmp_path) == ["link", "out", "out2", "recipe.yaml"]
 
 
