@@ -174,11 +174,15 @@ class Process:
             self.peak[kind] = max(self.peak[kind], found - self._base[kind])
 
     def _memory(self) -> dict[str, int]:
-        """Bytes by kind; none for a process that has ended."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
-        sizes = dict(line.split(":", 1) for line in status.splitlines())
-        kinds = {"anonymous": "RssAnon", "resident": "VmRSS"}
-        return {kind: 1024 * int(sizes[name].split()[0]) for kind, name in kinds.items() if name in sizes}
+        return memory_of(self._process.pid)
+
+
+def memory_of(pid: int | str | None) -> dict[str, int]:
+    """Bytes of a process by kind; none for one that has ended."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    sizes = dict(line.split(":", 1) for line in status.splitlines())
+    kinds = {"anonymous": "RssAnon", "resident": "VmRSS"}
+    return {kind: 1024 * int(sizes[name].split()[0]) for kind, name in kinds.items() if name in sizes}
 
 
 @contextmanager
@@ -239,20 +243,30 @@ class Model:
         return dict(zip(ROWS, found, strict=True))
 
 
-def generated(work: Path, layers: int) -> Path:
+def generated(work: Path, layers: int, vocabulary: int = 32_000) -> Path:
     """A Llama with 7B shapes, each weight Gaussian of deviation 1/√(fan in), in bfloat16; made once."""
-    folder = work / f"llama-7b-shapes-{layers}"
-    if folder.exists():
-        return folder
-    print(f"making {folder} …", flush=True)
+    suffix = "" if vocabulary == 32_000 else f"-vocabulary{vocabulary}"
     config = LlamaConfig(
-        vocab_size=32_000,
+        vocab_size=vocabulary,
         hidden_size=4096,
         intermediate_size=11_008,
         num_hidden_layers=layers,
         num_attention_heads=32,
         dtype="bfloat16",
     )
+    return written(work / f"llama-7b-shapes-{layers}{suffix}", config, gaussian)
+
+
+def gaussian(weight: Tensor, generator: torch.Generator) -> None:
+    """Fill `(rows, fan in)` with deviation 1/√(fan in)."""
+    weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
+
+
+def written(folder: Path, config: LlamaConfig, fill: Callable[[Tensor, torch.Generator], None]) -> Path:
+    """A Llama in bfloat16 whose matrices `fill` fills, its vectors 1; made once."""
+    if folder.exists():
+        return folder
+    print(f"making {folder} …", flush=True)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16).to_empty(device="cpu")
@@ -262,7 +276,7 @@ def generated(work: Path, layers: int) -> Path:
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
-                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+                fill(parameter, generator)
     with staged(folder, overwrite=False) as place:
         model.save_pretrained(place)
     return folder
@@ -296,8 +310,12 @@ def with_cores(bf16: Path, place: Path, make: Callable[[Path, Mapping[str, Any]]
 
 
 def generated_model(work: Path, layers: int, block: int) -> Model:
-    """The generated model at one block size, all forms; its integers are the nearest ones: speed and size do not depend on them."""
-    dense = generated(work, layers)
+    """The generated model at one block size, all forms."""
+    return packed_model(f"7B shapes, block {block}, layers: {layers}", generated(work, layers), block)
+
+
+def packed_model(name: str, dense: Path, block: int) -> Model:
+    """A dense folder at one block size, all forms; its integers are the nearest ones: speed and size do not depend on them."""
     bf16 = factored(dense, block)
 
     def make(folder: Path, fields: Mapping[str, Any]) -> None:
@@ -305,8 +323,7 @@ def generated_model(work: Path, layers: int, block: int) -> Model:
         size = weights.get("group_size")
         rounded(dense, bf16, folder, num_bits=weights["num_bits"], group_size=size and size // 2)
 
-    name = f"7B shapes, block {block}, layers: {layers}"
-    return Model(name, dense, with_cores(bf16, work / bf16.name.removesuffix("-bf16"), make))
+    return Model(name, dense, with_cores(bf16, bf16.with_name(bf16.name.removesuffix("-bf16")), make))
 
 
 @torch.no_grad()
