@@ -49,6 +49,8 @@ SAMPLING_SECONDS = 0.005
 #: Of the generated model. Its figures depend on shapes alone, so few tokens will do, and one cycle.
 FEW_TOKENS = {"dataset": "builtin:random-tokens", "samples": 2, "sequence_length": 16, "batch_size": 2}
 FACTORED = {"targets": [r"re:.*(self_attn|mlp)\..*_proj$"], "iterations": 1, "propagate": "dense"}
+#: Cores beside bf16: weights alone, which the compiled kernel runs.
+INTEGERS = {core: CORES[core] for core in ("int8", "int4")}
 ROWS = ("dense", "folded", "bf16 core", "int8 core", "int4 core")
 Task = Literal["load", "prepare", "decode", "prefill", "choices"]
 TOKENS: dict[Task, int] = {"decode": NEW, "prefill": PROMPT}
@@ -245,7 +247,6 @@ class Model:
 
 def generated(work: Path, layers: int, vocabulary: int = 32_000) -> Path:
     """A Llama with 7B shapes, each weight Gaussian of deviation 1/√(fan in), in bfloat16; made once."""
-    suffix = "" if vocabulary == 32_000 else f"-vocabulary{vocabulary}"
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=4096,
@@ -254,7 +255,13 @@ def generated(work: Path, layers: int, vocabulary: int = 32_000) -> Path:
         num_attention_heads=32,
         dtype="bfloat16",
     )
-    return written(work / f"llama-7b-shapes-{layers}{suffix}", config, gaussian)
+    return written(generated_folder(work, layers, vocabulary), config, gaussian)
+
+
+def generated_folder(work: Path, layers: int, vocabulary: int = 32_000) -> Path:
+    """Where that model lies."""
+    suffix = "" if vocabulary == 32_000 else f"-vocabulary{vocabulary}"
+    return work / f"llama-7b-shapes-{layers}{suffix}"
 
 
 def gaussian(weight: Tensor, generator: torch.Generator) -> None:
@@ -301,7 +308,7 @@ def factored(dense: Path, block: int) -> Path:
 def with_cores(bf16: Path, place: Path, make: Callable[[Path, Mapping[str, Any]], None]) -> dict[str, Path]:
     """Folders by core type: `bf16`, and `place` with the core's name for the others, each made by `make` once."""
     folders = {"bf16": bf16}
-    for core, fields in CORES.items():
+    for core, fields in INTEGERS.items():
         folders[core] = place.with_name(f"{place.name}-{core}")
         if not folders[core].exists():
             print(f"making {folders[core]} …", flush=True)
@@ -387,7 +394,7 @@ def runs_on(row: Mapping[str, Any]) -> str:
 
 def size_table(models: Sequence[Model]) -> str:
     """Linear weights on disk relative to dense bfloat16, from the folders' headers, as Markdown."""
-    cores = ["bf16", *CORES]
+    cores = ["bf16", *INTEGERS]
     lines = ["| linear weights on disk, of dense | " + " | ".join(cores) + " |", "|---" * (1 + len(cores)) + "|"]
     for model in models:
         shares = []
