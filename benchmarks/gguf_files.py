@@ -1,7 +1,7 @@
 """GGUF files of Llama models for llama.cpp, written with the package `gguf`.
 
-Matrices are converted as llama.cpp's own converter does: rows of q and k are put in the order of its rotary embedding. The tokenizer
-is a made-up one: benchmarks feed token ids.
+Matrices are converted as llama.cpp's own converter does: rows of q and k are put in the order of its rotary embedding. The
+tokenizer is a made-up one: benchmarks feed token ids.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -31,13 +30,15 @@ def write_gguf(dense: Path, file: Path, form: str) -> None:
     Raises:
         ValueError: for another class of model, or scaled rotary embeddings.
     """
-    import gguf  # noqa: PLC0415 - an optional rival's package
+    import gguf  # an optional rival's
 
     model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
     config = model.config
     rope = config.rope_parameters
     if config.model_type != "llama" or rope["rope_type"] != "default":
-        raise ValueError(f"{dense} is no plain Llama: model_type {config.model_type!r}, rope_type {rope['rope_type']!r}")
+        raise ValueError(
+            f"{dense} is no plain Llama: model_type {config.model_type!r}, rope_type {rope['rope_type']!r}"
+        )
     with tempfile.TemporaryDirectory(dir=file.parent) as place:
         whole = Path(place) / file.name
         writer = gguf.GGUFWriter(whole, "llama")
@@ -70,7 +71,7 @@ def rotary_rows(weight: Tensor, heads: int) -> Tensor:
 
 def _tensors(model: Any, form: Any) -> Iterator[tuple[str, Tensor, Any]]:
     """Names in GGUF, weights and types; of tied embeddings there is one, which serves as head."""
-    import gguf  # noqa: PLC0415
+    import gguf
 
     config, kinds = model.config, gguf.GGMLQuantizationType
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -92,7 +93,7 @@ def _tensors(model: Any, form: Any) -> Iterator[tuple[str, Tensor, Any]]:
 
 def _add_tokenizer(writer: Any, vocabulary: int) -> None:
     """A word for each id: three that are special, the bytes as far as they fit, and made-up ones."""
-    from gguf import TokenType  # noqa: PLC0415
+    from gguf import TokenType
 
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(BYTE_TOKENS))]
     kinds = [TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, *[TokenType.BYTE] * BYTE_TOKENS]
