@@ -42,7 +42,7 @@ def greedily(step: Callable[[Any], Any], ids: Any, new: int) -> Generated:
         ids = step(ids)
         found.append(ids)
         marks.append(time.perf_counter())
-    tokens = [[int(column[i]) for column in found] for i in range(len(found[0]))]
+    tokens = [list(one) for one in zip(*(step.reshape(-1).tolist() for step in found), strict=True)]
     return {"tokens": tokens, "first": marks[1] - marks[0], "rest": marks[-1] - marks[1]}
 
 
@@ -151,10 +151,15 @@ class OpenVINO:
         return greedily(step, np.array(prompts), new)
 
     def info(self) -> dict[str, Any]:
-        """See `Engine`; in which precision it computes."""
+        """See `Engine`; in which precision it computes, and whether its attention is one operation."""
         names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
-        return {"version": f"openvino {self._version}"} | {
-            name: str(self._compiled.get_property(name)) for name in names
+        nodes = self._compiled.get_runtime_model().get_ops()
+        fused = not any(node.get_rt_info()["layerType"].astype(str) == "Softmax" for node in nodes)
+        found = {name: self._compiled.get_property(name) for name in names}
+        return {
+            "version": f"openvino {self._version}",
+            **{name: getattr(value, "to_string", value.__str__)() for name, value in found.items()},
+            "attention": "fused" if fused else "in parts",
         }
 
 

@@ -66,7 +66,7 @@ from runtime import (
 )
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
-from turns import DENSE, Row, keep, record_file, table, turns_in
+from turns import DENSE, Row, file_name, keep, origins, record_file, table, turns_in
 
 import armor_recipes
 from armor_recipes.checkpoint.staging import staged
@@ -134,32 +134,20 @@ class Forms:
         """What the row's engine loads."""
         if row == DENSE:
             return self.dense
-        return Path(alone(self._make, row))
+        if row.engine == "ARMOR":
+            return Path(alone(self._armor, row))
+        ending = ".gguf" if row.engine == "llama.cpp" else ""
+        place = self.work / f"{self.dense.resolve().name}-{file_name(row.name)}{ending}"
+        if not place.exists():
+            print(f"making {place} …", flush=True)
+            alone(write, row, self.dense, place)
+        return place
 
-    def _make(self, row: Row) -> Path:
-        name = f"{self.dense.resolve().name}-{row.engine}-{row.form}".replace(" ", "-").replace(":", "of")
-        place = self.work / name
-        match row.engine:
-            case "ARMOR" if row.block is None and self.checkpoint is not None:
-                return given_model(self.checkpoint, self.dense, self.work).cores[row.form]
-            case "ARMOR" if row.block is not None:
-                return packed_model(self.dense.name, self.dense, row.block).cores[row.form]
-            case "plain 2:4":
-                if not place.exists():
-                    print(f"making {place} …", flush=True)
-                    write_plain(self.dense, place)
-                return place
-            case "llama.cpp":
-                file = place.with_name(f"{name}.gguf")
-                if not file.exists():
-                    print(f"making {file} …", flush=True)
-                    write_gguf(self.dense, file, row.form)
-                return file
-            case "CTranslate2":
-                return once(place, lambda folder: write_ctranslate2(self.dense, folder, row.form))
-            case "OpenVINO":
-                return once(place, lambda folder: write_openvino(self.dense, folder, row.form))
-        raise ValueError(f"no form for the row {row.name!r}")
+    def _armor(self, row: Row) -> Path:
+        if self.checkpoint is not None:
+            return given_model(self.checkpoint, self.dense, self.work).cores[row.form]
+        assert row.block is not None
+        return packed_model(self.dense.name, self.dense, row.block).cores[row.form]
 
 
 def alone(do: Callable[..., Any], *arguments: Any) -> Any:
@@ -168,13 +156,17 @@ def alone(do: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(do, *arguments).result()
 
 
-def once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """A folder that `write` fills, put in place once it is whole, unless it is there."""
-    if not folder.exists():
-        print(f"making {folder} …", flush=True)
-        with staged(folder, overwrite=False) as place:
-            write(place)
-    return folder
+def write(row: Row, dense: Path, place: Path) -> None:
+    """Write the dense folder in a rival's form, whole or not at all."""
+    match row.engine:
+        case "plain 2:4":
+            write_plain(dense, place)
+        case "llama.cpp":
+            write_gguf(dense, place, row.form)
+        case "CTranslate2" | "OpenVINO":
+            writer = write_ctranslate2 if row.engine == "CTranslate2" else write_openvino
+            with staged(place, overwrite=False) as folder:
+                writer(dense, folder, row.form)
 
 
 def write_plain(dense: Path, folder: Path) -> None:
@@ -258,13 +250,12 @@ def check_model(work: Path) -> Path:
     return written(work / "tiny-llama", config, whole)
 
 
-def regret(row: Row, forms: Forms, node: Path) -> float:
+def regret(row: Row, path: Path, dense: Path, node: Path) -> float:
     """How far the worst of the row's tokens is below the most likely one, in deviations of the reference's logits."""
-    path = forms.path(row)
-    asked = prompts(vocabulary_of(forms.dense), CHECKED["sequences"], CHECKED["prompt"])
+    asked = prompts(vocabulary_of(dense), CHECKED["sequences"], CHECKED["prompt"])
     answer = measured(row, path, node, [{"prompts": asked, "new": CHECKED["new"]}], threads=1)
     reference = path if row.engine in OURS else None
-    return float(alone(worst, reference, forms.dense, asked, answer["jobs"][0]["tokens"]))
+    return float(alone(worst, reference, dense, asked, answer["jobs"][0]["tokens"]))
 
 
 @torch.inference_mode()
@@ -313,63 +304,79 @@ def weight_bytes(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """One model's rows at one batch size, whose records lie in `folder`."""
+    """A dense model and its forms by row, at one batch size; records lie in `folder`."""
 
-    forms: Forms
+    dense: Path
+    paths: Mapping[Row, Path]
     folder: Path
     batch: int
     tasks: Sequence[str]
     threads: int
     node: Path
 
-    def turn(self, number: int, rows: Sequence[Row]) -> dict[str, str]:
+    def turn(self, number: int) -> dict[str, str]:
         """Measure each row that this turn has not, in order; returns what failed, with the reason."""
         failed = {}
-        files = {row: record_file(self.folder, number, row.name) for row in rows}
-        for row in [row for row, file in files.items() if not file.exists()]:
+        for row, path in self.paths.items():
+            file = record_file(self.folder, number, row.name)
+            if file.exists():
+                continue
             print(f"batch {self.batch}, turn {number}: {row.name} …", flush=True)
+            jobs = jobs_of(self.tasks, vocabulary_of(self.dense), self.batch)
             try:
-                path, jobs = self.forms.path(row), jobs_of(self.tasks, vocabulary_of(self.forms.dense), self.batch)
                 answer = measured(row, path, self.node, jobs, threads=self.threads)
             except ChildProcessError as error:
                 failed[row.name] = str(error)
+                print(f"{row.name} failed: {error}", flush=True)
                 continue
-            keep(files[row], record(answer, self.tasks, path))
+            keep(file, record(answer, self.tasks, path))
         return failed
 
-    def javascript(self) -> str:
+    def javascript(self, work: Path) -> str:
         """What a step of llama.cpp takes beside the model's layers, as a sentence."""
         file = self.folder / "javascript.json"
-        row = Row("llama.cpp", "BF16", "BF16")
         if not file.exists():
-            vocabulary = vocabulary_of(self.forms.dense)
+            row, vocabulary = Row("llama.cpp", "BF16", "BF16"), vocabulary_of(self.dense)
             config = LlamaConfig(
                 vocab_size=vocabulary, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
             )
-            small = Forms(written(self.forms.work / f"one-layer-{vocabulary}", config, gaussian), self.forms.work)
-            path, jobs = small.path(row), jobs_of(["decode"], vocabulary, self.batch)
-            answer = measured(row, path, self.node, jobs, threads=self.threads)
+            small = Forms(written(work / f"one-layer-{vocabulary}", config, gaussian), work)
+            jobs = jobs_of(["decode"], vocabulary, self.batch)
+            answer = measured(row, small.path(row), self.node, jobs, threads=self.threads)
             keep(file, {"seconds": answer["jobs"][1]["rest"] / NEW})
         seconds = json.loads(file.read_text(encoding="utf-8"))["seconds"]
         return (
-            f"llama.cpp's time per step outside of the layers (JavaScript, sampling, one layer of 32 columns and its head): "
+            "llama.cpp's time for a step outside of the layers (JavaScript, sampling, a layer of 32 columns and its head): "
             f"{1e3 * seconds:.2f} ms at batch {self.batch}."
         )
 
 
-def checks(rows: Sequence[Row], work: Path, node: Path) -> dict[str, str]:
-    """Compare each row with its reference on the tiny model; returns what is wrong, with the reason."""
-    wrong, forms = {}, Forms(check_model(work), work)
+def made(rows: Sequence[Row], forms: Forms) -> tuple[dict[Row, Path], dict[str, str]]:
+    """The rows' forms, and by name why others have none."""
+    paths, wrong = {}, {}
     for row in rows:
-        tiny = replace(row, block=64) if row.engine == "ARMOR" and row.block is None else row
         try:
-            found = regret(tiny, forms, node)
+            paths[row] = forms.path(row)
+        except Exception as error:  # of a rival's converter: whatever it raises is told in the table
+            wrong[row.name] = f"could not be made: {type(error).__name__}: {str(error).splitlines()[:1]}"
+    return paths, wrong
+
+
+def checked(rows: Sequence[Row], work: Path, node: Path) -> dict[str, str]:
+    """Compare each row with its reference on the tiny model; returns what is wrong, with the reason."""
+    tiny = {replace(row, block=row.block or 64) if row.engine == "ARMOR" else row: row.name for row in rows}
+    dense = check_model(work)
+    paths, wrong = made(list(tiny), Forms(dense, work))
+    wrong = {tiny[row]: wrong[row.name] for row in tiny if row.name in wrong}
+    for row, path in paths.items():
+        try:
+            found = regret(row, path, dense, node)
         except ChildProcessError as error:
-            wrong[row.name] = str(error)
+            wrong[tiny[row]] = str(error)
             continue
-        print(f"check: {row.name}: worst token {found:.3f} below the most likely", flush=True)
+        print(f"check: {tiny[row]}: worst token {found:.3f} deviations below the most likely", flush=True)
         if not found <= TOLERANCE:
-            wrong[row.name] = f"computes another model: a token {found:.2f} deviations below the most likely one"
+            wrong[tiny[row]] = f"computes another model: a token {found:.2f} deviations below the most likely one"
     return wrong
 
 
@@ -397,30 +404,38 @@ def main() -> int:
     tasks = options.tasks.split(",")
     if not TOKENS.keys() >= set(tasks):
         parser.error(f"unknown tasks in {options.tasks!r}; tasks are: {', '.join(TOKENS)}")
-    return run(options, rows, [name for name in rows if name in names], [task for task in TOKENS if task in tasks])
+    if not all(size.isdecimal() and int(size) for size in options.batch.split(",")):
+        parser.error(f"--batch {options.batch!r}: expected whole numbers above 0, separated by commas")
+    return run(options, rows, names, [task for task in TOKENS if task in tasks])
 
 
 def run(options: argparse.Namespace, rows: Mapping[str, Row], names: Sequence[str], tasks: Sequence[str]) -> int:
     """See `main`."""
-    options.work.mkdir(parents=True, exist_ok=True)
-    node = (options.work / "node" / "node_modules" / "node-llama-cpp").resolve()
+    work = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    node = (work / "node" / "node_modules" / "node-llama-cpp").resolve()
     absent = {name: reason for name in names if (reason := missing(rows[name], node)) is not None}
-    wrong = checks([rows[name] for name in names if name not in absent], options.work, node)
-    wanted = [rows[name] for name in names if name not in absent | wrong]
-    dense = options.dense or generated_folder(options.work, options.layers, options.vocabulary)
+    wanted = [row for name, row in rows.items() if name in names and name not in absent]
+    wrong = checked(wanted, work, node) if wanted else {}
+    dense = options.dense or generated_folder(work, options.layers, options.vocabulary)
     if wanted and options.dense is None:
-        generated(options.work, options.layers, options.vocabulary)
-    folder = options.results / (options.checkpoint or dense).resolve().name
-    forms = Forms(dense, options.work, options.checkpoint)
-    tables = []
+        alone(generated, work, options.layers, options.vocabulary)
+    paths, unmade = made([row for row in wanted if row.name not in wrong], Forms(dense, work, options.checkpoint))
+    wrong |= unmade
+    lengths = {task: TOKENS[task] for task in tasks}
+    shown = []
     for batch in [int(size) for size in options.batch.split(",")]:
-        contest = Contest(forms, folder / f"batch{batch}", batch, tasks, options.threads, node)
-        for number in range(1, options.turns + 1 if wanted else 1):
-            wrong |= contest.turn(number, wanted)
-        tables.append(table(rows, turns_in(contest.folder, rows), absent | wrong, batch, TOKENS))
-        if any(row.engine == "llama.cpp" for row in wanted):
-            tables.append(contest.javascript())
-    print("\n\n".join(tables))
+        # Records of one task alone lie apart from those of both.
+        parts = [f"batch{batch}", *(tasks if len(tasks) < len(TOKENS) else []), f"threads{options.threads}"]
+        folder = options.results / (options.checkpoint or dense).resolve().name / "-".join(parts)
+        contest = Contest(dense, paths, folder, batch, tasks, options.threads, node)
+        for number in range(1, options.turns + 1):
+            wrong |= contest.turn(number)
+        turns = turns_in(folder, rows)
+        shown += [table(rows, turns, absent | wrong, batch, lengths), origins(rows, turns)]
+        if any(row.engine == "llama.cpp" for row in paths):
+            shown.append(contest.javascript(work))
+    print("\n\n".join(shown))
     return 1 if wrong else 0
 
 

@@ -98,6 +98,18 @@ def cells(
     yield f"{own[0]['weight_bytes'] / 1e6:.0f}"
 
 
+def origins(rows: Iterable[str], turns: Turns) -> str:
+    """How each row ran, as a list: versions, choices, and how busy the machine was."""
+    lines = []
+    for name in rows:
+        own = [turn[name] for turn in turns.values() if name in turn]
+        if own:
+            loads = [one["load_average"] for one in own]
+            info = ", ".join(f"{key} {value}" for key, value in own[-1]["info"].items() if value)
+            lines.append(f"- {name}: {info}; load average {min(loads):.1f} to {max(loads):.1f}")
+    return "\n".join(lines)
+
+
 def turns_in(folder: Path, names: Iterable[str]) -> Turns:
     """The records that a folder has of rows."""
     found: dict[int, dict[str, Any]] = {}

@@ -85,10 +85,8 @@ def test_records_are_found_again_and_half_a_record_is_none(turns: ModuleType, tm
     assert not turns.record_file(tmp_path, 3, "plain 2:4 bf16").exists()
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose weights are whole numbers from -8 to 7 times a power of two: Q4_0 holds them exactly."""
-    folder = tmp_path_factory.mktemp("dense")
+def llama(folder: Path, *, tied: bool = False) -> Path:
+    """A Llama whose matrices are whole numbers from -8 to 7 times a power of two: Q4_0 holds them exactly."""
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=64,
@@ -97,6 +95,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         rope_theta=1000.0,
+        tie_word_embeddings=tied,
         dtype="float32",
     )
     model = LlamaForCausalLM(config)
@@ -113,26 +112,29 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
 @pytest.mark.parametrize(("form", "error"), [("BF16", 1e-5), ("Q8_0", 0.02), ("Q4_0", 0.02)])
 def test_transformers_reads_the_same_model_from_a_gguf_file(
-    dense: Path, tmp_path: Path, form: str, error: float
+    tmp_path: Path, form: str, error: float, tied: bool
 ) -> None:
     # Q8_0 rounds these weights, and so the head of a Q4_0 file; rows of q and k in the wrong order give an error of 0.28.
-    benchmark("gguf_files").write_gguf(dense, tmp_path / "model.gguf", form)
-    assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
+    dense, place = llama(tmp_path / "dense", tied=tied), tmp_path / "gguf"
+    place.mkdir()
+    benchmark("gguf_files").write_gguf(dense, place / "model.gguf", form)
+    assert [file.name for file in place.iterdir()] == ["model.gguf"]
     ids = torch.arange(3, 35)[None]
     ours, theirs = (
         model(ids).logits.detach().numpy()
         for model in (
             AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32),
-            AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32),
+            AutoModelForCausalLM.from_pretrained(place, gguf_file="model.gguf", dtype=torch.float32),
         )
     )
     assert np.linalg.norm(theirs - ours) < error * np.linalg.norm(ours)
 
 
-def test_a_model_that_gguf_would_hold_wrongly_is_refused(dense: Path, tmp_path: Path) -> None:
-    config = LlamaConfig.from_pretrained(dense)
+def test_a_model_that_gguf_would_hold_wrongly_is_refused(tmp_path: Path) -> None:
+    config = LlamaConfig.from_pretrained(llama(tmp_path / "dense"))
     config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0}
     LlamaForCausalLM(config).save_pretrained(tmp_path / "scaled")
     with pytest.raises(ValueError, match="rope_type 'linear'"):
