@@ -17,9 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from runtime import Contender, chosen, memory_of
+from runtime import Contender, memory_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
+
+from armor_recipes.runtime import auto
 
 Generated = dict[str, Any]
 """`tokens` by prompt, `first` and `rest` in seconds."""
@@ -66,8 +68,12 @@ class Torch:
         return greedily(step, torch.tensor(prompts), new)
 
     def info(self) -> dict[str, Any]:
-        """See `Engine`; what `auto` took for each work."""
-        return {"version": f"torch {torch.__version__}", "choices": chosen()}
+        """See `Engine`; what `auto` took by the most tokens of a class."""
+        found: dict[int, set[str]] = {}
+        for situation, choice in auto.choices().items():
+            found.setdefault(situation.tokens, set()).add(choice)
+        choices = "; ".join(f"{tokens}: {'/'.join(sorted(names))}" for tokens, names in sorted(found.items()))
+        return {"version": f"torch {torch.__version__}", "auto": choices}
 
 
 def write_ctranslate2(dense: Path, folder: Path, form: str) -> None:

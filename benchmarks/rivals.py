@@ -75,8 +75,9 @@ from armor_recipes.integrations.exporting import export_folder
 HERE = Path(__file__).parent
 TOKENS = {"decode": NEW, "prompt": PROMPT}
 OURS = {"ARMOR", "plain 2:4"}
-#: Of the check: how far below the most likely token, in deviations of the logits, a token may be.
-TOLERANCE = 0.25
+#: Of the check: how far below the most likely token, in deviations of the logits, a token may be. Rounded activations gave up
+#: to 0.05, rows of q and k in the wrong order 5.
+TOLERANCE = 0.15
 CHECKED = {"sequences": 2, "prompt": 24, "new": 24}
 
 

@@ -5,6 +5,10 @@ import {performance} from "node:perf_hooks";
 import {join} from "node:path";
 import {pathToFileURL} from "node:url";
 
+process.on("uncaughtException", (error) => {
+    console.error(String(error)); // the last line is what a reader is told
+    process.exit(1);
+});
 const spec = JSON.parse(readFileSync(process.argv[2], "utf8"));
 const {getLlama} = await import(pathToFileURL(join(spec.package, "dist", "index.js")).href);
 const llama = await getLlama({gpu: false, build: "never", skipDownload: true, maxThreads: spec.threads, logLevel: "warn"});
