@@ -48,7 +48,7 @@ def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
         f"({percent(totals.bytes_after, totals.bytes_before)}), "
         f"factors {percent(totals.factor_bytes, totals.bytes_before)} of dense",
         f"other weights: {size(totals.untouched_bytes)}, unchanged",
-        f"estimated here: {estimate.seconds:.0f} s without evaluation, {size(estimate.peak_bytes)} peak memory",
+        *_estimated(estimate),
     ]
     folded = sum(module.stored_as == "dense" and module.block_size is not None for module in plan.modules)
     for key, count in Counter(row.modifier for row in plan.rearrangements).items():
@@ -66,6 +66,17 @@ def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
     lines += plan.notes
     lines += warning_lines(plan)
     return Group(table, Text("\n".join(lines)))
+
+
+def _estimated(estimate: RunEstimate) -> list[str]:
+    """CPU time and time, as a whole and by what takes them, and memory."""
+    how = "measured here on one layer" if estimate.probed else "estimated here"
+    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in estimate.cpu_seconds_by.items() if seconds >= 0.5)
+    lines = [
+        f"{how}: {estimate.cpu_seconds:.0f} s of CPU time, {estimate.seconds:.0f} s with {estimate.threads} threads, "
+        f"{size(estimate.peak_bytes)} peak memory"
+    ]
+    return [*lines, *([f"CPU time: {parts}"] if parts else []), *estimate.uncounted]
 
 
 def _before(plan: Plan) -> str:
@@ -306,9 +317,19 @@ def summary(result: Result) -> RenderableType:
         lines.append(
             f"{_count(report['resumed']['steps'], 'step')} were taken from a run before, which had been cut short"
         )
+    lines.append(_against_plan(report))
     lines.append(f"checkpoint: {result.output}")
     experts = [_experts_table(report["experts"])] if report["experts"] else []
     return Group(table, *experts, Text("\n".join(lines)))
+
+
+def _against_plan(report: Mapping[str, Any]) -> str:
+    """What was predicted, and what came of it."""
+    seconds = [f"{report[name]:.0f} s ({report[f'{name}_estimated']:.0f} s)" for name in ("cpu_seconds", "seconds")]
+    peaks = [size(report[f"peak_memory{predicted}_bytes"]) for predicted in ("", "_estimated")]
+    return (
+        f"CPU time {seconds[0]}, time {seconds[1]}, peak memory {peaks[0]} ({peaks[1]}); in brackets what was predicted"
+    )
 
 
 def _experts_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -157,6 +157,11 @@ class Measure(ABC, Generic[SpecT]):
         del model  # nothing is kept of any
         return 0
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of one round, for the estimate of time; 0 where they are few or none."""
+        return 0
+
     def before(self, model: nn.Module, room: Room) -> Measured | None:
         """Measure the dense model, or keep of it what `after` compares with. Raises InputError and NumericalError."""
         return self.after(model, room)

@@ -79,6 +79,11 @@ class Fidelity(Measure[FidelitySpec]):
         """Of the samples."""
         return self.inputs.sha256
 
+    @property
+    def tokens(self) -> int:
+        """Of all samples."""
+        return sum(group[TOKENS].numel() for group in self.inputs.groups if TOKENS in group)
+
     def dense_bytes(self, model: nn.Module) -> int:
         """Bytes of logits over the vocabulary, or of hidden states, of all tokens; what has no tokens is small."""
         ids = [group.get("decoder_input_ids", group.get(TOKENS)) for group in self.inputs.groups]

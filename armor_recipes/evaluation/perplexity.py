@@ -103,6 +103,11 @@ class PerplexityMeasure(Measure[PerplexitySpec]):
         """Of the windows."""
         return self.windows.sha256
 
+    @property
+    def tokens(self) -> int:
+        """Of all windows."""
+        return self.windows.ids.numel()
+
     def after(self, model: nn.Module, room: Room) -> Perplexity:
         """Perplexity on the windows."""
         return measure(model, self.windows, on_progress=room.on_progress)

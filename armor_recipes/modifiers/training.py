@@ -104,6 +104,11 @@ class TrainingRefiner(Refiner[C]):
         """As the config says."""
         return self.config.core
 
+    @property
+    def epochs(self) -> int:
+        """As the config says."""
+        return self.config.epochs
+
     def plan(self, unit: RefineUnit) -> Estimate:
         """Costs of the passes. Raises PlanError where no batch is left to decide on."""
         _check_batches(-(-unit.tokens // unit.batch_tokens))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from torch import nn
 
 from armor_recipes.model.facts import model_facts
 from armor_recipes.modifiers import AnyModifier
+from armor_recipes.modifiers.base import KnowsItsSize
 from armor_recipes.modifiers.kinds.contract import Row, calibration_tokens
+from armor_recipes.modifiers.kinds.module import ModulePlan
+from armor_recipes.modifiers.kinds.refiner import RefinePlan
+from armor_recipes.modifiers.threads import one_thread
 from armor_recipes.plan.experts import held_bytes
 from armor_recipes.plan.plan import Plan
 from armor_recipes.recipe import Recipe
@@ -22,22 +28,72 @@ from armor_recipes.recipe.schema import CalibrationSpec
 
 #: Bytes of a value while computing on a CPU: float32.
 _VALUE = 4
-#: Passes of the blocks over the calibration tokens: one to observe, one to go on.
-_PASSES = 2
+#: What a pass of the blocks costs to each number that a linear module reads or gives, beside the products: norms, activations.
+_AROUND = 1.0
+#: Backward passes go through the products of A, S and B again: forward, B x once more, to x, and to A and B.
+_FACTOR_PRODUCTS = 4
+#: Times that each logit is looked at by a distillation's loss: two softmaxes, their exponentials, the gradient.
+_LOOKS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class RunEstimate:
-    """For this machine: `peak_bytes` of memory, and `seconds` without evaluation."""
+    """What a run takes on this machine, evaluation included.
+
+    Attributes:
+        peak_bytes: of memory.
+        seconds: on so many `threads`.
+        cpu_seconds: of all threads.
+        cpu_seconds_by: CPU seconds by what takes them.
+        probed: whether it rests on a measurement of the model's own modules, and not of products alone.
+        uncounted: sentences about what is not in it.
+    """
 
     peak_bytes: int
     seconds: float
+    cpu_seconds: float = 0.0
+    cpu_seconds_by: Mapping[str, float] = field(default_factory=dict)
+    threads: int = 1
+    probed: bool = False
+    uncounted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """CPU seconds on this machine, of one thread.
+
+    Attributes:
+        token: one token through all blocks, forward.
+        logits: one token's logits from hidden states, with their loss.
+        solve: an operation of a solve, by the entry's key; `""` for all others.
+        statistic: one token in all statistics of an entry, by its key.
+        trained: one token in all units and epochs of a refiner, by its key.
+        probed: whether the model's own modules were measured.
+    """
+
+    token: float
+    logits: float
+    solve: Mapping[str, float]
+    statistic: Mapping[str, float]
+    trained: Mapping[str, float]
+    probed: bool = False
 
 
 def estimate_run(
-    plan: Plan, recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModifier[Any]]
+    plan: Plan,
+    recipe: Recipe,
+    model: nn.Module,
+    modifiers: Mapping[str, AnyModifier[Any]],
+    *,
+    rates: Rates | None = None,
+    evaluated: int | None = None,
 ) -> RunEstimate:
-    """Measure what a product takes here and now, and add up the plan's work. `model` may be on the meta device."""
+    """Add up the plan's work at the given rates, or at those of products that are measured here and now.
+
+    `model` may be on the meta device. `evaluated` are the tokens of the recipe's measures where they are known; else those that the
+    recipe names.
+    """
+    found = rates or product_rates(plan, model, modifiers)
     needs = {entry.key: modifiers[entry.key].needs for entry in recipe.modifiers}
     specs = {entry.key: entry.config.calibration for entry in recipe.modifiers}
     held: set[tuple[CalibrationSpec, str]] = set()
@@ -48,21 +104,149 @@ def estimate_run(
             held |= {(spec, "inputs of the dense block")} if needs[key].dense == "block" else set()
             back |= {spec} if needs[key].gradients else set()
     tokens = sum(calibration_tokens(spec) for spec, _ in held)
-    passed = tokens + sum(map(calibration_tokens, back))
+    # A dense stream is observed as it passes, a compressed one before; gradients go forward and back.
+    passed = sum(calibration_tokens(spec) * (1 if kind == "dense" else 2) for spec, kind in held)
+    gradients = sum(map(calibration_tokens, back))
+    measured, uncounted = _evaluated(recipe) if evaluated is None else (evaluated, ())
+    solves = [(row, found.solve.get(row.modifier, found.solve[""])) for row in plan.rows if row.takes]
+    trained = [row for row in plan.rows if not row.takes and row.section == "refinements"]
+    of_key = {key: calibration_tokens(spec) for key, spec in specs.items() if spec is not None}
+    work = {
+        "passes": passed * found.token + gradients * (2 * found.token + found.logits),
+        "statistics": sum(of_key.get(key, 0) * each for key, each in found.statistic.items()),
+        "solving": sum(row.flops * each for row, each in solves),
+        "training": sum(
+            of_key[key] * each for key, each in found.trained.items() if key in {r.modifier for r in trained}
+        ),
+        "evaluation": 2 * measured * (found.token + found.logits),
+    }
+    cpu, threads = sum(work.values()), torch.get_num_threads()
     places: dict[tuple[str, int, str], list[int]] = {}
     for row in plan.modules:
         places.setdefault((row.stage, row.layer, row.modifier), []).append(row.peak_bytes)
     others = [_with_parts(row) for row in plan.rows if not row.takes]
-    parameters = sum(p.numel() for p in model.parameters())
-    return RunEstimate(
-        peak_bytes=estimate_peak_bytes(
-            model,
-            tokens,
-            solve_bytes=max([0, *map(bytes_at_once, places.values()), *others]) + held_bytes(plan.rows, modifiers),
-            probe=max((spec.sequence_length for spec in specs.values() if spec is not None), default=0),
-        ),
-        seconds=estimate_seconds(plan.flops, parameters, passed),
+    peak = estimate_peak_bytes(
+        model,
+        tokens,
+        solve_bytes=max([0, *map(bytes_at_once, places.values()), *others]) + held_bytes(plan.rows, modifiers),
+        probe=max((spec.sequence_length for spec in specs.values() if spec is not None), default=0),
     )
+    return RunEstimate(
+        peak_bytes=peak,
+        seconds=round(cpu / threads, 1),
+        cpu_seconds=round(cpu, 1),
+        cpu_seconds_by={name: round(each, 1) for name, each in work.items()},
+        threads=threads,
+        probed=found.probed,
+        uncounted=uncounted,
+    )
+
+
+def _evaluated(recipe: Recipe) -> tuple[int, tuple[str, ...]]:
+    """Tokens of one round of the measures, as the recipe names them, and what it does not name."""
+    tokens, unknown = 0, []
+    for name, spec in ({} if recipe.evaluation is None else recipe.evaluation.measures).items():
+        count = getattr(spec, "windows", None) or getattr(spec, "samples", None)
+        if isinstance(count, int):
+            tokens += count * int(getattr(spec, "sequence_length", 0))
+        else:
+            unknown.append(name)
+    text = "the evaluation of {} is not counted: how long the data are shows once they are read"
+    return tokens, (text.format(" and ".join(unknown)),) if unknown else ()
+
+
+def product_rates(plan: Plan, model: nn.Module, modifiers: Mapping[str, AnyModifier[Any]]) -> Rates:
+    """Rates by counted operations, at the speed of products that are measured here and now."""
+    speeds = _Speeds.measured()
+    inside = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    head = _vocabulary(model)
+    hidden = model_facts(model).hidden_size or 0
+    parameters = sum(m.weight.numel() for m in inside) - (
+        head * hidden if any(m.out_features == head for m in inside) else 0
+    )
+    around = sum(m.in_features + m.out_features for m in inside if m.out_features != head)
+    token = 2.0 * parameters / speeds.product + _AROUND * around / speeds.value
+    logits = 2.0 * head * hidden / speeds.product + head / speeds.value
+    trained: dict[str, float] = {}
+    for row in plan.rows:
+        if not isinstance(row, RefinePlan):
+            continue
+        refiner: Any = modifiers[row.modifier]
+        half = row.layer is None and refiner.compute_dtype(torch.empty(0)) == torch.bfloat16
+        stored = [plan.stored[name] for name in row.modules if name in plan.stored]
+        factors = sum(m.d_out * m.block_size[0] + m.d_in * m.block_size[1] for m in stored if m.block_size is not None)
+        values = 3.0 * sum(m.d_out + m.d_in for m in stored)
+        looks = _LOOKS * head / row.logit_stride if row.layer is None else 0.0
+        each = row.flops / row.tokens / (speeds.bfloat16() if half else speeds.product)
+        each += refiner.epochs * (2.0 * _FACTOR_PRODUCTS * factors / speeds.solve + (values + looks) / speeds.value)
+        trained[row.modifier] = trained.get(row.modifier, 0.0) + each
+    statistic = {}
+    for key, rows in _by_entry(plan).items():
+        grams = sum(d_in**2 for d_in in _read(rows) if _is_gram(modifiers[key], rows, d_in))
+        statistic[key] = 2.0 * grams / speeds.product + sum(_read(rows)) / speeds.value
+    return Rates(token, logits, {"": 1 / speeds.solve}, statistic, trained)
+
+
+def _by_entry(plan: Plan) -> dict[str, list[ModulePlan]]:
+    found: dict[str, list[ModulePlan]] = {}
+    for row in plan.modules:
+        found.setdefault(row.modifier, []).append(row)
+    return found
+
+
+def _read(rows: Sequence[ModulePlan]) -> list[int]:
+    """Widths of what the modules read: those of one parent and width one tensor, but of three and more the last its own."""
+    groups = Counter((row.layer, row.name.rpartition(".")[0], row.d_in) for row in rows)
+    return [d_in for (_, _, d_in), count in groups.items() for _ in range(2 if count > 2 else 1)]
+
+
+def _is_gram(modifier: AnyModifier[Any], rows: Sequence[ModulePlan], d_in: int) -> bool:
+    """Whether its statistic of inputs so wide holds products of channels."""
+    made: Any = modifier
+    shape = next(row.shape for row in rows if row.d_in == d_in)
+    statistic = made.statistic(shape) if made.needs.streams else None
+    return isinstance(statistic, KnowsItsSize) and statistic.full_bytes >= 8 * d_in**2
+
+
+@dataclass(frozen=True, slots=True)
+class _Speeds:
+    """Of one thread, in operations (`value`: in numbers through a softmax) a second of CPU time."""
+
+    solve: float
+    product: float
+    value: float
+
+    @classmethod
+    def measured(cls) -> _Speeds:
+        """Blocks as solves multiply them, a product as passes have it, and rows of logits."""
+        left, right = (torch.ones(16, rows, 64, dtype=torch.float32, device="cpu") for rows in (512, 64))
+        rows = torch.ones(64, 8192, dtype=torch.float32, device="cpu")
+        return cls(
+            solve=_rate(lambda: torch.bmm(left, right), 2.0 * 16 * 512 * 64 * 64),
+            product=_product_speed(torch.float32),
+            value=_rate(lambda: rows.log_softmax(-1), float(rows.numel())),
+        )
+
+    def bfloat16(self) -> float:
+        """Of products of bfloat16 numbers."""
+        return _product_speed(torch.bfloat16)
+
+
+def _product_speed(dtype: torch.dtype) -> float:
+    x, weight = (torch.ones(512, 512, dtype=dtype, device="cpu") for _ in range(2))
+    return _rate(lambda: x @ weight, 2.0 * 512**3)
+
+
+def _rate(work: Callable[[], object], size: float) -> float:
+    """How much of it a CPU second of one thread does: the best of five."""
+    with one_thread():
+        work()
+        best = math.inf
+        for _ in range(5):
+            started = time.thread_time()
+            work()
+            best = min(best, time.thread_time() - started)
+    return size / max(best, 1e-9)
 
 
 def bytes_at_once(solves: Sequence[int]) -> int:
@@ -95,21 +279,7 @@ def _vocabulary(model: nn.Module) -> int:
     return 0 if weight is None else len(weight)
 
 
-def estimate_seconds(solve_flops: float, parameters: int, tokens: int) -> float:
-    """Solves and calibration passes at the speed of a product of the size that solves are made of, measured here and now."""
-    return round((solve_flops + _PASSES * 2.0 * parameters * tokens) / _flops_per_second(), 1)
-
-
 def resident_bytes() -> int:
     """Memory this process holds now; 0 where the system does not say (`/proc` is Linux's)."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
-
-
-def _flops_per_second() -> float:
-    left, right = (torch.ones(16, rows, 64, dtype=torch.float32, device="cpu") for rows in (512, 64))
-    torch.bmm(left, right)
-    started = time.perf_counter()
-    for _ in range(10):
-        torch.bmm(left, right)
-    return 10 * 2.0 * 16 * 512 * 64 * 64 / (time.perf_counter() - started)

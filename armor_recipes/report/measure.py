@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,29 @@ from armor_recipes.modifiers.kinds.changes import ModuleResult
 from armor_recipes.plan import RunEstimate
 
 
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """A moment: on the clock, and in CPU seconds of this process with all its threads."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def read(cls) -> _Now:
+        return cls(time.perf_counter(), time.process_time())
+
+
 class Stopwatch:
-    """Announces phases to the observer and adds up their seconds."""
+    """Announces phases to the observer and adds up their seconds, on the clock and of CPU time, with the peak of memory so far."""
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
         self.started = datetime.now(UTC)
-        self._begin = time.perf_counter()
-        self._mark = self._begin
+        self._begin = self._mark = _Now.read()
         self._name: str | None = None
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
 
     def phase(self, name: str) -> None:
         """End the phase that runs and begin another."""
@@ -36,9 +50,11 @@ class Stopwatch:
         self.observer(PhaseStarted(name))
 
     def _close(self) -> None:
-        now = time.perf_counter()
-        if self._name is not None:
-            self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._mark
+        now, name = _Now.read(), self._name
+        if name is not None:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now.wall - self._mark.wall
+            self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + now.cpu - self._mark.cpu
+            self.peaks[name] = peak_memory_bytes()
         self._mark = now
 
     def report(
@@ -48,14 +64,18 @@ class Stopwatch:
         self._close()
         return {
             "started": self.started.isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - self._begin, 3),
+            "seconds": round(self._mark.wall - self._begin.wall, 3),
             "seconds_by_phase": {name: round(value, 3) for name, value in self.seconds.items()},
+            "cpu_seconds": round(self._mark.cpu - self._begin.cpu, 3),
+            "cpu_seconds_by_phase": {name: round(value, 3) for name, value in self.cpu_seconds.items()},
             "seconds_by_module": {
                 name: round(result.seconds + sum(change.seconds for change in result.changes), 3)
                 for name, result in modules.items()
             },
             "seconds_estimated": estimate.seconds,
+            "cpu_seconds_estimated": estimate.cpu_seconds,
             "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes_by_phase": dict(self.peaks),
             "peak_memory_estimated_bytes": estimate.peak_bytes,
             "size_before_bytes": None if source is None else weight_bytes(source),
             "size_after_bytes": weight_bytes(folder),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.checks import check_output, check_weights, placed, precious_paths
 from armor_recipes.run.evaluating import check_quality, measured
 from armor_recipes.run.given import given_changes, run_as_stored
-from armor_recipes.run.planning import Job, prepare
+from armor_recipes.run.planning import Job, estimated, prepare
 from armor_recipes.run.preflight import Ready, check_disk, preflight
 from armor_recipes.run.recipe_lock import Lock, locked_facts, read_lock
 from armor_recipes.run.refusals import resource_errors
@@ -169,6 +169,7 @@ def execute(
         ready = preflight(job, model, tokenizer, target, watch)
         if lock is not None:
             lock.check(locked_facts(job, ready.data))
+        job = replace(job, estimate=estimated(job, tokens=sum(measure.tokens for measure in ready.data.measures)))
         room = stack.enter_context(tried(target)) if job.recipe.is_theirs else None
         run = _Run.start(job, model, ready, target, watch, room, journal)
         facts = run.compute()

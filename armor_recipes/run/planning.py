@@ -28,7 +28,7 @@ from armor_recipes.model.inputs import model_inputs
 from armor_recipes.model.ties import tied_output, untie, untied
 from armor_recipes.modifiers import AnyModifier, modifiers
 from armor_recipes.modifiers.base import Settles
-from armor_recipes.plan import Plan, RunEstimate, estimate_run, make_plan
+from armor_recipes.plan import Plan, Rates, RunEstimate, estimate_run, make_plan
 from armor_recipes.plan.untying import to_untie
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.llmcompressor import ROTATING
@@ -101,6 +101,11 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
         refused.tell()
     estimate = estimate_run(plan, recipe, shapes, instances)
     return Job(recipe, source, shapes, instances, plan, estimate, target, teacher)
+
+
+def estimated(job: Job, *, tokens: int | None = None, rates: Rates | None = None) -> RunEstimate:
+    """The estimate once it is known how many `tokens` are evaluated, or how fast this machine is with this model."""
+    return estimate_run(job.plan, job.recipe, job.shapes, job.modifiers, rates=rates, evaluated=tokens)
 
 
 def planned(

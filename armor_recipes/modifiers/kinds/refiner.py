@@ -286,6 +286,11 @@ class Refiner(AnyModifier[C]):
         """n, where the loss compares the logits of every n-th token (scope `model`)."""
         return 1
 
+    @property
+    def epochs(self) -> int:
+        """Passes over the calibration at most, for the estimate of time."""
+        return 1
+
     def compute_dtype(self, parameter: Tensor) -> torch.dtype:
         """Of the passes (scope `model`), given a parameter of the model."""
         return parameter.dtype
