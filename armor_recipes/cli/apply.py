@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -12,6 +12,9 @@ from rich.console import Console
 
 from armor_recipes.cli.guard import run_command
 from armor_recipes.errors import RecipeError
+
+if TYPE_CHECKING:
+    from armor_recipes.run import Job
 
 if TYPE_CHECKING:
     from armor_recipes.run import Job
@@ -46,6 +49,12 @@ def apply_command(
         bool, typer.Option("--overwrite", help="Replace an existing checkpoint at the output path.")
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be done, and its cost, and stop.")] = False,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe", help="With --plan: measure the largest module of each kind once, and predict from that."
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan or the result as JSON on standard output.")
     ] = False,
@@ -73,6 +82,8 @@ def apply_command(
     from armor_recipes.run.report_file import check_report_file, write_report
 
     quiet_libraries()
+    if probe and not plan:
+        raise RecipeError("--probe measures for a plan: give --plan, too")
     out, err = Console(), Console(stderr=True)
     if plan and locked:
         raise RecipeError(
@@ -81,7 +92,7 @@ def apply_command(
     lock = read_lock(lock_file(recipes)) if locked else None
     job = prepare(read_recipe(recipes, overrides=overrides or (), output=output), device=device)
     if plan:
-        _print_plan(job, out, err, as_json=as_json, quiet=quiet)
+        _print_plan(job, out, err, as_json=as_json, probe=probe, quiet=quiet)
         return
     if report is not None:
         check_report_file(report)
@@ -99,16 +110,19 @@ def apply_command(
         out.print(summary(result))
 
 
-def _print_plan(job: Job, out: Console, err: Console, *, as_json: bool, quiet: bool) -> None:
+def _print_plan(job: Job, out: Console, err: Console, *, as_json: bool, probe: bool, quiet: bool) -> None:
     from armor_recipes.cli.tables import plan_table, resolved_recipe
     from armor_recipes.cli.view import progress_view
     from armor_recipes.run.checks import check_places
+    from armor_recipes.run.probing import probed
     from armor_recipes.run.settling import is_settled, settled_before
 
     check_places(job.source, job.recipe)
     if not is_settled(job):
         with progress_view(err, quiet=quiet) as view:
             job = settled_before(job, view)
+    if probe:
+        job = replace(job, estimate=probed(job))
     if as_json:
         found = {"plan": job.plan.to_dict(), "estimate": asdict(job.estimate), "recipe": job.recipe.resolved}
         print(json.dumps(found, indent=2))

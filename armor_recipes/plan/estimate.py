@@ -32,6 +32,8 @@ _VALUE = 4
 _AROUND = 1.0
 #: Backward passes go through the products of A, S and B again: forward, B x once more, to x, and to A and B.
 _FACTOR_PRODUCTS = 4
+#: Values of logits of a batch of evaluation at most, and its windows and their tokens as a rule.
+_LOGITS_AT_MOST, _WINDOWS, _WINDOW = 1 << 26, 8, 512
 #: Times that each logit is looked at by a distillation's loss: two softmaxes, their exponentials, the gradient.
 _LOOKS = 4
 
@@ -68,6 +70,7 @@ class Rates:
         solve: an operation of a solve, by the entry's key; `""` for all others.
         statistic: one token in all statistics of an entry, by its key.
         trained: one token in all units and epochs of a refiner, by its key.
+        evaluation_bytes: what a batch of evaluation takes beside the model.
         probed: whether the model's own modules were measured.
     """
 
@@ -76,6 +79,7 @@ class Rates:
     solve: Mapping[str, float]
     statistic: Mapping[str, float]
     trained: Mapping[str, float]
+    evaluation_bytes: int = 0
     probed: bool = False
 
 
@@ -131,8 +135,9 @@ def estimate_run(
         solve_bytes=max([0, *map(bytes_at_once, places.values()), *others]) + held_bytes(plan.rows, modifiers),
         probe=max((spec.sequence_length for spec in specs.values() if spec is not None), default=0),
     )
+    evaluating = resident_bytes() + _weights(model) + found.evaluation_bytes if measured else 0
     return RunEstimate(
-        peak_bytes=peak,
+        peak_bytes=max(peak, evaluating),
         seconds=round(cpu / threads, 1),
         cpu_seconds=round(cpu, 1),
         cpu_seconds_by={name: round(each, 1) for name, each in work.items()},
@@ -181,13 +186,21 @@ def product_rates(plan: Plan, model: nn.Module, modifiers: Mapping[str, AnyModif
         each += refiner.epochs * (2.0 * _FACTOR_PRODUCTS * factors / speeds.solve + (values + looks) / speeds.value)
         trained[row.modifier] = trained.get(row.modifier, 0.0) + each
     statistic = {}
-    for key, rows in _by_entry(plan).items():
+    for key, rows in by_entry(plan).items():
         grams = sum(d_in**2 for d_in in _read(rows) if _is_gram(modifiers[key], rows, d_in))
         statistic[key] = 2.0 * grams / speeds.product + sum(_read(rows)) / speeds.value
-    return Rates(token, logits, {"": 1 / speeds.solve}, statistic, trained)
+    batch = min(_LOGITS_AT_MOST, _WINDOWS * _WINDOW * head)
+    return Rates(token, logits, {"": 1 / speeds.solve}, statistic, trained, evaluation_bytes=2 * _VALUE * batch)
 
 
-def _by_entry(plan: Plan) -> dict[str, list[ModulePlan]]:
+def statistic_seconds(modifier: AnyModifier[Any], rows: Sequence[ModulePlan], d_in: int, seconds: float) -> float:
+    """Of one token in all statistics of an entry, given those in one of inputs so wide."""
+    power = 2 if _is_gram(modifier, rows, d_in) else 1
+    return sum(seconds * (other / d_in) ** power for other in _read(rows))
+
+
+def by_entry(plan: Plan) -> dict[str, list[ModulePlan]]:
+    """The rows of modules by the entry's key."""
     found: dict[str, list[ModulePlan]] = {}
     for row in plan.modules:
         found.setdefault(row.modifier, []).append(row)
@@ -266,10 +279,14 @@ def estimate_peak_bytes(model: nn.Module, tokens: int, *, solve_bytes: int, prob
     Verifying compares the logits of both for `probe` tokens, which are many where the vocabulary is large.
     """
     hidden = model_facts(model).hidden_size or 0
-    weights = _VALUE * sum(p.numel() for p in model.parameters())
+    weights = _weights(model)
     activations = _VALUE * hidden * tokens
     verifying = 2 * (weights + _VALUE * probe * _vocabulary(model))
     return resident_bytes() + weights + max(activations + solve_bytes, verifying)
+
+
+def _weights(model: nn.Module) -> int:
+    return _VALUE * sum(p.numel() for p in model.parameters())
 
 
 def _vocabulary(model: nn.Module) -> int:

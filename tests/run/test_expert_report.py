@@ -83,7 +83,12 @@ def test_the_summary_shows_them_by_layer() -> None:
     session = session_of("skip")
     report = {
         **{"size_after_bytes": 1, "size_before_bytes": 2, "seconds": 1.0, "peak_memory_bytes": 1, "calibration": []},
-        **{"cpu_seconds": 1.0, "cpu_seconds_estimated": 1.0, "seconds_estimated": 1.0, "peak_memory_estimated_bytes": 1},
+        **{
+            "cpu_seconds": 1.0,
+            "cpu_seconds_estimated": 1.0,
+            "seconds_estimated": 1.0,
+            "peak_memory_estimated_bytes": 1,
+        },
         "experts": rows_of(session),
     }
     result = Result(

@@ -398,6 +398,14 @@ class BlockContext:
         return progress
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """CPU seconds of one thread: of a row's solve, and of one token in the statistic of its inputs."""
+
+    solve: float
+    token: float
+
+
 class Kind(ABC):
     """How modifiers of one kind are planned and run.
 
@@ -419,6 +427,10 @@ class Kind(ABC):
         """The steps of shares that are taken together, in order: by default one."""
         key = "+".join(share.entry.key for share in shares)
         yield Unit(f"{key}/{context.name}", tuple(shares))
+
+    def trial(self, modifier: Any, row: Any) -> Trial | None:  # noqa: ARG002 - for those that can be tried
+        """What one row takes on this machine, on random numbers in the place of weights and data; None without an answer."""
+        return None
 
     @abstractmethod
     def run(self, unit: Unit, context: BlockContext) -> Changes:

@@ -28,6 +28,7 @@ from armor_recipes.modifiers.base import (
     CalibratedConfig,
     CoreType,
     Estimate,
+    KnowsOrigins,
     ModuleShape,
     Needs,
     SolveProgress,
@@ -38,7 +39,17 @@ from armor_recipes.modifiers.base import (
     join_shapes,
 )
 from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult, loaded_weight
-from armor_recipes.modifiers.kinds.contract import BlockContext, Kind, Planned, Planning, Row, Share, Unit, located
+from armor_recipes.modifiers.kinds.contract import (
+    BlockContext,
+    Kind,
+    Planned,
+    Planning,
+    Row,
+    Share,
+    Trial,
+    Unit,
+    located,
+)
 from armor_recipes.modifiers.kinds.experts import ExpertBelow, fed
 from armor_recipes.modifiers.kinds.pool import in_order
 from armor_recipes.modifiers.kinds.served import served_shapes
@@ -184,6 +195,10 @@ class Outcome:
         return [replace(self, weight=w, factorization=f) for w, f in zip(weights, parts, strict=True)]
 
 
+#: Input rows of a trial's statistic at least, and the windows that they make.
+_TRIED_TOKENS, _TRIED_WINDOWS = 512, 8
+
+
 class Solving(Kind):
     """Solves modules each by itself, or those as one that their modifier groups."""
 
@@ -196,6 +211,26 @@ class Solving(Kind):
         return planning.each(
             planning.names, partial(_plan_module, planning, together, {shape.name: shape for shape in shapes})
         )
+
+    def trial(self, modifier: Modifier[Any], row: ModulePlan) -> Trial:
+        """Feed a statistic, and solve the module, as a run does."""
+        generator, shape = torch.Generator().manual_seed(0), row.shape
+        statistic: Any = modifier.statistic(shape)
+        if isinstance(statistic, KnowsOrigins):
+            statistic.expect((0,) * _TRIED_WINDOWS)
+        x = torch.randn(
+            _TRIED_WINDOWS, max(_TRIED_TOKENS, shape.d_in) // _TRIED_WINDOWS, shape.d_in, generator=generator
+        )
+        pair = (x, x) if modifier.needs.dense == "block" else (x,)
+        begun = time.thread_time()
+        statistic.update(*pair)
+        fed = time.thread_time()
+        weight = torch.randn(shape.d_out, shape.d_in, generator=generator)
+        given = WithGradients(statistic, torch.ones(shape.d_out)) if modifier.needs.gradients else statistic
+        started = time.thread_time()
+        outcome = modifier.solve(shape, weight, given, None)
+        modifier.loss(weight, given, outcome.weight)
+        return Trial(time.thread_time() - started, (fed - begun) / x[..., 0].numel())
 
     def units(self, shares: Sequence[Share], context: BlockContext) -> Iterator[Unit]:
         """All modules at once; where they are matched those that read the same tensor, in the order in which the block calls them.

@@ -407,7 +407,7 @@ def _train_block(job: _Job) -> _Trained:
     found = zip(*(ask(context.index) for ask in (stream.uses, dense.outputs, stream.paddings)), strict=True)
     reached = [one for one in found if one[0]]  # a batch need not reach every block
     calls, targets, paddings = ([one[place] for one in reached] for place in range(3))
-    student = _Student.of(block, job.prefix, *_trainables(job, block, job.prefix))
+    student = Student.of(block, job.prefix, *_trainables(job, block, job.prefix))
 
     def joined(batch: int, outputs: Sequence[Tensor], windows: slice) -> UnitOutput:
         kept = [paddings[batch].kept(output, windows) for output in outputs]
@@ -461,20 +461,47 @@ def _train_model(job: _Job) -> _Trained:
     assert spec is not None
     batches, dense = context.batches(spec), dict(shared_names(model, context.weights.originals))
     compute = job.refiner.compute_dtype(next(model.parameters()))
-    products = torch.bfloat16 if compute == torch.bfloat16 else torch.float32
-    factors, vectors = _trainables(job, model, "", products)
+    factors, vectors = _trainables(job, model, "", products_of(compute))
     names = [context.stacks.block_name(index) for index in context.blocks]
-    tapped = {
-        names[index]: reads_of(model, names[index], batches[0]) for index in job.refiner.hidden_layers(len(names))
-    }
+    task, compared = model_task(
+        job.refiner, model, dense, factors, vectors, batches, names=names, stride=job.logit_stride
+    )
+    trained = _train(job, task, tokens=sum(leading(batch).numel() for batch in batches), compute=compute)
+    outputs = "" if compared == {("logits",)} else ", ".join(sorted({name for names in compared for name in names}))
+    stride = 1 if outputs else job.logit_stride
+    return replace(trained, result=replace(trained.result, outputs=outputs, logit_stride=stride))
+
+
+def products_of(compute: torch.dtype) -> torch.dtype:
+    """The dtype of the factors' products in passes of that dtype."""
+    return torch.bfloat16 if compute == torch.bfloat16 else torch.float32
+
+
+def model_task(
+    refiner: Refiner[Any],
+    model: nn.Module,
+    dense: Mapping[str, Tensor],
+    factors: Mapping[str, TrainableFactors],
+    vectors: Mapping[str, nn.Parameter],
+    batches: Sequence[Batch],
+    *,
+    names: Sequence[str],
+    stride: int,
+) -> tuple[RefineTask, set[tuple[str, ...]]]:
+    """The whole model as a unit, with blocks of these names and `dense` parameters; and names of the outputs that it compares.
+
+    The second is filled as the task is run.
+    """
+    tapped = {names[i]: reads_of(model, names[i], batches[0]) for i in refiner.hidden_layers(len(names))}
+    compute = refiner.compute_dtype(next(model.parameters()))
     base = _converted(model, compute, but={f"{name}.weight" for name in factors})
-    student = _Student.of(base, "", factors, vectors)
+    student = Student.of(base, "", factors, vectors)
     compared: set[tuple[str, ...]] = set()
 
     def run(network: nn.Module, batch: int, windows: slice) -> UnitOutput:
         taken = {name: _tap(network.get_submodule(name)) for name in tapped}
         given = some_of(batches[batch], windows)
-        found, thinned = _some_logits(network, given, job.logit_stride, batch)
+        found, thinned = _some_logits(network, given, stride, batch)
         compared.add(found.names)
         hidden = [kept_of(given, tapped[name], output) for name, outputs in taken.items() for output in outputs]
         first, *others = [kept_of(thinned, written_or_read(given), tensor) for tensor in found.tensors]
@@ -486,11 +513,8 @@ def _train_model(job: _Job) -> _Trained:
     def target(batch: int, windows: slice = _ALL) -> UnitOutput:
         return run(dense_view(base, dense, copied=[*tapped]), batch, windows)
 
-    task = RefineTask(factors, vectors, len(batches), forward, target, _parts([leading(batch) for batch in batches]))
-    trained = _train(job, task, tokens=sum(leading(batch).numel() for batch in batches), compute=compute)
-    outputs = "" if compared == {("logits",)} else ", ".join(sorted({name for names in compared for name in names}))
-    stride = 1 if outputs else job.logit_stride
-    return replace(trained, result=replace(trained.result, outputs=outputs, logit_stride=stride))
+    parts = _parts([leading(batch) for batch in batches])
+    return RefineTask(factors, vectors, len(batches), forward, target, parts), compared
 
 
 def _some_logits(network: nn.Module, batch: Batch, stride: int, first: int) -> tuple[MainOutput, Batch]:
@@ -625,7 +649,7 @@ def _trainables(
 
 
 @dataclass(frozen=True, slots=True)
-class _Student:
+class Student:
     """A module whose linear layers factors stand for, and whose norms' vectors are trained, wherever the module uses them.
 
     `linears` and `places` say which of them stands where: names from the module.
@@ -640,7 +664,7 @@ class _Student:
     @classmethod
     def of(
         cls, base: nn.Module, prefix: str, factors: Mapping[str, TrainableFactors], vectors: Mapping[str, nn.Parameter]
-    ) -> _Student:
+    ) -> Student:
         """Find the places."""
         weights = {f"{name}.weight".removeprefix(prefix): name for name in factors}
         found = {place.removesuffix("weight").rstrip("."): name for place, name in shared_names(base, weights)}
