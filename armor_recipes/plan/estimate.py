@@ -67,7 +67,7 @@ class Rates:
     Attributes:
         token: one token through all blocks, forward.
         logits: one token's logits from hidden states, with their loss.
-        solve: an operation of a solve, by the entry's key; `""` for all others.
+        solve: an operation of a solve, by `kind_of` its row; `""` for all others.
         statistic: one token in all statistics of an entry, by its key.
         trained: one token in all units and epochs of a refiner, by its key.
         evaluation_bytes: what a batch of evaluation takes beside the model.
@@ -76,7 +76,7 @@ class Rates:
 
     token: float
     logits: float
-    solve: Mapping[str, float]
+    solve: Mapping[object, float]
     statistic: Mapping[str, float]
     trained: Mapping[str, float]
     evaluation_bytes: int = 0
@@ -112,7 +112,8 @@ def estimate_run(
     passed = sum(calibration_tokens(spec) * (1 if kind == "dense" else 2) for spec, kind in held)
     gradients = sum(map(calibration_tokens, back))
     measured, uncounted = _evaluated(recipe) if evaluated is None else (evaluated, ())
-    solves = [(row, found.solve.get(row.modifier, found.solve[""])) for row in plan.rows if row.takes]
+    solves = [(row, found.solve[""]) for row in plan.rows if row.takes and row.section != ModulePlan.section]
+    solves += [(row, found.solve.get(kind_of(row), found.solve[""])) for row in plan.modules]
     trained = [row for row in plan.rows if not row.takes and row.section == "refinements"]
     of_key = {key: calibration_tokens(spec) for key, spec in specs.items() if spec is not None}
     work = {
@@ -197,6 +198,11 @@ def statistic_seconds(modifier: AnyModifier[Any], rows: Sequence[ModulePlan], d_
     """Of one token in all statistics of an entry, given those in one of inputs so wide."""
     power = 2 if _is_gram(modifier, rows, d_in) else 1
     return sum(seconds * (other / d_in) ** power for other in _read(rows))
+
+
+def kind_of(row: ModulePlan) -> tuple[str, int, int]:
+    """What modules of one entry have in common whose solves take as long an operation: their shape."""
+    return row.modifier, row.d_out, row.d_in
 
 
 def by_entry(plan: Plan) -> dict[str, list[ModulePlan]]:

@@ -41,7 +41,7 @@ from armor_recipes.modifiers.kinds.refiner import (
 )
 from armor_recipes.modifiers.threads import one_thread
 from armor_recipes.plan import Rates, RunEstimate
-from armor_recipes.plan.estimate import by_entry, product_rates, resident_bytes, statistic_seconds
+from armor_recipes.plan.estimate import by_entry, kind_of, product_rates, resident_bytes, statistic_seconds
 from armor_recipes.run.data import read_data
 from armor_recipes.run.planning import Job, estimated
 from armor_recipes.run.refusals import Refusals, resource_errors
@@ -188,17 +188,23 @@ def _peak() -> Iterator[list[int]]:
         found[0] = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
-def _solves(job: Job) -> tuple[dict[str, float], dict[str, float]]:
-    """By entry: CPU seconds for an operation of its solves, and for one token in its statistics. Without a trial they are counted."""
+def _solves(job: Job) -> tuple[dict[object, float], dict[str, float]]:
+    """CPU seconds for an operation of a solve, by entry and shape, and for one token in an entry's statistics.
+
+    Of each entry and shape the module with the most to do is tried; what has no trial is counted.
+    """
     counted = product_rates(job.plan, job.shapes, job.modifiers)
-    solve: dict[str, float] = {}
+    solve: dict[object, float] = {}
     statistic = dict(counted.statistic)
     for key, rows in by_entry(job.plan).items():
-        largest = max(rows, key=lambda row: row.flops)
-        found = job.modifiers[key].kind.trial(job.modifiers[key], largest)
-        if found is not None and largest.flops:
-            solve[key] = found.solve / largest.flops
-            statistic[key] = statistic_seconds(job.modifiers[key], rows, largest.d_in, found.token)
+        modifier, widest = job.modifiers[key], 0
+        largest = {kind_of(row): row for row in sorted(rows, key=lambda row: row.flops)}
+        for kind, row in largest.items():
+            found = modifier.kind.trial(modifier, row)
+            if found is not None and row.flops:
+                solve[kind] = found.solve / row.flops
+                if row.d_in > widest:
+                    widest, statistic[key] = row.d_in, statistic_seconds(modifier, rows, row.d_in, found.token)
     return {"": max(solve.values(), default=counted.solve[""]), **solve}, statistic
 
 

@@ -11,6 +11,7 @@ import torch
 
 from armor_recipes.modifiers.distillation import modifier as distillation
 from armor_recipes.plan import Rates, estimate, estimate_run
+from armor_recipes.plan.estimate import kind_of
 from armor_recipes.run import Job, probing
 from armor_recipes.run.probing import probed
 from tests.support.commands import Shell, write_recipe
@@ -55,7 +56,8 @@ def test_every_kind_of_work_is_measured(name: str, llama: Path, monkeypatch: pyt
     solved = {row.modifier for row in job.plan.modules}
     assert solved == rates.statistic.keys()
     # Factor modifiers have no trial: their work counts at the pace of the slowest that has one.
-    assert {key for key in solved if "Quantization" not in key} == rates.solve.keys() - {""}
+    kinds = {kind_of(row) for row in job.plan.modules if "Quantization" not in row.modifier}
+    assert rates.solve.keys() == {"", *kinds}
     assert {row.modifier for row in job.plan.refinements} == rates.trained.keys()
     assert all(each > 0 for each in (*rates.solve.values(), *rates.statistic.values()))
 
@@ -88,7 +90,8 @@ def test_the_sums(llama: Path) -> None:
     """60 tokens: two passes of the compressed stream, one of the dense one; evaluation twice."""
     job = make_job(recipe(llama, ARMORModifier=ARMOR, BlockRefineModifier=TRAINED))
     key, refiner = (entry.key for entry in job.recipe.modifiers)
-    rates = Rates(0.5, 0.25, {"": 0.0, key: 1e-6}, {key: 0.125}, {refiner: 2.0})
+    solve = {"": 0.0, **{kind_of(row): 1e-6 for row in job.plan.modules}}
+    rates = Rates(0.5, 0.25, solve, {key: 0.125}, {refiner: 2.0})
     found = estimate_run(job.plan, job.recipe, job.shapes, job.modifiers, rates=rates, evaluated=10)
     solving = round(1e-6 * sum(row.flops for row in job.plan.modules), 1)
     assert found.cpu_seconds_by == {
