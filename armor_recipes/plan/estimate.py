@@ -70,7 +70,7 @@ class Rates:
         solve: an operation of a solve, by `kind_of` its row; `""` for all others.
         statistic: one token in all statistics of an entry, by its key.
         trained: one token in all units and epochs of a refiner, by its key.
-        evaluation_bytes: what a batch of evaluation takes beside the model.
+        beside: bytes that a batch of evaluation takes beside the model; where all was measured, that the most of any work does.
         probed: whether the model's own modules were measured.
     """
 
@@ -79,7 +79,7 @@ class Rates:
     solve: Mapping[object, float]
     statistic: Mapping[str, float]
     trained: Mapping[str, float]
-    evaluation_bytes: int = 0
+    beside: int = 0
     probed: bool = False
 
 
@@ -130,13 +130,17 @@ def estimate_run(
     for row in plan.modules:
         places.setdefault((row.stage, row.layer, row.modifier), []).append(row.peak_bytes)
     others = [_with_parts(row) for row in plan.rows if not row.takes]
+    working = max([0, *map(bytes_at_once, places.values()), *others])
+    if found.probed:  # on one thread
+        alone = max([0, *map(max, places.values()), *(_with_parts(row, 1) for row in plan.rows if not row.takes)])
+        working = found.beside + max(0, working - alone)
     peak = estimate_peak_bytes(
         model,
         tokens,
-        solve_bytes=max([0, *map(bytes_at_once, places.values()), *others]) + held_bytes(plan.rows, modifiers),
+        solve_bytes=working + held_bytes(plan.rows, modifiers),
         probe=max((spec.sequence_length for spec in specs.values() if spec is not None), default=0),
     )
-    evaluating = resident_bytes() + _weights(model) + found.evaluation_bytes if measured else 0
+    evaluating = resident_bytes() + _weights(model) + found.beside if measured else 0
     return RunEstimate(
         peak_bytes=max(peak, evaluating),
         seconds=round(cpu / threads, 1),
@@ -191,7 +195,7 @@ def product_rates(plan: Plan, model: nn.Module, modifiers: Mapping[str, AnyModif
         grams = sum(d_in**2 for d_in in _read(rows) if _is_gram(modifiers[key], rows, d_in))
         statistic[key] = 2.0 * grams / speeds.product + sum(_read(rows)) / speeds.value
     batch = min(_LOGITS_AT_MOST, _WINDOWS * _WINDOW * head)
-    return Rates(token, logits, {"": 1 / speeds.solve}, statistic, trained, evaluation_bytes=2 * _VALUE * batch)
+    return Rates(token, logits, {"": 1 / speeds.solve}, statistic, trained, beside=2 * _VALUE * batch)
 
 
 def statistic_seconds(modifier: AnyModifier[Any], rows: Sequence[ModulePlan], d_in: int, seconds: float) -> float:
@@ -273,10 +277,10 @@ def bytes_at_once(solves: Sequence[int]) -> int:
     return sum(sorted(solves, reverse=True)[: torch.get_num_threads()])
 
 
-def _with_parts(row: Row) -> int:
-    """Working memory of a step with as many of its parts as a CPU computes at once."""
+def _with_parts(row: Row, at_most: int | None = None) -> int:
+    """Working memory of a step with as many of its parts as a CPU computes at once, or so many at most."""
     parts, size = row.side_by_side
-    return row.peak_bytes + bytes_at_once([size] * parts)
+    return row.peak_bytes + bytes_at_once([size] * parts if at_most is None else [size] * min(parts, at_most))
 
 
 def estimate_peak_bytes(model: nn.Module, tokens: int, *, solve_bytes: int, probe: int = 0) -> int:

@@ -62,8 +62,9 @@ def probed(job: Job) -> RunEstimate:
     """
     read = _tokens(job)  # and with it what reading takes of memory
     before = resident_bytes()
-    with resource_errors(), one_thread():
+    with resource_errors(), one_thread(), _peak() as peak:
         model = _materialised(job)
+        weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
         spec = next((e.config.calibration for e in job.recipe.modifiers if e.config.calibration is not None), None)
         length = _TOKENS if spec is None else spec.sequence_length
         inputs = random_inputs(job.shapes, min(length, job.source.facts.positions or length))
@@ -74,9 +75,10 @@ def probed(job: Job) -> RunEstimate:
         size = fitting_batch(_WINDOWS, length, job.source.facts.vocab_size)
         evaluated = draw(inputs, size, generator)
         with forward_errors(model, evaluated), torch.no_grad():
-            taken = _bytes_of(model, evaluated)
-        rates = Rates(token, logits, *_solves(job), _trained(job, model, inputs), evaluation_bytes=taken, probed=True)
+            _passes(model, evaluated)
+        measured = token, logits, *_solves(job), _trained(job, model, inputs)
         del model
+    rates = Rates(*measured, beside=max(0, peak[0] - before - weights), probed=True)
     found = estimated(job, tokens=read, rates=rates)
     return replace(found, peak_bytes=found.peak_bytes - (resident_bytes() - before))  # what measuring has left behind
 
@@ -164,19 +166,9 @@ def _passes(model: nn.Module, batch: Batch) -> tuple[float, float]:
     return spent[0] / tokens, (whole - spent[0]) / tokens
 
 
-def _bytes_of(model: nn.Module, batch: Batch) -> int:
-    """What a pass takes at most beside the model; 0 where the system does not tell (it is Linux's to reset a peak)."""
-    before = resident_bytes()
-    with _peak() as found:
-        logits = getattr(feed(model, batch), "logits", None)
-        if isinstance(logits, Tensor) and logits.ndim == 3:
-            functional.cross_entropy(logits[0].float(), logits[0].argmax(-1))
-    return max(0, found[0] - before)
-
-
 @contextmanager
 def _peak() -> Iterator[list[int]]:
-    """The largest resident set inside, in bytes, once it is left."""
+    """The largest resident set inside, in bytes, once it is left; 0 where the system does not tell (to reset a peak is Linux's)."""
     found = [0]
     reset = False
     with suppress(OSError):
