@@ -436,7 +436,7 @@ def run(options: argparse.Namespace, rows: Mapping[str, Row], names: Sequence[st
         shown += [table(rows, turns, absent | wrong, batch, lengths), origins(rows, turns)]
         if any(row.engine == "llama.cpp" for row in paths):
             shown.append(contest.javascript(work))
-    print("\n\n".join(shown))
+    print("\n\n".join(part for part in shown if part))
     return 1 if wrong else 0
 
 

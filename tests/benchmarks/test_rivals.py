@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tests.support.pages import ROOT
 
 TOKENS = {"decode": 64, "prompt": 512}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def benchmark(name: str) -> ModuleType:
@@ -83,6 +87,28 @@ def test_records_are_found_again_and_half_a_record_is_none(turns: ModuleType, tm
     assert all(list(kept) == ["plain 2:4 bf16"] for kept in found.values())
     assert found[10]["plain 2:4 bf16"] == record(10.0)
     assert not turns.record_file(tmp_path, 3, "plain 2:4 bf16").exists()
+
+
+def test_the_program_tells_what_is_missing_beside_what_was_measured(turns: ModuleType, tmp_path: Path) -> None:
+    # No llama.cpp lies in this folder, so that nothing is made or measured.
+    results = tmp_path / "results"
+    kept = {"transformers bf16": record(4.0, 2.0), "llama.cpp Q8_0": record(2.0, 1.0)}
+    for name, found in kept.items():
+        file = turns.record_file(results / "llama-7b-shapes-1" / "batch1-threads2", 1, name)
+        turns.keep(file, {**found, "info": {"version": "of yesterday"}, "load_average": 0.5})
+    program = [sys.executable, str(ROOT / "benchmarks/rivals.py"), "--layers", "1", "--batch", "1", "--turns", "1"]
+    places = ["--work", str(tmp_path / "work"), "--results", str(results)]
+    done = subprocess.run(
+        [*program, *places, "--rows", "llama.cpp BF16"], capture_output=True, text=True, check=True, env=ENVIRONMENT
+    )
+    assert re.search(
+        r"^\| llama.cpp BF16 \| 0 \| (not installed: .*node-llama-cpp.*|no `node` on PATH) \|",
+        done.stdout,
+        re.MULTILINE,
+    )
+    assert "| llama.cpp Q8_0 | 1 | 32.00 | 2.00 [2.00, 2.00] | - | 512.00 | 2.00 [2.00, 2.00] | - |" in done.stdout
+    assert "- llama.cpp Q8_0: version of yesterday; load average 0.5 to 0.5" in done.stdout
+    assert not list((tmp_path / "work").iterdir())
 
 
 def llama(folder: Path, *, tied: bool = False) -> Path:
