@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import hash_inputs
 from armor_recipes.checkpoint.journal import journal_folder
-from armor_recipes.errors import ArmorError, RecipeError
+from armor_recipes.errors import ArmorError, RecipeError, ResourceError
 from armor_recipes.events import PhaseStarted
 from armor_recipes.report.machine import machine_class
 from armor_recipes.report.manifest import used_by, versions
@@ -26,9 +26,9 @@ from armor_recipes.session.journal import FileJournal, Journal
 
 @contextmanager
 def journaled(output: Path, job: Job, *, in_memory: bool, fresh: bool) -> Iterator[Journal]:
-    """The journal of an output, for a run of this job: removed where the run ends well or has done nothing yet, else kept.
+    """The journal of an output, for a run of this job: kept where the run is cut short after it has done something, else removed.
 
-    What ends the run then says so. A model in memory and modifiers of llm-compressor have none, since nobody could tell whether a
+    What cuts it short then says so. A model in memory and modifiers of llm-compressor have none, since nobody could tell whether a
     later process has the same before it.
 
     Raises RecipeError where there is one that such a run cannot go on with. With `fresh` what is there is removed.
@@ -48,9 +48,10 @@ def journaled(output: Path, job: Job, *, in_memory: bool, fresh: bool) -> Iterat
     try:
         yield journal
     except BaseException as error:
-        if journal.is_begun and not journal.holds_work:
+        if not journal.is_begun:
+            raise
+        if not (journal.holds_work and _may_go_on(error)):
             journal.remove()
-        if not (journal.is_begun and journal.holds_work):
             raise
         said = (
             f"what was done is kept in {folder}: the same command goes on from there, and with --fresh it starts over"
@@ -60,6 +61,11 @@ def journaled(output: Path, job: Job, *, in_memory: bool, fresh: bool) -> Iterat
         error.add_note(said)
         raise
     journal.remove()
+
+
+def _may_go_on(error: BaseException) -> bool:
+    """Whether the same run would not end in the same way again: it was interrupted or terminated, or disk or memory ran out."""
+    return isinstance(error, ResourceError) or not isinstance(error, Exception)
 
 
 def begin(journal: Journal, job: Job, data: Data, model: nn.Module, source_sha256: str, watch: Stopwatch) -> None:

@@ -18,6 +18,8 @@ _FAST = ("auto", "cpu")
 _SLOWER = 1.1
 #: Seconds a token that slower layers have to lose together before it is told.
 _FELT = 1e-3
+#: Weights of a layer that is worth a measurement: a call of a smaller one takes longer than its products, in either form.
+_SMALL = 1 << 18
 #: Times are the shortest of so many, taken in turns, and of fewer once they have taken so many seconds.
 _TURNS, _LONG = 5, 0.2
 
@@ -61,7 +63,8 @@ def _times(layers: Mapping[str, ArmorLinear], measure: Callable[[ArmorLinear], T
     found = {}
     for name, layer in layers.items():
         packed = layer.packed()
-        if layer.backend not in _FAST or packed.values.device.type != "cpu":
+        rows, columns = packed.shape
+        if layer.backend not in _FAST or packed.values.device.type != "cpu" or rows * columns < _SMALL:
             continue
         alike = (packed.shape, packed.block_size, packed.dtype, packed.core, packed.group_size, packed.activations)
         if alike not in known:

@@ -103,6 +103,8 @@ def test_what_is_not_finite_is_named_before_anything_is_changed(case: Case, tmp_
         apply(mapping(case.recipe(COLUMN), source, tmp_path / "out"))
     told = f"{LAYER}.mlp.down_proj (1); mend the model, or add them to `ignore`"
     if case == Case("SmoothQuantModifier"):  # it takes no weight that is not finite, and meets what that one puts out
-        told = f"the output of {LAYER} is not finite before anything was changed: check the model's weights"
+        told = (
+            f"the output of {LAYER}.mlp.down_proj is not finite before anything was changed: check the model's weights"
+        )
     assert told in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -44,8 +44,11 @@ def of(seconds: Callable[[ArmorLinear], Times], asked: list[str]) -> Callable[[A
     return measure
 
 
-def test_those_that_are_slower_are_counted_and_the_worst_is_named(checkpoint: Path) -> None:
+def test_those_that_are_slower_are_counted_and_the_worst_is_named(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers, asked = layers_of(checkpoint), list[str]()
+    monkeypatch.setattr(slower, "_SMALL", 0)
     down = [name for name in layers if name.endswith("down_proj")]
     assert down
 
@@ -62,20 +65,34 @@ def test_those_that_are_slower_are_counted_and_the_worst_is_named(checkpoint: Pa
 
 
 @pytest.mark.parametrize("times", [Times(0.00109, 0.001), Times(0.0001, 0.001), Times(2e-6, 1e-6)])
-def test_noise_gains_and_what_nobody_feels_are_not_told(checkpoint: Path, times: Times) -> None:
-    warn_where_slower(layers_of(checkpoint), lambda _: times)  # warnings are errors
+def test_noise_gains_and_what_nobody_feels_are_not_told(
+    checkpoint: Path, times: Times, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = layers_of(checkpoint)
+    monkeypatch.setattr(slower, "_SMALL", 0)
+    warn_where_slower(layers, lambda _: times)  # warnings are errors
+
+
+def test_small_layers_are_not_measured(checkpoint: Path) -> None:
+    asked = list[str]()
+    warn_where_slower(layers_of(checkpoint), of(lambda _: Times(1.0, 0.001), asked))
+    assert not asked
 
 
 @pytest.mark.parametrize("backend", ["folded", "reference"])
-def test_backends_that_are_not_there_to_be_fast_are_not_measured(checkpoint: Path, backend: str) -> None:
-    asked = list[str]()
-    warn_where_slower(layers_of(checkpoint, backend), of(lambda _: Times(1.0, 0.001), asked))
+def test_backends_that_are_not_there_to_be_fast_are_not_measured(
+    checkpoint: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, asked = layers_of(checkpoint, backend), list[str]()
+    monkeypatch.setattr(slower, "_SMALL", 0)
+    warn_where_slower(layers, of(lambda _: Times(1.0, 0.001), asked))
     assert not asked
 
 
 def test_loading_tells_once_and_passes_tell_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[str]()
     monkeypatch.setattr(slower, "times_of", of(lambda _: Times(1.0, 0.001), asked))
+    monkeypatch.setattr(slower, "_SMALL", 0)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         model = armor_recipes.load(checkpoint)
