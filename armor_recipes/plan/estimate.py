@@ -227,7 +227,7 @@ def _is_gram(modifier: AnyModifier[Any], rows: Sequence[ModulePlan], d_in: int) 
     """Whether its statistic of inputs so wide holds products of channels."""
     made: Any = modifier
     shape = next(row.shape for row in rows if row.d_in == d_in)
-    statistic = made.statistic(shape) if made.needs.streams and made.config.calibration is not None else None
+    statistic = made.statistic(shape) if made.config.needs_calibration and made.needs.streams else None
     return isinstance(statistic, KnowsItsSize) and statistic.full_bytes >= 8 * d_in**2
 
 
