@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := pyproject.toml setup.py $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check test-slow modifiers test-families test-lowest test-llmcompressor test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
+.PHONY: quickstart test check test-slow test-endurance modifiers test-families test-lowest test-llmcompressor test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -27,6 +27,10 @@ check:
 test-slow: .venv-dev/.ready
 	.venv-dev/bin/python -m pytest -m slow
 
+# A hundred runs that are killed, ten thousand damaged files: a quarter of an hour and more.
+test-endurance: .venv-dev/.ready
+	.venv-dev/bin/python -m pytest -s -m endurance
+
 # Every modifier on every kind of linear layer (a minute), and docs/modifiers.md and tests/conformance/expected.json of what became of them.
 modifiers: .venv-dev/.ready
 	.venv-dev/bin/python -m tests.conformance.page
@@ -42,7 +46,7 @@ test-lowest: .venv-lowest/.ready
 
 # The tests with what llm-compressor asks for, and those that run llm-compressor itself (docs/llm-compressor.md).
 test-llmcompressor: .venv-llmcompressor/.ready
-	.venv-llmcompressor/bin/python -m pytest $(TWO) -m "not slow and not vllm and not families"
+	.venv-llmcompressor/bin/python -m pytest $(TWO) -m "not slow and not endurance and not vllm and not families"
 
 # The vLLM plugin against vLLM itself (docs/serving.md): about 4 GB; the tests take 12 minutes on 2 cores.
 test-vllm: .venv-vllm/.ready

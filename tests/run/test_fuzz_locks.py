@@ -165,14 +165,14 @@ def test_manifests(made: Made, chance: Random) -> None:
     one_manifest(made, chance)
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.timeout(1800)
 @every(7000)
 def test_many_locks(made: Made, chance: Random) -> None:
     one_lock(made, chance)
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.timeout(1800)
 @every(3000)
 def test_many_manifests(made: Made, chance: Random) -> None:

@@ -104,7 +104,8 @@ def test_a_run_that_is_killed_again_and_again(runs: Runs, tmp_path: Path) -> Non
     runs.killed(tmp_path, "distilled", *[Kill(12)] * 6)
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
+@pytest.mark.timeout(3600)
 def test_100_moments(runs: Runs, tmp_path: Path) -> None:
     """Before a flush, after one, or some time after one, all by a seed."""
     choose, moments = random.Random(0), Counter[str]()
