@@ -19,7 +19,7 @@ from torch import Tensor
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import RecipeError
-from armor_recipes.runtime.kernel import run_kernel
+from armor_recipes.runtime.kernel import KernelCall
 from armor_recipes.runtime.scratch import run_dense, unpacked
 
 KEEP_VARIABLE = "ARMOR_KEEP_DENSE"
@@ -89,6 +89,10 @@ class DenseCores:
 
 
 _choices: dict[Situation, str] = {}
+_changes = [0]
+"""How often choices were told or forgotten."""
+_MOST_KNOWN = 64
+"""Sizes of x whose choice a layer keeps at hand."""
 
 
 def keeps_dense() -> bool:
@@ -107,39 +111,70 @@ def tell(told: Mapping[Situation, str]) -> None:
         if choice not in CHOICES:
             raise RecipeError(f"choice {choice!r} is unknown: choose one of {', '.join(CHOICES)}")
     _choices.update(told)
+    _changes[0] += 1
 
 
 def forget() -> None:
     """Forget all choices: each is measured again when it is met."""
     _choices.clear()
+    _changes[0] += 1
 
 
-@torch.no_grad()
 def run_auto(x: Tensor, packed: PackedLinear, bias: Tensor | None, cores: DenseCores | None = None) -> Tensor:
     """Compute `A (S (B x)) + bias` `(..., O)` on the CPU in whatever way is the fastest for this shape; no gradients."""
-    cores = DenseCores() if cores is None else cores
-    situation = Situation.of(x, packed)
-    choice = _choices.get(situation)
-    if choice is None:
-        choice = _choices[situation] = _measure(situation, packed, bias, cores)
-    return _ways(packed, bias, cores)[choice](x)
+    return AutoCall(packed, bias, cores)(x)
 
 
-def _ways(packed: PackedLinear, bias: Tensor | None, cores: DenseCores) -> dict[str, Callable[[Tensor], Tensor]]:
-    def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-        return run_dense(x, packed, bias, dtype, cores.get(packed, dtype))
+class AutoCall:
+    """A layer, looked at once for many calls of `run_auto`. It keeps the tensors that it was made from."""
 
-    return {
-        "kernel": lambda x: run_kernel(x, packed, bias),
-        "dense": lambda x: dense(x, packed.dtype),
-        "dense-float32": lambda x: dense(x, torch.float32),
-    }
+    __slots__ = ("_bias", "_cores", "_kernel", "_known", "_packed", "_told")
+
+    def __init__(self, packed: PackedLinear, bias: Tensor | None, cores: DenseCores | None = None) -> None:
+        self._packed, self._bias, self._cores = packed, bias, DenseCores() if cores is None else cores
+        self._kernel = KernelCall(packed, bias)
+        self._told, self._known = -1, dict[tuple[int, torch.dtype, int, bool], str]()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `run_auto`. Threads may call it at once."""
+        if self._told != _changes[0]:
+            self._told, self._known = _changes[0], {}
+        key = x.numel(), x.dtype, torch.get_num_threads(), keeps_dense()
+        choice = self._known.get(key)
+        if choice is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known = {}
+            choice = self._known[key] = self._choice(x)
+        if choice == "kernel":
+            return self._kernel(x)
+        with torch.no_grad():
+            return self._ways()[choice](x)
+
+    @torch.no_grad()
+    def _choice(self, x: Tensor) -> str:
+        situation = Situation.of(x, self._packed)
+        found = _choices.get(situation)
+        if found is None:
+            found = _choices[situation] = _measure(situation, self._ways())
+        return found
+
+    def _ways(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        packed, bias, cores = self._packed, self._bias, self._cores
+
+        def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+            return run_dense(x, packed, bias, dtype, cores.get(packed, dtype))
+
+        return {
+            "kernel": self._kernel,
+            "dense": lambda x: dense(x, packed.dtype),
+            "dense-float32": lambda x: dense(x, torch.float32),
+        }
 
 
-def _measure(situation: Situation, packed: PackedLinear, bias: Tensor | None, cores: DenseCores) -> str:
+def _measure(situation: Situation, ways: Mapping[str, Callable[[Tensor], Tensor]]) -> str:
     x = torch.full((situation.tokens, situation.columns), 0.5, dtype=situation.activation, device="cpu")
     best_name, best = "", float("inf")
-    for name, way in _ways(packed, bias, cores).items():
+    for name, way in ways.items():
         if name == "dense-float32" and situation.dtype == torch.float32:
             continue
         seconds = _seconds(way, x)  # the first run also warms up

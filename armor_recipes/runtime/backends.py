@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.errors import RecipeError
-from armor_recipes.runtime.auto import DenseCores
+from armor_recipes.runtime.auto import KEEP_VARIABLE, AutoCall, DenseCores
 from armor_recipes.runtime.cuda import prepare_cuda, run_cuda
-from armor_recipes.runtime.kernel import FORMATS, kernel_available
+from armor_recipes.runtime.kernel import FORMATS, PATH_VARIABLE, KernelCall, kernel_available
 from armor_recipes.runtime.op import linear
 from armor_recipes.runtime.validation import check_numbers, check_packed, has_numbers
 from armor_recipes.solver.activations import round_activations
@@ -48,6 +48,8 @@ class Backend:
     """`(x (..., I), prepared, packed, bias (O,) or None) -> y (..., O)`."""
     traced: Callable[[PackedLinear], bool] = lambda _: False
     """Whether `torch.compile` can trace `run` with None as `prepared`, for these tensors."""
+    call: Callable[[Any, PackedLinear, Tensor | None], Callable[[Tensor], Tensor] | None] = lambda *_: None
+    """`(prepared, packed, bias)` to what computes y from x alone, without gradients, for many calls; None where `run` is all."""
 
 
 def choose_backend(name: str | None = None) -> Backend:
@@ -133,6 +135,17 @@ def _run_auto(
     return linear(x, packed, bias, backend="auto", cores=prepared)
 
 
+def _call_auto(
+    prepared: Tensor | DenseCores | _Unpacked | None, packed: PackedLinear, bias: Tensor | None
+) -> AutoCall | None:
+    return AutoCall(packed, bias, prepared) if isinstance(prepared, DenseCores) else None
+
+
+def environment() -> tuple[str | None, ...]:
+    """What variables say that choose how layers are computed."""
+    return tuple(map(os.environ.get, (BACKEND_VARIABLE, PATH_VARIABLE, KEEP_VARIABLE)))
+
+
 def _has_kernel(packed: PackedLinear) -> bool:
     return packed.values.device.type == "cpu" and packed.dtype in FORMATS and kernel_available() and has_numbers(packed)
 
@@ -149,8 +162,8 @@ def _trains(packed: PackedLinear) -> bool:
 
 
 BACKENDS = {
-    "auto": Backend("auto", _prepare_auto, _run_auto, traced=_has_kernel),
-    "cpu": Backend("cpu", _check_for_kernel, _run_cpu, traced=has_numbers),
+    "auto": Backend("auto", _prepare_auto, _run_auto, traced=_has_kernel, call=_call_auto),
+    "cpu": Backend("cpu", _check_for_kernel, _run_cpu, traced=has_numbers, call=lambda _, *layer: KernelCall(*layer)),
     "cuda": Backend("cuda", prepare_cuda, run_cuda),
     "folded": Backend("folded", _fold, _run_folded),
     "reference": Backend("reference", _unpack, _run_reference),

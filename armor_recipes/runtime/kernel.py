@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,11 +32,11 @@ FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _VALUE_FORMATS = {**FORMATS, torch.int8: 3, torch.int32: 4}
 MOST_TOKENS = 16
 """Of one pass over the packed tensors; more take several."""
-_CHECKED_CORES = (("float", 0), ("int8", 1), ("int8", 2), ("int4", 1), ("int4", 4))
+_CHECKED_CORES = (("float", 0), ("int8", 1), ("int8", 2), ("int4", 1), ("int4", 2), ("int4", 4))
 """Core types and scales a row of the self-check."""
 _LARGEST = {"float": 4, "int8": 127, "int4": 8}
 """Of its kept values; int4 ends at 7."""
-_STRIP, _ROWS_AT_ONCE = 32, 64  # of native/linear.h and linear.c
+_BLOCK, _ROWS_AT_ONCE = 64, 64  # of native/linear.h and linear.c
 #: Entries of S below which starting another thread costs more than it saves.
 _WORTH_A_THREAD = 1 << 18
 #: So that a thread that starts late, or is slowed by other work, takes fewer.
@@ -95,19 +96,25 @@ class _Task(ctypes.Structure):
     """`task_t` of native/linear.h. Whoever makes one keeps what it points to."""
 
     _fields_ = (
-        ("job", ctypes.POINTER(_Job)),
-        *((name, ctypes.c_void_p) for name in ("out", "work")),
-        *((name, ctypes.c_int64) for name in ("step", "blocks", "parts", "work_size", "out_format", "next")),
+        *((name, ctypes.c_void_p) for name in ("job", "work")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "work_size", "next", "done", "ready")),
     )
 
 
-_INPUT, _OUTPUT, _UNPACK = range(3)  # the steps
+class _Unpack(ctypes.Structure):
+    """`unpack_t` of native/linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("job", "out")),
+        *((name, ctypes.c_int64) for name in ("parts", "out_format", "next")),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Library:
     paths: int
     run: Callable[..., None]
+    unpack: Callable[..., None]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -141,19 +148,59 @@ def run_kernel(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, p
         RecipeError: if the kernel was not built or `path` cannot run here.
         TypeError: if dtypes are not those above, or the scales do not fit the core.
     """
-    rows, columns = packed.shape
-    _check_arguments(x, packed, bias)
-    number = PATHS.index(path or _chosen_path())
-    flat = x.reshape(-1, columns).contiguous()
-    out = x.new_empty(*x.shape[:-1], rows)  # no view of another tensor: what torch's operators return must not be one
-    y = out.view(-1, rows)
-    packed = _contiguous(packed)
-    if 0 < flat.shape[0] <= MOST_TOKENS:
-        _run_job(flat, packed, bias, y, number)
-    elif flat.shape[0]:
-        for part, result in zip(flat.split(MOST_TOKENS), y.split(MOST_TOKENS), strict=True):
-            _run_job(part, packed, bias, result, number)
-    return out
+    return KernelCall(packed, bias)(x, path)
+
+
+class KernelCall:
+    """A layer as the kernel takes it, checked and laid out once for many calls. It keeps the tensors that it was made from.
+
+    Args:
+        packed: see `run_kernel`.
+        bias: see `run_kernel`.
+
+    Raises:
+        TypeError: as `run_kernel`, but for what has to do with x.
+    """
+
+    __slots__ = ("_job", "_kept", "_sizes", "_work")
+
+    def __init__(self, packed: PackedLinear, bias: Tensor | None = None) -> None:
+        _check_layer(packed, bias)
+        packed = _contiguous(packed)
+        (rows, columns), (b_o, b_i) = packed.shape, packed.block_size
+        self._kept = packed, bias
+        self._job = _Job.of(packed)
+        self._job.bias = None if bias is None else bias.data_ptr()
+        self._sizes = rows, columns, 2 * -(-columns // _BLOCK) * _BLOCK, 2 * max(b_o, b_i, _ROWS_AT_ONCE)
+        self._work = (columns // b_i, columns * b_i), (rows // b_o, rows * (columns // 2 + b_o))
+
+    def __call__(self, x: Tensor, path: str | None = None) -> Tensor:
+        """Compute what `run_kernel` does. Threads may call it at once."""
+        rows, columns, inner, work = self._sizes
+        if x.dtype not in FORMATS or x.shape[-1] != columns or not x.is_cpu:
+            raise TypeError(
+                f"the cpu kernel takes x (..., {columns}) on the CPU in {PACKABLE_DTYPES}, got {tuple(x.shape)} {x.dtype} "
+                f"on {x.device}"
+            )
+        library, number, most = _loaded(), PATHS.index(path or _chosen_path()), torch.get_num_threads()
+        x, y = (
+            x.contiguous(),
+            x.new_empty(*x.shape[:-1], rows),
+        )  # no view: what torch's operators return must not be one
+        inputs, outputs = (_parts(blocks, _threads(blocks, entries, most)) for blocks, entries in self._work)
+        threads = _threads(*self._work[1], most)
+        size, left, begin = x.element_size(), x.numel() // columns, 0
+        job = _Job.from_buffer_copy(self._job)
+        job.activation, job.path = FORMATS[x.dtype], number
+        held = _scratch(min(left, MOST_TOKENS) * (inner + work * (inputs + outputs)))
+        job.inner, x_start, y_start = held.data_ptr(), x.data_ptr(), y.data_ptr()
+        while begin < left:
+            job.tokens = tokens = min(left - begin, MOST_TOKENS)
+            job.x, job.y = x_start + begin * columns * size, y_start + begin * rows * size
+            place = job.inner + 4 * tokens * inner
+            _run(library.run, _Task(ctypes.addressof(job), place, inputs, outputs, tokens * work), threads)
+            begin += tokens
+        return y
 
 
 def unpack_into(packed: PackedLinear, out: Tensor) -> None:
@@ -173,9 +220,9 @@ def unpack_into(packed: PackedLinear, out: Tensor) -> None:
         raise TypeError(f"cannot unpack {packed.shape} {packed.dtype} into {tuple(out.shape)} {out.dtype}")
     rows, columns = packed.shape
     packed = _contiguous(packed)
-    job = _Job.of(packed)
-    task = _Task(ctypes.pointer(job), out.data_ptr(), step=_UNPACK, blocks=rows, out_format=FORMATS[out.dtype])
-    _run(task, _threads(rows, rows * columns))
+    job, threads = _Job.of(packed), _threads(rows, rows * columns, torch.get_num_threads())
+    task = _Unpack(ctypes.addressof(job), out.data_ptr(), _parts(rows, threads), FORMATS[out.dtype])
+    _run(_loaded().unpack, task, threads)
 
 
 def _contiguous(packed: PackedLinear) -> PackedLinear:
@@ -183,14 +230,10 @@ def _contiguous(packed: PackedLinear) -> PackedLinear:
     return PackedLinear(values, bitmask, a, b, None if packed.scale is None else packed.scale.contiguous())
 
 
-def _check_arguments(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> None:
-    if x.dtype not in PACKABLE_DTYPES or x.shape[-1] != packed.shape[1]:
-        raise TypeError(
-            f"the cpu kernel takes x (..., {packed.shape[1]}) in {PACKABLE_DTYPES}, got {tuple(x.shape)} {x.dtype}"
-        )
+def _check_layer(packed: PackedLinear, bias: Tensor | None) -> None:
     tensors = (packed.values, packed.bitmask, packed.a, packed.b, *(t for t in (packed.scale, bias) if t is not None))
-    if not (x.is_cpu and all(tensor.is_cpu for tensor in tensors)):
-        raise TypeError(f"the cpu kernel takes CPU tensors, got x on {x.device}, values on {packed.values.device}")
+    if not all(tensor.is_cpu for tensor in tensors):
+        raise TypeError(f"the cpu kernel takes CPU tensors, got values on {packed.values.device}")
     _check_core(packed)
     if packed.b.dtype != packed.dtype or (
         bias is not None and (bias.dtype != packed.dtype or not bias.is_contiguous())
@@ -231,46 +274,36 @@ def _check_core(packed: PackedLinear) -> None:
         )
 
 
-def _run_job(x: Tensor, packed: PackedLinear, bias: Tensor | None, y: Tensor, path: int) -> None:
-    """One job of at most MOST_TOKENS tokens; the factors before the rows."""
-    (tokens, columns), rows, (b_o, b_i) = x.shape, y.shape[1], packed.block_size
-    inner = torch.empty(tokens * -(-columns // _STRIP) * _STRIP, dtype=torch.float32, device="cpu")
-    job = _Job.of(packed)
-    job.tokens, job.activation, job.path = tokens, FORMATS[x.dtype], path
-    job.x, job.y, job.inner = x.data_ptr(), y.data_ptr(), inner.data_ptr()
-    job.bias = None if bias is None else bias.data_ptr()
-    work_size, pointer = 2 * max(b_o, b_i, _ROWS_AT_ONCE) * tokens, ctypes.pointer(job)
-    for step, blocks, entries in (
-        (_INPUT, columns // b_i, columns * b_i),
-        (_OUTPUT, rows // b_o, rows * (columns // 2 + b_o)),
-    ):
-        threads = _threads(blocks, entries)
-        work = torch.empty(_parts(blocks, threads), work_size, dtype=torch.float32, device="cpu")
-        _run(_Task(pointer, None, work.data_ptr(), step, blocks, work_size=work_size), threads)
+def _scratch(count: int) -> Tensor:
+    """A buffer of at least so many float32, of the calling thread, which its next call may use again."""
+    held: Tensor | None = getattr(_buffers, "floats", None)
+    if held is None or held.numel() < count:
+        _buffers.floats = held = torch.empty(count, dtype=torch.float32, device="cpu")
+    return held
 
 
-def _threads(blocks: int, entries: int) -> int:
-    """Threads that a step is worth, which touches so many `entries` of S and the factors."""
-    return max(1, min(torch.get_num_threads(), blocks, entries // _WORTH_A_THREAD))
+_buffers = threading.local()
+
+
+def _threads(blocks: int, entries: int, most: int) -> int:
+    """Threads, `most` at most, that work is worth which touches so many `entries` of S and the factors."""
+    return max(1, min(most, blocks, entries // _WORTH_A_THREAD))
 
 
 def _parts(blocks: int, threads: int) -> int:
     return 1 if threads == 1 else min(blocks, threads * _PARTS_A_THREAD)
 
 
-def _run(task: _Task, threads: int) -> None:
+def _run(function: Callable[..., None], task: _Task | _Unpack, threads: int) -> None:
     """Run a task's parts on `threads` threads, of the team that torch's own loops use where that can be had."""
-    library = _library()
-    assert library is not None
-    task.parts = _parts(task.blocks, threads)
     reference = ctypes.byref(task)
     if threads == 1:
-        library.run(reference)
+        function(reference)
     elif os.getpid() == _HOME and (team := _team()) is not None:
-        team(library.run, reference, threads, 0)
+        team(function, reference, threads, 0)
     else:
-        others = [_pool(threads - 1).submit(library.run, reference) for _ in range(threads - 1)]
-        library.run(reference)
+        others = [_pool(threads - 1).submit(function, reference) for _ in range(threads - 1)]
+        function(reference)
         for other in others:
             other.result()
 
@@ -316,9 +349,20 @@ def _library() -> _Library | None:
     library = ctypes.CDLL(spec.origin)
     library.armor_paths.restype = ctypes.c_int64
     library.armor_paths.argtypes = []
-    library.armor_run.restype = None
-    library.armor_run.argtypes = [ctypes.c_void_p]
-    return _Library(int(library.armor_paths()), library.armor_run)
+    for function in (library.armor_run, library.armor_unpack):
+        function.restype = None
+        function.argtypes = [ctypes.c_void_p]
+    return _Library(int(library.armor_paths()), library.armor_run, library.armor_unpack)
+
+
+def _loaded() -> _Library:
+    library = _library()
+    if library is None:
+        raise RecipeError(
+            "the cpu kernel was not built, for lack of a C compiler when the package was installed: install one and "
+            "install armor-recipes again, or choose the backend `folded`"
+        )
+    return library
 
 
 def _chosen_path() -> str:
@@ -337,12 +381,7 @@ def _chosen_path() -> str:
 @functools.cache
 def _checked_paths() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Paths that agree with plain C to the bit, and those that do not."""
-    library = _library()
-    if library is None:
-        raise RecipeError(
-            "the cpu kernel was not built, for lack of a C compiler when the package was installed: install one and "
-            "install armor-recipes again, or choose the backend `folded`"
-        )
+    library = _loaded()
     found = [name for number, name in enumerate(PATHS) if library.paths >> number & 1]
     good = tuple(name for name in found if name == "scalar" or path_agrees(name))
     return good, tuple(name for name in found if name not in good)
@@ -352,13 +391,14 @@ def path_agrees(path: str) -> bool:
     """Whether a path gives the numbers of plain C on small integers, for every dtype, core type and number of tokens.
 
     All sums are exact in any order of additions: products and sums of integers below 2²⁴ are, and `B x` stays below 2⁸, so it
-    is exact in bfloat16, too. Rows and columns end in parts of a strip, of a block of 8 and of 4.
+    is exact in bfloat16, too; and in 8 bits for int4, as the largest of any 16 columns is 127. Rows and columns end in parts of a
+    strip, of a block of 64, of 8 and of 4.
     """
     for dtype, (core, groups) in itertools.product(FORMATS, _CHECKED_CORES):
         packed, bias = _integer_problem(dtype, core, groups)
         for x_dtype in {dtype, torch.float32} if core == "float" else {dtype}:
             for tokens in (1, 2, 13):
-                x = _integers((tokens, packed.shape[1]), 3).to(x_dtype)
+                x = _integer_input(core, tokens, packed.shape[1]).to(x_dtype)
                 expected = run_kernel(x, packed, bias, path="scalar")
                 if not torch.equal(run_kernel(x, packed, bias, path=path), expected):
                     return False
@@ -371,9 +411,23 @@ def _integers(shape: tuple[int, ...], most: int) -> Tensor:
     return ((torch.arange(count, device="cpu") * 7919 + 104729) % 10007 % (2 * most + 1) - most).view(shape)
 
 
+def _integer_input(core: str, tokens: int, columns: int) -> Tensor:
+    """Integers `(tokens, columns)` for x; with int4 cores every fourth is 127 or -127."""
+    if core != "int4":
+        return _integers((tokens, columns), 3)
+    x = _integers((tokens, columns), 126)
+    x[:, ::4] = 127 * (2 * (x[:, ::4] > 0).to(x.dtype) - 1)
+    return x
+
+
 def _integer_problem(dtype: torch.dtype, core: str, groups: int) -> tuple[PackedLinear, Tensor]:
-    """A core of 27 rows in blocks of 9, with every one of the six masks; columns end within a strip, where groups let them."""
-    columns = {"float": 104, "int8": 104, "int4": 112}[core] if groups < 2 else 128
+    """A core of 27 rows in blocks of 9, with every one of the six masks; columns end within a strip, where groups let them.
+
+    B is of small integers; with an int4 core it moves each column to the next place of its block.
+    """
+    columns = {"float": 104, "int8": 104, "int4": 112}[core] if groups < 2 else 256
+    size = columns // 8
+    b = _integers((8, size, size), 1) if core != "int4" else torch.eye(size, device="cpu").roll(1, 0).expand(8, -1, -1)
     nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device="cpu")
     choice = nibbles[_integers((27, columns // 4), 40) % 6]
     values = _integers((27, columns // 2), _LARGEST[core])
@@ -383,7 +437,7 @@ def _integer_problem(dtype: torch.dtype, core: str, groups: int) -> tuple[Packed
         values,
         choice[:, 0::2] | choice[:, 1::2] << 4,
         _integers((3, 9, 9), 1).to(dtype),
-        _integers((8, columns // 8, columns // 8), 1).to(dtype),
+        b.to(dtype),
         scale,
     )
     return packed, _integers((27,), 5).to(dtype)

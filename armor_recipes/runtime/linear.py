@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -12,7 +13,7 @@ from armor_recipes.checkpoint.config import INPUT_FACTOR, SCALE, LayerSpec, Pack
 from armor_recipes.checkpoint.packing import QUANTIZED_DTYPES, FactorizationLike, PackedLinear
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import CheckpointError, PlanError
-from armor_recipes.runtime.backends import choose_backend, wants_gradients
+from armor_recipes.runtime.backends import choose_backend, environment, wants_gradients
 
 
 class ArmorLinear(nn.Linear):
@@ -44,6 +45,7 @@ class ArmorLinear(nn.Linear):
     _sharers: list[ArmorLinear]
     _tied_to: ArmorLinear | None
     _prepared: tuple[object, Any] | None
+    _call: _Call | None
 
     @classmethod
     def adopt(cls, linear: nn.Linear, spec: LayerSpec) -> ArmorLinear:
@@ -75,7 +77,7 @@ class ArmorLinear(nn.Linear):
         for name, tensor in named_tensors(packed).items():
             setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
         linear.backend, linear.label, linear._loaded, linear._prepared = None, "", True, None
-        linear._owner, linear._sharers, linear._tied_to = None, [], None
+        linear._owner, linear._sharers, linear._tied_to, linear._call = None, [], None, None
         linear.activations = packed.activations
         return linear
 
@@ -164,7 +166,17 @@ class ArmorLinear(nn.Linear):
         for name in tensor_names(packed.core):
             if name != INPUT_FACTOR or self._owner is None:
                 delattr(self, name)
-        for name in ("backend", "label", "activations", "_loaded", "_prepared", "_owner", "_sharers", "_tied_to"):
+        for name in (
+            "backend",
+            "label",
+            "activations",
+            "_loaded",
+            "_prepared",
+            "_owner",
+            "_sharers",
+            "_tied_to",
+            "_call",
+        ):
             del self.__dict__[name]
         dense: nn.Linear = self
         dense.__class__ = nn.Linear
@@ -199,6 +211,10 @@ class ArmorLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Compute `(..., O)` from `input` `(..., I)`."""
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+        if plain and self._call is not None and self._call.still_right(self):
+            return self._call.run(input)
+        self._call = None
         self._check_loaded()
         backend = choose_backend(self.backend)
         packed = self.packed()
@@ -206,6 +222,8 @@ class ArmorLinear(nn.Linear):
             return backend.run(input, None, packed, self.bias)
         training = self.training and torch.is_grad_enabled() and wants_gradients(packed)
         prepared = backend.prepare(packed, self._name()) if training else self._cached()
+        if plain and not training and (run := backend.call(prepared, packed, self.bias)) is not None:
+            self._call = _Call.of(self, run)
         return backend.run(input, prepared, packed, self.bias)
 
     def extra_repr(self) -> str:
@@ -244,13 +262,13 @@ class ArmorLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to(), .half(), .cuda(): the prepared tensor follows from the packed ones, so it is made again, not moved.
-        self._prepared = None
+        self._prepared = self._call = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies and pickles what can be prepared again, and sharers, which a copy of one may go without."""
-        return {**self.__dict__, "_prepared": None, "_sharers": []}
+        return {**self.__dict__, "_prepared": None, "_call": None, "_sharers": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A sharer's copy shares with the copy of its owner."""
@@ -271,6 +289,42 @@ def set_backend(model: nn.Module, name: str | None) -> int:
     return len(layers)
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What computes a layer's y as long as nothing changes that it was made from: the usual way takes longer than a small layer."""
+
+    run: Callable[[Tensor], Tensor]
+    backend: str | None
+    environment: tuple[str | None, ...]
+    parameters: tuple[tuple[dict[str, Tensor | None], str, Tensor | None, int], ...]
+    """The dict that holds a parameter, its name, itself, and its version."""
+
+    @classmethod
+    def of(cls, layer: ArmorLinear, run: Callable[[Tensor], Tensor]) -> _Call:
+        held: list[tuple[Any, str]] = [(layer._parameters, name) for name in layer._parameters]
+        if layer._owner is not None:
+            held.append((layer._owner._parameters, INPUT_FACTOR))
+        found = ((place, name, place[name]) for place, name in held)
+        return cls(
+            run,
+            layer.backend,
+            environment(),
+            tuple((place, name, tensor, _version(tensor)) for place, name, tensor in found),
+        )
+
+    def still_right(self, layer: ArmorLinear) -> bool:
+        if layer.backend is not self.backend or environment() != self.environment:
+            return False
+        for place, name, tensor, version in self.parameters:
+            if place[name] is not tensor or (tensor is not None and _version(tensor) != version):
+                return False
+        return True
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
 class _Version:
     """One tensor in one state: equal to another only if it is the same tensor and was not changed in place since."""
 
@@ -278,7 +332,7 @@ class _Version:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.count = 0 if tensor.is_inference() else tensor._version
+        self.count = _version(tensor)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Version) and self.tensor is other.tensor and self.count == other.count

@@ -116,7 +116,7 @@ def test_threads_of_torch_and_of_our_own(team: bool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(kernel, "_team", lambda: counted if team else None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert torch.equal(run_kernel(x, layer), y)
-    assert calls == [2, 2] * team
+    assert calls == [2] * team
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -167,7 +167,7 @@ def test_refusals() -> None:
         run_kernel(torch.zeros(1, 16, dtype=torch.float64), layer)
     with pytest.raises(TypeError, match="bias in one dtype"):
         run_kernel(torch.zeros(1, 16), layer, torch.zeros(8))
-    with pytest.raises(TypeError, match="CPU tensors"):
+    with pytest.raises(TypeError, match="on the CPU in"):
         run_kernel(torch.zeros(1, 16, device="meta"), layer)
 
 

@@ -351,5 +351,5 @@ static void arrange(const job_t *job, int64_t token, const float *natural, int64
     }
 }
 
-const path_t AVX2_PATH = {core, square, arrange};
+const path_t AVX2_PATH = {core, square, arrange, NULL};
 #endif

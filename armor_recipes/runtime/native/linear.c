@@ -1,6 +1,6 @@
-/* The compiled form of A (S (B x)) + bias, entered through ctypes; armor_recipes/runtime/kernel.py is its other half. A job is run
- * in two steps, each split in parts that any number of threads share: blocks of B, then blocks of A with the core
- * rows that they need. No sum is ever split, so bits do not depend on the number of threads. */
+/* The compiled form of A (S (B x)) + bias, entered through ctypes; armor_recipes/runtime/kernel.py is its other half. A job is
+ * split in parts that any number of threads share: blocks of B, then blocks of A with the core rows that they need. No sum is
+ * ever split, so bits do not depend on the number of threads. */
 #define PY_SSIZE_T_CLEAN
 #ifndef ARMOR_STANDALONE
 #include <Python.h>
@@ -8,9 +8,13 @@
 #include "linear.h"
 
 #ifdef _WIN32
+#include <windows.h>
 #define EXPORT __declspec(dllexport)
+static void yield(void) { SwitchToThread(); }
 #else
+#include <sched.h>
 #define EXPORT __attribute__((visibility("default")))
+static void yield(void) { sched_yield(); }
 #endif
 
 #define ROWS_AT_ONCE 64 /* core rows that pass over one chunk of x while it is in the first cache */
@@ -21,8 +25,9 @@ enum { SCALAR = 0, AVX2 = 1, AVX512 = 2 };
 static const path_t *path_of(const job_t *job) {
 #if ARMOR_X86
     if (job->groups > 1 && job->columns / job->groups % STRIP) return &SCALAR_PATH; /* scales change within a vector */
-    /* dpbf16 multiplies bf16 by bf16: right for bf16 activations only. An int8 is exact in bf16. */
-    if (job->path == AVX512 && job->floats == BF16 && job->activation == BF16) return &AVX512_PATH;
+    /* dpbf16 multiplies bf16 by bf16: right for bf16 activations only, as the rounded B x of integer cores is. */
+    const int halves = job->format == INT4 && job->groups > 1 && job->columns / job->groups % BLOCK; /* scales within a block */
+    if (job->path == AVX512 && job->floats == BF16 && job->activation == BF16 && !halves) return &AVX512_PATH;
     if (job->path >= AVX2) return &AVX2_PATH;
 #else
     (void)job;
@@ -37,7 +42,8 @@ EXPORT int64_t armor_paths(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) paths |= 1 << AVX2;
     if (paths & 1 << AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
+        __builtin_cpu_supports("avx512vnni"))
         paths |= 1 << AVX512;
 #endif
     return paths;
@@ -86,8 +92,8 @@ static void input_blocks(const job_t *job, float *work, int64_t begin, int64_t e
 /* Columns of x that pass over ROWS_AT_ONCE rows at a time. */
 static int64_t chunk_of(const job_t *job) {
     /* One token's x stays in the first cache whole; the longer the runs, the better weights stream from memory. */
-    if (job->tokens == 1) return job->groups > 1 ? GROUPED_COLUMNS : padded(job->columns);
-    const int64_t wide = CHUNK_NUMBERS / job->tokens / STRIP * STRIP;
+    if (job->tokens == 1) return job->format >= INT8 ? GROUPED_COLUMNS : padded(job->columns);
+    const int64_t wide = CHUNK_NUMBERS / job->tokens / BLOCK * BLOCK;
     return wide < 512 ? 512 : wide;
 }
 
@@ -177,14 +183,35 @@ static void unpack_rows(const job_t *job, uint8_t *out, int64_t out_format, int6
     }
 }
 
-/* Run by every thread of a team with the same task: each takes the next part until none is left. */
+static void wait_for(atomic_int_fast64_t *flag) {
+    for (int spins = 0; !atomic_load(flag); spins++)
+        if (spins >= 1000) yield(); /* whoever is to set it may wait for this processor */
+}
+
+/* Run by every thread of a team with the same task: each takes the next part until none is left. What a thread waits for is done
+ * by threads that run already, however many of them there are. */
 EXPORT void armor_run(task_t *task) {
-    for (int64_t part; (part = atomic_fetch_add(&task->next, 1)) < task->parts;) {
-        const int64_t begin = task->blocks * part / task->parts, end = task->blocks * (part + 1) / task->parts;
+    const job_t *job = task->job;
+    const int64_t columns = job->columns / job->b_i, rows = job->rows / job->b_o, inputs = task->inputs, outputs = task->outputs;
+    for (int64_t part; (part = atomic_fetch_add(&task->next, 1)) < inputs + outputs;) {
         float *work = task->work + part * task->work_size;
-        if (task->step == UNPACK) unpack_rows(task->job, task->out, task->out_format, begin, end);
-        else (task->step == INPUT ? input_blocks : output_blocks)(task->job, work, begin, end);
+        if (part < inputs) {
+            input_blocks(job, work, columns * part / inputs, columns * (part + 1) / inputs);
+            if (atomic_fetch_add(&task->done, 1) + 1 < inputs) continue;
+            const path_t *path = path_of(job);
+            if (path->prepare) path->prepare(job);
+            atomic_store(&task->ready, 1);
+        } else {
+            wait_for(&task->ready);
+            output_blocks(job, work, rows * (part - inputs) / outputs, rows * (part - inputs + 1) / outputs);
+        }
     }
+}
+
+EXPORT void armor_unpack(unpack_t *task) {
+    const int64_t rows = task->job->rows;
+    for (int64_t part; (part = atomic_fetch_add(&task->next, 1)) < task->parts;)
+        unpack_rows(task->job, task->out, task->out_format, rows * part / task->parts, rows * (part + 1) / task->parts);
 }
 
 #ifndef ARMOR_STANDALONE

@@ -19,6 +19,7 @@
 
 #define MOST_TOKENS 16 /* of one job */
 #define STRIP 32       /* columns of one 32-bit word of the bitmask; rows of x are padded to whole strips */
+#define BLOCK 64       /* columns of Bx that have one scale where they are rounded to 8 bits */
 
 /* How numbers are stored. The integers are for kept values alone; number k of int4 is in bits 4 (k % 8) of 32-bit word k / 8, plus 8. */
 typedef enum { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 } format_t;
@@ -33,22 +34,27 @@ typedef struct {
     const uint8_t *b;       /* (columns / b_i, b_i, b_i) in `floats` */
     const uint8_t *bias;    /* (rows,) in `floats`, or NULL */
     uint8_t *y;             /* (tokens, rows) in `activation` */
-    float *inner;           /* (tokens, strips * STRIP): B x, in the order that the path wants */
+    float *inner;           /* tokens * blocks * 2 * BLOCK numbers: B x, in the order that the path wants */
     int64_t tokens, rows, columns, groups, b_o, b_i, format, floats, activation, path; /* groups of a row: 0, 1 or more */
 } job_t;
 
-typedef enum { INPUT = 0, OUTPUT = 1, UNPACK = 2 } step_t;
-
-/* A step over all its blocks (of B; of A; rows of the core), in parts. */
+/* A job in parts: `inputs` of blocks of B, then `outputs` of blocks of A with the rows of the core that they need. */
 typedef struct {
     const job_t *job;
-    uint8_t *out; /* of UNPACK: the core (rows, columns) in `out_format` */
-    float *work;  /* of the others: `work_size` floats a part, 2 * max(b_i or b_o, ROWS_AT_ONCE) * tokens */
-    int64_t step, blocks, parts, work_size, out_format;
-    atomic_int_fast64_t next; /* the first part that no thread has taken */
+    float *work; /* `work_size` floats a part, 2 * max(b_i, b_o, ROWS_AT_ONCE) * tokens */
+    int64_t inputs, outputs, work_size;
+    atomic_int_fast64_t next, done, ready; /* the first part that no thread has taken; inputs that are done; whether B x is there */
 } task_t;
 
-#define GROUPED_COLUMNS 8192 /* most columns at once where a row has several groups */
+/* The core unpacked: rows in parts. */
+typedef struct {
+    const job_t *job;
+    uint8_t *out; /* the core (rows, columns) in `out_format` */
+    int64_t parts, out_format;
+    atomic_int_fast64_t next;
+} unpack_t;
+
+#define GROUPED_COLUMNS 8192 /* most columns at once where a row has several groups, or its sums are 32-bit integers */
 
 /* Sums of core rows [row, row + count) over columns [begin, end), added to z[token * stride + (0..count)). Where a row has
  * several groups (of whole strips, but in the scalar path), times their scales; a scale for the whole row is left to the caller. */
@@ -59,10 +65,14 @@ typedef void square_t(const uint8_t *matrix, int64_t size, format_t format, cons
 /* Put `count` columns from `column` on of one token, in natural order, where the path's core function reads them. */
 typedef void arrange_t(const job_t *job, int64_t token, const float *natural, int64_t column, int64_t count);
 
+/* Once all of B x is arranged, before any row of the core. */
+typedef void prepare_t(const job_t *job);
+
 typedef struct {
     core_t *core;
     square_t *square;
     arrange_t *arrange;
+    prepare_t *prepare; /* or NULL */
 } path_t;
 
 INLINE int64_t padded(int64_t columns) { return (columns + STRIP - 1) / STRIP * STRIP; }

@@ -53,4 +53,4 @@ static void arrange(const job_t *job, int64_t token, const float *natural, int64
     memcpy(job->inner + token * padded(job->columns) + column, natural, (size_t)count * sizeof(float));
 }
 
-const path_t SCALAR_PATH = {core, square, arrange};
+const path_t SCALAR_PATH = {core, square, arrange, NULL};

@@ -1,6 +1,7 @@
 /* The few AVX-512 instructions of armor_recipes/runtime/native/avx512.c in plain C, so that its logic is tested on any machine. */
 #ifndef EMULATED_IMMINTRIN_H
 #define EMULATED_IMMINTRIN_H
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -12,11 +13,16 @@ typedef uint16_t __m512bh __attribute__((vector_size(64)));
 typedef float __m512 __attribute__((vector_size(64)));
 typedef int32_t emulated_lanes __attribute__((vector_size(64)));
 typedef int32_t emulated_half __attribute__((vector_size(32)));
-typedef int16_t emulated_words __attribute__((vector_size(32)));
+typedef int8_t emulated_bytes __attribute__((vector_size(32)));
+typedef uint8_t emulated_unsigned __attribute__((vector_size(32)));
+typedef int16_t emulated_words __attribute__((vector_size(64)));
+typedef float __m256 __attribute__((vector_size(32)));
+typedef float __m128 __attribute__((vector_size(16)));
+typedef uint16_t __mmask16;
 
 #define _MM_HINT_T1 2
 #define _mm_prefetch(address, hint) ((void)(address))
-#define EMULATED static inline __attribute__((always_inline, target("avx2")))
+#define EMULATED static inline __attribute__((target("avx2")))
 
 EMULATED __m256i _mm256_loadu_si256(const __m256i *from) {
     __m256i value;
@@ -61,12 +67,6 @@ EMULATED __m128i _mm_loadu_si128(const __m128i *from) {
     return value;
 }
 
-EMULATED __m512i _mm512_cvtepi8_epi32(__m128i bytes) {
-    emulated_lanes value;
-    for (int lane = 0; lane < 16; lane++) value[lane] = (int8_t)(bytes[lane / 2] >> 8 * (lane % 2));
-    return (__m512i)value;
-}
-
 EMULATED __m512 _mm512_cvtepi32_ps(__m512i integers) {
     const emulated_lanes lanes = (emulated_lanes)integers;
     __m512 value;
@@ -74,37 +74,7 @@ EMULATED __m512 _mm512_cvtepi32_ps(__m512i integers) {
     return value;
 }
 
-/* Rounds towards zero: right for numbers that bf16 holds exactly, which is all it is used for. */
-EMULATED __m256bh _mm512_cvtneps_pbh(__m512 numbers) {
-    const emulated_lanes lanes = (emulated_lanes)numbers;
-    __m256bh value;
-    for (int lane = 0; lane < 16; lane++) value[lane] = (uint16_t)((uint32_t)lanes[lane] >> 16);
-    return value;
-}
-
-EMULATED __m128i _mm_loadl_epi64(const __m128i *from) {
-    __m128i value = {0};
-    memcpy(&value, from, 8);
-    return value;
-}
-
-EMULATED __m256i _mm256_cvtepu8_epi32(__m128i bytes) {
-    emulated_half value;
-    for (int lane = 0; lane < 8; lane++) value[lane] = bytes[lane / 2] >> 8 * (lane % 2) & 0xff;
-    return (__m256i)value;
-}
-
-EMULATED __m256i _mm256_slli_epi32(__m256i numbers, int count) { return (__m256i)((emulated_half)numbers << count); }
-
 EMULATED __m256i _mm256_or_si256(__m256i x, __m256i y) { return x | y; }
-
-#define _mm256_setr_epi16(...) ((__m256i)(emulated_words){__VA_ARGS__})
-
-EMULATED __m256i _mm256_permutexvar_epi16(__m256i places, __m256i numbers) {
-    __m256i value;
-    for (int lane = 0; lane < 16; lane++) value[lane] = numbers[places[lane] & 15];
-    return value;
-}
 
 EMULATED __m512 _mm512_set1_ps(float number) {
     __m512 value;
@@ -121,4 +91,157 @@ EMULATED float _mm512_reduce_add_ps(__m512 lanes) {
     for (int lane = 0; lane < 16; lane++) sum += lanes[lane];
     return sum;
 }
+
+/* Of int8 cores: 16-bit integers. */
+EMULATED __m256i _mm256_cvtepi8_epi16(__m128i bytes) {
+    __m256i value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = (uint16_t)(int16_t)(int8_t)(bytes[lane / 2] >> 8 * (lane % 2));
+    return value;
+}
+
+EMULATED __m512i _mm512_castps_si512(__m512 value) { return (__m512i)value; }
+EMULATED __m512 _mm512_castsi512_ps(__m512i value) { return (__m512)value; }
+
+EMULATED __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i x, __m512i y) {
+    emulated_lanes lanes = (emulated_lanes)sum;
+    const emulated_words left = (emulated_words)x, right = (emulated_words)y;
+    for (int lane = 0; lane < 32; lane++) lanes[lane / 2] += left[lane] * right[lane];
+    return (__m512i)lanes;
+}
+
+/* Of int4 cores: bytes. */
+EMULATED __m256i _mm256_setzero_si256(void) { return (__m256i){0}; }
+EMULATED __m256i _mm256_set1_epi8(int8_t number) { return (__m256i)((emulated_bytes){0} + number); }
+EMULATED __m256i _mm256_and_si256(__m256i x, __m256i y) { return x & y; }
+EMULATED __m256i _mm256_slli_epi16(__m256i words, int count) { return words << count; }
+EMULATED __m256i _mm256_sub_epi8(__m256i x, __m256i y) { return (__m256i)((emulated_bytes)x - (emulated_bytes)y); }
+
+EMULATED __m256i _mm512_castsi512_si256(__m512i value) {
+    __m256i low;
+    memcpy(&low, &value, sizeof low);
+    return low;
+}
+
+EMULATED __m256i _mm256_cvtepu8_epi16(__m128i bytes) {
+    __m256i value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = bytes[lane / 2] >> 8 * (lane % 2) & 0xff;
+    return value;
+}
+
+EMULATED __m256i _mm256_abs_epi8(__m256i numbers) {
+    emulated_bytes value = (emulated_bytes)numbers;
+    for (int lane = 0; lane < 32; lane++) value[lane] = (int8_t)(value[lane] < 0 ? -value[lane] : value[lane]);
+    return (__m256i)value;
+}
+
+EMULATED __m256i _mm256_sign_epi8(__m256i numbers, __m256i by) {
+    emulated_bytes value = (emulated_bytes)numbers;
+    const emulated_bytes sign = (emulated_bytes)by;
+    for (int lane = 0; lane < 32; lane++) value[lane] = (int8_t)(sign[lane] < 0 ? -value[lane] : sign[lane] ? value[lane] : 0);
+    return (__m256i)value;
+}
+
+EMULATED __m512i _mm512_maskz_compress_epi8(uint64_t mask, __m512i numbers) {
+    uint8_t from[64], to[64] = {0};
+    memcpy(from, &numbers, sizeof from);
+    for (int lane = 0, next = 0; lane < 64; lane++)
+        if (mask >> lane & 1u) to[next++] = from[lane];
+    memcpy(&numbers, to, sizeof to);
+    return numbers;
+}
+
+EMULATED __m256i _mm256_dpbusd_epi32(__m256i sum, __m256i x, __m256i y) {
+    emulated_half lanes = (emulated_half)sum;
+    const emulated_unsigned left = (emulated_unsigned)x;
+    const emulated_bytes right = (emulated_bytes)y;
+    for (int lane = 0; lane < 32; lane++) lanes[lane / 4] += left[lane] * right[lane];
+    return (__m256i)lanes;
+}
+
+EMULATED __m256 _mm256_setzero_ps(void) { return (__m256){0}; }
+EMULATED __m256 _mm256_set1_ps(float number) { return (__m256){0} + number; }
+EMULATED __m256 _mm256_fmadd_ps(__m256 x, __m256 y, __m256 z) { return x * y + z; }
+
+EMULATED __m256 _mm256_cvtepi32_ps(__m256i integers) {
+    const emulated_half lanes = (emulated_half)integers;
+    __m256 value;
+    for (int lane = 0; lane < 8; lane++) value[lane] = (float)lanes[lane];
+    return value;
+}
+
+EMULATED __m128 _mm256_castps256_ps128(__m256 value) { return (__m128){value[0], value[1], value[2], value[3]}; }
+EMULATED __m128 _mm256_extractf128_ps(__m256 value, int half) {
+    return half ? (__m128){value[4], value[5], value[6], value[7]} : _mm256_castps256_ps128(value);
+}
+EMULATED __m128 _mm_add_ps(__m128 x, __m128 y) { return x + y; }
+EMULATED __m128 _mm_movehl_ps(__m128 x, __m128 y) { return (__m128){y[2], y[3], x[2], x[3]}; }
+EMULATED __m128 _mm_movehdup_ps(__m128 x) { return (__m128){x[1], x[1], x[3], x[3]}; }
+EMULATED __m128 _mm_add_ss(__m128 x, __m128 y) { return (__m128){x[0] + y[0], x[1], x[2], x[3]}; }
+EMULATED float _mm_cvtss_f32(__m128 x) { return x[0]; }
+
+/* Bx in integers. */
+EMULATED __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void *from) {
+    __m512 value = {0};
+    for (int lane = 0; lane < 16; lane++)
+        if (mask >> lane & 1u) memcpy((char *)&value + 4 * lane, (const char *)from + 4 * lane, 4);
+    return value;
+}
+
+EMULATED __m512 _mm512_abs_ps(__m512 x) {
+    for (int lane = 0; lane < 16; lane++) x[lane] = fabsf(x[lane]);
+    return x;
+}
+
+EMULATED __m512 _mm512_max_ps(__m512 x, __m512 y) {
+    for (int lane = 0; lane < 16; lane++) x[lane] = x[lane] > y[lane] ? x[lane] : y[lane];
+    return x;
+}
+
+EMULATED float _mm512_reduce_max_ps(__m512 x) {
+    float most = x[0];
+    for (int lane = 1; lane < 16; lane++) most = x[lane] > most ? x[lane] : most;
+    return most;
+}
+
+EMULATED __m512 _mm512_mul_ps(__m512 x, __m512 y) { return x * y; }
+EMULATED __m512i _mm512_set1_epi32(int32_t number) { return (__m512i)((emulated_lanes){0} + number); }
+
+EMULATED __m512i _mm512_cvtps_epi32(__m512 x) {
+    emulated_lanes value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = (int32_t)rintf(x[lane]);
+    return (__m512i)value;
+}
+
+EMULATED __m512i _mm512_min_epi32(__m512i x, __m512i y) {
+    emulated_lanes value = (emulated_lanes)x;
+    const emulated_lanes other = (emulated_lanes)y;
+    for (int lane = 0; lane < 16; lane++) value[lane] = other[lane] < value[lane] ? other[lane] : value[lane];
+    return (__m512i)value;
+}
+
+EMULATED __m512i _mm512_max_epi32(__m512i x, __m512i y) {
+    emulated_lanes value = (emulated_lanes)x;
+    const emulated_lanes other = (emulated_lanes)y;
+    for (int lane = 0; lane < 16; lane++) value[lane] = other[lane] > value[lane] ? other[lane] : value[lane];
+    return (__m512i)value;
+}
+
+EMULATED __m256i _mm512_cvtepi32_epi16(__m512i integers) {
+    const emulated_lanes lanes = (emulated_lanes)integers;
+    __m256i value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = (uint16_t)lanes[lane];
+    return value;
+}
+
+EMULATED __m128i _mm512_cvtsepi32_epi8(__m512i integers) {
+    const emulated_lanes lanes = (emulated_lanes)integers;
+    int8_t bytes[16];
+    for (int lane = 0; lane < 16; lane++) bytes[lane] = (int8_t)(lanes[lane] > 127 ? 127 : lanes[lane] < -128 ? -128 : lanes[lane]);
+    __m128i value;
+    memcpy(&value, bytes, sizeof value);
+    return value;
+}
+
+EMULATED void _mm256_storeu_si256(__m256i *to, __m256i value) { memcpy(to, &value, sizeof value); }
+EMULATED void _mm_storeu_si128(__m128i *to, __m128i value) { memcpy(to, &value, sizeof value); }
 #endif
