@@ -59,30 +59,41 @@ ROWS = (
     "armor + distil",
     "armor + int4 + distil",
     "armor + int4 hessian + distil",
+    "armor + distil + int4 hessian + distil",
     "armor + W8A8 + distil",
     "armor + FP8_DYNAMIC + distil",
 )
 
 
 def recipe_of(row: str, model: str, samples: int, output: Path) -> dict[str, Any]:
-    """The row's recipe; `samples` windows of 512 tokens for the distillation, at most 64 of them for the quantisation."""
-    stage = {}
-    for name in row.split(" + "):
+    """The row's recipe; `samples` windows of 512 tokens for the distillation, at most 64 of them for the quantisation.
+
+    A step that repeats is in a stage of its own, with what quantises before it.
+    """
+    stages: list[dict[str, Any]] = [{}]
+    steps = row.split(" + ")
+    for place, name in enumerate(steps):
         kind, fields = STEPS[name]
         own = {"calibration": {"samples": min(samples, 64)}} if kind == "QuantizationModifier" else {}
-        stage[kind] = {**fields, **own}
+        if name == "distil" and name in steps[place + 1 :]:
+            stages[-1][kind] = {**fields, **own}
+            stages.append({})
+        else:
+            stages[-1][kind] = {**fields, **own}
     texts = [{"dataset": text, "weight": 1} for text in TEXTS]
     return {
         "model": model,
         "calibration": {"dataset": texts, "samples": samples, "sequence_length": 512, "batch_size": 1},
-        "prune_stage": {"chain_modifiers": stage},
+        **{f"{name}_stage": {"chain_modifiers": stage} for name, stage in zip(("prune", "tune"), stages, strict=False)},
         "output": {"path": str(output)},
     }
 
 
 def without_quantisation(row: str) -> str:
-    """The row that a row is compared with."""
-    return " + ".join(name for name in row.split(" + ") if STEPS[name][0] != "QuantizationModifier")
+    """The row that a row is compared with: what the same steps give before the first quantisation, or without any after it."""
+    steps = row.split(" + ")
+    first = next((place for place, name in enumerate(steps) if STEPS[name][0] == "QuantizationModifier"), len(steps))
+    return " + ".join(dict.fromkeys(name for name in steps if name in steps[:first] or name == "distil"))
 
 
 def run_row(row: str, model: str, samples: int, work: Path, texts: Mapping[str, Tensor]) -> dict[str, Any]:

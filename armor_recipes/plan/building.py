@@ -244,14 +244,17 @@ def _conflicts_of_kinds(recipe: Recipe, rows: Sequence[Row], modifiers: Modifier
 
 
 def _late_dense(recipe: Recipe, modifiers: Modifiers) -> list[str]:
-    """What needs the dense model after a stage that changed weights: it is gone by then."""
+    """What needs inputs or outputs of the dense model after a stage that changed weights: they are not made for later stages.
+
+    The dense weights are kept for whoever trains the whole model.
+    """
     first = recipe.stages[0]
     late = [(entry, modifiers[entry.key].needs) for entry in recipe.modifiers if entry.stage != first]
     return [
         f"{entry.where}: {entry.name}: {needs.because} needs the original model, but stage {entry.stage} comes after {first}, "
         f"which has changed it; put the modifier into {first}"
         for entry, needs in late
-        if needs.dense or "dense" in needs.streams
+        if needs.dense == "outputs" or "dense" in needs.streams
     ]
 
 

@@ -153,11 +153,12 @@ class Session:
         shares, mark, stages = self._shares(stage), self._journal.mark, self.recipe.stages
         self.observer(PhaseStarted(f"stage {stage}"))
         self._place = stage, ""
+        if stage == stages[0] or not self._wants_originals(stage):
+            self.weights.keep_originals(self._wants_originals(stage))
         if mark is not None and stages.index(stage) < stages.index(mark.stage):
             self._replay(stage)
             return
         self._commit_gradients(stage, shares)
-        self.weights.keep_originals(any(share.modifier.needs.dense == "model" for share in shares))
         work = {stack: found for stack in self._in_order() if (found := _inside(shares, stack))}
         past = self._past(stage, [stack.name for stack in work])
         openings = {stack: self._opening(stack, found) for stack, found in work.items() if stack.name not in past}
@@ -175,7 +176,12 @@ class Session:
         for share in self._with_rows(shares, None):
             self.observer(PhaseStarted(f"{share.entry.name} ({stage})"))
             self._step([share], self._context(self.stacks.every[-1], None, {}))
-        self.weights.keep_originals(False)
+
+    def _wants_originals(self, stage: str) -> bool:
+        """Whether a modifier of this stage or a later one needs the dense model as a whole."""
+        stages = self.recipe.stages
+        left = stages[stages.index(stage) :]
+        return any(self.modifiers[e.key].needs.dense == "model" for e in self.recipe.modifiers if e.stage in left)
 
     def _past(self, stage: str, stacks: Sequence[str]) -> Sequence[str]:
         """Those of a stage's stacks that a run before has done."""

@@ -216,15 +216,27 @@ def test_a_refiner_needs_factors_made_before_it_in_its_stage(llama: Path, name: 
         assert "put it after an ARMORModifier of the same stage" in message
 
 
-@pytest.mark.parametrize("name", REFINERS)
-def test_a_refiner_belongs_into_the_first_stage(llama: Path, name: str) -> None:
-    mapping = recipe(llama)
+def test_block_refinement_belongs_into_the_first_stage(llama: Path) -> None:
+    name, mapping = "BlockRefineModifier", recipe(llama)
     mapping["late_stage"] = {"refine_modifiers": {name: {}}}
     message = refusal(mapping)
     assert f"the recipe mapping: {name}: no modifier before it in late_stage" in message
     mapping["late_stage"]["refine_modifiers"] = {"ARMORModifier": {**ARMOR, "targets": [MLP]}, name: {}}
     mapping["prune_stage"]["armor_modifiers"]["ARMORModifier"] = {**ARMOR, "targets": [ATTENTION]}
     assert f"{name}: it needs the original model, but stage late_stage comes after prune_stage" in refusal(mapping)
+
+
+def test_distillation_in_a_later_stage_aims_at_the_model_before_the_first(llama: Path, tmp_path: Path) -> None:
+    """With ARMOR on the dense model's inputs, what follows sees the same in a stage of its own: bytes are those of one stage."""
+    cores = {"targets": [ALL], "config_groups": {"core": {"weights": {"num_bits": 8, "strategy": "channel"}}}}
+    late = {"QuantizationModifier": cores, "DistillationModifier": {"learning_rate": 0.003, "compute_dtype": "float32"}}
+    first = {**ARMOR, "propagate": "dense"}
+    one = recipe(llama, tmp_path / "one", ARMORModifier=first, **late)
+    two = {**recipe(llama, tmp_path / "two", ARMORModifier=first), "late_stage": {"tune_modifiers": late}}
+    found = [apply(mapping) for mapping in (one, two)]
+    assert [step.losses for step in found[0].refinements] == [step.losses for step in found[1].refinements]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("name", REFINERS)
