@@ -53,6 +53,7 @@ from armor_recipes.integrations.upstream import (
 )
 from armor_recipes.paths import user_path
 from armor_recipes.runtime.backends import choose_backend
+from armor_recipes.runtime.dense import adopt_dense
 from armor_recipes.runtime.linear import ArmorLinear
 from armor_recipes.runtime.slower import warn_where_slower
 
@@ -213,6 +214,8 @@ def load(
     for name, layer in layers.items():
         layer.label, layer.backend = name, chosen.name
         layer.prepare()
+    if chosen.name in ("auto", "cpu"):
+        adopt_dense(model)
     warn_where_slower(layers)
     return model
 

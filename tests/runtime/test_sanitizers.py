@@ -19,10 +19,11 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 def compiled(compiler: str, folder: Path) -> Path:
     x86 = platform.machine() == "x86_64"
     emulation = ("-Wno-psabi", '-DFEATURES="avx2"', f"-I{HERE / 'emulated'}") if x86 else ()
-    avx512, driver = folder / "avx512.o", folder / "driver"
-    files = [HERE / "driver.c", *(SOURCES / f"{name}.c" for name in ("linear", "scalar", "avx2")), avx512]
+    emulated, driver = {name: folder / f"{name}.o" for name in ("avx512", "dense")}, folder / "driver"
+    plain = (SOURCES / f"{name}.c" for name in ("linear", "scalar", "avx2"))
+    files = [HERE / "driver.c", *plain, *emulated.values(), "-lm"]
     for command in (
-        [*emulation, "-c", SOURCES / "avx512.c", "-o", avx512],
+        *([*emulation, "-c", SOURCES / f"{name}.c", "-o", made] for name, made in emulated.items()),
         [f"-DEMULATED_AVX512={int(x86)}", *files, "-o", driver],
     ):
         run = subprocess.run([compiler, *FLAGS, *SANITIZERS, *command], capture_output=True, text=True, check=False)

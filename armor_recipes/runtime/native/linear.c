@@ -9,11 +9,9 @@
 
 #ifdef _WIN32
 #include <windows.h>
-#define EXPORT __declspec(dllexport)
 static void yield(void) { SwitchToThread(); }
 #else
 #include <sched.h>
-#define EXPORT __attribute__((visibility("default")))
 static void yield(void) { sched_yield(); }
 #endif
 

@@ -11,6 +11,12 @@
 #define INLINE static inline
 #endif
 
+#ifdef _WIN32
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define ARMOR_X86 1
 #else
@@ -53,6 +59,16 @@ typedef struct {
     int64_t parts, out_format;
     atomic_int_fast64_t next;
 } unpack_t;
+
+/* A dense layer in bf16: rows in parts. */
+typedef struct {
+    const uint8_t *x;    /* (tokens, columns) */
+    const uint8_t *w;    /* (rows, columns) */
+    const uint8_t *bias; /* (rows,), or NULL */
+    uint8_t *y;          /* (tokens, rows) */
+    int64_t tokens, rows, columns, parts;
+    atomic_int_fast64_t next;
+} dense_t;
 
 #define GROUPED_COLUMNS 8192 /* most columns at once where a row has several groups, or its sums are 32-bit integers */
 

@@ -7,6 +7,7 @@
 int64_t armor_paths(void);
 void armor_run(task_t *task);
 void armor_unpack(unpack_t *task);
+void armor_dense(dense_t *task);
 
 static uint32_t state = 1;
 static int random_below(int most) { return (int)((state = state * 1664525u + 1013904223u) >> 8) % most; }
@@ -148,6 +149,30 @@ static int cores(const int64_t sizes[4], format_t floats, format_t activation, i
     return wrong;
 }
 
+/* A dense bf16 layer, rows in three parts. */
+static int dense(int64_t rows, int64_t columns, int64_t tokens) {
+    uint8_t *held[3], *y = malloc((size_t)(2 * tokens * rows));
+    dense_t task = {.y = y, .tokens = tokens, .rows = rows, .columns = columns, .parts = 3};
+    task.x = integers(tokens * columns, BF16, -8, 8, &held[0]);
+    task.w = integers(rows * columns, BF16, -8, 8, &held[1]);
+    task.bias = integers(rows, BF16, -8, 8, &held[2]);
+    armor_dense(&task);
+    int wrong = 0;
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t r = 0; r < rows; r++) {
+            float sum = load_number(task.bias, r, BF16);
+            for (int64_t c = 0; c < columns; c++)
+                sum += load_number(task.w, r * columns + c, BF16) * load_number(task.x, t * columns + c, BF16);
+            uint16_t found;
+            memcpy(&found, y + 2 * (t * rows + r), 2);
+            wrong |= found != float_to_bfloat(sum);
+        }
+    if (wrong) printf("dense differs: %d tokens %d rows %d columns\n", (int)tokens, (int)rows, (int)columns);
+    for (int i = 0; i < 3; i++) free(held[i]);
+    free(y);
+    return wrong;
+}
+
 int main(void) {
     const int paths[3] = {1, (int)(armor_paths() >> 1 & 1), EMULATED_AVX512};
     static const int64_t sizes[][4] = {{8, 8, 8, 8},     {3, 16, 1, 1},   {9, 24, 3, 4},   {66, 32, 33, 16}, {70, 40, 7, 5},
@@ -161,6 +186,8 @@ int main(void) {
     static const int64_t wide[4] = {5, GROUPED_COLUMNS + 1024, 5, 8};
     for (int64_t tokens = 1; tokens <= 2; tokens++)
         if (cores(wide, FP32, FP32, tokens, paths, &cases)) return 1;
+    for (int64_t tokens = 1; tokens <= MOST_TOKENS && EMULATED_AVX512; tokens++)
+        if (dense(1, 1, tokens) || dense(7, 40, tokens) || dense(110, 97, tokens)) return 1;
     printf("%d cases agree\n", cases);
     return 0;
 }

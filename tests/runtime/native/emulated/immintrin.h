@@ -19,6 +19,7 @@ typedef int16_t emulated_words __attribute__((vector_size(64)));
 typedef float __m256 __attribute__((vector_size(32)));
 typedef float __m128 __attribute__((vector_size(16)));
 typedef uint16_t __mmask16;
+typedef uint32_t __mmask32;
 
 #define _MM_HINT_T1 2
 #define _mm_prefetch(address, hint) ((void)(address))
@@ -184,6 +185,13 @@ EMULATED __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void *from) {
     __m512 value = {0};
     for (int lane = 0; lane < 16; lane++)
         if (mask >> lane & 1u) memcpy((char *)&value + 4 * lane, (const char *)from + 4 * lane, 4);
+    return value;
+}
+
+EMULATED __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void *from) {
+    __m512i value = {0};
+    for (int lane = 0; lane < 32; lane++)
+        if (mask >> lane & 1u) memcpy((char *)&value + 2 * lane, (const char *)from + 2 * lane, 2);
     return value;
 }
 
