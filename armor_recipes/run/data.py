@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from armor_recipes.calibration.inputs import InputSet, ModelInputs
+from transformers import PreTrainedModel
+
+from armor_recipes.calibration.inputs import InputSet
 from armor_recipes.calibration.tokens import build_inputs
 from armor_recipes.evaluation import Measure, Reading, asked
+from armor_recipes.integrations.models import ModelSource, load_processor
+from armor_recipes.model.facts import class_numbers
+from armor_recipes.model.inputs import model_inputs
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import CalibrationSpec, InputsSpec, datasets_of
@@ -26,19 +32,19 @@ class Data:
 
 def read_data(
     recipe: Recipe,
+    source: ModelSource,
+    shapes: PreTrainedModel,
     modifiers: Mapping[str, AnyModifier[Any]],
-    inputs: ModelInputs,
     tokenizer: Any | None,
     refused: Refusals,
     *,
-    processor: Callable[[bool], Any] | None = None,
     wanted: Callable[[str], bool] = lambda _: True,
-    labels: Mapping[str, int] | None = None,
 ) -> Data:
     """Read the datasets that are `wanted`, by name; each modifier is asked whether the samples that came are enough for it.
 
-    What is wrong is noted in `refused`.
+    `shapes` is the model on the meta device. What is wrong is noted in `refused`.
     """
+    inputs, processor = model_inputs(shapes), partial(load_processor, source)
 
     def samples(spec: InputsSpec) -> InputSet:
         return build_inputs(spec, inputs, tokenizer=tokenizer, processor=processor)
@@ -51,7 +57,7 @@ def read_data(
         for entry in entries if spec in tokens else ():
             with refused.noted(f"{entry.where}: {entry.name}"):
                 modifiers[entry.key].check_windows(tokens[spec].origins)
-    reading = Reading(tokenizer, inputs, samples, labels or {}, processor)
+    reading = Reading(tokenizer, inputs, samples, class_numbers(source.config), processor)
     measures: list[Measure[Any]] = []
     for measure, spec in asked(recipe.evaluation):
         if all(map(wanted, datasets_of(spec))):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +14,13 @@ from armor_recipes.compute import plain_torch
 from armor_recipes.errors import PlanError, RecipeError
 from armor_recipes.integrations.models import (
     ModelSource,
-    load_processor,
     load_tokenizer,
     meta_model,
     open_model,
     open_teacher,
 )
 from armor_recipes.integrations.transformers import check_registered
-from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.forms import forms_of, linearise, restore
-from armor_recipes.model.inputs import model_inputs
 from armor_recipes.model.ties import tied_output, untie, untied
 from armor_recipes.modifiers import AnyModifier, modifiers
 from armor_recipes.modifiers.base import Settles
@@ -33,7 +29,7 @@ from armor_recipes.plan.untying import to_untie
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.llmcompressor import ROTATING
 from armor_recipes.run.checks import check_compressed, check_lengths, narrowed
-from armor_recipes.run.data import read_data
+from armor_recipes.run.data import Data, read_data
 from armor_recipes.run.evaluating import check_measures
 from armor_recipes.run.refusals import Refusals, resource_errors
 
@@ -57,6 +53,19 @@ class Job:
     def packed(self) -> bool:
         """Whether factors are kept packed; else they are folded into plain weights."""
         return self.recipe.output.format == "compressed-tensors"
+
+    def data(self, *, evaluation: bool = True, wanted: Callable[[str], bool] = lambda _: True) -> Data:
+        """The datasets that are `wanted`, by name, as inputs of the model, with or without those of `evaluation`.
+
+        Raises InputError with all that is wrong, ResourceError where memory or disk run out.
+        """
+        refused, recipe = Refusals(), self.recipe if evaluation else replace(self.recipe, evaluation=None)
+        with resource_errors():
+            tokenizer = load_tokenizer(self.source)
+            data = read_data(recipe, self.source, self.shapes, self.modifiers, tokenizer, refused, wanted=wanted)
+        if refused:
+            refused.tell()
+        return data
 
 
 @plain_torch()
@@ -88,16 +97,7 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
         plan = planned(recipe, source, shapes, instances)
     if plan is None or refused:
         with refused.noted(), resource_errors():
-            read_data(
-                recipe,
-                instances,
-                model_inputs(shapes),
-                load_tokenizer(source),
-                refused,
-                processor=partial(load_processor, source),
-                wanted=is_soon_read,
-                labels=class_numbers(source.config),
-            )
+            read_data(recipe, source, shapes, instances, load_tokenizer(source), refused, wanted=is_soon_read)
         refused.tell()
     estimate = estimate_run(plan, recipe, shapes, instances)
     return Job(recipe, source, shapes, instances, plan, estimate, target, teacher)

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,11 @@ from armor_recipes.integrations.models import (
     ModelSource,
     fetch_files,
     hub_id,
-    load_processor,
     load_tokenizer,
     with_generation_config,
     written_dtypes,
 )
 from armor_recipes.integrations.names import left_behind
-from armor_recipes.model.facts import class_numbers
-from armor_recipes.model.inputs import model_inputs
 from armor_recipes.model.ties import tied_output
 from armor_recipes.report.card import model_card
 from armor_recipes.report.licence import Licence, base_licence
@@ -107,9 +103,7 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
 
 def _read(job: Job, tokenizer: Any | None, refused: Refusals, output: Path) -> Data:
     """The data, and whether the disk takes what evaluation keeps of the dense model until weights are written."""
-    labels = class_numbers(job.source.config)
-    inputs, processor = model_inputs(job.shapes), partial(load_processor, job.source)
-    data = read_data(job.recipe, job.modifiers, inputs, tokenizer, refused, processor=processor, labels=labels)
+    data = read_data(job.recipe, job.source, job.shapes, job.modifiers, tokenizer, refused)
     with refused.noted():
         check_room(output.parent, sum(measure.dense_bytes(job.shapes) for measure in data.measures))
     return data

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,10 @@ from armor_recipes.calibration.random_inputs import draw
 from armor_recipes.calibration.text import is_soon_read
 from armor_recipes.compute import plain_torch
 from armor_recipes.evaluation.perplexity import fitting_batch
-from armor_recipes.integrations.models import load_processor, load_tokenizer
 from armor_recipes.model.blocks import Stacks, find_stacks
 from armor_recipes.model.calls import LayerCall
-from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.hooks import Hooks
-from armor_recipes.model.inputs import model_inputs, random_inputs
+from armor_recipes.model.inputs import random_inputs
 from armor_recipes.model.replay import feed, forward_errors
 from armor_recipes.modifiers.kinds.refiner import (
     RefinePlan,
@@ -42,9 +39,8 @@ from armor_recipes.modifiers.kinds.refiner import (
 from armor_recipes.modifiers.threads import one_thread
 from armor_recipes.plan import Rates, RunEstimate
 from armor_recipes.plan.estimate import by_entry, kind_of, product_rates, resident_bytes, statistic_seconds
-from armor_recipes.run.data import read_data
 from armor_recipes.run.planning import Job, estimated
-from armor_recipes.run.refusals import Refusals, resource_errors
+from armor_recipes.run.refusals import resource_errors
 from armor_recipes.solver import TrainableFactors
 
 #: Tokens of a sample where the recipe names none, and windows of a batch of evaluation.
@@ -87,20 +83,7 @@ def _tokens(job: Job) -> int | None:
     """Tokens that are evaluated, where that takes no more than seconds to find out."""
     if job.recipe.evaluation is None or not all(map(is_soon_read, job.recipe.evaluation.datasets)):
         return None
-    refused = Refusals()
-    data = read_data(
-        job.recipe,
-        job.modifiers,
-        model_inputs(job.shapes),
-        load_tokenizer(job.source),
-        refused,
-        processor=partial(load_processor, job.source),
-        wanted=is_soon_read,
-        labels=class_numbers(job.source.config),
-    )
-    if refused:
-        refused.tell()
-    return sum(measure.tokens for measure in data.measures)
+    return sum(measure.tokens for measure in job.data(wanted=is_soon_read).measures)
 
 
 def _materialised(job: Job) -> nn.Module:

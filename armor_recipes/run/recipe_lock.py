@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,9 +23,7 @@ from armor_recipes.checkpoint.staging import files_below
 from armor_recipes.checkpoint.writer import file_hash
 from armor_recipes.errors import InputError, RecipeError, ResourceError, VerificationError
 from armor_recipes.exhaustion import is_disk_full
-from armor_recipes.integrations.models import ModelSource, fetch_files, load_processor, load_tokenizer
-from armor_recipes.model.facts import class_numbers
-from armor_recipes.model.inputs import model_inputs
+from armor_recipes.integrations.models import ModelSource, fetch_files
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.leaves import differing
@@ -38,9 +35,8 @@ from armor_recipes.recipe.yaml_source import Dumper, parse, read_text
 from armor_recipes.report.machine import machine_class
 from armor_recipes.report.manifest import used_by, versions
 from armor_recipes.report.names import without_folders
-from armor_recipes.run.data import Data, read_data
+from armor_recipes.run.data import Data
 from armor_recipes.run.planning import Job
-from armor_recipes.run.refusals import Refusals, resource_errors
 from armor_recipes.run.settling import is_settled
 from armor_recipes.version import release_of
 
@@ -258,7 +254,7 @@ def make_lock(job: Job, file: Path, *, output: Path | None = None) -> Lock:
     Raises VerificationError where the output's manifest names anything else than the job does; InputError.
     """
     before = read_lock(file) if file.exists() else None
-    content = locked_facts(job, _data(job))
+    content = locked_facts(job, job.data())
     if output is not None:
         return Lock(file, content, _tensors_of_run(user_path(output), job, content))
     kept = before is not None and not before.differences(content)
@@ -370,24 +366,6 @@ def _tensors_of_run(output: Path, job: Job, content: LockFile) -> dict[str, str]
     if wrong:
         raise VerificationError("\n".join([f"--from {output}: it was not made by this recipe as it is here", *wrong]))
     return tensors_of(output)
-
-
-def _data(job: Job) -> Data:
-    """The job's data. Raises InputError with all that is wrong."""
-    refused = Refusals()
-    with resource_errors():
-        data = read_data(
-            job.recipe,
-            job.modifiers,
-            model_inputs(job.shapes),
-            load_tokenizer(job.source),
-            refused,
-            processor=partial(load_processor, job.source),
-            labels=class_numbers(job.source.config),
-        )
-    if refused:
-        refused.tell()
-    return data
 
 
 def _plug_ins(job: Job) -> dict[str, str]:

@@ -16,13 +16,10 @@ from armor_recipes.events import Observer, PhaseStarted
 from armor_recipes.integrations.models import (
     attention_of,
     load_model,
-    load_processor,
-    load_tokenizer,
     written_dtypes,
 )
-from armor_recipes.model.facts import class_numbers, model_facts
+from armor_recipes.model.facts import model_facts
 from armor_recipes.model.forms import linearise
-from armor_recipes.model.inputs import model_inputs
 from armor_recipes.model.linears import find_linears
 from armor_recipes.model.replay import on_device
 from armor_recipes.modifiers import AnyModifier
@@ -34,10 +31,9 @@ from armor_recipes.recipe import ModifierEntry
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.report.manifest import state_hash
 from armor_recipes.run.checks import check_weights
-from armor_recipes.run.data import read_data
 from armor_recipes.run.measurements import keep_costs, kept_costs
 from armor_recipes.run.planning import Job, planned
-from armor_recipes.run.refusals import Refusals, resource_errors
+from armor_recipes.run.refusals import resource_errors
 from armor_recipes.session.measuring import Trial, change_costs
 from armor_recipes.solver.sweep import sweep_form
 from armor_recipes.version import __version__, release_of
@@ -169,19 +165,8 @@ def settled_before(job: Job, observer: Observer) -> Job:
     """
     if is_settled(job) or job.recipe.steps:
         return job
-    refused, labels = Refusals(), class_numbers(job.source.config)
     with resource_errors():
-        data = read_data(
-            replace(job.recipe, evaluation=None),
-            job.modifiers,
-            model_inputs(job.shapes),
-            load_tokenizer(job.source),
-            refused,
-            processor=partial(load_processor, job.source),
-            labels=labels,
-        )
-        if refused:
-            refused.tell()
+        data = job.data(evaluation=False)
         model = load_model(job.source, device=job.device)
         linearise(model, job.plan.forms)
         check_weights(model, job.plan)
