@@ -20,8 +20,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,8 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from losses import bootstrap, interval, losses_of, read_texts
+from losses import apply_apart, bootstrap, interval, losses_of, read_texts
 from quality import TEXTS, dense_model, model_folder
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -133,14 +130,8 @@ def run(mapping: Mapping[str, Any], output: Path) -> None:
     if (output / "armor_manifest.json").exists():
         return
     file = output.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(dict(mapping), sort_keys=False), encoding="utf-8")
-    command = [str(Path(sys.executable).with_name("armor-apply")), str(file), "--quiet"]
     with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, "XDG_CACHE_HOME": cache}
-        )
-    if done.returncode:
-        raise RuntimeError(f"{file} failed ({done.returncode}): {done.stderr.strip()}")
+        apply_apart(str(file), mapping, file, env={**os.environ, "XDG_CACHE_HOME": cache})
 
 
 def both(case: Case, model: str, work: Path, windows: int) -> tuple[Path, Path]:

@@ -14,15 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from losses import losses_of, read_texts
+from losses import apply_apart, losses_of, read_texts
 from quantized import HELD_OUT, backend_of, text_cells
 from quantizing import CORES
 from torch import Tensor
@@ -101,11 +99,7 @@ def run_row(row: str, model: str, samples: int, work: Path, texts: Mapping[str, 
     folder, file = work / file_name(row), work / f"{file_name(row)}.yaml"
     if not folder.exists():
         work.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(recipe_of(row, model, samples, folder), sort_keys=False), encoding="utf-8")
-        command = [str(Path(sys.executable).with_name("armor-apply")), str(file), "--quiet"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"row {row!r} failed ({done.returncode}): {done.stderr.strip()}")
+        apply_apart(f"row {row!r}", recipe_of(row, model, samples, folder), file)
     manifest, figures = (json.loads((folder / name).read_text()) for name in ("armor_manifest.json", "report.json"))
     loaded = armor_recipes.load(folder, backend=backend_of(folder), dtype=torch.float32)
     found = {

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from losses import bootstrap, interval
+from losses import apply_apart, bootstrap, interval
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
@@ -174,12 +171,7 @@ def recipe_of(task: Task, modifiers: Section, folder: Path, output: Path) -> Sec
 
 def run_row(row: str, recipe: Section, output: Path) -> dict[str, Any]:
     """Apply the recipe in a process of its own; what its manifest and report say."""
-    file = output.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    command = [str(Path(sys.executable).with_name("armor-apply")), str(file), "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"row {row!r} failed ({done.returncode}): {done.stderr.strip()}")
+    apply_apart(f"row {row!r}", recipe, output.with_suffix(".yaml"))
     manifest, timed = (json.loads((output / f).read_text()) for f in ("armor_manifest.json", "report.json"))
     kept = {name: manifest[name] for name in ("evaluation", "totals", "refinements")}
     return {"row": row, "recipe": recipe, **kept, "seconds": timed["seconds"]}

@@ -1,12 +1,17 @@
-"""Losses of models on held-out text, window by window, and the bootstrap over windows that the benchmarks compare them by."""
+"""What programs that compare recipes share: a recipe in a process of its own, losses of models on held-out text, window by window,
+and the bootstrap over windows that they are compared by.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -14,6 +19,17 @@ from armor_recipes.evaluation.perplexity import evaluation_windows, window_losse
 from armor_recipes.recipe.schema import PerplexitySpec
 
 RESAMPLES = 1_000
+
+
+def apply_apart(
+    what: str, recipe: Mapping[str, Any], file: Path, *options: str, env: Mapping[str, str] | None = None
+) -> None:
+    """Write a recipe to a file and `armor-apply` it in a process of its own. Raises RuntimeError, which names `what` failed."""
+    file.write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("armor-apply")), str(file), "--quiet", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    if done.returncode:
+        raise RuntimeError(f"{what} failed ({done.returncode}): {done.stderr.strip()}")
 
 
 def read_texts(named: Sequence[str], tokenizer_folder: str | Path, *, windows: int, length: int) -> dict[str, Tensor]:

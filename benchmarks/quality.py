@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from typing import Any
 
 import torch
 import yaml
-from losses import bootstrap, interval, losses_of, read_texts
+from losses import apply_apart, bootstrap, interval, losses_of, read_texts
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -190,11 +188,7 @@ def run_row(row: str, setting: Setting, texts: Mapping[str, Tensor]) -> dict[str
         return {"row": row, "losses": losses_of(dense_model(model_folder(setting.model), setting.device), texts)}
     with tempfile.TemporaryDirectory() as scratch:
         folder, file = Path(scratch) / "checkpoint", Path(scratch) / "recipe.yaml"
-        file.write_text(yaml.safe_dump(recipe_of(row, setting, folder), sort_keys=False), encoding="utf-8")
-        command = [str(Path(sys.executable).with_name("armor-apply")), str(file), "--quiet", "--device", setting.device]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"row {row!r} failed ({done.returncode}): {done.stderr.strip()}")
+        apply_apart(f"row {row!r}", recipe_of(row, setting, folder), file, "--device", setting.device)
         return measure_row(row, folder, texts, setting.device)
 
 
