@@ -179,13 +179,7 @@ def execute(
                 run.write_weights(folder, facts)
             with kept_aside(folder, target):
                 run.write_rest(folder, facts)
-                if room is None:  # else it was held against the model in memory as it was loaded
-                    watch.phase("verify")
-                    verify_reloaded(folder, run.model, packed=job.packed, probe=run.probe())
-                report = run.report(folder, facts)
-                if lock is not None:
-                    lock.check_output(folder)
-                check_quality(job.recipe, facts.evaluations)
+                report = run.check(folder, facts, lock)
     return Result(
         plan=run.job.plan,
         output=output,
@@ -397,6 +391,20 @@ class _Run:
         manifest["files"] = sorted({*files_below(folder), MANIFEST_FILE, "report.json"})
         manifest["file_hashes"] = file_hashes(folder)
         write_whole(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
+
+    def check(self, folder: Path, facts: Facts, lock: Lock | None) -> dict[str, Any]:
+        """Hold what was written against the model in memory, the lock and the recipe's bound; returns the report, written by then.
+
+        Raises VerificationError, QualityError.
+        """
+        if self.room is None:  # else it was held against the model in memory as it was loaded
+            self.watch.phase("verify")
+            verify_reloaded(folder, self.model, packed=self.job.packed, probe=self.probe())
+        report = self.report(folder, facts)
+        if lock is not None:
+            lock.check_output(folder)
+        check_quality(self.job.recipe, facts.evaluations)
+        return report
 
     def report(self, folder: Path, facts: Facts) -> dict[str, Any]:
         """Write what is no function of the inputs; returns it."""
