@@ -17,20 +17,11 @@ from armor_recipes.runtime.backends import choose_backend
 from armor_recipes.runtime.kernel import kernel_available
 from tests.support.packed import logits, write
 
-pytestmark = pytest.mark.skipif(not kernel_available(), reason="the kernel was not built")
+pytestmark = [
+    pytest.mark.skipif(not kernel_available(), reason="the kernel was not built"),
+    pytest.mark.usefixtures("default_backend"),
+]
 PROMPT = torch.tensor([[1, 5, 9]])
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    write("llama-attention-bias-gqa", folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ARMOR_BACKEND")
 
 
 def layers(model: PreTrainedModel) -> list[ArmorLinear]:

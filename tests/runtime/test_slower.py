@@ -14,21 +14,12 @@ import armor_recipes
 from armor_recipes.runtime import ArmorLinear, slower
 from armor_recipes.runtime.kernel import kernel_available
 from armor_recipes.runtime.slower import Times, times_of, warn_where_slower
-from tests.support.packed import logits, write
+from tests.support.packed import logits
 
-pytestmark = pytest.mark.skipif(not kernel_available(), reason="the kernel was not built")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    write("llama-attention-bias-gqa", folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ARMOR_BACKEND")
+pytestmark = [
+    pytest.mark.skipif(not kernel_available(), reason="the kernel was not built"),
+    pytest.mark.usefixtures("default_backend"),
+]
 
 
 def layers_of(folder: Path, backend: str = "auto") -> dict[str, ArmorLinear]:
