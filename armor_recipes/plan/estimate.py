@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,52 +97,12 @@ def estimate_run(
     `model` may be on the meta device. `evaluated` are the tokens of the recipe's measures where they are known; else those that the
     recipe names.
     """
-    found = rates or product_rates(plan, model, modifiers)
-    needs = {entry.key: modifiers[entry.key].needs for entry in recipe.modifiers}
-    specs = {entry.key: entry.config.calibration for entry in recipe.modifiers}
-    held: set[tuple[CalibrationSpec, str]] = set()
-    back: set[CalibrationSpec] = set()
-    for key, spec in specs.items():
-        if spec is not None:
-            held |= {(spec, kind) for kind in needs[key].streams}
-            held |= {(spec, "inputs of the dense block")} if needs[key].dense == "block" else set()
-            back |= {spec} if needs[key].gradients else set()
-    tokens = sum(calibration_tokens(spec) for spec, _ in held)
-    # A dense stream is observed as it passes, a compressed one before; gradients go forward and back.
-    passed = sum(calibration_tokens(spec) * (1 if kind == "dense" else 2) for spec, kind in held)
-    gradients = sum(map(calibration_tokens, back))
+    found, sets = rates or product_rates(plan, model, modifiers), _Sets.of(recipe, modifiers)
     measured, uncounted = _evaluated(recipe) if evaluated is None else (evaluated, ())
-    solves = [(row, found.solve[""]) for row in plan.rows if row.takes and row.section != ModulePlan.section]
-    solves += [(row, found.solve.get(kind_of(row), found.solve[""])) for row in plan.modules]
-    trained = [row for row in plan.rows if not row.takes and row.section == "refinements"]
-    of_key = {key: calibration_tokens(spec) for key, spec in specs.items() if spec is not None}
-    work = {
-        "passes": passed * found.token + gradients * (2 * found.token + found.logits),
-        "statistics": sum(of_key.get(key, 0) * each for key, each in found.statistic.items()),
-        "solving": sum(row.flops * each for row, each in solves),
-        "training": sum(
-            of_key[key] * each for key, each in found.trained.items() if key in {r.modifier for r in trained}
-        ),
-        "evaluation": 2 * measured * (found.token + found.logits),
-    }
+    work = _work(plan, sets, found, measured)
     cpu, threads = sum(work.values()), torch.get_num_threads()
-    places: dict[tuple[str, int, str], list[int]] = {}
-    for row in plan.modules:
-        places.setdefault((row.stage, row.layer, row.modifier), []).append(row.peak_bytes)
-    others = [_with_parts(row) for row in plan.rows if not row.takes]
-    working = max([0, *map(bytes_at_once, places.values()), *others])
-    if found.probed:  # on one thread
-        alone = max([0, *map(max, places.values()), *(_with_parts(row, 1) for row in plan.rows if not row.takes)])
-        working = found.beside + max(0, working - alone)
-    peak = estimate_peak_bytes(
-        model,
-        tokens,
-        solve_bytes=working + held_bytes(plan.rows, modifiers),
-        probe=max((spec.sequence_length for spec in specs.values() if spec is not None), default=0),
-    )
-    evaluating = resident_bytes() + _weights(model) + found.beside if measured else 0
     return RunEstimate(
-        peak_bytes=max(peak, evaluating),
+        peak_bytes=_peak_bytes(plan, model, modifiers, sets, found, evaluates=bool(measured)),
         seconds=round(cpu / threads, 1),
         cpu_seconds=round(cpu, 1),
         cpu_seconds_by={name: round(each, 1) for name, each in work.items()},
@@ -150,6 +110,73 @@ def estimate_run(
         probed=found.probed,
         uncounted=uncounted,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sets:
+    """The calibration sets of a recipe: by entry; those that are held as activations, with the model that they are of; and those
+    that go through the model and back.
+    """
+
+    by_entry: Mapping[str, CalibrationSpec]
+    held: Set[tuple[CalibrationSpec, str]]
+    back: Set[CalibrationSpec]
+
+    @classmethod
+    def of(cls, recipe: Recipe, modifiers: Mapping[str, AnyModifier[Any]]) -> _Sets:
+        specs = {e.key: e.config.calibration for e in recipe.modifiers if e.config.calibration is not None}
+        needs = {key: modifiers[key].needs for key in specs}
+        held: set[tuple[CalibrationSpec, str]] = {(specs[key], kind) for key in specs for kind in needs[key].streams}
+        held |= {(specs[key], "inputs of the dense block") for key in specs if needs[key].dense == "block"}
+        return cls(specs, held, {specs[key] for key in specs if needs[key].gradients})
+
+    def tokens_of(self, key: str) -> int:
+        """Those of an entry; 0 of one that is not calibrated."""
+        return calibration_tokens(self.by_entry[key]) if key in self.by_entry else 0
+
+
+def _work(plan: Plan, sets: _Sets, rates: Rates, evaluated: int) -> dict[str, float]:
+    """CPU seconds by what takes them."""
+    # A dense stream is observed as it passes, a compressed one before; gradients go forward and back.
+    passed = sum(calibration_tokens(spec) * (1 if kind == "dense" else 2) for spec, kind in sets.held)
+    gradients = sum(map(calibration_tokens, sets.back))
+    solves = [(row, rates.solve[""]) for row in plan.rows if row.takes and row.section != ModulePlan.section]
+    solves += [(row, rates.solve.get(kind_of(row), rates.solve[""])) for row in plan.modules]
+    trained = {row.modifier for row in plan.rows if not row.takes and row.section == "refinements"}
+    return {
+        "passes": passed * rates.token + gradients * (2 * rates.token + rates.logits),
+        "statistics": sum(sets.tokens_of(key) * each for key, each in rates.statistic.items()),
+        "solving": sum(row.flops * each for row, each in solves),
+        "training": sum(sets.tokens_of(key) * each for key, each in rates.trained.items() if key in trained),
+        "evaluation": 2 * evaluated * (rates.token + rates.logits),
+    }
+
+
+def _peak_bytes(
+    plan: Plan,
+    model: nn.Module,
+    modifiers: Mapping[str, AnyModifier[Any]],
+    sets: _Sets,
+    rates: Rates,
+    *,
+    evaluates: bool,
+) -> int:
+    """The most memory that any phase takes."""
+    places: dict[tuple[str, int, str], list[int]] = {}
+    for row in plan.modules:
+        places.setdefault((row.stage, row.layer, row.modifier), []).append(row.peak_bytes)
+    others = [_with_parts(row) for row in plan.rows if not row.takes]
+    working = max([0, *map(bytes_at_once, places.values()), *others])
+    if rates.probed:  # on one thread
+        alone = max([0, *map(max, places.values()), *(_with_parts(row, 1) for row in plan.rows if not row.takes)])
+        working = rates.beside + max(0, working - alone)
+    peak = estimate_peak_bytes(
+        model,
+        sum(calibration_tokens(spec) for spec, _ in sets.held),
+        solve_bytes=working + held_bytes(plan.rows, modifiers),
+        probe=max((spec.sequence_length for spec in sets.by_entry.values()), default=0),
+    )
+    return max(peak, resident_bytes() + _weights(model) + rates.beside if evaluates else 0)
 
 
 def _evaluated(recipe: Recipe) -> tuple[int, tuple[str, ...]]:
