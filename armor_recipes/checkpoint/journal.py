@@ -13,12 +13,11 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from armor_recipes.checkpoint.staging import sync
+from armor_recipes.checkpoint.staging import discard, sync
 from armor_recipes.checkpoint.writer import file_hash
 from armor_recipes.errors import CheckpointError
 
@@ -31,6 +30,11 @@ Record = Mapping[str, Any]
 def journal_folder(output: Path) -> Path:
     """The folder of an output's journal; `output` without links."""
     return output.with_name(f".{output.name}.journal")
+
+
+def output_of(folder: Path) -> Path:
+    """The output that a journal's folder is of."""
+    return folder.with_name(folder.name.removeprefix(".").removesuffix(".journal"))
 
 
 def read_records(folder: Path) -> tuple[list[Record], int, int]:
@@ -149,12 +153,10 @@ class JournalFiles:
         self._cut(size)
 
     def remove(self) -> None:
-        """All of it: the records first, so that what is left of a removal that is cut short is no journal."""
-        with contextlib.suppress(FileNotFoundError):
-            (self.folder / RECORDS_FILE).unlink()
+        """All of it in one step: a removal that is cut short leaves no part of a journal."""
         self.records.clear()
         self._check = ""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        discard(self.folder, output_of(self.folder))
 
     def _cut(self, size: int) -> None:
         file = self.folder / RECORDS_FILE

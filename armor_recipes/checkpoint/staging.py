@@ -272,6 +272,14 @@ def recover(path: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)  # another user's may stay
 
 
+def discard(folder: Path, path: Path) -> None:
+    """Remove a folder beside `path` in one step: what a kill leaves of it is for the next run's `recover`."""
+    aside = _sibling(path, "tmp")
+    with contextlib.suppress(OSError):
+        folder.rename(aside)
+    shutil.rmtree(aside if aside.exists() else folder, ignore_errors=True)
+
+
 def _replace(staging: Path, target: Path, *, overwrite: bool, precious: Mapping[str, Path] | None) -> None:
     """Put `staging` in the place of `target`; whatever was there ends up at `staging`, or is removed."""
     # A folder that appeared while this run worked is as precious as one that was there before.

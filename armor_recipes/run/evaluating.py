@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from armor_recipes.checkpoint.staging import tried
-from armor_recipes.errors import NumericalError, QualityError
+from armor_recipes.errors import CheckpointError, NumericalError, QualityError
 from armor_recipes.evaluation import Evaluation, Measure, Measured, Perplexity, Room, asked
 from armor_recipes.evaluation.records import from_record, to_record
 from armor_recipes.events import EvaluationProgressed, Observer
@@ -19,7 +19,7 @@ from armor_recipes.model.finite import ADVICE, first_broken
 from armor_recipes.recipe import Recipe
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.refusals import Refusals
-from armor_recipes.session.journal import FileJournal, Journal
+from armor_recipes.session.journal import FRESH, FileJournal, Journal
 
 Measures = Sequence[Measure[Any]]
 T = TypeVar("T")
@@ -52,28 +52,34 @@ def measured(measures: Measures, model: nn.Module, watch: Stopwatch, output: Pat
         watch.phase("evaluate before")
         rooms = [_room(measure, folder, watch.observer) for measure in measures]
         pairs = list(zip(measures, rooms, strict=True))
-        before = [_before(measure, room, model, journal) for measure, room in pairs]
+        before = [_found(measure.name, partial(measure.before, model, room), model, journal) for measure, room in pairs]
 
         def again(changed: nn.Module) -> tuple[Evaluation, ...]:
             watch.phase("evaluate after")
-            return tuple(
-                Evaluation(measure.name, dense, taken(partial(measure.after, changed, room), changed))
-                for (measure, room), dense in zip(pairs, before, strict=True)
-            )
+            after: list[Any] = [
+                _found(f"{measure.name} after", partial(measure.after, changed, room), changed, journal)
+                for measure, room in pairs
+            ]
+            return tuple(Evaluation(one.name, *both) for one, *both in zip(measures, before, after, strict=True))
 
         yield again
 
 
-def _before(measure: Measure[Any], room: Room, model: nn.Module, journal: Journal) -> Measured | None:
-    """Of the dense model: as it is recorded, else measured and recorded."""
+def _found(name: str, take: Callable[[], Measured | None], model: nn.Module, journal: Journal) -> Measured | None:
+    """As it is recorded under that name, else measured and recorded."""
     if not isinstance(journal, FileJournal):
-        return taken(partial(measure.before, model, room), model)
-    found = journal.evaluation(measure.name)
+        return taken(take, model)
+    found = journal.evaluation(name)
     if found is not None:
-        return from_record(found["before"])
+        try:
+            return from_record(found["found"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{journal.folder}: what {name} found is not recorded as this version does ({error!r}): {FRESH}"
+            ) from error
     there = set(journal.folder.iterdir())
-    measured = taken(partial(measure.before, model, room), model)
-    journal.record_evaluation(measure.name, to_record(measured), sorted({*journal.folder.iterdir()} - there))
+    measured = taken(take, model)
+    journal.record_evaluation(name, to_record(measured), sorted({*journal.folder.iterdir()} - there))
     return measured
 
 

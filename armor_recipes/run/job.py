@@ -21,7 +21,7 @@ from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, s
 from armor_recipes.checkpoint.writer import carry_over, file_hashes, tensor_hashes, write_beside, write_checkpoint
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, RecipeError, ResourceError
-from armor_recipes.events import Observer, ignore_events
+from armor_recipes.events import Observer, PhaseStarted, ignore_events
 from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.models import attention_of, load_model, load_teacher, rounded, written_dtypes
 from armor_recipes.integrations.names import left_behind
@@ -43,7 +43,7 @@ from armor_recipes.run.preflight import Ready, check_disk, preflight
 from armor_recipes.run.recipe_lock import Lock, locked_facts, read_lock
 from armor_recipes.run.refusals import resource_errors
 from armor_recipes.run.result import Result
-from armor_recipes.run.resuming import begin, hash_tensors, journaled, resumed_row
+from armor_recipes.run.resuming import begin, complete, hash_tensors, in_place, journaled, resumed_row
 from armor_recipes.run.settling import Measured, is_settled, settled
 from armor_recipes.run.verify import verify_reloaded
 from armor_recipes.session import Session
@@ -154,7 +154,7 @@ def execute(
         raise InputError(
             "llm-compressor runs the whole recipe, on a folder and not in place: save the model, and give the folder as `model`"
         )
-    check_output(output, job.source, job.recipe, overwrite=overwrite)
+    check_output(output, job.source, job.recipe, overwrite=overwrite or (in_place(output) and not fresh))
     target = output.resolve()  # the same place to the end, whoever changes the working directory
     watch = Stopwatch(observer)
     with (
@@ -165,7 +165,9 @@ def execute(
         ExitStack() as stack,
     ):
         recover(target)
-        check_output(output, job.source, job.recipe, overwrite=overwrite)  # as the run before left it
+        there = complete(target)  # nothing with `fresh`, by which the journal is gone
+        # As the run before left it.
+        check_output(output, job.source, job.recipe, overwrite=overwrite or there is not None)
         ready = preflight(job, model, tokenizer, target, watch)
         if lock is not None:
             lock.check(locked_facts(job, ready.data))
@@ -173,13 +175,7 @@ def execute(
         room = stack.enter_context(tried(target)) if job.recipe.is_theirs else None
         run = _Run.start(job, model, ready, target, watch, room, journal)
         facts = run.compute()
-        with staged(target, overwrite=overwrite, precious=precious_paths(job.source, job.recipe)) as folder:
-            watch.phase("save")
-            with run.told_as_lost(target, facts):
-                run.write_weights(folder, facts)
-            with kept_aside(folder, target):
-                run.write_rest(folder, facts)
-                report = run.check(folder, facts, lock)
+        report = run.put(facts, lock, overwrite=overwrite) if there is None else run.left(there, lock)
     return Result(
         plan=run.job.plan,
         output=output,
@@ -345,6 +341,27 @@ class _Run:
             elif isinstance(self.journal, FileJournal):
                 fate = "they are in the journal beside it"
             raise ResourceError(f"{what}. {lost} were not written to {output}: {fate}") from error
+
+    def put(self, facts: Facts, lock: Lock | None, *, overwrite: bool) -> Mapping[str, Any]:
+        """Write the output, check it and put it in its place; returns its report."""
+        precious = precious_paths(self.job.source, self.job.recipe)
+        with staged(self.output, overwrite=overwrite, precious=precious) as folder:
+            self.watch.phase("save")
+            with self.told_as_lost(self.output, facts):
+                self.write_weights(folder, facts)
+            with kept_aside(folder, self.output):
+                self.write_rest(folder, facts)
+                report = self.check(folder, facts, lock)
+                self.journal.written(folder / MANIFEST_FILE)
+        return report
+
+    def left(self, report: Mapping[str, Any], lock: Lock | None) -> Mapping[str, Any]:
+        """The report of the output that a run before, of which the journal is, had put in its place."""
+        if lock is not None:
+            lock.check_output(self.output)
+        text = f"{self.output} is complete: the run that wrote it was cut short before its journal was removed, which is done now"
+        self.watch.observer(PhaseStarted(text))
+        return report
 
     def write_weights(self, folder: Path, facts: Facts) -> None:
         """Write what took long into an empty folder: a model that can be loaded. What stock loaders read has no linear forms."""

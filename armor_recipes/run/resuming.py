@@ -6,14 +6,16 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import hash_inputs
+from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.journal import journal_folder
+from armor_recipes.checkpoint.verify import verify
 from armor_recipes.errors import ArmorError, RecipeError, ResourceError
 from armor_recipes.events import PhaseStarted
 from armor_recipes.report.machine import machine_class
@@ -21,7 +23,7 @@ from armor_recipes.report.manifest import used_by, versions
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.data import Data
 from armor_recipes.run.planning import Job
-from armor_recipes.session.journal import FileJournal, Journal
+from armor_recipes.session.journal import FileJournal, Journal, in_place
 
 
 @contextmanager
@@ -61,6 +63,18 @@ def journaled(output: Path, job: Job, *, in_memory: bool, fresh: bool) -> Iterat
         error.add_note(said)
         raise
     journal.remove()
+
+
+def complete(output: Path) -> Mapping[str, Any] | None:
+    """The report of an output that the run of its journal had put in its place before it was cut short; None where it had not, or
+    where the folder is not what its manifest says.
+    """
+    if not in_place(output):
+        return None
+    with suppress(ArmorError):
+        if not verify(output).missing:
+            return read_json(output / "report.json")
+    return None
 
 
 def _may_go_on(error: BaseException) -> bool:
@@ -118,4 +132,4 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-__all__ = ["begin", "hash_tensors", "journaled", "resumed_row"]
+__all__ = ["begin", "complete", "hash_tensors", "in_place", "journaled", "resumed_row"]

@@ -13,6 +13,7 @@ from armor_recipes.checkpoint.journal import RECORDS_FILE, journal_folder, read_
 from armor_recipes.checkpoint.lock import holder
 from armor_recipes.errors import InputError
 from armor_recipes.paths import user_path
+from armor_recipes.session.journal import in_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +21,10 @@ class Status:
     """Of the run on one output.
 
     Attributes:
-        state: `running`; `stopped`, where a journal is left; `finished`, where there is a checkpoint and neither.
+        state: `running`; `stopped`, where a journal is left; `finished`, where there is a checkpoint and neither, or the journal of
+            a run that had put it there.
         process: of a run that goes on, its number, and `host` and `since` with it.
-        measured: what was measured of the dense model.
+        measured: what was measured, by name, of the compressed model with `after` behind it.
         steps: how many are done.
         share: of the estimated work, 0 to 1.
         stage: in which the last step was, and `last` its key.
@@ -55,7 +57,7 @@ def status(output: str | Path) -> Status:
         records, _, damaged = read_records(folder)
     except OSError as error:
         raise InputError(f"{folder / RECORDS_FILE} cannot be read ({error.strerror})") from error
-    if not (owner or folder.exists()):
+    if not owner and (in_place(target) or not folder.exists()):
         if not (target / MANIFEST_FILE).is_file():
             raise InputError(
                 f"{output}: no run is writing there, none was cut short, and there is no checkpoint of a run"

@@ -4,10 +4,11 @@
 |---|---|
 | `run` | the first one: what all others rest on, by name |
 | `same` | what is known later and must be the same again: the plan as settled, the teacher |
-| `evaluation` | what one measure found of the dense model, and the files that it keeps |
+| `evaluation` | what one measure found of the dense model, and the files that it keeps; or of the compressed one |
 | `step` | the changes of one step, committed |
 | `block` | that all up to a block is done, with the activations at its door; or, without a block, a whole stack |
 | `training` | a refiner's state in the middle of its training, of the step that comes next |
+| `written` | that the output is complete, with the hash of its manifest: all that is left is to put it in its place |
 
 Of `block` and `training` the latest counts, and the file of the one before is removed.
 """
@@ -26,7 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from armor_recipes.checkpoint.journal import JournalFiles, Record
+from armor_recipes.checkpoint.files import MANIFEST_FILE
+from armor_recipes.checkpoint.journal import JournalFiles, Record, journal_folder, read_records
+from armor_recipes.checkpoint.writer import file_hash
 from armor_recipes.errors import CheckpointError, RecipeError
 from armor_recipes.model.replay import Activations
 from armor_recipes.modifiers.kinds.changes import Changes
@@ -90,6 +93,9 @@ class Journal:
         """Where the state of a training is kept and found."""
         return None
 
+    def written(self, manifest: Path) -> None:
+        """Note that the output is complete, whose manifest this is."""
+
 
 class FileJournal(Journal):
     """A journal in a folder. Nothing is written before `begin`.
@@ -122,14 +128,14 @@ class FileJournal(Journal):
         if not records:
             if self._files.torn:
                 raise RecipeError(
-                    f"{self.folder}: its first record is damaged, so that what run it is of cannot be told: {_FRESH}"
+                    f"{self.folder}: its first record is damaged, so that what run it is of cannot be told: {FRESH}"
                 )
             self._files.append({"kind": "run", "of": wanted})
             self.is_begun = True
             return
         found = records[0].get("of") if records[0].get("kind") == "run" else None
         if not isinstance(found, dict):
-            raise RecipeError(f"{self.folder} is no journal of this version: {_FRESH}")
+            raise RecipeError(f"{self.folder} is no journal of this version: {FRESH}")
         self._check(found, wanted)
         self.is_begun = True
         self._files.trim()
@@ -138,14 +144,14 @@ class FileJournal(Journal):
         try:
             self._read()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RecipeError(f"{self.folder} is no journal of this version ({error!r}): {_FRESH}") from error
+            raise RecipeError(f"{self.folder} is no journal of this version ({error!r}): {FRESH}") from error
         self.taken_up, self._taken_evaluations = len(self._steps), len(self._evaluations)
 
     def _check(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         differs = [name for name in dict.fromkeys([*found, *wanted]) if found.get(name) != wanted.get(name)]
         if differs:
             lines = [f"  {name}: {_said(found.get(name))} there, {_said(wanted.get(name))} now" for name in differs]
-            raise RecipeError("\n".join([f"{self.folder} is the journal of another run:", *lines, _FRESH]))
+            raise RecipeError("\n".join([f"{self.folder} is the journal of another run:", *lines, FRESH]))
 
     def _read(self) -> None:
         """All records up to the first whose file is not what it was."""
@@ -180,7 +186,7 @@ class FileJournal(Journal):
             case "same":
                 self._same[record["name"]] = record["value"]
             case "evaluation":
-                self._evaluations[record["name"]] = record
+                self._evaluations[record["name"]] = {**record, "found": record["found"]}
             case "block":
                 self.mark = Mark(record["stage"], record["stack"], record["block"], record["steps"], record)
             case "training":
@@ -209,16 +215,16 @@ class FileJournal(Journal):
         """All of it."""
         self._files.remove()
 
-    # what was measured before
+    # what was measured
 
     def evaluation(self, name: str) -> Record | None:
         """The record of a measure."""
         return self._evaluations.get(name)
 
-    def record_evaluation(self, name: str, before: Any, files: Sequence[Path]) -> None:
-        """Add what a measure found of the dense model, and the files that it keeps in the journal's folder."""
+    def record_evaluation(self, name: str, found: Any, files: Sequence[Path]) -> None:
+        """Add what a measure found, and the files that it keeps in the journal's folder."""
         named = [self._files.took(file) for file in files]
-        record = {"kind": "evaluation", "name": name, "before": before, "files": named, "time": time.time()}
+        record = {"kind": "evaluation", "name": name, "found": found, "files": named, "time": time.time()}
         self._files.append(record)
         self._evaluations[name] = record
 
@@ -242,7 +248,7 @@ class FileJournal(Journal):
         record = self._steps[self._at]
         if record["step"] != key:
             raise CheckpointError(
-                f"{self.folder}: the step {record['step']} is recorded where the run does {key}, so it is of another one: {_FRESH}"
+                f"{self.folder}: the step {record['step']} is recorded where the run does {key}, so it is of another one: {FRESH}"
             )
         changes = Changes.load(self.folder / record["file"], self.device)
         self._at += 1
@@ -289,7 +295,7 @@ class FileJournal(Journal):
             kept = [found.get(f"{number}/{batch}") for batch in range(len(stream.hidden))]
             if any(one is None for one in kept):
                 raise CheckpointError(
-                    f"{self.folder}: {mark.record.get('file')} does not hold the activations of this run: {_FRESH}"
+                    f"{self.folder}: {mark.record.get('file')} does not hold the activations of this run: {FRESH}"
                 )
             stream.hidden[:] = [one for one in kept if one is not None]
             stream.passes = mark.record["passes"][number]
@@ -302,6 +308,10 @@ class FileJournal(Journal):
             self._files.append({"kind": "same", "name": name, "value": value})
             self._same[name] = value
         self._check({name: self._same[name]}, {name: value})
+
+    def written(self, manifest: Path) -> None:
+        """Note that the output is complete, whose manifest this is."""
+        self._files.append({"kind": "written", "manifest": file_hash(manifest), "time": time.time()})
 
     # training
 
@@ -345,7 +355,7 @@ class FileJournal(Journal):
             with safe_open(file, framework="pt", device=str(self.device)) as opened:
                 return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}): {_FRESH}") from error
+            raise CheckpointError(f"{file} cannot be read ({error}): {FRESH}") from error
 
 
 class _TrainingSnapshot:
@@ -368,7 +378,21 @@ class _TrainingSnapshot:
         self._last = time.monotonic()
 
 
-_FRESH = "pass --fresh to start over, which removes it"
+def in_place(output: Path) -> bool:
+    """Whether what lies there is what the run of its journal wrote: it was cut short after it had put it there.
+
+    Told by the manifest alone.
+    """
+    try:
+        output = output.resolve()
+        records, _, damaged = read_records(journal_folder(output))
+        last = records[-1] if records and not damaged else {}
+        return last.get("kind") == "written" and last.get("manifest") == file_hash(output / MANIFEST_FILE)
+    except (OSError, ValueError, CheckpointError):  # a name that cannot be one among them
+        return False
+
+
+FRESH = "pass --fresh to start over, which removes it"
 
 
 def _said(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from armor_recipes.checkpoint.journal import JournalFiles, read_records
 from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.writer import tensor_hashes
 from armor_recipes.errors import ArmorError, InputError, RecipeError, ResourceError
+from armor_recipes.evaluation.fidelity import Fidelity
 from armor_recipes.events import Event, LayerStarted, PhaseStarted, UnitRefined
 from armor_recipes.run import apply
 from armor_recipes.run.status import status
 from armor_recipes.session import journal
+from armor_recipes.session.journal import FileJournal
 from tests.support.disks import fill, mounted
 from tests.support.engine import ARMOR, make_model, recipe
 
@@ -147,6 +150,56 @@ def test_a_training_goes_on_from_its_snapshot(
     assert tensor_hashes(tmp_path / "out") == wanted
     per_layer = len(kinds) - 2
     assert sum(name.startswith("training") for name in saved) == per_layer  # of the second layer alone
+
+
+@pytest.fixture
+def left(llama: Path, tmp_path: Path) -> dict[str, Any]:
+    """The recipe of a run that put its output in place, and whose journal is still there."""
+    mapping = recipe(llama, tmp_path / "out", **REFINED)
+    mapping["evaluation"] = {"fidelity": {"dataset": "builtin:random-tokens", "samples": 3, "sequence_length": 12}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileJournal, "remove", lambda self: None)
+        apply(mapping)
+    assert status(tmp_path / "out").state == "finished"
+    return mapping
+
+
+def test_what_a_run_before_put_in_place_is_taken_as_it_is(
+    left: dict[str, Any], tmp_path: Path, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    monkeypatch.setattr(Fidelity, "after", pytest.fail)  # nothing is measured again
+    seen = Stop(never)
+    result = apply(left, observer=seen)
+    assert seen.told[-1].startswith(f"{tmp_path / 'out'} is complete: ")
+    assert result.report == report
+    assert len(result.modules) == 14
+    assert [one.name for one in result.evaluations] == ["fidelity"]
+    assert tensor_hashes(tmp_path / "out") == wanted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_not_what_was_put_in_place_is_not_taken_for_it(left: dict[str, Any], tmp_path: Path) -> None:
+    other = {**left, "prune_stage": {"armor_modifiers": {"ARMORModifier": ARMOR}}}
+    with pytest.raises(RecipeError, match="is the journal of another run"):
+        apply(other)
+    with pytest.raises(RecipeError, match="pass --overwrite"):
+        apply(left, fresh=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "report.json", "model.safetensors", "armor_manifest.json"])
+@pytest.mark.parametrize("content", [b"", None])
+def test_a_damaged_output_is_not_taken_for_a_complete_one(
+    left: dict[str, Any], tmp_path: Path, wanted: dict[str, str], name: str, content: bytes | None
+) -> None:
+    file = tmp_path / "out" / name
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(RecipeError, match="pass --overwrite"):
+        apply(left)
+    shutil.rmtree(tmp_path / "out")  # with --overwrite, too, only a folder of ours is replaced
+    apply(left)
+    assert tensor_hashes(tmp_path / "out") == wanted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def refusal(mapping: dict[str, Any]) -> str:

@@ -104,6 +104,25 @@ def test_a_run_that_is_killed_again_and_again(runs: Runs, tmp_path: Path) -> Non
     runs.killed(tmp_path, "distilled", *[Kill(12)] * 6)
 
 
+def test_a_run_that_is_killed_once_all_is_in_place(runs: Runs, tmp_path: Path) -> None:
+    """Between the last rename and the removal of the journal: the output is taken as it is, without --overwrite."""
+    wanted, flushes = runs.undisturbed("refined")
+    file = write(tmp_path, runs.model, "refined")
+    done, _ = run_killed(runs.forks, tmp_path, file, "--quiet", kill=Kill(flushes))
+    assert done.code == -9
+    assert reached(tmp_path) == "written"
+    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    done, _ = run_killed(runs.forks, tmp_path, file)
+    assert done.code == 0, done.err
+    said = f"{tmp_path / 'out'} is complete: the run that wrote it was cut short before its journal was removed"
+    assert said in "".join(done.err.split("\n"))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == there
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
+    found = hashes(tmp_path / "out")
+    assert {n for n in wanted if wanted[n] != found[n]} <= {"README.md", "recipe.yaml"}
+    assert "mean relative loss" in done.out
+
+
 @pytest.mark.endurance
 @pytest.mark.timeout(3600)
 def test_100_moments(runs: Runs, tmp_path: Path) -> None:
