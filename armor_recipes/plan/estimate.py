@@ -179,6 +179,12 @@ def _peak_bytes(
     return max(peak, resident_bytes() + _weights(model) + rates.beside if evaluates else 0)
 
 
+def activation_bytes(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModifier[Any]]) -> int:
+    """Of all activations at the door of a block that a run holds at once."""
+    tokens = sum(calibration_tokens(spec) for spec, _ in _Sets.of(recipe, modifiers).held)
+    return _VALUE * (model_facts(model).hidden_size or 0) * tokens
+
+
 def _evaluated(recipe: Recipe) -> tuple[int, tuple[str, ...]]:
     """Tokens of one round of the measures, as the recipe names them, and what it does not name."""
     tokens, unknown = 0, []

@@ -228,7 +228,7 @@ class _Run:
         if model is None:
             loaded = load_model(job.source, device=job.device)
             # The files of a hub model may have come only now, onto the same disk.
-            check_disk(output.parent, ready.nbytes)
+            check_disk(output.parent, ready.nbytes, ready.journal)
         else:
             loaded = placed(model, job.source, job.device)
         linearise(loaded, job.plan.forms)

@@ -43,6 +43,7 @@ from armor_recipes.run.checks import check_given
 from armor_recipes.run.data import Data, read_data
 from armor_recipes.run.planning import Job
 from armor_recipes.run.refusals import Refusals
+from armor_recipes.run.resuming import journal_bytes
 
 #: What a checkpoint takes besides its tensors: headers, manifest and report, a file system's own blocks.
 _MARGIN, _LEAST_MARGIN = 0.01, 16_000_000
@@ -58,6 +59,8 @@ class Ready:
     companions: Companions
     nbytes: int
     """Of all tensors that will be written."""
+    journal: int
+    """What the run's journal takes at most, with what evaluation keeps of the dense model."""
 
     def files(self, facts: Facts, source: ModelSource) -> dict[str, bytes]:
         """What lies beside weights, tokenizer, manifest and report: name → content."""
@@ -77,6 +80,7 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
     watch.phase("preflight")
     refused = Refusals()
     licence, beside, usable, nbytes = Licence(), Companions({}), False, 0
+    journal = 0 if model is not None else journal_bytes(job, output)
     with tried(output) as folder:
         with refused.noted():
             _try_model(job, model, folder)
@@ -85,7 +89,7 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
         with refused.noted():
             beside = _companions(job.source, with_tokenizer=tokenizer is None)
         with refused.noted():
-            _try_files(job, Ready(None, Data({}), licence, beside, 0), folder)
+            _try_files(job, Ready(None, Data({}), licence, beside, 0, 0), folder)
         with refused.noted():
             tokenizer = load_tokenizer(job.source) if tokenizer is None else tokenizer
             with _savable(f"the tokenizer of {job.source.location}", "give one that save_pretrained can save"):
@@ -93,20 +97,15 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
             usable = True
         with refused.noted():
             nbytes = _bytes_of_tensors(job, model)
-            check_disk(folder.parent, nbytes)  # what is small lies there now
+            check_disk(folder.parent, nbytes, journal)  # what is small lies there now
     watch.phase("tokenize")
-    data = _read(job, tokenizer, refused, output) if usable else Data({})
+    data = read_data(job.recipe, job.source, job.shapes, job.modifiers, tokenizer, refused) if usable else Data({})
+    kept = sum(measure.dense_bytes(job.shapes) for measure in data.measures)
+    with refused.noted():
+        check_room(output.parent, kept, beside=nbytes + journal)
     if refused:
         refused.tell()
-    return Ready(tokenizer, data, licence, beside, nbytes)
-
-
-def _read(job: Job, tokenizer: Any | None, refused: Refusals, output: Path) -> Data:
-    """The data, and whether the disk takes what evaluation keeps of the dense model until weights are written."""
-    data = read_data(job.recipe, job.source, job.shapes, job.modifiers, tokenizer, refused)
-    with refused.noted():
-        check_room(output.parent, sum(measure.dense_bytes(job.shapes) for measure in data.measures))
-    return data
+    return Ready(tokenizer, data, licence, beside, nbytes, journal + kept)
 
 
 def _try_model(job: Job, model: PreTrainedModel | None, folder: Path) -> None:
@@ -198,14 +197,15 @@ def _bytes_of_tensors(job: Job, model: PreTrainedModel | None) -> int:
     return total + min(total, DEFAULT_SHARD_BYTES)  # the file that takes them is written anew beside itself
 
 
-def check_disk(folder: Path, tensors: int) -> None:
-    """Raise ResourceError where tensors of so many bytes do not fit on the folder's disk, beside what lies there now."""
-    needed = tensors + max(int(_MARGIN * tensors), _LEAST_MARGIN)
+def check_disk(folder: Path, tensors: int, journal: int) -> None:
+    """Raise ResourceError where tensors and a journal of so many bytes do not fit on its disk, beside what is there now."""
+    needed = tensors + max(int(_MARGIN * tensors), _LEAST_MARGIN) + journal
     free = shutil.disk_usage(folder).free
     if free < needed:
+        kept = f"; up to {journal / 1e9:.3g} GB are the journal's, from which a run goes on" if journal else ""
         raise ResourceError(
             f"about {needed / 1e9:.3g} GB are to be written, and {free / 1e9:.3g} GB are free on the disk of {folder} (a "
-            "checkpoint that is replaced stays until the new one is complete): free some, or set output.path"
+            f"checkpoint that is replaced stays until the new one is complete{kept}): free some, or set output.path"
         )
     largest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     file = min(tensors, DEFAULT_SHARD_BYTES)

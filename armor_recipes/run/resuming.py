@@ -18,12 +18,20 @@ from armor_recipes.checkpoint.journal import journal_folder
 from armor_recipes.checkpoint.verify import verify
 from armor_recipes.errors import ArmorError, RecipeError, ResourceError
 from armor_recipes.events import PhaseStarted
+from armor_recipes.modifiers.kinds.module import ModulePlan
+from armor_recipes.modifiers.kinds.refiner import RefinePlan
+from armor_recipes.plan.estimate import activation_bytes
 from armor_recipes.report.machine import machine_class
 from armor_recipes.report.manifest import used_by, versions
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.data import Data
 from armor_recipes.run.planning import Job
 from armor_recipes.session.journal import FileJournal, Journal, in_place
+
+#: Bytes of a number that is not in packed factors: float32, and what it is stored as, at most as much.
+_UNPACKED = 8
+#: Copies of what is trained in the state of a training: as it is, the best, two moments.
+_STATES = 4
 
 
 @contextmanager
@@ -75,6 +83,40 @@ def complete(output: Path) -> Mapping[str, Any] | None:
         if not verify(output).missing:
             return read_json(output / "report.json")
     return None
+
+
+def journal_bytes(job: Job, output: Path) -> int:
+    """What the journal of a run takes at most beside what is there of it: the changes of all steps; activations, and the state of a
+    training, each twice while it is replaced. Without what evaluation keeps.
+    """
+    if job.recipe.steps:
+        return 0
+    trained = max((_trained(job, row) for row in job.plan.refinements), default=0)
+    replaced = activation_bytes(job.recipe, job.shapes, job.modifiers) + 4 * _STATES * trained
+    folder = journal_folder(output)
+    there = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
+    return max(0, sum(_step_bytes(job)) + 2 * replaced - there)
+
+
+def _step_bytes(job: Job) -> Iterator[int]:
+    """What the changes of each row take: packed factors, or whole weights."""
+    packed: dict[str, int] = {}
+    for module in job.plan.modules:
+        packs = module.stored_as == "packed" and job.packed
+        if packs:
+            packed[module.name] = max(packed.get(module.name, 0), module.bytes_after)
+        yield module.bytes_after if packs else _UNPACKED * module.d_out * module.d_in
+    for row in (row for row in job.plan.rows if not isinstance(row, ModulePlan)):
+        own = packed if isinstance(row, RefinePlan) else {}
+        for name in row.touches:
+            yield own.get(name) or _UNPACKED * job.shapes.get_parameter(f"{name}.weight").numel()
+
+
+def _trained(job: Job, row: RefinePlan) -> int:
+    """How many numbers a refiner trains, but for norms."""
+    core = getattr(job.modifiers[row.modifier], "trains_core", False)
+    stored = [job.plan.stored[name] for name in row.modules]
+    return sum(m.factor_bytes // m.itemsize + core * m.d_out * m.d_in // 2 for m in stored)
 
 
 def _may_go_on(error: BaseException) -> bool:

@@ -22,14 +22,16 @@ from armor_recipes.errors import ArmorError, InputError, RecipeError, ResourceEr
 from armor_recipes.evaluation.fidelity import Fidelity
 from armor_recipes.events import Event, LayerStarted, PhaseStarted, UnitRefined
 from armor_recipes.run import apply
+from armor_recipes.run.resuming import journal_bytes
 from armor_recipes.run.status import status
 from armor_recipes.session import journal
 from armor_recipes.session.journal import FileJournal
 from tests.support.disks import fill, mounted
-from tests.support.engine import ARMOR, make_model, recipe
+from tests.support.engine import ARMOR, ATTENTION, MLP, core, make_job, make_model, recipe
 
 JOURNAL = ".out.journal"
-REFINED: dict[str, Any] = {"ARMORModifier": ARMOR, "BlockRefineModifier": {"epochs": 1, "held_out": 0.4}}
+TRAINED: dict[str, Any] = {"epochs": 1, "held_out": 0.4}
+REFINED: dict[str, Any] = {"ARMORModifier": ARMOR, "BlockRefineModifier": TRAINED}
 
 
 class Stop:
@@ -277,6 +279,66 @@ def test_a_disk_that_fills_keeps_the_journal_so_far(
     monkeypatch.undo()
     assert apply(recipe(llama, tmp_path / "out", **REFINED)).report["resumed"]["steps"] == 3
     assert tensor_hashes(tmp_path / "out") == wanted
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Of the files of a journal without their headers."""
+    files = [file.read_bytes() for file in folder.glob("*.safetensors")]
+    return sum(len(content) - 8 - int.from_bytes(content[:8], "little") for content in files)
+
+
+LARGE: dict[str, dict[str, Any]] = {
+    "refined": {
+        "ARMORModifier": {**ARMOR, "gradient_power": 0.5, "propagate": "matched"},
+        "BlockRefineModifier": TRAINED,
+    },
+    "distilled": {"ARMORModifier": ARMOR, "DistillationModifier": {**TRAINED, "core": True}},
+    "quantised": {
+        "ChannelPermutationModifier": {"targets": [r"re:.*down_proj$"]},
+        "ARMORModifier": ARMOR,
+        "QuantizationModifier": core(),
+    },
+    "dense": {"MagnitudeModifier": {"targets": [ATTENTION]}, "SparseGPTModifier": {"targets": [MLP], "pattern": "2:4"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [*((name, "compressed-tensors") for name in LARGE), *((name, "dense") for name in LARGE if name != "quantised")],
+)
+def test_the_room_for_a_journal_is_enough_and_not_far_too_much(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, output: str
+) -> None:
+    monkeypatch.setattr(journal, "SNAPSHOT_SECONDS", 0.0)
+    mapping = recipe(llama, tmp_path / "out", **LARGE[name])
+    mapping["output"]["format"] = output
+    mapping["calibration"] |= {"samples": 24, "sequence_length": 30}
+    promised, largest = journal_bytes(make_job(mapping), tmp_path / "out"), [0]
+    write = JournalFiles.write
+
+    def watched(self: JournalFiles, *args: Any) -> dict[str, str]:
+        done = write(self, *args)
+        largest[0] = max(largest[0], tensor_bytes(self.folder))
+        return done
+
+    monkeypatch.setattr(JournalFiles, "write", watched)
+    apply(mapping)
+    assert largest[0] <= promised <= 4 * largest[0]
+
+
+def test_room_for_the_journal_is_asked_for_before_anything_long(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapping = recipe(llama, tmp_path / "out", **REFINED)
+    mapping["calibration"] |= {"samples": 10_000, "sequence_length": 60}
+    room = journal_bytes(make_job(mapping), tmp_path / "out")
+    assert 4 * 32 * 10_000 * 60 * 4 < room < 4 * 32 * 10_000 * 60 * 4 * 1.1  # two streams, twice
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room))
+    with pytest.raises(ResourceError, match=r"up to 0\.3\d* GB are the journal's") as raised:
+        apply(mapping)
+    assert raised.value.exit_code == 7
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
