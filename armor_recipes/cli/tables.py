@@ -74,7 +74,7 @@ def _estimated(estimate: RunEstimate) -> list[str]:
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in estimate.cpu_seconds_by.items() if seconds >= 0.5)
     lines = [
         f"{how}: {estimate.cpu_seconds:.0f} s of CPU time, {estimate.seconds:.0f} s with {estimate.threads} threads, "
-        f"{size(estimate.peak_bytes)} peak memory"
+        f"{size(estimate.peak_bytes)} peak memory without files"
     ]
     return [*lines, *([f"CPU time: {parts}"] if parts else []), *estimate.uncounted]
 
@@ -326,9 +326,10 @@ def summary(result: Result) -> RenderableType:
 def _against_plan(report: Mapping[str, Any]) -> str:
     """What was predicted, and what came of it."""
     seconds = [f"{report[name]:.0f} s ({report[f'{name}_estimated']:.0f} s)" for name in ("cpu_seconds", "seconds")]
-    peaks = [size(report[f"peak_memory{predicted}_bytes"]) for predicted in ("", "_estimated")]
+    peaks = [size(report[f"peak_{what}_bytes"]) for what in ("anonymous_memory", "memory_estimated")]
     return (
-        f"CPU time {seconds[0]}, time {seconds[1]}, peak memory {peaks[0]} ({peaks[1]}); in brackets what was predicted"
+        f"CPU time {seconds[0]}, time {seconds[1]}, peak memory without files {peaks[0]} ({peaks[1]}); in brackets "
+        "what was predicted"
     )
 
 

@@ -299,11 +299,13 @@ class Unsettled:
 
     `windows` of the calibration are measured on, `gradients` says whether the statistics of `trial` come in a `WithGradients`, and
     `settings` are the values of the config that the measurement depends on: where they are equal it need not be taken again.
+    `share` is what a trial takes of a solve, for the estimate of time.
     """
 
     key: str
     windows: int
     gradients: bool = False
+    share: float = 0.0
     settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
 
@@ -397,6 +399,11 @@ class AnyModifier(ABC, Generic[C]):
     def needs(self) -> Needs:
         """What it asks of the engine."""
         return Needs()
+
+    @property
+    def steps(self) -> int:
+        """Steps of a solve at most, each over the whole weight, for the estimate of time."""
+        return 0
 
     @property
     def sparsity(self) -> str | None:

@@ -28,8 +28,12 @@ _WARM_UP, _LAST_RATE = 0.05, 0.02
 #: One window among hundreds can have a gradient hundreds of times as long, which Adam's moments would not forget for many steps.
 _LONGEST = 2.0
 #: What a step costs in forward passes: two without gradients of the core, three with, and one of the dense model where that runs
-#: along. Copies of what is trained: itself, the gradients of a step and of one batch, and Adam's two moments.
-_PASSES, _PASSES_WITH_CORE, _COPIES = 2, 3, 5
+#: along. Copies of what is trained: itself, the best, the gradients of a step, of a batch and of a part that waits for its turn,
+#: and Adam's two moments.
+_PASSES, _PASSES_WITH_CORE, _COPIES = 2, 3, 7
+#: Bytes of S and its mask for each number of a weight, less those of the weight, which is given back meanwhile: S in two orders
+#: where it stays, 16 bits and a column for each kept value, and where the rows begin; in float32 where it is trained.
+_CORE, _CORE_TRAINED = 5.25 - 4, 5 - 4
 #: Bytes that a part of a batch keeps for its way back, for each number that a module reads or gives (5.4 in a layer of the embedded
 #: model, 6.3 in all of it) and for each of the output: what is found, what is wanted, and the gradient.
 _KEPT, _KEPT_OUTPUT = 6, 12
@@ -121,7 +125,7 @@ class TrainingRefiner(Refiner[C]):
         return Estimate(
             stored_bytes=0,
             flops=2.0 * passes * (unit.parameters - unit.head + unit.head / stride) * unit.tokens * self.config.epochs,
-            peak_bytes=4 * (_COPIES * trained + weights) + 2 * weights * beside,
+            peak_bytes=4 * _COPIES * trained + int(weights * (_CORE_TRAINED if self.config.core else _CORE)),
             parts=self.config.accumulate * unit.batch_parts,
             part_bytes=4 * trained + kept * unit.batch_tokens // unit.batch_parts,
         )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,25 +14,34 @@ from torch import nn
 
 from armor_recipes.model.facts import model_facts
 from armor_recipes.modifiers import AnyModifier
-from armor_recipes.modifiers.base import KnowsItsSize
-from armor_recipes.modifiers.kinds.contract import Row, calibration_tokens
+from armor_recipes.modifiers.base import KnowsItsSize, Settles
+from armor_recipes.modifiers.kinds.contract import calibration_tokens
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.refiner import RefinePlan
 from armor_recipes.modifiers.threads import one_thread
-from armor_recipes.plan.experts import held_bytes
+from armor_recipes.plan.memory import peak_bytes, vocabulary, weight_bytes
 from armor_recipes.plan.plan import Plan
+from armor_recipes.plan.sets import CalibrationSets
 from armor_recipes.recipe import Recipe
-from armor_recipes.recipe.schema import CalibrationSpec
 
-#: Bytes of a value while computing on a CPU: float32.
-_VALUE = 4
-#: What a pass of the blocks costs to each number that a linear module reads or gives, beside the products: norms, activations.
-_AROUND = 1.0
+#: What a pass of the blocks costs to each number that a linear module reads or gives, beside the products: norms, activations,
+#: attention; and beside those of a training. This and what follows was measured on the embedded model, in numbers through a softmax
+#: (`_Speeds.value`) and in calls of torch on next to nothing (`_Speeds.call`), which are measured where the estimate is made.
+_AROUND, _AROUND_TRAINING = 4.0, 15.0
+#: Calls for each linear module in a pass, and in a part of a training; in a solve for each step, and to begin and end it.
+_PASS_CALLS, _TRAINING_CALLS, _STEP_CALLS, _SOLVE_CALLS = 25, 100, 300, 320
+#: Numbers for each weight of a module: in a step of its solve beside the products, and to begin and end the solve.
+_STEP_VALUES, _SOLVE_VALUES = 33.0, 127.0
+#: CPU seconds that a run takes to begin and end, and of those for each byte of the model: text read and tokenised, weights read,
+#: hashed, written, read again and compared.
+_ENDS, _ENDS_BYTE = 1.0, 3e-8
 #: Backward passes go through the products of A, S and B again: forward, B x once more, to x, and to A and B.
 _FACTOR_PRODUCTS = 4
-#: Values of logits of a batch of evaluation at most, and its windows and their tokens as a rule.
-_LOGITS_AT_MOST, _WINDOWS, _WINDOW = 1 << 26, 8, 512
-#: Times that each logit is looked at by a distillation's loss: two softmaxes, their exponentials, the gradient.
+#: Calls that are timed together.
+_CALLED = 100
+#: Tokens of a pass where no entry has a calibration, and of one of evaluation.
+_TOKENS = 512
+#: Times that each logit is looked at by a loss, that of a distillation among them: two softmaxes, their exponentials, the gradient.
 _LOOKS = 4
 
 
@@ -43,7 +50,7 @@ class RunEstimate:
     """What a run takes on this machine, evaluation included.
 
     Attributes:
-        peak_bytes: of memory.
+        peak_bytes: of memory that no file stands behind.
         seconds: on so many `threads`.
         cpu_seconds: of all threads.
         cpu_seconds_by: CPU seconds by what takes them.
@@ -70,7 +77,7 @@ class Rates:
         solve: an operation of a solve, by `kind_of` its row; `""` for all others.
         statistic: one token in all statistics of an entry, by its key.
         trained: one token in all units and epochs of a refiner, by its key.
-        beside: bytes that a batch of evaluation takes beside the model; where all was measured, that the most of any work does.
+        beside: bytes that the most of any work was measured to take beside the model.
         probed: whether the model's own modules were measured.
     """
 
@@ -97,12 +104,14 @@ def estimate_run(
     `model` may be on the meta device. `evaluated` are the tokens of the recipe's measures where they are known; else those that the
     recipe names.
     """
-    found, sets = rates or product_rates(plan, model, modifiers), _Sets.of(recipe, modifiers)
+    found, sets = rates or product_rates(plan, model, modifiers), CalibrationSets.of(recipe, modifiers)
     measured, uncounted = _evaluated(recipe) if evaluated is None else (evaluated, ())
     work = _work(plan, sets, found, measured)
+    work["measuring"] = _measuring(plan, modifiers, sets, found)
+    work["ends"] = _ENDS + _ENDS_BYTE * weight_bytes(model)
     cpu, threads = sum(work.values()), torch.get_num_threads()
     return RunEstimate(
-        peak_bytes=_peak_bytes(plan, model, modifiers, sets, found, evaluates=bool(measured)),
+        peak_bytes=peak_bytes(plan, recipe, model, modifiers, beside=found.beside),
         seconds=round(cpu / threads, 1),
         cpu_seconds=round(cpu, 1),
         cpu_seconds_by={name: round(each, 1) for name, each in work.items()},
@@ -112,30 +121,7 @@ def estimate_run(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Sets:
-    """The calibration sets of a recipe: by entry; those that are held as activations, with the model that they are of; and those
-    that go through the model and back.
-    """
-
-    by_entry: Mapping[str, CalibrationSpec]
-    held: Set[tuple[CalibrationSpec, str]]
-    back: Set[CalibrationSpec]
-
-    @classmethod
-    def of(cls, recipe: Recipe, modifiers: Mapping[str, AnyModifier[Any]]) -> _Sets:
-        specs = {e.key: e.config.calibration for e in recipe.modifiers if e.config.calibration is not None}
-        needs = {key: modifiers[key].needs for key in specs}
-        held: set[tuple[CalibrationSpec, str]] = {(specs[key], kind) for key in specs for kind in needs[key].streams}
-        held |= {(specs[key], "inputs of the dense block") for key in specs if needs[key].dense == "block"}
-        return cls(specs, held, {specs[key] for key in specs if needs[key].gradients})
-
-    def tokens_of(self, key: str) -> int:
-        """Those of an entry; 0 of one that is not calibrated."""
-        return calibration_tokens(self.by_entry[key]) if key in self.by_entry else 0
-
-
-def _work(plan: Plan, sets: _Sets, rates: Rates, evaluated: int) -> dict[str, float]:
+def _work(plan: Plan, sets: CalibrationSets, rates: Rates, evaluated: int) -> dict[str, float]:
     """CPU seconds by what takes them."""
     # A dense stream is observed as it passes, a compressed one before; gradients go forward and back.
     passed = sum(calibration_tokens(spec) * (1 if kind == "dense" else 2) for spec, kind in sets.held)
@@ -152,37 +138,21 @@ def _work(plan: Plan, sets: _Sets, rates: Rates, evaluated: int) -> dict[str, fl
     }
 
 
-def _peak_bytes(
-    plan: Plan,
-    model: nn.Module,
-    modifiers: Mapping[str, AnyModifier[Any]],
-    sets: _Sets,
-    rates: Rates,
-    *,
-    evaluates: bool,
-) -> int:
-    """The most memory that any phase takes."""
-    places: dict[tuple[str, int, str], list[int]] = {}
-    for row in plan.modules:
-        places.setdefault((row.stage, row.layer, row.modifier), []).append(row.peak_bytes)
-    others = [_with_parts(row) for row in plan.rows if not row.takes]
-    working = max([0, *map(bytes_at_once, places.values()), *others])
-    if rates.probed:  # on one thread
-        alone = max([0, *map(max, places.values()), *(_with_parts(row, 1) for row in plan.rows if not row.takes)])
-        working = rates.beside + max(0, working - alone)
-    peak = estimate_peak_bytes(
-        model,
-        sum(calibration_tokens(spec) for spec, _ in sets.held),
-        solve_bytes=working + held_bytes(plan.rows, modifiers),
-        probe=max((spec.sequence_length for spec in sets.by_entry.values()), default=0),
-    )
-    return max(peak, resident_bytes() + _weights(model) + rates.beside if evaluates else 0)
-
-
-def activation_bytes(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModifier[Any]]) -> int:
-    """Of all activations at the door of a block that a run holds at once."""
-    tokens = sum(calibration_tokens(spec) for spec, _ in _Sets.of(recipe, modifiers).held)
-    return _VALUE * (model_facts(model).hidden_size or 0) * tokens
+def _measuring(plan: Plan, modifiers: Mapping[str, AnyModifier[Any]], sets: CalibrationSets, rates: Rates) -> float:
+    """Of what is not settled: a trial of each module; each window once for statistics, then forward and back beside the changes'
+    products, and before that once more where trials are weighed by gradients.
+    """
+    seconds = 0.0
+    for key, spec in sets.by_entry.items():
+        modifier = modifiers[key]
+        asked = modifier.unsettled if isinstance(modifier, Settles) else None
+        if asked is None:
+            continue
+        rows = [row for row in plan.modules if row.modifier == key]
+        seconds += asked.share * sum(row.flops * rates.solve.get(kind_of(row), rates.solve[""]) for row in rows)
+        tokens, rounds = min(calibration_tokens(spec), asked.windows * spec.sequence_length), 1 + asked.gradients
+        seconds += tokens * ((2 + 2 * rounds) * rates.token + (1 + 2 * rounds) * rates.logits)
+    return seconds
 
 
 def _evaluated(recipe: Recipe) -> tuple[int, tuple[str, ...]]:
@@ -202,14 +172,15 @@ def product_rates(plan: Plan, model: nn.Module, modifiers: Mapping[str, AnyModif
     """Rates by counted operations, at the speed of products that are measured here and now."""
     speeds = _Speeds.measured()
     inside = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    head = _vocabulary(model)
+    head = vocabulary(model)
     hidden = model_facts(model).hidden_size or 0
     parameters = sum(m.weight.numel() for m in inside) - (
         head * hidden if any(m.out_features == head for m in inside) else 0
     )
     around = sum(m.in_features + m.out_features for m in inside if m.out_features != head)
     token = 2.0 * parameters / speeds.product + _AROUND * around / speeds.value
-    logits = 2.0 * head * hidden / speeds.product + head / speeds.value
+    token += _PASS_CALLS * len(inside) * speeds.call / _pass_tokens(modifiers)
+    logits = 2.0 * head * hidden / speeds.product + _LOOKS * head / speeds.value
     trained: dict[str, float] = {}
     for row in plan.rows:
         if not isinstance(row, RefinePlan):
@@ -218,17 +189,27 @@ def product_rates(plan: Plan, model: nn.Module, modifiers: Mapping[str, AnyModif
         half = row.layer is None and refiner.compute_dtype(torch.empty(0)) == torch.bfloat16
         stored = [plan.stored[name] for name in row.modules if name in plan.stored]
         factors = sum(m.d_out * m.block_size[0] + m.d_in * m.block_size[1] for m in stored if m.block_size is not None)
-        values = 3.0 * sum(m.d_out + m.d_in for m in stored)
+        values = _AROUND_TRAINING * sum(m.d_out + m.d_in for m in stored)
         looks = _LOOKS * head / row.logit_stride if row.layer is None else 0.0
         each = row.flops / row.tokens / (speeds.bfloat16() if half else speeds.product)
         each += refiner.epochs * (2.0 * _FACTOR_PRODUCTS * factors / speeds.solve + (values + looks) / speeds.value)
+        each += refiner.epochs * _TRAINING_CALLS * len(stored) * speeds.call / _pass_tokens({row.modifier: refiner})
         trained[row.modifier] = trained.get(row.modifier, 0.0) + each
     statistic = {}
     for key, rows in by_entry(plan).items():
         grams = sum(d_in**2 for d_in in _read(rows) if _is_gram(modifiers[key], rows, d_in))
         statistic[key] = 2.0 * grams / speeds.product + sum(_read(rows)) / speeds.value
-    batch = min(_LOGITS_AT_MOST, _WINDOWS * _WINDOW * head)
-    return Rates(token, logits, {"": 1 / speeds.solve}, statistic, trained, beside=2 * _VALUE * batch)
+    solve: dict[object, float] = {"": 1 / speeds.solve}
+    for row in plan.modules:
+        if row.flops and kind_of(row) not in solve:
+            solve[kind_of(row)] = 1 / speeds.solve + speeds.around(row, modifiers[row.modifier].steps) / row.flops
+    return Rates(token, logits, solve, statistic, trained)
+
+
+def _pass_tokens(modifiers: Mapping[str, AnyModifier[Any]]) -> int:
+    """Tokens of a batch of the first calibration set."""
+    specs = (modifier.config.calibration for modifier in modifiers.values())
+    return next((spec.batch_size * spec.sequence_length for spec in specs if spec is not None), _TOKENS)
 
 
 def statistic_seconds(modifier: AnyModifier[Any], rows: Sequence[ModulePlan], d_in: int, seconds: float) -> float:
@@ -266,22 +247,29 @@ def _is_gram(modifier: AnyModifier[Any], rows: Sequence[ModulePlan], d_in: int) 
 
 @dataclass(frozen=True, slots=True)
 class _Speeds:
-    """Of one thread, in operations (`value`: in numbers through a softmax) a second of CPU time."""
+    """Of one thread, in operations (`value`: in numbers through a softmax) a second of CPU time; `call`: seconds of a call."""
 
     solve: float
     product: float
     value: float
+    call: float
 
     @classmethod
     def measured(cls) -> _Speeds:
         """Blocks as solves multiply them, a product as passes have it, and rows of logits."""
         left, right = (torch.ones(16, rows, 64, dtype=torch.float32, device="cpu") for rows in (512, 64))
-        rows = torch.ones(64, 8192, dtype=torch.float32, device="cpu")
+        rows, one = torch.ones(64, 8192, dtype=torch.float32, device="cpu"), torch.ones(1, device="cpu")
         return cls(
             solve=_rate(lambda: torch.bmm(left, right), 2.0 * 16 * 512 * 64 * 64),
             product=_product_speed(torch.float32),
             value=_rate(lambda: rows.log_softmax(-1), float(rows.numel())),
+            call=1 / _rate(lambda: [one.add(1.0) for _ in range(_CALLED)], float(_CALLED)),
         )
+
+    def around(self, row: ModulePlan, steps: int) -> float:
+        """Seconds of a module's solve beside its products."""
+        values = (_STEP_VALUES * steps + _SOLVE_VALUES) * row.d_out * row.d_in
+        return values / self.value + (_STEP_CALLS * steps + _SOLVE_CALLS) * self.call
 
     def bfloat16(self) -> float:
         """Of products of bfloat16 numbers."""
@@ -303,43 +291,3 @@ def _rate(work: Callable[[], object], size: float) -> float:
             work()
             best = min(best, time.thread_time() - started)
     return size / max(best, 1e-9)
-
-
-def bytes_at_once(solves: Sequence[int]) -> int:
-    """Working memory of one layer's solves: of the largest, as many as a CPU solves at once."""
-    return sum(sorted(solves, reverse=True)[: torch.get_num_threads()])
-
-
-def _with_parts(row: Row, at_most: int | None = None) -> int:
-    """Working memory of a step with as many of its parts as a CPU computes at once, or so many at most."""
-    parts, size = row.side_by_side
-    return row.peak_bytes + bytes_at_once([size] * parts if at_most is None else [size] * min(parts, at_most))
-
-
-def estimate_peak_bytes(model: nn.Module, tokens: int, *, solve_bytes: int, probe: int = 0) -> int:
-    """The process as it is, the model, and the larger of: activations with solves, or a second copy of the model to verify.
-
-    Verifying compares the logits of both for `probe` tokens, which are many where the vocabulary is large.
-    """
-    hidden = model_facts(model).hidden_size or 0
-    weights = _weights(model)
-    activations = _VALUE * hidden * tokens
-    verifying = 2 * (weights + _VALUE * probe * _vocabulary(model))
-    return resident_bytes() + weights + max(activations + solve_bytes, verifying)
-
-
-def _weights(model: nn.Module) -> int:
-    return _VALUE * sum(p.numel() for p in model.parameters())
-
-
-def _vocabulary(model: nn.Module) -> int:
-    """Rows of the head that gives logits of tokens; 0 without one."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(head, "weight", None)
-    return 0 if weight is None else len(weight)
-
-
-def resident_bytes() -> int:
-    """Memory this process holds now; 0 where the system does not say (`/proc` is Linux's)."""
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0

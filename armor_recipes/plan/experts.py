@@ -54,7 +54,7 @@ def plan_experts(
         place = row.modifier, expert.layer
         taken.setdefault(place, set()).add(expert.number)
         least[place] = max(minimum_tokens(recipe.moe, sizes.of(row, shape)), least.get(place, 0))
-    totals = _totals(model) if taken else {}
+    totals = expert_totals(model) if taken else {}
     found = []
     for (key, layer), numbers in taken.items():
         spec = specs[key]
@@ -147,7 +147,7 @@ class _Sizes:
         return self._made[key]
 
 
-def _totals(model: nn.Module) -> dict[str, int]:
+def expert_totals(model: nn.Module) -> dict[str, int]:
     """How many experts each layer has."""
     numbers: dict[str, set[int]] = {}
     for name, module in model.named_modules():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from armor_recipes.compute import give_back
 from armor_recipes.events import Observer, PhaseStarted
 from armor_recipes.modifiers.kinds.changes import ModuleResult
 from armor_recipes.plan import RunEstimate
@@ -42,10 +43,12 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
+        self.anonymous_peak = 0
 
     def phase(self, name: str) -> None:
-        """End the phase that runs and begin another."""
+        """End the phase that runs and begin another, with the memory given back that the one before has freed."""
         self._close()
+        give_back()
         self._name = name
         self.observer(PhaseStarted(name))
 
@@ -54,7 +57,10 @@ class Stopwatch:
         if name is not None:
             self.seconds[name] = self.seconds.get(name, 0.0) + now.wall - self._mark.wall
             self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + now.cpu - self._mark.cpu
-            self.peaks[name] = peak_memory_bytes()
+            peak = peak_memory_bytes()
+            if peak > max(self.peaks.values(), default=0):  # what files stand behind hardly changes
+                self.anonymous_peak = peak - file_bytes()
+            self.peaks[name] = peak
         self._mark = now
 
     def report(
@@ -76,6 +82,7 @@ class Stopwatch:
             "cpu_seconds_estimated": estimate.cpu_seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "peak_memory_bytes_by_phase": dict(self.peaks),
+            "peak_anonymous_memory_bytes": self.anonymous_peak,
             "peak_memory_estimated_bytes": estimate.peak_bytes,
             "size_before_bytes": None if source is None else weight_bytes(source),
             "size_after_bytes": weight_bytes(folder),
@@ -88,6 +95,13 @@ class Stopwatch:
 def weight_bytes(folder: Path) -> int:
     """Bytes of a folder's weight files."""
     return sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
+
+
+def file_bytes() -> int:
+    """Of the resident set, what files stand behind: libraries and mapped weights, which the system may drop. 0 but on Linux."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssFile:", "RssShmem:")))
 
 
 def peak_memory_bytes() -> int:

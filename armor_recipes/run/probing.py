@@ -10,7 +10,6 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.nn import functional
 from armor_recipes.calibration.inputs import TOKENS, Batch, leading
 from armor_recipes.calibration.random_inputs import draw
 from armor_recipes.calibration.text import is_soon_read
-from armor_recipes.compute import plain_torch
+from armor_recipes.compute import give_back, plain_torch
 from armor_recipes.evaluation.perplexity import fitting_batch
 from armor_recipes.model.blocks import Stacks, find_stacks
 from armor_recipes.model.calls import LayerCall
@@ -38,7 +37,7 @@ from armor_recipes.modifiers.kinds.refiner import (
 )
 from armor_recipes.modifiers.threads import one_thread
 from armor_recipes.plan import Rates, RunEstimate
-from armor_recipes.plan.estimate import by_entry, kind_of, product_rates, resident_bytes, statistic_seconds
+from armor_recipes.plan.estimate import by_entry, kind_of, product_rates, statistic_seconds
 from armor_recipes.run.planning import Job, estimated
 from armor_recipes.run.refusals import resource_errors
 from armor_recipes.solver import TrainableFactors
@@ -57,7 +56,6 @@ def probed(job: Job) -> RunEstimate:
     inputs its config does not tell, ResourceError where memory runs out.
     """
     read = _tokens(job)  # and with it what reading takes of memory
-    before = resident_bytes()
     with resource_errors(), one_thread(), _peak() as peak:
         model = _materialised(job)
         weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
@@ -74,9 +72,8 @@ def probed(job: Job) -> RunEstimate:
             _passes(model, evaluated)
         measured = token, logits, *_solves(job), _trained(job, model, inputs)
         del model
-    rates = Rates(*measured, beside=max(0, peak[0] - before - weights), probed=True)
-    found = estimated(job, tokens=read, rates=rates)
-    return replace(found, peak_bytes=found.peak_bytes - (resident_bytes() - before))  # what measuring has left behind
+    rates = Rates(*measured, beside=max(0, peak[0] - weights), probed=True)
+    return estimated(job, tokens=read, rates=rates)
 
 
 def _tokens(job: Job) -> int | None:
@@ -151,16 +148,20 @@ def _passes(model: nn.Module, batch: Batch) -> tuple[float, float]:
 
 @contextmanager
 def _peak() -> Iterator[list[int]]:
-    """The largest resident set inside, in bytes, once it is left; 0 where the system does not tell (to reset a peak is Linux's)."""
-    found = [0]
-    reset = False
+    """By how many bytes the resident set grew inside, once it is left; 0 where no peak can be reset (but on Linux)."""
+    found, before = [0], None
+    give_back()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-        reset = True
+        before = _largest_resident()
     yield found
-    if reset:
-        status = Path("/proc/self/status").read_text()
-        found[0] = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    if before is not None:
+        found[0] = _largest_resident() - before
+
+
+def _largest_resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def _solves(job: Job) -> tuple[dict[object, float], dict[str, float]]:

@@ -20,7 +20,7 @@ from armor_recipes.errors import ArmorError, RecipeError, ResourceError
 from armor_recipes.events import PhaseStarted
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.refiner import RefinePlan
-from armor_recipes.plan.estimate import activation_bytes
+from armor_recipes.plan.memory import activation_bytes
 from armor_recipes.report.machine import machine_class
 from armor_recipes.report.manifest import used_by, versions
 from armor_recipes.report.measure import Stopwatch

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import InputSet
+from armor_recipes.compute import give_back
 from armor_recipes.events import LayerStarted, Observer, PhaseStarted, ignore_events, one_at_a_time
 from armor_recipes.model.blocks import Stack, find_stacks
 from armor_recipes.model.experts import readers_within_experts
@@ -159,6 +160,7 @@ class Session:
             self._replay(stage)
             return
         self._commit_gradients(stage, shares)
+        give_back()
         work = {stack: found for stack in self._in_order() if (found := _inside(shares, stack))}
         past = self._past(stage, [stack.name for stack in work])
         openings = {stack: self._opening(stack, found) for stack, found in work.items() if stack.name not in past}
@@ -173,6 +175,7 @@ class Session:
             else:
                 self._run_stack(stage, stack, found, openings[stack], early.get(stack))
         self._place = stage, ""
+        give_back()
         for share in self._with_rows(shares, None):
             self.observer(PhaseStarted(f"{share.entry.name} ({stage})"))
             self._step([share], self._context(self.stacks.every[-1], None, {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,15 @@ def test_the_command_prints_it_and_wants_a_plan(shell: Shell, llama: Path, tmp_p
     assert "measured here on one layer: " in done.out
     found = json.loads(shell("armor-apply", file, "--plan", "--probe", "--json").out)["estimate"]
     assert found["probed"] is True
-    assert set(found["cpu_seconds_by"]) == {"passes", "statistics", "solving", "training", "evaluation"}
+    assert set(found["cpu_seconds_by"]) == {
+        "passes",
+        "statistics",
+        "solving",
+        "training",
+        "evaluation",
+        "measuring",
+        "ends",
+    }
     done = shell("armor-apply", file, "--probe")
     assert (done.code, done.out) == (2, "")
     assert "--probe measures for a plan: give --plan, too" in done.err
@@ -100,9 +109,36 @@ def test_the_sums(llama: Path) -> None:
         "solving": solving,
         "training": 60 * 2.0,
         "evaluation": 2 * 10 * 0.75,
+        "measuring": 0,
+        "ends": 1.0,
     }
-    assert found.cpu_seconds == pytest.approx(90 + 7.5 + solving + 120 + 15)
+    assert found.cpu_seconds == pytest.approx(90 + 7.5 + solving + 120 + 15 + 1, abs=0.1)
     assert found.seconds == pytest.approx(found.cpu_seconds / torch.get_num_threads(), abs=0.1)
+
+
+def test_what_measuring_sizes_takes_is_counted(llama: Path) -> None:
+    """2 windows of 12 tokens: for statistics, forward and back for gradients, and so again beside the changes' products; trials."""
+    fields = {**ARMOR, "iterations": 30, "gradient_power": 0.5, "block_size": {"budget": 0.9, "windows": 2}}
+    job = make_job(recipe(llama, ARMORModifier=fields))
+    (key,) = (entry.key for entry in job.recipe.modifiers)
+    rates = Rates(0.5, 0.25, {"": 1e-6}, {key: 0.0}, {})
+    found = estimate_run(job.plan, job.recipe, job.shapes, job.modifiers, rates=rates, evaluated=0)
+    trials = 4 / 30 * 1e-6 * sum(row.flops for row in job.plan.modules)  # two cycles, and what begins and ends a solve
+    assert found.cpu_seconds_by["measuring"] == pytest.approx(2 * 12 * (6 * 0.5 + 5 * 0.25) + trials, abs=0.1)
+    assert make_job(recipe(llama, ARMORModifier=ARMOR)).estimate.cpu_seconds_by["measuring"] == 0
+
+
+def test_small_models_cost_what_does_not_depend_on_their_size(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call for each module and step, and numbers of a weight that are looked at, beside the products."""
+    speeds = estimate._Speeds(solve=1e6, product=math.inf, value=1e3, call=2.0)
+    monkeypatch.setattr(estimate._Speeds, "measured", lambda: speeds)
+    job = make_job(recipe(llama, ARMORModifier=ARMOR))
+    rates = estimate.product_rates(job.plan, job.shapes, job.modifiers)
+    for row in job.plan.modules:
+        beside = (3 * 33 + 127) * row.d_out * row.d_in / 1e3 + (3 * 300 + 320) * 2.0
+        assert rates.solve[kind_of(row)] * row.flops == pytest.approx(row.flops / 1e6 + beside)
+    widths = 2 * (4 * 64 + 3 * 96)
+    assert rates.token == pytest.approx(4 * widths / 1e3 + 25 * 15 * 2.0 / 24)
 
 
 def test_products_of_a_training_count_in_their_own_dtype(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

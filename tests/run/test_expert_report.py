@@ -88,6 +88,7 @@ def test_the_summary_shows_them_by_layer() -> None:
             "cpu_seconds_estimated": 1.0,
             "seconds_estimated": 1.0,
             "peak_memory_estimated_bytes": 1,
+            "peak_anonymous_memory_bytes": 1,
         },
         "experts": rows_of(session),
     }

@@ -16,7 +16,7 @@ from transformers import BartConfig, MixtralConfig, T5Config
 from armor_recipes.checkpoint.reader import inspect, read_header
 from armor_recipes.errors import InputError, PlanError
 from armor_recipes.plan import Plan, make_plan
-from armor_recipes.plan.estimate import estimate_peak_bytes, resident_bytes
+from armor_recipes.plan.memory import anonymous_bytes, estimate_peak_bytes
 from armor_recipes.run import apply
 from armor_recipes.run.job import read_recipe
 from tests.support.engine import ALL, ARMOR, ATTENTION, MLP, make_job, recipe, save_model
@@ -362,7 +362,7 @@ def test_a_config_without_a_dtype_is_stored_as_its_weights_are(dtype: torch.dtyp
 
 def test_memory_counts_every_set_of_activations(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both models' where modules are matched, and what the dense layer read; both models' for a refiner of layers, too."""
-    monkeypatch.setattr("armor_recipes.plan.estimate.resident_bytes", lambda: 0)
+    monkeypatch.setattr("armor_recipes.plan.memory.anonymous_bytes", lambda: 0)
 
     def peak(samples: int, propagate: str, **others: Any) -> int:
         modifier = armor(propagate=propagate, objective="hessian", shrinkage=0.1)
@@ -381,7 +381,7 @@ def test_memory_counts_every_set_of_activations(llama: Path, monkeypatch: pytest
 def test_memory_counts_the_parts_of_a_training_that_are_computed_at_once(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("armor_recipes.plan.estimate.resident_bytes", lambda: 0)
+    monkeypatch.setattr("armor_recipes.plan.memory.anonymous_bytes", lambda: 0)
     mapping = recipe(llama, ARMORModifier=armor(), DistillationModifier={"accumulate": 1})
     mapping["calibration"] |= {"samples": 8, "sequence_length": 512, "batch_size": 3}
     before, peaks, plans = torch.get_num_threads(), [], []
@@ -402,7 +402,7 @@ def test_memory_counts_the_parts_of_a_training_that_are_computed_at_once(
 
 def test_memory_counts_the_logits_that_verification_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a vocabulary of 262,144 tokens, both models' for 512 tokens are 1.07 GB."""
-    monkeypatch.setattr("armor_recipes.plan.estimate.resident_bytes", lambda: 0)
+    monkeypatch.setattr("armor_recipes.plan.memory.anonymous_bytes", lambda: 0)
     model = torch.nn.Linear(8, 8)
     model.config, model.get_output_embeddings = SimpleNamespace(hidden_size=8), lambda: torch.nn.Embedding(262_144, 1)  # type: ignore[assignment]
     weights = 4 * sum(p.numel() for p in model.parameters())
@@ -418,6 +418,6 @@ def test_the_estimate_takes_the_text_part_of_a_composite_config() -> None:
 
     model, plain = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     model.config, plain.config = Composite(), SimpleNamespace(hidden_size=64)  # type: ignore[assignment]
-    sizes = [estimate_peak_bytes(m, 10**9, solve_bytes=0) - resident_bytes() for m in (model, plain)]
+    sizes = [estimate_peak_bytes(m, 10**9, solve_bytes=0) - anonymous_bytes() for m in (model, plain)]
     assert sizes[0] == pytest.approx(sizes[1], abs=2**24)
     assert sizes[0] > 4 * 64 * 10**9 - 2**24

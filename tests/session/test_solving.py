@@ -15,7 +15,7 @@ from armor_recipes.errors import NumericalError
 from armor_recipes.events import Event, ModuleFinished, SolveProgressed
 from armor_recipes.modifiers.armor import ARMORModifier
 from armor_recipes.modifiers.kinds.changes import ModuleResult
-from armor_recipes.plan.estimate import bytes_at_once
+from armor_recipes.plan.memory import bytes_at_once
 from armor_recipes.session import Session
 from tests.support.engine import ARMOR, hook_count, make_job, make_session, recipe
 

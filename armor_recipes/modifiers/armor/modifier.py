@@ -62,6 +62,8 @@ _TOO_FEW_WINDOWS = (
 )
 #: Cycles of a trial, and at least how many times as many the run itself takes.
 _TRIAL_CYCLES, _TRIAL_SHARE = 4, 12
+#: Cycles that take as long as what begins and ends a solve.
+_AROUND_CYCLES = 2
 
 
 @register
@@ -103,6 +105,11 @@ class ARMORModifier(Modifier[ARMORConfig]):
         gram, matched = 4 * module.d_in**2, self.config.propagate == "matched"
         finishing = gram * (_FINISHING + _MATCHED_FINISHING * matched)
         return max(finishing, working + gram * (_SOLVING + _MATCHED_SOLVING * matched))
+
+    @property
+    def steps(self) -> int:
+        """Cycles of a solve at most."""
+        return self.config.iterations
 
     @property
     def needs_gradients(self) -> bool:
@@ -231,7 +238,8 @@ class ARMORModifier(Modifier[ARMORConfig]):
             "cycles": self._trial_cycles,
             "seed": config.seed,
         }
-        return Unsettled("block_size", asked.windows, self.needs_gradients, settings)
+        share = (self._trial_cycles + _AROUND_CYCLES) / config.iterations
+        return Unsettled("block_size", asked.windows, self.needs_gradients, share, settings)
 
     def among(self, modules: Sequence[ModuleShape]) -> ARMORModifier:
         """Itself; until a budget is settled one that spends it as if the model needed every weight alike.
