@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from tests.support.engine import ARMOR, MLP, core, recipe
+from tests.support.engine import ALL, ARMOR, MLP, core, recipe
 from tests.support.forks import Forks
 from tests.support.killing import Kill, hashes, run_killed
+from tests.support.stacks import TEXT, make_stacked
 
+EVERY = {**ARMOR, "targets": "preset:all-linear"}
 SMALL = {"epochs": 2, "held_out": 0.4, "accumulate": 1}
 RECIPES: dict[str, dict[str, Any]] = {
     "refined": {
@@ -28,14 +32,35 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ARMORModifier": {**ARMOR, "propagate": "matched", "shrinkage": 0.1, "share_input_factor": True},
         "DistillationModifier": {**SMALL, "core": True},
     },
+    "stacks": {"ARMORModifier": {**EVERY, "propagate": "matched"}, "BlockRefineModifier": SMALL},
+    "experts": {"ARMORModifier": {**EVERY, "gradient_power": 0.5}, "BlockRefineModifier": SMALL},
+    "passes": {
+        "ARMORModifier@dense": {**ARMOR, "targets": [r"re:.*(query|ffn)$"], "propagate": "dense"},
+        "ARMORModifier": {**ARMOR, "targets": [r"re:.*(key|value|dense|ffn_output)$"]},
+    },
+    "shared": {"ARMORModifier": {**EVERY, "unfit": "skip"}},
+    "smoothed": {"SmoothQuantModifier": {}, "ARMORModifier": ARMOR, "QuantizationModifier": core(targets=[MLP])},
+    "scaled": {"AWQModifier": {"n_grid": 4}, "QuantizationModifier": core(4, 16, targets=[ALL])},
+    "budget": {
+        "ARMORModifier": {**EVERY, "block_size": {"budget": 0.9, "windows": 3}, "gradient_power": 0.5},
+        "DistillationModifier": SMALL,
+    },
 }
+#: Models of other kinds than Llama: an encoder with a decoder, experts, and two that only passes of the whole model can be run by.
+OF = {"stacks": "t5", "experts": "mixtral", "passes": "albert", "shared": "zamba2"}
+OTHERS = (*OF, "smoothed", "scaled", "budget")
+
+
+def mixture() -> MixtralForCausalLM:
+    return MixtralForCausalLM(MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2))
 
 
 def write(folder: Path, model: Path, name: str) -> Path:
     """A recipe with a measure that keeps files, whose output is `out` beside it."""
     mapping: dict[str, Any] = recipe(model, folder / "out", **RECIPES[name])
-    samples = {"dataset": "builtin:random-tokens", "samples": 3, "sequence_length": 12}
-    mapping["evaluation"] = {"fidelity": samples}
+    data = "builtin:random-inputs" if name in ("stacks", "passes") else "builtin:random-tokens"
+    mapping["calibration"]["dataset"] = data
+    mapping["evaluation"] = {"fidelity": {"dataset": data, "samples": 3, "sequence_length": 12}}
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(mapping, sort_keys=False))
     return file
@@ -45,15 +70,26 @@ class Runs:
     """Undisturbed runs of each recipe, made once."""
 
     def __init__(self, forks: Forks, folder: Path, model: Path) -> None:
-        self.forks, self.folder, self.model = forks, folder, model
+        self.forks, self.folder, self.llama = forks, folder, model
         self.known: dict[str, tuple[Mapping[str, str], int]] = {}
+
+    def model(self, name: str) -> Path:
+        """The model of a recipe, saved once."""
+        kind = OF.get(name)
+        folder = self.llama if kind is None else self.folder / f"{kind}-model"
+        if not folder.exists():
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                made: Any = mixture() if kind == "mixtral" else make_stacked(str(kind))
+            made.bfloat16().save_pretrained(folder)
+        return folder
 
     def undisturbed(self, name: str) -> tuple[Mapping[str, str], int]:
         """Hashes of its files, and how often it flushed."""
         if name not in self.known:
             folder = self.folder / name
             folder.mkdir()
-            done, flushes = run_killed(self.forks, folder, write(folder, self.model, name), "--quiet")
+            done, flushes = run_killed(self.forks, folder, write(folder, self.model(name), name), "--quiet")
             assert done.code == 0, done.err
             assert sorted(path.name for path in folder.iterdir()) == ["out", "recipe.yaml"]
             self.known[name] = hashes(folder / "out"), flushes
@@ -62,7 +98,7 @@ class Runs:
     def killed(self, folder: Path, name: str, *kills: Kill) -> str:
         """Kill it at each of the moments in turn, go on, and compare; how far it was when it was killed last."""
         wanted, _ = self.undisturbed(name)
-        file = write(folder, self.model, name)
+        file = write(folder, self.model(name), name)
         moment = "nothing"
         for kill in kills:
             done, _ = run_killed(self.forks, folder, file, "--quiet", "--overwrite", kill=kill)
@@ -92,11 +128,22 @@ def runs(forks: Forks, tmp_path_factory: pytest.TempPathFactory, llama: Path) ->
     return Runs(forks, tmp_path_factory.mktemp("undisturbed"), llama)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        *((name, share) for name in ("refined", "distilled") for share in (0.3, 0.6, 0.9)),
+        *((name, 0.6) for name in OTHERS),
+        *(pytest.param(name, share, marks=pytest.mark.slow) for name in OTHERS for share in (0.3, 0.8)),
+    ],
+)
 def test_a_killed_run_ends_with_the_same_bytes(name: str, share: float, runs: Runs, tmp_path: Path) -> None:
     _, flushes = runs.undisturbed(name)
     runs.killed(tmp_path, name, Kill(round(share * flushes), -1.0))
+
+
+def test_a_run_that_is_killed_as_it_measures(runs: Runs, tmp_path: Path) -> None:
+    """The sizes of a budget: as what they cost is measured, and once that is kept, and before and after the plan is noted."""
+    runs.killed(tmp_path, "budget", Kill(6, 0.02), Kill(6, 0.1), Kill(2, -1.0), Kill(2))
 
 
 def test_a_run_that_is_killed_again_and_again(runs: Runs, tmp_path: Path) -> None:
@@ -107,7 +154,7 @@ def test_a_run_that_is_killed_again_and_again(runs: Runs, tmp_path: Path) -> Non
 def test_a_run_that_is_killed_once_all_is_in_place(runs: Runs, tmp_path: Path) -> None:
     """Between the last rename and the removal of the journal: the output is taken as it is, without --overwrite."""
     wanted, flushes = runs.undisturbed("refined")
-    file = write(tmp_path, runs.model, "refined")
+    file = write(tmp_path, runs.model("refined"), "refined")
     done, _ = run_killed(runs.forks, tmp_path, file, "--quiet", kill=Kill(flushes))
     assert done.code == -9
     assert reached(tmp_path) == "written"

@@ -68,6 +68,7 @@ def run_killed(
         "KILL_DELAY": str(kill.delay),
         "SNAPSHOT_SECONDS": str(snapshot_seconds),
         "TOLD": str(told),
+        "XDG_CACHE_HOME": f"{folder}-cache",
     }
     done = finished(forks.start(PROGRAM, *words, folder=folder, environment=environment))
     flushes = int(told.read_text()) if told.exists() else 0
