@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -71,16 +71,21 @@ def _found(name: str, take: Callable[[], Measured | None], model: nn.Module, jou
         return taken(take, model)
     found = journal.evaluation(name)
     if found is not None:
-        try:
-            return from_record(found["found"])
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{journal.folder}: what {name} found is not recorded as this version does ({error!r}): {FRESH}"
-            ) from error
+        return recorded(found, journal.folder)
     there = set(journal.folder.iterdir())
     measured = taken(take, model)
     journal.record_evaluation(name, to_record(measured), sorted({*journal.folder.iterdir()} - there))
     return measured
+
+
+def recorded(record: Mapping[str, Any], folder: Path) -> Measured | None:
+    """What a measure found, from its record in the journal of that folder. Raises CheckpointError where that is none."""
+    try:
+        return from_record(record["found"])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: what {record['name']} found is not recorded as this version does ({error!r}): {FRESH}"
+        ) from error
 
 
 def taken(take: Callable[[], T], model: nn.Module) -> T:

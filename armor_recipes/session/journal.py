@@ -39,6 +39,18 @@ from armor_recipes.modifiers.kinds.contract import Snapshot
 SNAPSHOT_SECONDS = 180.0
 
 
+_NUMBER, _PLACE = (int, float), {"stage": str, "stack": str, "passes": list}
+#: What records hold beside their kind.
+_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "same": {"name": str, "value": str},
+    "evaluation": {"name": str, "found": (dict, type(None)), "files": list},
+    "step": {**_PLACE, "step": str, "work": _NUMBER, "share": _NUMBER, "file": str},
+    "block": {**_PLACE, "block": (int, type(None)), "steps": int},
+    "training": {"step": str, "steps": int, "state": dict, "file": str},
+    "written": {"manifest": str},
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
     """That all steps of a stack before a block (None: of all its blocks) are done: `steps` in the whole run."""
@@ -180,13 +192,18 @@ class FileJournal(Journal):
         return isinstance(named, list) and all(isinstance(one, dict) and self._files.is_whole(one) for one in named)
 
     def _take(self, record: Record) -> None:
+        for name, kind in _FIELDS.get(record["kind"], {}).items():
+            if not isinstance(record[name], kind):
+                raise TypeError(f"{name} of a {record['kind']} record is {record[name]!r:.40}")
+        if not all(isinstance(count, int) for count in record.get("passes", ())):
+            raise TypeError(f"passes are {record['passes']!r:.40}")
         match record["kind"]:
             case "step":
                 self._steps.append(record)
             case "same":
                 self._same[record["name"]] = record["value"]
             case "evaluation":
-                self._evaluations[record["name"]] = {**record, "found": record["found"]}
+                self._evaluations[record["name"]] = record
             case "block":
                 self.mark = Mark(record["stage"], record["stack"], record["block"], record["steps"], record)
             case "training":
@@ -290,7 +307,11 @@ class FileJournal(Journal):
 
     def restore(self, mark: Mark, streams: Sequence[Activations]) -> None:
         """Put activations back as they were at a mark. Raises CheckpointError where they are not those of these streams."""
-        found = self._tensors(mark.record)
+        found, passes = self._tensors(mark.record), mark.record["passes"]
+        if len(passes) != len(streams):
+            raise CheckpointError(
+                f"{self.folder}: activations of {len(passes)} sets, and not of {len(streams)}: {FRESH}"
+            )
         for number, stream in enumerate(streams):
             kept = [found.get(f"{number}/{batch}") for batch in range(len(stream.hidden))]
             if any(one is None for one in kept):
@@ -298,7 +319,7 @@ class FileJournal(Journal):
                     f"{self.folder}: {mark.record.get('file')} does not hold the activations of this run: {FRESH}"
                 )
             stream.hidden[:] = [one for one in kept if one is not None]
-            stream.passes = mark.record["passes"][number]
+            stream.passes = passes[number]
 
     # later values
 

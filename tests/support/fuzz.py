@@ -155,7 +155,7 @@ def _length(content: bytes, chance: random.Random) -> bytes:
 
 def _header(content: bytes, chance: random.Random) -> bytes:
     end = 8 + int.from_bytes(content[:8], "little")
-    header = _edit_json(content[8:end], chance)
+    header = edit_json(content[8:end], chance)
     return len(header).to_bytes(8, "little") + header + content[end:]
 
 
@@ -170,7 +170,7 @@ def _swap_places(content: bytes, chance: random.Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
-def _edit_json(text: bytes, chance: random.Random) -> bytes:
+def edit_json(text: bytes, chance: random.Random) -> bytes:
     """Replace, remove, rename or repeat one node somewhere in the tree."""
     tree = json.loads(text)
     node = tree
@@ -200,7 +200,7 @@ def _nest(text: bytes, chance: random.Random) -> bytes:
 
 
 _Tool = Callable[[bytes, random.Random], bytes]
-_JSON: list[_Tool] = [_edit_json] * 12 + [_flip, _truncate, _extend, _overwrite, _nest]
+_JSON: list[_Tool] = [edit_json] * 12 + [_flip, _truncate, _extend, _overwrite, _nest]
 _TENSORS: list[_Tool] = (
     [_flip] * 4 + [_header] * 4 + [_truncate, _extend, _overwrite, _overwrite, _length, _swap_places]
 )
