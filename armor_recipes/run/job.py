@@ -168,7 +168,7 @@ def execute(
         there = complete(target)  # nothing with `fresh`, by which the journal is gone
         # As the run before left it.
         check_output(output, job.source, job.recipe, overwrite=overwrite or there is not None)
-        ready = preflight(job, model, tokenizer, target, watch)
+        ready = preflight(job, model, tokenizer, target, watch, writes=there is None)
         if lock is not None:
             lock.check(locked_facts(job, ready.data))
         job = replace(job, estimate=estimated(job, tokens=sum(measure.tokens for measure in ready.data.measures)))

@@ -72,15 +72,25 @@ class Ready:
         }
 
 
-def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, output: Path, watch: Stopwatch) -> Ready:
+def preflight(
+    job: Job,
+    model: PreTrainedModel | None,
+    tokenizer: Any | None,
+    output: Path,
+    watch: Stopwatch,
+    *,
+    writes: bool = True,
+) -> Ready:
     """Try everything: the model given, names, licence, companions, saving, the tokenizer, the disk, the data, in this order.
+
+    Where it `writes` nothing, because a run before has, the disk need take no more.
 
     What rests on something that was refused is not tried. All that is refused is told at once, in the class of the first.
     """
     watch.phase("preflight")
     refused = Refusals()
     licence, beside, usable, nbytes = Licence(), Companions({}), False, 0
-    journal = 0 if model is not None else journal_bytes(job, output)
+    journal = journal_bytes(job, output) if writes and model is None else 0
     with tried(output) as folder:
         with refused.noted():
             _try_model(job, model, folder)
@@ -96,7 +106,7 @@ def preflight(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, ou
                 write_beside(folder, {}, tokenizer=tokenizer)
             usable = True
         with refused.noted():
-            nbytes = _bytes_of_tensors(job, model)
+            nbytes = _bytes_of_tensors(job, model) if writes else 0
             check_disk(folder.parent, nbytes, journal)  # what is small lies there now
     watch.phase("tokenize")
     data = read_data(job.recipe, job.source, job.shapes, job.modifiers, tokenizer, refused) if usable else Data({})

@@ -109,7 +109,7 @@ def _step_bytes(job: Job) -> Iterator[int]:
     for row in (row for row in job.plan.rows if not isinstance(row, ModulePlan)):
         own = packed if isinstance(row, RefinePlan) else {}
         for name in row.touches:
-            yield own.get(name) or _UNPACKED * job.shapes.get_parameter(f"{name}.weight").numel()
+            yield own.get(name) or _UNPACKED * sum(p.numel() for p in job.shapes.get_submodule(name).parameters())
 
 
 def _trained(job: Job, row: RefinePlan) -> int:

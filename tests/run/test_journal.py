@@ -171,6 +171,8 @@ def test_what_a_run_before_put_in_place_is_taken_as_it_is(
 ) -> None:
     report = json.loads((tmp_path / "out/report.json").read_text())
     monkeypatch.setattr(Fidelity, "after", pytest.fail)  # nothing is measured again
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=16_300_000))  # nor written
     seen = Stop(never)
     result = apply(left, observer=seen)
     assert seen.told[-1].startswith(f"{tmp_path / 'out'} is complete: ")
