@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -19,6 +20,7 @@ from armor_recipes.calibration.inputs import TOKENS, InputSet, Source, hash_toke
 from armor_recipes.calibration.text import load_documents
 from armor_recipes.calibration.windows import check_vocabulary, pack, window_prefix, with_prefix
 from armor_recipes.compute import plain_torch
+from armor_recipes.compute.threads import in_order
 from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.evaluation.contract import Measure, OnProgress, Reading, Room, Value
 from armor_recipes.evaluation.outputs import evaluating, vocabulary
@@ -211,13 +213,14 @@ def window_losses(
     vocab_size = vocabulary(model)
     if vocab_size is not None:
         check_vocabulary(windows, vocab_size, "the evaluation text")
-    losses = []
-    with torch.inference_mode(), evaluating(model):
-        for batch in torch.split(windows, fitting_batch(batch_size, length, vocab_size)):
-            losses.append(_batch_losses(model, batch.to(_device(model))))
+    losses: list[Tensor] = []
+    device, batches = _device(model), torch.split(windows, fitting_batch(batch_size, length, vocab_size))
+    with evaluating(model):
+        for found in in_order(partial(_batch_losses, model), batches, on_cpu=device.type == "cpu"):
+            losses.append(found)
             if on_progress is not None:
                 on_progress(sum(map(len, losses)), count)
-        sums = torch.cat(losses).cpu()
+    sums = torch.cat(losses).cpu()
     broken = (~sums.isfinite()).nonzero().flatten().tolist()
     if broken:
         raise NumericalError(
@@ -231,8 +234,10 @@ def fitting_batch(batch_size: int, length: int, vocab_size: int | None) -> int:
     return max(1, min(batch_size, LOGITS_AT_MOST // (length * (vocab_size or 1))))
 
 
-def _batch_losses(model: nn.Module, ids: Tensor) -> Tensor:
+@torch.inference_mode()
+def _batch_losses(model: nn.Module, windows: Tensor) -> Tensor:
     """Sum of the targets' losses of each window `(B,)`, float64; one window at a time, since logits are large."""
+    ids = windows.to(_device(model))
     logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
     sums = []
     for row, window in zip(logits, ids, strict=True):

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from armor_recipes.calibration.inputs import Batch
+from armor_recipes.calibration.inputs import Batch, leading
 from armor_recipes.compute import is_out_of_memory
 from armor_recipes.errors import PlanError
 from armor_recipes.model.blocks import Stack, Stacks
 from armor_recipes.model.calls import CALL_ERRORS, REPLAY_TOLERANCE, LayerCall, hidden_states, relative_difference
 from armor_recipes.model.hooks import Hooks
 from armor_recipes.model.padding import NO_PADDING, Padding, has_masks, padding_of, reads_of
-from armor_recipes.model.replay import StopForwardError, batches_of, feed_alike
+from armor_recipes.model.replay import COLLECTING_NOTHING, Collecting, StopForwardError, batches_of, feed_alike
 from armor_recipes.model.views import dense_view, shared_names
 
 
@@ -77,16 +77,19 @@ class PassStream:
         for batch, (calls, _) in zip(self.batches, self._watched(block), strict=True):
             yield padding_of(batch, self._reads, calls[0]) if calls else NO_PADDING
 
-    def observe(self, block: int) -> None:
+    def observe(self, block: int, collecting: Collecting = COLLECTING_NOTHING) -> None:
         """A pass of every batch for the hooks' sake, as far as the last call of the block or of one that uses its weights."""
-        wanted = (block, *self._uses(block))
+        wanted, first = (block, *self._uses(block)), 0
         with self._hooks:
             for index in wanted:
                 self._hooks.before(self._stacks.block(index), self._pad)
             for batch, counts in enumerate(self._counts):
+                collecting.begin(first)
                 self._pass(batch, Counter({index: counts[index] for index in wanted}))
+                collecting.add(collecting.seen())
+                first += len(leading(self.batches[batch]))
 
-    def advance(self, block: int) -> None:
+    def advance(self, block: int, collecting: Collecting | None = None) -> None:
         """Nothing: the next pass begins anew."""
 
     def _watched(self, block: int) -> Iterator[tuple[tuple[LayerCall, ...], tuple[Tensor, ...]]]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import TOKENS, Batch, arguments, batched, some_of
 from armor_recipes.compute import drawn_alike, is_out_of_memory
+from armor_recipes.compute.threads import in_order
 from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.model.blocks import Stack
 from armor_recipes.model.calls import CALL_ERRORS, REPLAY_TOLERANCE, LayerCall, hidden_states, relative_difference
@@ -23,6 +26,7 @@ from armor_recipes.model.padding import NO_PADDING, Padding, padding_of, reads_o
 
 __all__ = ["Activations", "LayerCall", "Stream", "capture_stream", "feed", "feed_alike", "hidden_states", "on_device"]
 
+R = TypeVar("R")
 #: In the place of hidden states that are not kept.
 _NOTHING = torch.empty(0)
 #: In the place of one that has none.
@@ -35,6 +39,35 @@ class StopForwardError(Exception):
     """Raised by a hook once what is asked for is in hand; never leaves this room."""
 
 
+class Collecting(Protocol):
+    """What hooks see while batches pass a block, several of them at once, each in a thread."""
+
+    def begin(self, first: int) -> None:
+        """In the thread in which a batch is about to pass: the number of its first window."""
+
+    def seen(self) -> Any:
+        """In the same thread, once the batch has passed: what was seen of it."""
+
+    def add(self, seen: Any) -> None:
+        """Take what was seen of the next batch, in their order."""
+
+
+class CollectingNothing:
+    """For passes without hooks."""
+
+    def begin(self, first: int) -> None:
+        """Nothing."""
+
+    def seen(self) -> None:
+        """Nothing."""
+
+    def add(self, seen: Any) -> None:
+        """Nothing."""
+
+
+COLLECTING_NOTHING = CollectingNothing()
+
+
 class Activations(Protocol):
     """What one calibration set brings to the blocks of a stack, in one model."""
 
@@ -44,7 +77,7 @@ class Activations(Protocol):
 
     @property
     def padding(self) -> Padding:
-        """Of the batch that is passing."""
+        """Of the batch that is passing in this thread."""
 
     def uses(self, block: int) -> Iterator[tuple[LayerCall, ...]]:
         """For each batch the calls of a block: one, unless the model calls it several times."""
@@ -55,10 +88,10 @@ class Activations(Protocol):
     def paddings(self, block: int) -> Iterator[Padding]:
         """For each batch its padding at a block."""
 
-    def observe(self, block: int) -> None:
+    def observe(self, block: int, collecting: Collecting = COLLECTING_NOTHING) -> None:
         """Run a block on every batch for its hooks' sake."""
 
-    def advance(self, block: int) -> None:
+    def advance(self, block: int, collecting: Collecting = COLLECTING_NOTHING) -> None:
         """Go on to the next block."""
 
 
@@ -71,7 +104,6 @@ class Stream:
     Attributes:
         batches: what the model was called with.
         hidden: activations of each batch at the door of the next block, `(B, L, H)`.
-        padding: of the batch that is passing.
         passes: of the whole model, of which there are none.
     """
 
@@ -87,7 +119,7 @@ class Stream:
         self._calls = [[replace(call, hidden=_NOTHING) for call in batch] for batch in calls]
         self._stack = stack
         self._paddings = paddings or [NO_PADDING] * len(calls)
-        self.padding = NO_PADDING
+        self._here = threading.local()
         self.batches = tuple(batches)
         self.hidden = [batch[0].hidden for batch in calls]
 
@@ -110,23 +142,38 @@ class Stream:
         """Of each batch."""
         yield from self._paddings
 
-    def run(self, block: int) -> Iterator[Tensor]:
-        """Run a block on every batch; yields its outputs and leaves the stream where it is."""
-        for batch, padding in enumerate(self._paddings):
-            self.padding = padding
-            yield self.call(block, batch).run(self._stack.block(block))
+    @property
+    def padding(self) -> Padding:
+        """Of the batch that is passing in this thread."""
+        found: Padding = getattr(self._here, "padding", NO_PADDING)
+        return found
 
-    def observe(self, block: int) -> None:
+    def observe(self, block: int, collecting: Collecting = COLLECTING_NOTHING) -> None:
         """Run a block on every batch for its hooks' sake."""
-        for _ in self.run(block):
+        for _ in self._run(block, collecting, lambda _: None):
             pass
 
-    def advance(self, block: int) -> None:
+    def advance(self, block: int, collecting: Collecting = COLLECTING_NOTHING) -> None:
         """Replace the activations by a block's outputs. Raises NumericalError where those of a token are not finite."""
-        for index, output in enumerate(self.run(block)):
-            if not all(map(is_finite, self.padding.pieces(output))):
+        for index, output in enumerate(self._run(block, collecting, lambda output: output)):
+            if not all(map(is_finite, self._paddings[index].pieces(output))):
                 raise self._broken(block, index)
             self.hidden[index] = output
+
+    def _run(self, block: int, collecting: Collecting, of: Callable[[Tensor], R]) -> Iterator[R]:
+        """Run a block on every batch, several at once on a CPU; yields what is asked of its outputs, in order."""
+        firsts = [0, *accumulate(len(hidden) for hidden in self.hidden)]
+
+        def passed(batch: int) -> tuple[R, Any]:
+            self._here.padding = self._paddings[batch]
+            collecting.begin(firsts[batch])
+            output = self.call(block, batch).run(self._stack.block(block))
+            return of(output), collecting.seen()
+
+        on_cpu = self.hidden[0].device.type == "cpu"
+        for output, seen in in_order(passed, range(len(self.hidden)), on_cpu=on_cpu):
+            collecting.add(seen)
+            yield output
 
     def _broken(self, block: int, batch: int) -> NumericalError:
         module = self._stack.block(block)

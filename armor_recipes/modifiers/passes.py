@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from armor_recipes.compute.threads import at_once, one_thread, one_thread_each, results_in_order
 from armor_recipes.errors import NumericalError
 from armor_recipes.modifiers.kinds.refiner import RefineTask, UnitOutput
-from armor_recipes.modifiers.threads import one_thread, one_thread_each, results_in_order
 
 
 class Measure(Protocol):
@@ -200,7 +200,7 @@ def passes_of(task: RefineTask, parameters: Sequence[nn.Parameter], measure: Mea
 
     Where the block is left by an error or interrupt, passes under way end at their next half.
     """
-    workers = torch.get_num_threads() if parameters[0].device.type == "cpu" else 1
+    workers = at_once() if parameters[0].device.type == "cpu" else 1
     with one_thread_each(workers) as pool:
         found = Passes(task, parameters, measure, pool, workers)
         try:

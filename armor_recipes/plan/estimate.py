@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from armor_recipes.compute.threads import at_once, one_thread
 from armor_recipes.model.facts import model_facts
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.modifiers.base import KnowsItsSize, Settles
 from armor_recipes.modifiers.kinds.contract import calibration_tokens
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.refiner import RefinePlan
-from armor_recipes.modifiers.threads import one_thread
 from armor_recipes.plan.memory import peak_bytes, vocabulary, weight_bytes
 from armor_recipes.plan.plan import Plan
 from armor_recipes.plan.sets import CalibrationSets
@@ -109,7 +109,7 @@ def estimate_run(
     work = _work(plan, sets, found, measured)
     work["measuring"] = _measuring(plan, modifiers, sets, found)
     work["ends"] = _ENDS + _ENDS_BYTE * weight_bytes(model)
-    cpu, threads = sum(work.values()), torch.get_num_threads()
+    cpu, threads = sum(work.values()), at_once()
     return RunEstimate(
         peak_bytes=peak_bytes(plan, recipe, model, modifiers, beside=found.beside),
         seconds=round(cpu / threads, 1),

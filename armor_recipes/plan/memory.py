@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from armor_recipes.compute import give_back
+from armor_recipes.compute.threads import at_once
 from armor_recipes.model.experts import expert_of
 from armor_recipes.model.facts import model_facts
 from armor_recipes.modifiers import AnyModifier
@@ -95,7 +96,7 @@ def _going_back(
     plan: Plan, modifiers: Mapping[str, AnyModifier[Any]], sets: CalibrationSets, widths: _Widths
 ) -> Iterator[int]:
     """Passes through the model and back, as many at once as a CPU has threads: for gradients, and for what is not settled."""
-    threads = torch.get_num_threads()
+    threads = at_once()
     for spec in sets.back:
         batches = -(-calibration_tokens(spec) // (spec.batch_size * spec.sequence_length))
         yield min(threads, batches) * widths.kept(spec.batch_size * spec.sequence_length)
@@ -106,8 +107,8 @@ def _going_back(
         rows = [row for row in plan.modules if row.modifier == key]
         changes = _CHANGE * sum(row.d_out * row.d_in for row in rows)
         added = _VALUE * spec.sequence_length * sum(row.d_out for row in rows)
-        at_once = min(threads, modifier.unsettled.windows)
-        passes = at_once * (widths.kept(spec.sequence_length) + added)
+        together = min(threads, modifier.unsettled.windows)
+        passes = together * (widths.kept(spec.sequence_length) + added)
         yield changes + max(passes, bytes_at_once([row.peak_bytes for row in rows]))
 
 
@@ -132,7 +133,7 @@ def _results(plan: Plan) -> int:
 
 def bytes_at_once(solves: Sequence[int]) -> int:
     """Working memory of one layer's solves: of the largest, as many as a CPU solves at once."""
-    return sum(sorted(solves, reverse=True)[: torch.get_num_threads()])
+    return sum(sorted(solves, reverse=True)[: at_once()])
 
 
 def _with_parts(row: Row) -> int:

@@ -20,6 +20,7 @@ from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, staged, tried
 from armor_recipes.checkpoint.writer import carry_over, file_hashes, tensor_hashes, write_beside, write_checkpoint
 from armor_recipes.compute import plain_torch
+from armor_recipes.compute.threads import side_by_side
 from armor_recipes.errors import InputError, RecipeError, ResourceError
 from armor_recipes.events import Observer, PhaseStarted, ignore_events
 from armor_recipes.exhaustion import what_ran_out
@@ -240,6 +241,7 @@ class _Run:
             rounded(loaded, dtypes)
         return cls(job, loaded, ready, output, watch, dtypes, journal, model is not None, brought=brought, room=room)
 
+    @side_by_side()
     def compute(self) -> Facts:
         """Everything that takes long."""
         job = self.job

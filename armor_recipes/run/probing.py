@@ -21,6 +21,7 @@ from armor_recipes.calibration.inputs import TOKENS, Batch, leading
 from armor_recipes.calibration.random_inputs import draw
 from armor_recipes.calibration.text import is_soon_read
 from armor_recipes.compute import give_back, plain_torch
+from armor_recipes.compute.threads import one_thread
 from armor_recipes.evaluation.perplexity import fitting_batch
 from armor_recipes.model.blocks import Stacks, find_stacks
 from armor_recipes.model.calls import LayerCall
@@ -35,7 +36,6 @@ from armor_recipes.modifiers.kinds.refiner import (
     model_task,
     products_of,
 )
-from armor_recipes.modifiers.threads import one_thread
 from armor_recipes.plan import Rates, RunEstimate
 from armor_recipes.plan.estimate import by_entry, kind_of, product_rates, statistic_seconds
 from armor_recipes.run.planning import Job, estimated

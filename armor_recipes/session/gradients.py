@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import Batch
+from armor_recipes.compute.threads import in_order
 from armor_recipes.errors import NumericalError
 from armor_recipes.events import PhaseStarted
 from armor_recipes.model.calls import LayerCall
@@ -20,7 +21,6 @@ from armor_recipes.model.views import frozen, view
 from armor_recipes.modifiers.kinds.contract import BlockContext, Row, Share, located
 from armor_recipes.modifiers.kinds.experts import minimum_tokens
 from armor_recipes.modifiers.seeding import module_seed
-from armor_recipes.modifiers.threads import one_thread_each
 from armor_recipes.recipe.schema import CalibrationSpec, MoeSpec
 
 #: Tokens whose probabilities are taken at once: the vocabulary is large.
@@ -125,8 +125,8 @@ def output_gradients(
         generator = torch.Generator().manual_seed(module_seed(seed, f"labels of batch {index}"))
         return GradientPass(model, doors, names, batches[index], generator)
 
-    with frozen(model), one_thread_each(min(torch.get_num_threads(), len(batches)) if on_cpu else 1) as workers:
-        for found in workers.map(run, range(len(batches))):
+    with frozen(model):
+        for found in in_order(run, range(len(batches)), on_cpu=on_cpu):
             for name in names:
                 rows[name] += found.rows[name]
                 if name in found.sums:

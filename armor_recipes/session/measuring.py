@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import Batch
 from armor_recipes.calibration.statistics import InputSecondMoment
+from armor_recipes.compute.threads import in_order as each_in_order
 from armor_recipes.errors import NumericalError, PlanError
 from armor_recipes.model.blocks import find_stacks
 from armor_recipes.model.calls import LayerCall
@@ -28,9 +27,9 @@ from armor_recipes.model.views import frozen, view
 from armor_recipes.modifiers.base import ModuleShape, WithGradients
 from armor_recipes.modifiers.kinds.pool import in_order
 from armor_recipes.modifiers.seeding import module_seed
-from armor_recipes.modifiers.threads import one_thread_each
 from armor_recipes.session.gradients import GradientPass, output_gradients
 
+T = TypeVar("T")
 #: Rows from which on an expert's cost is its own; below it is the mean of the layer's experts.
 ENOUGH_ROWS = 256
 #: Dtype in which changes wait for their pass: all of them are there at once.
@@ -97,12 +96,9 @@ class _Network:
         """Of the model."""
         return next(self.model.parameters()).device
 
-    @contextmanager
-    def at_once(self) -> Iterator[Executor]:
-        """As many batches as torch has threads on a CPU; else one."""
-        workers = min(torch.get_num_threads(), len(self.batches)) if self.device.type == "cpu" else 1
-        with one_thread_each(workers) as pool:
-            yield pool
+    def of_each(self, function: Callable[[int], T]) -> Iterator[T]:
+        """What a function gives for the number of each batch, in order."""
+        return each_in_order(function, range(len(self.batches)), on_cpu=self.device.type == "cpu")
 
 
 def _changes(network: _Network, trials: Sequence[Trial], seed: int) -> dict[str, Tensor]:
@@ -129,7 +125,8 @@ def _statistics(network: _Network, trials: Sequence[Trial]) -> dict[str, InputSe
     totals = {trial.name: InputSecondMoment(trial.name, trial.shape.d_in) for trial in trials}
     copied = [user for users in network.users.values() for user in users]
 
-    def run(batch: Batch) -> dict[str, InputSecondMoment]:
+    def run(index: int) -> dict[str, InputSecondMoment]:
+        batch = network.batches[index]
         found = {trial.name: InputSecondMoment(trial.name, trial.shape.d_in) for trial in trials}
         seen = view(network.model, {}, copied=copied)
         for name, statistic in found.items():
@@ -144,10 +141,9 @@ def _statistics(network: _Network, trials: Sequence[Trial]) -> dict[str, InputSe
             )
         return found
 
-    with network.at_once() as workers:
-        for found in workers.map(run, network.batches):
-            for name, statistic in found.items():
-                totals[name].merge(statistic)
+    for found in network.of_each(run):
+        for name, statistic in found.items():
+            totals[name].merge(statistic)
     return totals
 
 
@@ -160,8 +156,8 @@ def _costs(network: _Network, changes: Mapping[str, Tensor], seed: int) -> tuple
         return _CostPass(network.model, network.doors, users, network.batches[index], generator, changes)
 
     sums, rows, tokens = dict.fromkeys(network.users, 0.0), dict.fromkeys(network.users, 0), 0
-    with frozen(network.model), network.at_once() as workers:
-        for found in workers.map(run, range(len(network.batches))):
+    with frozen(network.model):
+        for found in network.of_each(run):
             tokens += found.tokens
             for name in users:
                 sums[name] += found.costs.get(name, 0.0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from armor_recipes.model.experts import every_expert
 from armor_recipes.model.hooks import Hooks, feeding
 from armor_recipes.model.passes import PassStream
 from armor_recipes.model.replay import Activations, StackProbe, open_stream, probe_stack
+from armor_recipes.modifiers.base import Tap
 from armor_recipes.modifiers.kinds.changes import StepResult
 from armor_recipes.modifiers.kinds.contract import BlockContext, Original, Share, Statistics, StreamKey
 from armor_recipes.recipe.schema import CalibrationSpec
@@ -131,15 +134,65 @@ def observe(
     """
     every = any(share.every_expert for share in shares)  # those that read one stream share their calibration
     with every_expert(context.module, wanted=every), context.hooks:
-        collected = {share.entry.key: _statistics(share, context, stream) for share in shares}
+        feeds = _Feeds()
+        collected = {share.entry.key: _statistics(share, context, stream, feeds) for share in shares}
         if advance and not (shares and isinstance(stream, PassStream)):
-            stream.advance(context.index)
+            stream.advance(context.index, feeds)
         elif shares:
-            stream.observe(context.index)
+            stream.observe(context.index, feeds)
     return collected
 
 
-def _statistics(share: Share, context: BlockContext, stream: Activations) -> Statistics:
+class _Feeds:
+    """Statistics that hooks feed while several batches pass: each batch has parts of its own, which are added in their order,
+    so that no bit depends on how many pass at once.
+    """
+
+    def __init__(self) -> None:
+        self._totals: list[Any] = []
+        self._makers: list[Callable[..., Any]] = []
+        self._here = threading.local()
+
+    def of(self, make: Callable[..., Any]) -> tuple[Any, _Feed]:
+        """A statistic that `make` gives, and what feeds its part of the batch that passes, made by `make(first window)`."""
+        self._totals.append(make())
+        self._makers.append(make)
+        return self._totals[-1], _Feed(self, len(self._totals) - 1)
+
+    def part(self, place: int) -> Any:
+        """The part of the batch that passes in this thread."""
+        if place not in self._here.parts:
+            self._here.parts[place] = self._makers[place](self._here.first)
+        return self._here.parts[place]
+
+    def begin(self, first: int) -> None:
+        """A batch whose first window has this number passes in this thread."""
+        self._here.first, self._here.parts = first, {}
+
+    def seen(self) -> dict[int, Any]:
+        """Its parts."""
+        parts: dict[int, Any] = self._here.parts
+        return parts
+
+    def add(self, seen: dict[int, Any]) -> None:
+        """Merge the parts of the next batch."""
+        for place, part in seen.items():
+            self._totals[place].merge(part)
+
+
+@dataclass(frozen=True, slots=True)
+class _Feed:
+    """What hooks feed in the place of a statistic."""
+
+    feeds: _Feeds
+    place: int
+
+    def update(self, x: Tensor) -> None:
+        """Take rows of the batch that passes in this thread."""
+        self.feeds.part(self.place).update(x)
+
+
+def _statistics(share: Share, context: BlockContext, stream: Activations, feeds: _Feeds) -> Statistics:
     """A statistic for each module, one for all that read the same input, with hooks that feed it wherever its weight is used."""
 
     def pieces(x: Tensor) -> Iterator[Tensor]:
@@ -150,11 +203,15 @@ def _statistics(share: Share, context: BlockContext, stream: Activations) -> Sta
     for shape in (shape for row in share.rows for shape in row.observed):
         source = context.fed_with(shape.name, share), share.modifier.alike(shape)
         if source not in found:
-            found[source] = context.statistic(share, shape)
+            found[source], feed = feeds.of(partial(context.statistic, share, shape))
             for module in dict.fromkeys(map(context.model.get_submodule, context.users(shape.name))):
-                context.hooks.before(module, feeding(found[source], shape.name, pieces))
+                context.hooks.before(module, feeding(feed, shape.name, pieces))
         statistics[shape.name] = found[source]
     for tap in (tap for row in share.rows for tap in row.taps):
-        statistics[tap.name] = share.modifier.listen(tap)
-        feed_tap(context.hooks, context.model.get_submodule(tap.module), tap, statistics[tap.name], pieces)
+        statistics[tap.name], feed = feeds.of(partial(_listening, share, tap))
+        feed_tap(context.hooks, context.model.get_submodule(tap.module), tap, feed, pieces)
     return statistics
+
+
+def _listening(share: Share, tap: Tap, _: int = 0) -> Any:
+    return share.modifier.listen(tap)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
+from armor_recipes.compute.threads import at_once
 
 #: Entries of S below which starting another thread costs more than it saves.
 _WORTH_A_THREAD = 1 << 16
@@ -30,11 +30,11 @@ def compiled(name: str, *, pointers: int, integers: int) -> Callable[..., None] 
 
 
 def over_blocks(run: Callable[[int, int], None], blocks: int, entries: int) -> None:
-    """Call `run(first, end)` for shares of independent blocks, in `torch.get_num_threads()` threads at most.
+    """Call `run(first, end)` for shares of independent blocks, in as many threads as there is work to be done at once.
 
     `entries` are those of all blocks: few of them are not worth a thread.
     """
-    threads = max(1, min(torch.get_num_threads(), blocks, entries // _WORTH_A_THREAD))
+    threads = max(1, min(at_once(), blocks, entries // _WORTH_A_THREAD))
     if threads == 1:
         run(0, blocks)
         return

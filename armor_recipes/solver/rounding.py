@@ -159,7 +159,7 @@ def _native() -> Callable[..., None] | None:
 
 
 def _pass_native(work: RoundingPass) -> None:
-    """Hand the blocks to the compiled form, split over `torch.get_num_threads()` threads."""
+    """Hand the blocks to the compiled form, split over threads."""
     function = _native()
     if function is None:
         raise RuntimeError("the compiled pass of rounding needs its extension")

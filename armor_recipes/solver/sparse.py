@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from armor_recipes.compute import check_tensors
+from armor_recipes.compute.threads import at_once
 from armor_recipes.solver.compiled import compiled
 
 _TILE, _PANEL = 64, 64  # of native/product.c
@@ -71,7 +72,7 @@ class SparseMatrix:
         (tokens, columns), rows = x.shape, self.shape[0]
         y = x.new_empty(tokens, rows)
         tiles = -(-tokens // _TILE)
-        threads = max(1, min(torch.get_num_threads(), tiles))
+        threads = max(1, min(at_once(), tiles))
         bounds = [min(tokens, tiles * part // threads * _TILE) for part in range(threads + 1)]
         scratch = x.new_empty(threads, (_PANEL + rows) * _TILE)
 

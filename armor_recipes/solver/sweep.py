@@ -171,7 +171,7 @@ def _native_sweep() -> Callable[..., None] | None:
 
 
 def _sweep_native(problem: SweepProblem, inverses: Tensor | None) -> None:
-    """Hand the blocks to the compiled kernel, split over `torch.get_num_threads()` threads."""
+    """Hand the blocks to the compiled kernel, split over threads."""
     function = _native_sweep()
     if function is None or inverses is None:
         raise RuntimeError("the compiled sweep needs its extension, and groups of at most 8 entries")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from armor_recipes.compute.threads import one_thread_each, results_in_order
 from armor_recipes.errors import NumericalError
 from armor_recipes.modifiers import RefineTask, UnitOutput
 from armor_recipes.modifiers.passes import Passes, passes_of
-from armor_recipes.modifiers.threads import one_thread_each, results_in_order
 
 ALL = slice(None)
 SOON = 20.0  # seconds that a test waits for what comes at once, before it fails

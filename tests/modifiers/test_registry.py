@@ -51,6 +51,10 @@ class RowCount:
         self.tokens += x.flatten(0, -2).shape[0]
         self.largest = max(self.largest, float(x.abs().max()))
 
+    def merge(self, other: RowCount) -> None:
+        self.tokens += other.tokens
+        self.largest = max(self.largest, other.largest)
+
 
 class ToyModifier(Modifier[ToyConfig]):
     """What somebody writes who follows the check-list."""

@@ -379,14 +379,14 @@ class BlockContext:
         """What the model is called with, on its device."""
         return [on_device(batch, self.model) for batch in self.tokens[spec].batches(spec.batch_size)]
 
-    def statistic(self, share: Share, shape: ModuleShape) -> Statistic:
-        """A new accumulator of the share's modifier, which knows where the windows to come are from."""
+    def statistic(self, share: Share, shape: ModuleShape, first: int = 0) -> Statistic:
+        """A new accumulator of the share's modifier, which knows where the windows from the number `first` on are from."""
         spec = share.entry.config.calibration
         assert spec is not None
         made: Any = share.modifier
         statistic: Statistic = made.statistic(shape)
         if isinstance(statistic, KnowsOrigins):
-            statistic.expect(self.tokens[spec].origins)
+            statistic.expect(self.tokens[spec].origins, first)
         return statistic
 
     def told(self, name: str) -> SolveProgress:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from armor_recipes.compute.threads import at_once, one_thread_each
 from armor_recipes.modifiers.base import SolveProgress
-from armor_recipes.modifiers.threads import one_thread_each
 
 T = TypeVar("T")
 #: A job is given what wraps its progress, so that it can be stopped at its next report.
@@ -27,7 +27,7 @@ def in_order(jobs: Sequence[Job[T]], device: torch.device) -> Iterator[T]:
     On a CPU a solve is made of small products that gain little from a second thread; bits are the same either way. Results come up
     to the first job that fails, in whatever order they do; then the error of the first in order.
     """
-    workers = min(torch.get_num_threads(), len(jobs)) if device.type == "cpu" else 1
+    workers = min(at_once(), len(jobs)) if device.type == "cpu" else 1
     stop = _Stop()
     if workers <= 1:
         yield from (job(stop.at_reports) for job in jobs)

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
+#: Pieces of work at once where torch computes on one thread. A worker of a pool has a context of its own, and so none.
+_pieces: ContextVar[int] = ContextVar("pieces", default=0)
+
+
+def at_once() -> int:
+    """How many pieces of work to compute at once: as many as torch has threads, or had before `side_by_side`."""
+    return _pieces.get() or torch.get_num_threads()
+
+
+@contextmanager
+def side_by_side() -> Iterator[None]:
+    """Compute on one thread, and as many pieces of work at once as torch had threads.
+
+    For all whose bits are kept: those of products, of sums and of the ends of loops over a tensor depend on the number of threads.
+    """
+    with _one_thread(at_once()):
+        yield
 
 
 @contextmanager
@@ -34,13 +52,40 @@ def one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread here: for sums over a tensor, whose bits depend on the number of threads."""
-    threads = torch.get_num_threads()
+    """Compute on one thread here, one piece at a time: for sums over a tensor, and to measure what a piece takes."""
+    with _one_thread(0):
+        yield
+
+
+@contextmanager
+def _one_thread(pieces: int) -> Iterator[None]:
+    threads, token = torch.get_num_threads(), _pieces.set(pieces)
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        _pieces.reset(token)
+
+
+def in_order(function: Callable[[T], R], items: Sequence[T], *, on_cpu: bool) -> Iterator[R]:
+    """What the function gives for each item, in order: several at once on a CPU, each on one thread.
+
+    Gradients are on or off in it as they are here. An error is raised in its turn, the first in order.
+    """
+    if not on_cpu:
+        yield from map(function, items)
+        return
+    grad = torch.is_grad_enabled()  # of this thread alone
+
+    def run(item: T) -> R:
+        with torch.set_grad_enabled(grad):
+            return function(item)
+
+    workers = max(1, min(at_once(), len(items)))
+    with one_thread_each(workers) as pool:
+        # One more than there are workers: whoever is done first need not wait until those before it are taken.
+        yield from results_in_order(pool, run, items, at_once=workers + 1)
 
 
 def results_in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], *, at_once: int) -> Iterator[R]:
