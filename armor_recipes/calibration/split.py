@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -57,6 +58,12 @@ class SplitGram:
         self._pairs, self._dense = CrossGram(name, d_in), InputGram(name, d_in)
         self._lock = threading.Lock()
         self._found: GramMoments | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def expect(self, origins: Sequence[int], first: int = 0) -> None:
         """The number of its dataset for each window of the calibration, in order; they come again from the first after the last.

@@ -14,10 +14,7 @@ from armor_recipes.cli.guard import run_command
 from armor_recipes.errors import RecipeError
 
 if TYPE_CHECKING:
-    from armor_recipes.run import Job
-
-if TYPE_CHECKING:
-    from armor_recipes.run import Job
+    from armor_recipes.run import Job, Result
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -74,9 +71,10 @@ def apply_command(
 ) -> None:
     """Prune a language model as RECIPE says, and write a checkpoint that loads in transformers."""
     from armor_recipes.cli.quiet import quiet_libraries
-    from armor_recipes.cli.tables import result_json, summary, warning_lines
+    from armor_recipes.cli.tables import warning_lines
     from armor_recipes.cli.view import progress_view
-    from armor_recipes.run import execute, prepare
+    from armor_recipes.compute.ranks import joined
+    from armor_recipes.run import execute, follow, prepare
     from armor_recipes.run.job import read_recipe
     from armor_recipes.run.recipe_lock import lock_file, read_lock
     from armor_recipes.run.report_file import check_report_file, write_report
@@ -94,16 +92,26 @@ def apply_command(
     if plan:
         _print_plan(job, out, err, as_json=as_json, probe=probe, quiet=quiet)
         return
-    if report is not None:
-        check_report_file(report)
-    for note in (*job.plan.notes, *warning_lines(job.plan)) if not quiet else ():
-        err.print(note, markup=False)
-    with progress_view(err, quiet=quiet) as view:
-        result = execute(job, overwrite=overwrite, lock=lock, fresh=fresh, observer=view)
-    if result.promise and not quiet:
-        err.print(result.promise, markup=False, soft_wrap=True)
-    if report is not None:
-        write_report(report, result.report, output=result.output)
+    with joined() as here:
+        if here.rank:
+            follow(job)
+            return
+        if report is not None:
+            check_report_file(report)
+        for note in (*job.plan.notes, *warning_lines(job.plan)) if not quiet else ():
+            err.print(note, markup=False)
+        with progress_view(err, quiet=quiet) as view:
+            result = execute(job, overwrite=overwrite, lock=lock, fresh=fresh, observer=view)
+        if result.promise and not quiet:
+            err.print(result.promise, markup=False, soft_wrap=True)
+        if report is not None:
+            write_report(report, result.report, output=result.output)
+    _print_result(result, out, as_json=as_json, quiet=quiet)
+
+
+def _print_result(result: Result, out: Console, *, as_json: bool, quiet: bool) -> None:
+    from armor_recipes.cli.tables import result_json, summary
+
     if as_json:
         print(json.dumps(result_json(result), indent=2))
     elif not quiet:

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from armor_recipes.compute.ranks import in_turn, share
+
 T = TypeVar("T")
 R = TypeVar("R")
 #: Pieces of work at once where torch computes on one thread. A worker of a pool has a context of its own, and so none.
@@ -69,12 +71,13 @@ def _one_thread(pieces: int) -> Iterator[None]:
 
 
 def in_order(function: Callable[[T], R], items: Sequence[T], *, on_cpu: bool) -> Iterator[R]:
-    """What the function gives for each item, in order: several at once on a CPU, each on one thread.
+    """What the function gives for each item, in order: several at once on a CPU, each on one thread; ranks share them out.
 
     Gradients are on or off in it as they are here. An error is raised in its turn, the first in order.
     """
+    own = share(items)
     if not on_cpu:
-        yield from map(function, items)
+        yield from in_turn(map(function, own), len(items))
         return
     grad = torch.is_grad_enabled()  # of this thread alone
 
@@ -82,10 +85,10 @@ def in_order(function: Callable[[T], R], items: Sequence[T], *, on_cpu: bool) ->
         with torch.set_grad_enabled(grad):
             return function(item)
 
-    workers = max(1, min(at_once(), len(items)))
+    workers = max(1, min(at_once(), len(own)))
     with one_thread_each(workers) as pool:
         # One more than there are workers: whoever is done first need not wait until those before it are taken.
-        yield from results_in_order(pool, run, items, at_once=workers + 1)
+        yield from in_turn(results_in_order(pool, run, own, at_once=workers + 1), len(items))
 
 
 def results_in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], *, at_once: int) -> Iterator[R]:

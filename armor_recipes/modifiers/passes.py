@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from armor_recipes.compute.ranks import in_turn, share
 from armor_recipes.compute.threads import at_once, one_thread, one_thread_each, results_in_order
 from armor_recipes.errors import NumericalError
 from armor_recipes.modifiers.kinds.refiner import RefineTask, UnitOutput
@@ -88,15 +89,17 @@ class Passes:
         Workers that are left idle make targets of the batches that are coming, which no step changes: as many as are idle while
         the last parts are computed, so that they take no more memory than a busy worker would.
         """
-        parts, later = self._parts(batches), self._parts(coming)
+        count, parts, later = len(self._parts(batches)), share(self._parts(batches)), share(self._parts(coming))
         # One more than there are workers: whoever is done first need not wait until those before it are taken.
-        found = results_in_order(self.pool, self._gradient, self._and_ahead(parts, later), at_once=self.workers + 1)
+        own = results_in_order(self.pool, self._gradient, self._and_ahead(parts, later), at_once=self.workers + 1)
+        found = in_turn(own, count)
         for batch in batches:
             yield _batch_gradient(islice(found, len(self._parts([batch]))))
 
     def losses(self, batches: Sequence[int]) -> list[float]:
         """Of each batch, without gradients. Raises NumericalError where one is not finite."""
-        found = self.pool.map(self._value, self._parts(batches))
+        parts = self._parts(batches)
+        found = in_turn(self.pool.map(self._value, share(parts)), len(parts))
         return [_batch_loss(list(islice(found, len(self._parts([batch]))))) for batch in batches]
 
     def stop(self) -> None:

@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import Batch, arguments
 from armor_recipes.calibration.random_inputs import draw
+from armor_recipes.checkpoint.companions import Companions
 from armor_recipes.checkpoint.config import version_of
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_header, write_whole
 from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, staged, tried
 from armor_recipes.checkpoint.writer import carry_over, file_hashes, tensor_hashes, write_beside, write_checkpoint
 from armor_recipes.compute import plain_torch
+from armor_recipes.compute.ranks import agree, alone, first
 from armor_recipes.compute.threads import side_by_side
 from armor_recipes.errors import InputError, RecipeError, ResourceError
 from armor_recipes.events import Observer, PhaseStarted, ignore_events
@@ -34,9 +36,11 @@ from armor_recipes.modifiers import config_types
 from armor_recipes.modifiers.kinds.changes import Changes
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
+from armor_recipes.report.licence import Licence
 from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, skipped_rows, state_hash
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.checks import check_output, check_weights, placed, precious_paths
+from armor_recipes.run.data import Data
 from armor_recipes.run.evaluating import check_quality, measured
 from armor_recipes.run.given import given_changes, run_as_stored
 from armor_recipes.run.planning import Job, estimated, prepare
@@ -44,11 +48,12 @@ from armor_recipes.run.preflight import Ready, check_disk, preflight
 from armor_recipes.run.recipe_lock import Lock, locked_facts, read_lock
 from armor_recipes.run.refusals import resource_errors
 from armor_recipes.run.result import Result
-from armor_recipes.run.resuming import begin, complete, hash_tensors, in_place, journaled, resumed_row
+from armor_recipes.run.resuming import begin, check_alike, complete, hash_tensors, in_place, journaled, resumed_row
 from armor_recipes.run.settling import Measured, is_settled, settled
 from armor_recipes.run.verify import verify_reloaded
 from armor_recipes.session import Session
 from armor_recipes.session.journal import FileJournal, Journal
+from armor_recipes.session.shared import SharedJournal
 from armor_recipes.solver.sweep import sweep_form
 
 #: Tokens of a sample that outputs are compared on where a recipe calibrates on none.
@@ -172,6 +177,8 @@ def execute(
         ready = preflight(job, model, tokenizer, target, watch, writes=there is None)
         if lock is not None:
             lock.check(locked_facts(job, ready.data))
+        check_alike(job)
+        first(lambda: ready.data)
         job = replace(job, estimate=estimated(job, tokens=sum(measure.tokens for measure in ready.data.measures)))
         room = stack.enter_context(tried(target)) if job.recipe.is_theirs else None
         run = _Run.start(job, model, ready, target, watch, room, journal)
@@ -187,6 +194,18 @@ def execute(
         report=report,
         promise=None if lock is None else lock.finish(output),
     )
+
+
+@plain_torch()
+def follow(job: Job) -> None:
+    """Take part in a run that rank 0 executes: compute a share of it, and write nothing. Raises ArmorError."""
+    with resource_errors():
+        check_alike(job)
+        ready = Ready(None, first(lambda: Data({})), Licence(), Companions({}), 0)
+        run = _Run.start(job, None, ready, Path(), Stopwatch(ignore_events), None, Journal())
+        agree({"model": state_hash(run.model, run.dtypes, job.source.stored_dtype)})
+        with side_by_side():
+            run.compress()
 
 
 @dataclass(slots=True)
@@ -228,8 +247,9 @@ class _Run:
         watch.phase("load weights")
         if model is None:
             loaded = load_model(job.source, device=job.device)
-            # The files of a hub model may have come only now, onto the same disk.
-            check_disk(output.parent, ready.nbytes, ready.journal)
+            if ready.nbytes:  # else this process writes nothing
+                # The files of a hub model may have come only now, onto the same disk.
+                check_disk(output.parent, ready.nbytes, ready.journal)
         else:
             loaded = placed(model, job.source, job.device)
         linearise(loaded, job.plan.forms)
@@ -246,9 +266,10 @@ class _Run:
         """Everything that takes long."""
         job = self.job
         source_hash = state_hash(self.model, self.dtypes, job.source.stored_dtype)
+        agree({"model": source_hash})
         begin(self.journal, job, self.ready.data, self.model, source_hash, self.watch)
         with ExitStack() as stack:
-            with run_as_stored(self.model, {} if self.brought is None else self.brought.quantized):
+            with run_as_stored(self.model, {} if self.brought is None else self.brought.quantized), alone():
                 measures = measured(self.ready.data.measures, self.model, self.watch, self.output, self.journal)
                 measured_again = stack.enter_context(measures)
             session = None
@@ -256,7 +277,8 @@ class _Run:
                 session = self.compress()
             else:
                 self.take_whole(self.room / "result")
-            evaluations = measured_again(self.model)
+            with alone():
+                evaluations = measured_again(self.model)
         return Facts(
             recipe=self.job.recipe,
             plan=self.job.plan,
@@ -274,17 +296,18 @@ class _Run:
 
     def compress(self) -> Session:
         """Run a session to its end; it holds the results."""
+        journal = SharedJournal(self.journal)
         if self.job.recipe.steps:
             self.take_steps()
         untie(self.model, self.job.plan.untied)
         if not is_settled(self.job):
             self.watch.phase("measure")
             self.job, self.measured = settled(self.job, self.model, self.ready.data.tokens, self.watch.observer)
-            self.journal.same("plan as settled", self.job.plan.sha256)
+            journal.same("plan as settled", self.job.plan.sha256)
         job, teacher = self.job, None
         if job.teacher is not None:
             teacher = load_teacher(job.teacher, self.model, job.plan.forms)
-            self.journal.same("teacher", hash_tensors(teacher))
+            journal.same("teacher", hash_tensors(teacher))
         self.watch.phase("compress")
         with Session(
             job.recipe,
@@ -297,7 +320,7 @@ class _Run:
             observer=self.watch.observer,
             brought=self.brought,
             teacher=teacher,
-            journal=self.journal,
+            journal=journal,
         ) as session:
             session.run()
         return session
@@ -451,4 +474,4 @@ class _Run:
         return draw(random_inputs(self.job.shapes, length), 1, torch.Generator().manual_seed(0))
 
 
-__all__ = ["Job", "apply", "builtin_recipe_dir", "execute", "prepare", "read_recipe"]
+__all__ = ["Job", "apply", "builtin_recipe_dir", "execute", "follow", "prepare", "read_recipe"]

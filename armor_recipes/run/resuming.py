@@ -16,6 +16,7 @@ from armor_recipes.calibration.inputs import hash_inputs
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.journal import journal_folder
 from armor_recipes.checkpoint.verify import verify
+from armor_recipes.compute.ranks import agree, ranks
 from armor_recipes.errors import ArmorError, RecipeError, ResourceError
 from armor_recipes.events import PhaseStarted
 from armor_recipes.modifiers.kinds.module import ModulePlan
@@ -147,22 +148,39 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return hash_inputs(tensors)
 
 
+def check_alike(job: Job) -> None:
+    """Raise RecipeError where one process alone can do the job, or those that do it together are not alike."""
+    if ranks().size > 1 and (job.recipe.steps or job.device.type != "cpu"):
+        what = "modifiers of llm-compressor" if job.recipe.steps else f"--device {job.device}"
+        raise RecipeError(
+            f"a run with {what} takes one process, and this is one of {ranks().size}: start it without torchrun"
+        )
+    agree(_of_all(job))
+
+
+def _of_all(job: Job) -> dict[str, str]:
+    """What the bytes of a run rest on besides model and data, by name."""
+    return {
+        "recipe": job.recipe.hash(),
+        "plan": job.plan.sha256,
+        **{f"version of {name}": value for name, value in versions().items()},
+        "version of python": platform.python_version(),
+        "device": job.device.type,
+        **{f"machine.{name}": _short(value) for name, value in machine_class(job.device.type).items()},
+    }
+
+
 def _of(job: Job, data: Data, model: nn.Module, source_sha256: str) -> dict[str, Any]:
     """All that the bytes of a run rest on, by name, as short as it can be told."""
     buffers = {name: value for name, value in model.named_buffers() if value is not None}
     return {
-        "recipe": job.recipe.hash(),
-        "plan": job.plan.sha256,
+        **_of_all(job),
         "model": source_sha256,
         "model.config": _hash(job.source.config.to_dict()),
         "model.buffers": hash_tensors(buffers),
         "model.dtypes": f"{job.source.stored_dtype}, computed in {job.source.compute_dtype}",
         **{f"tokens of {', '.join(used_by(job.recipe, spec))}": found.sha256 for spec, found in data.tokens.items()},
         **{f"data of evaluation.{measure.name}": measure.sha256 for measure in data.measures},
-        **{f"version of {name}": value for name, value in versions().items()},
-        "version of python": platform.python_version(),
-        "device": job.device.type,
-        **{f"machine.{name}": _short(value) for name, value in machine_class(job.device.type).items()},
     }
 
 
@@ -174,4 +192,4 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-__all__ = ["begin", "complete", "hash_tensors", "in_place", "journaled", "resumed_row"]
+__all__ = ["begin", "check_alike", "complete", "hash_tensors", "in_place", "journaled", "resumed_row"]

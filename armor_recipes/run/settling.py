@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import Batch, InputSet, hash_groups
 from armor_recipes.compute import plain_torch
+from armor_recipes.compute.ranks import first
 from armor_recipes.events import Observer, PhaseStarted
 from armor_recipes.integrations.models import (
     attention_of,
@@ -140,13 +141,13 @@ def _measured(asked: _Asked, tokens: Mapping[CalibrationSpec, InputSet], observe
     assert spec is not None, "what is measured is calibrated"
     windows = _windows(tokens[spec], asked.unsettled.windows)
     of = asked.of(windows)
-    costs, wrong = kept_costs(of, [shape.name for shape in asked.shapes])
+    costs, wrong = first(lambda: kept_costs(of, [shape.name for shape in asked.shapes]))
     if costs is not None:
         return Measured(key, len(windows), costs, kept=True, seconds=time.perf_counter() - started)
     if wrong:
         observer(PhaseStarted(wrong))
     costs = asked.costs(windows)
-    not_kept = keep_costs(of, costs)
+    not_kept = first(partial(keep_costs, of, costs))
     notes = tuple(text for text in (wrong, not_kept) if text)
     return Measured(key, len(windows), costs, kept=False, seconds=time.perf_counter() - started, notes=notes)
 

@@ -121,16 +121,17 @@ def output_gradients(
     sums: dict[str, Tensor] = {}
     rows = dict.fromkeys(names, 0)
 
-    def run(index: int) -> GradientPass:
+    def run(index: int) -> tuple[dict[str, int], dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(module_seed(seed, f"labels of batch {index}"))
-        return GradientPass(model, doors, names, batches[index], generator)
+        found = GradientPass(model, doors, names, batches[index], generator)
+        return found.rows, found.sums
 
     with frozen(model):
-        for found in in_order(run, range(len(batches)), on_cpu=on_cpu):
+        for counts, found in in_order(run, range(len(batches)), on_cpu=on_cpu):
             for name in names:
-                rows[name] += found.rows[name]
-                if name in found.sums:
-                    sums[name] = sums[name] + found.sums[name] if name in sums else found.sums[name]
+                rows[name] += counts[name]
+                if name in found:
+                    sums[name] = sums[name] + found[name] if name in sums else found[name]
     return OutputGradients(sums, rows)
 
 

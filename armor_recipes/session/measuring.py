@@ -151,17 +151,18 @@ def _costs(network: _Network, changes: Mapping[str, Tensor], seed: int) -> tuple
     """Cost and number of rows of each module; no cost where no row reaches it."""
     users = {name: network.users[name] for name in changes}
 
-    def run(index: int) -> _CostPass:
+    def run(index: int) -> tuple[int, dict[str, float], dict[str, int]]:
         generator = torch.Generator().manual_seed(module_seed(seed, f"labels of batch {index}"))
-        return _CostPass(network.model, network.doors, users, network.batches[index], generator, changes)
+        found = _CostPass(network.model, network.doors, users, network.batches[index], generator, changes)
+        return found.tokens, found.costs, found.rows
 
     sums, rows, tokens = dict.fromkeys(network.users, 0.0), dict.fromkeys(network.users, 0), 0
     with frozen(network.model):
-        for found in network.of_each(run):
-            tokens += found.tokens
+        for counted, costs, reached in network.of_each(run):
+            tokens += counted
             for name in users:
-                sums[name] += found.costs.get(name, 0.0)
-                rows[name] += found.rows[name]
+                sums[name] += costs.get(name, 0.0)
+                rows[name] += reached[name]
     return {name: 0.5 * total / max(tokens, 1) for name, total in sums.items()}, rows
 
 

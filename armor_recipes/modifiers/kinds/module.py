@@ -260,9 +260,9 @@ class Solving(Kind):
         tasks = [task for work in worked for task in work.tasks]
         flops = {row.name: row.flops for share in unit.shares for row in share.rows}
         solved: list[_Solved] = []
-        for found in in_order(
-            [partial(_solve, task, context) for task in tasks], next(context.model.parameters()).device
-        ):
+        costs = [sum(flops[shape.name] for shape in task.shapes) for task in tasks]
+        device = next(context.model.parameters()).device
+        for found in in_order([partial(_solve, task, context) for task in tasks], device, costs):
             for one in found:
                 share, result = context.progress(flops[one.result.name]), one.result
                 context.observer(

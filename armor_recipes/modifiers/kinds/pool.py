@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from armor_recipes.compute.ranks import by_cost, each, ranks
 from armor_recipes.compute.threads import at_once, one_thread_each
 from armor_recipes.modifiers.base import SolveProgress
 
@@ -21,8 +22,26 @@ class _StoppedError(Exception):
     """Ends the other jobs once one of them failed or the run was interrupted."""
 
 
-def in_order(jobs: Sequence[Job[T]], device: torch.device) -> Iterator[T]:
+def in_order(jobs: Sequence[Job[T]], device: torch.device, costs: Sequence[float] = ()) -> Iterator[T]:
     """What the jobs give, in order; on a CPU as many at once as torch has threads, each on one thread.
+
+    Ranks share them out by their costs, and have all results only when all have theirs: on several, what the jobs cost decides
+    who does them, and the first rank's error is raised where several fail.
+    """
+    if ranks().size == 1:
+        yield from _side_by_side(jobs, device)
+        return
+    places = by_cost(costs or [1.0] * len(jobs))
+    own = [jobs[place] for place in places[ranks().rank]]
+    found = each(lambda: list(_side_by_side(own, device)))
+    results = {
+        place: one for taken, rank in zip(places, found, strict=True) for place, one in zip(taken, rank, strict=True)
+    }
+    yield from (results[place] for place in range(len(jobs)))
+
+
+def _side_by_side(jobs: Sequence[Job[T]], device: torch.device) -> Iterator[T]:
+    """The jobs of this process.
 
     On a CPU a solve is made of small products that gain little from a second thread; bits are the same either way. Results come up
     to the first job that fails, in whatever order they do; then the error of the first in order.
