@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from armor_recipes.compute import give_back
+from armor_recipes.compute.ranks import ranks
 from armor_recipes.events import Observer, PhaseStarted
 from armor_recipes.modifiers.kinds.changes import ModuleResult
 from armor_recipes.plan import RunEstimate
@@ -87,6 +88,7 @@ class Stopwatch:
             "size_before_bytes": None if source is None else weight_bytes(source),
             "size_after_bytes": weight_bytes(folder),
             "threads": torch.get_num_threads(),
+            "processes": ranks().size,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "platform": platform.platform(),
         }
