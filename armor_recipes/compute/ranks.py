@@ -128,10 +128,14 @@ def joined() -> Iterator[Ranks]:
         _ranks.reset(token)
 
 
+def leads() -> bool:
+    """Whether this process is rank 0."""
+    return _ranks.get().rank == 0
+
+
 def first(make: Callable[[], T]) -> T:
     """What `make` gives on rank 0, which alone calls it."""
-    here = _ranks.get()
-    found: T = here.gather(make() if here.rank == 0 else None)[0]
+    found: T = _ranks.get().gather(make() if leads() else None)[0]
     return found
 
 

@@ -131,11 +131,13 @@ class Measure(ABC, Generic[SpecT]):
     """One thing that is measured of a model: a file of this folder, a line in `MEASURES`, and a key of `evaluation`.
 
     `name` is that key, and `spec_type` what it may say. A measure that `keeps` something of the dense model gets a folder for it.
+    `together` says that it shares its samples out among the processes of a run (`in_order`); else one of them takes it.
     """
 
     name: ClassVar[str]
     spec_type: ClassVar[type[Strict]]
     keeps: ClassVar[bool] = False
+    together: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

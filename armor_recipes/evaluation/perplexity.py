@@ -82,6 +82,7 @@ class PerplexityMeasure(Measure[PerplexitySpec]):
     """Perplexity on windows of held-out text."""
 
     name: ClassVar[str] = "perplexity"
+    together: ClassVar[bool] = True
     spec_type: ClassVar[type[Strict]] = PerplexitySpec
     windows: InputSet
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from armor_recipes.checkpoint.staging import tried
+from armor_recipes.compute.ranks import alone, first, leads
 from armor_recipes.errors import CheckpointError, NumericalError, QualityError
 from armor_recipes.evaluation import Evaluation, Measure, Measured, Perplexity, Room, asked
 from armor_recipes.evaluation.records import from_record, to_record
@@ -47,17 +48,20 @@ def measured(measures: Measures, model: nn.Module, watch: Stopwatch, output: Pat
         return
     with ExitStack() as stack:
         folder = output
-        if any(measure.keeps for measure in measures):
+        if any(measure.keeps for measure in measures) and leads():
             folder = journal.folder if isinstance(journal, FileJournal) else stack.enter_context(tried(output))
         watch.phase("evaluate before")
         rooms = [_room(measure, folder, watch.observer) for measure in measures]
         pairs = list(zip(measures, rooms, strict=True))
-        before = [_found(measure.name, partial(measure.before, model, room), model, journal) for measure, room in pairs]
+        before = [
+            _found(measure.name, measure, partial(measure.before, model, room), model, journal)
+            for measure, room in pairs
+        ]
 
         def again(changed: nn.Module) -> tuple[Evaluation, ...]:
             watch.phase("evaluate after")
             after: list[Any] = [
-                _found(f"{measure.name} after", partial(measure.after, changed, room), changed, journal)
+                _found(f"{measure.name} after", measure, partial(measure.after, changed, room), changed, journal)
                 for measure, room in pairs
             ]
             return tuple(Evaluation(one.name, *both) for one, *both in zip(measures, before, after, strict=True))
@@ -65,17 +69,31 @@ def measured(measures: Measures, model: nn.Module, watch: Stopwatch, output: Pat
         yield again
 
 
-def _found(name: str, take: Callable[[], Measured | None], model: nn.Module, journal: Journal) -> Measured | None:
-    """As it is recorded under that name, else measured and recorded."""
-    if not isinstance(journal, FileJournal):
-        return taken(take, model)
-    found = journal.evaluation(name)
+def _found(
+    name: str, measure: Measure[Any], take: Callable[[], Measured | None], model: nn.Module, journal: Journal
+) -> Measured | None:
+    """As it is recorded under that name, else measured and recorded; the journal is rank 0's."""
+    own = journal if isinstance(journal, FileJournal) else None
+    found = first(lambda: None if own is None else own.evaluation(name))
     if found is not None:
-        return recorded(found, journal.folder)
-    there = set(journal.folder.iterdir())
-    measured = taken(take, model)
-    journal.record_evaluation(name, to_record(measured), sorted({*journal.folder.iterdir()} - there))
+        return recorded(found, Path() if own is None else own.folder)
+    there = set(own.folder.iterdir()) if own else set()
+    measured = _taken(measure, take, model)
+    if own is not None:
+        own.record_evaluation(name, to_record(measured), sorted({*own.folder.iterdir()} - there))
     return measured
+
+
+def _taken(measure: Measure[Any], take: Callable[[], T], model: nn.Module) -> T:
+    """What is measured: by all processes of the run together, or by rank 0, which tells the others."""
+    if measure.together:
+        return taken(take, model)
+
+    def by_one() -> T:
+        with alone():
+            return taken(take, model)
+
+    return first(by_one)
 
 
 def recorded(record: Mapping[str, Any], folder: Path) -> Measured | None:

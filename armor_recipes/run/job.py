@@ -21,7 +21,7 @@ from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, staged, tried
 from armor_recipes.checkpoint.writer import carry_over, file_hashes, tensor_hashes, write_beside, write_checkpoint
 from armor_recipes.compute import plain_torch
-from armor_recipes.compute.ranks import agree, alone, first
+from armor_recipes.compute.ranks import agree, first
 from armor_recipes.compute.threads import side_by_side
 from armor_recipes.errors import InputError, RecipeError, ResourceError
 from armor_recipes.events import Observer, PhaseStarted, ignore_events
@@ -203,9 +203,7 @@ def follow(job: Job) -> None:
         check_alike(job)
         ready = Ready(None, first(lambda: Data({})), Licence(), Companions({}), 0)
         run = _Run.start(job, None, ready, Path(), Stopwatch(ignore_events), None, Journal())
-        agree({"model": state_hash(run.model, run.dtypes, job.source.stored_dtype)})
-        with side_by_side():
-            run.compress()
+        run.compute()
 
 
 @dataclass(slots=True)
@@ -269,7 +267,7 @@ class _Run:
         agree({"model": source_hash})
         begin(self.journal, job, self.ready.data, self.model, source_hash, self.watch)
         with ExitStack() as stack:
-            with run_as_stored(self.model, {} if self.brought is None else self.brought.quantized), alone():
+            with run_as_stored(self.model, {} if self.brought is None else self.brought.quantized):
                 measures = measured(self.ready.data.measures, self.model, self.watch, self.output, self.journal)
                 measured_again = stack.enter_context(measures)
             session = None
@@ -277,8 +275,7 @@ class _Run:
                 session = self.compress()
             else:
                 self.take_whole(self.room / "result")
-            with alone():
-                evaluations = measured_again(self.model)
+            evaluations = measured_again(self.model)
         return Facts(
             recipe=self.job.recipe,
             plan=self.job.plan,
