@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,10 @@ R = TypeVar("R")
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: How long one waits for the others, which may solve a large module: that a process has ended is noticed without it.
 _PATIENCE = timedelta(days=7)
+#: How long one waits until all have come: those to come may still read their recipe and plan.
+_MEETING = timedelta(minutes=10)
+#: Where in gloo's source an error of it was raised.
+_PLACE = re.compile(r"^\[[^\]]*\] *")
 #: Tensors lie at multiples of so many bytes in a message.
 _ALIGNED = 64
 #: Seconds between looks whether a message has come; a signal is heard in between.
@@ -116,6 +121,8 @@ def joined() -> Iterator[Ranks]:
     try:
         store, rank, size = next(distributed.rendezvous("env://"))  # type: ignore[attr-defined]
         own = distributed.PrefixStore("armor-recipes", store)  # type: ignore[attr-defined]
+        own.set(f"rank {rank}", "is here")
+        own.wait([f"rank {other}" for other in range(size)], _MEETING)
         group = Group(rank, size, distributed.ProcessGroupGloo(own, rank, size, _PATIENCE))
     except (RuntimeError, ValueError) as error:
         place = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHED)
@@ -278,5 +285,5 @@ def _wait(begin: Callable[[], Any]) -> None:
             pause = min(2 * pause, _LAST_LOOK)
         work.wait()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = _PLACE.sub("", str(error)).partition(". This")[0]
         raise ResourceError(f"another process of this run has ended, and it cannot go on without ({reason})") from error

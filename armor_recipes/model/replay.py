@@ -284,8 +284,10 @@ def _shapes(sample: Batch) -> str:
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sample.items())
 
 
-def inputs_of(module: nn.Module, call: LayerCall, block: nn.Module, hooks: Hooks, *, once: bool) -> list[Tensor]:
-    """What a module inside a block (or the block) reads while the block runs `call`, a tensor for each time that it is called.
+def inputs_of(
+    modules: Sequence[nn.Module], call: LayerCall, block: nn.Module, hooks: Hooks, *, once: bool
+) -> list[Tensor]:
+    """What modules inside a block (or the block) read while the block runs `call`, a tensor for each time that one is called.
 
     With `once` the block is stopped there.
     """
@@ -297,7 +299,8 @@ def inputs_of(module: nn.Module, call: LayerCall, block: nn.Module, hooks: Hooks
             raise StopForwardError
 
     with hooks:
-        hooks.before(module, keep)
+        for module in modules:
+            hooks.before(module, keep)
         with suppress(StopForwardError):
             call.run(block)
     return seen

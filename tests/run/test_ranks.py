@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 from armor_recipes.compute import ranks
-from armor_recipes.compute.ranks import by_cost, each, in_turn, share
-from armor_recipes.errors import RecipeError
+from armor_recipes.compute.ranks import by_cost, each, in_turn, joined, share
+from armor_recipes.errors import RecipeError, ResourceError
 from armor_recipes.run.resuming import check_alike
 from tests.run.test_resume import RECIPES, write
 from tests.support.commands import LISTEN, Done, finished, surroundings
@@ -165,6 +166,16 @@ def test_what_takes_one_process_says_so() -> None:
     job = SimpleNamespace(recipe=SimpleNamespace(steps=("a step",)), device=torch.device("cpu"))
     with pretended(0, 2), pytest.raises(RecipeError, match="modifiers of llm-compressor takes one process"):
         check_alike(job)
+
+
+@pytest.mark.parametrize("wrong", [{"RANK": "first"}, {"MASTER_PORT": "none"}])
+def test_processes_that_do_not_meet_say_so(wrong: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in {**launched, **wrong}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "_MEETING", timedelta(seconds=0.5))
+    with pytest.raises(ResourceError, match=r"do not find each other .*WORLD_SIZE=2"), joined():
+        pass
 
 
 def test_a_message_brings_tensors_as_they_lie() -> None:

@@ -7,14 +7,17 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from armor_recipes.calibration.inputs import leading
 from armor_recipes.checkpoint.config import LayerSpec
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.quantized import Scheme
+from armor_recipes.compute.threads import in_order as each_in_order
 from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.events import ModuleFinished
 from armor_recipes.model.blocks import inner_name
@@ -22,6 +25,7 @@ from armor_recipes.model.calls import LayerCall
 from armor_recipes.model.experts import every_expert, in_parts
 from armor_recipes.model.hooks import Hooks
 from armor_recipes.model.replay import inputs_of
+from armor_recipes.model.views import view
 from armor_recipes.modifiers.base import (
     AnyModifier,
     C,
@@ -422,38 +426,53 @@ def _statistic(
 
 
 def _observe_pairs(share: Share, context: BlockContext) -> Any:
-    """What modules read on the compressed stream, with what the dense block's read on the same tokens beside it."""
-    name = share.rows[0].name
-    statistic: Any = context.statistic(share, share.rows[0].shape)
+    """What modules read on the compressed stream, with what the dense block's read on the same tokens beside it.
+
+    Several batches pass at once, and what was seen of each is added in their order.
+    """
+    name, shape = share.rows[0].name, share.rows[0].shape
+    statistic: Any = context.statistic(share, shape)
     original = context.original
     assert original is not None
     inner = inner_name(context.name, name)
-    module, twin = context.module.get_submodule(inner), original.block.get_submodule(inner)
     dense, compressed = original.calls[share.stream_key("dense")], context.stream(share, "compressed")
-    paddings = compressed.paddings(context.index)
-    once = False
-    for calls, now, padding in zip(dense, compressed.uses(context.index), paddings, strict=True):
-        with every_expert(original.block, context.module, wanted=share.every_expert):
-            wanted = _read_by(twin, calls, original.block, context.hooks, once=once)
-            found = _read_by(module, now, context.module, context.hooks, once=once)
+    paddings, index = compressed.paddings(context.index), context.index
+    batches = list(zip(dense, compressed.uses(index), paddings, strict=True))
+    firsts = [0, *accumulate(len(leading(batch)) for batch in compressed.batches)]
+
+    def passed(place: int, *, once: bool) -> tuple[Any, bool]:
+        calls, now, padding = batches[place]
+        wanted = _read_by(inner, calls, original.block, once=once)
+        found = _read_by(inner, now, context.module, once=once)
         if [x.shape for x in found] != [x.shape for x in wanted]:
             raise PlanError(
                 f"{share.entry.where}: {share.entry.name}: {name}: other tokens reach it than reach the dense model's module, so "
                 f"there is nothing to match; choose another `propagate` for it, or add {name!r} to `ignore` (experts: or set "
                 "`calibration.experts: all`)"
             )
+        part: Any = context.statistic(share, shape, firsts[place])
         for x, target in zip(found, wanted, strict=True):
             for kept in zip(padding.pieces(x), padding.pieces(target, x), strict=True):
                 for pair in in_parts(name, *kept):
-                    statistic.update(*pair)
-        once = len(calls) == len(found) == 1
+                    part.update(*pair)
+        return part, len(calls) == len(found) == 1
+
+    with every_expert(original.block, context.module, wanted=share.every_expert):
+        part, once = passed(0, once=False)
+        statistic.merge(part)
+        on_cpu = next(context.model.parameters()).device.type == "cpu"
+        for part, _ in each_in_order(partial(passed, once=once), range(1, len(batches)), on_cpu=on_cpu):
+            statistic.merge(part)
     return statistic
 
 
-def _read_by(
-    module: nn.Module, calls: Sequence[LayerCall], block: nn.Module, hooks: Hooks, *, once: bool
-) -> list[Tensor]:
-    return [x for call in calls for x in inputs_of(module, call, block, hooks, once=once)]
+def _read_by(inner: str, calls: Sequence[LayerCall], block: nn.Module, *, once: bool) -> list[Tensor]:
+    """What a module inside a block reads in calls of the block; in a view of it, so that threads do not see each other's."""
+    module = block.get_submodule(inner)
+    names = [name for name, other in block.named_modules(remove_duplicate=False) if other is module]
+    seen = view(block, {}, copied=[name for name in names if name])
+    modules = [seen.get_submodule(name) for name in names]
+    return [x for call in calls for x in inputs_of(modules, call, seen, Hooks(), once=once)]
 
 
 @torch.no_grad()
