@@ -201,7 +201,7 @@ def follow(job: Job) -> None:
     """Take part in a run that rank 0 executes: compute a share of it, and write nothing. Raises ArmorError."""
     with resource_errors():
         check_alike(job)
-        ready = Ready(None, first(lambda: Data({})), Licence(), Companions({}), 0)
+        ready = Ready(None, first(lambda: Data({})), Licence(), Companions({}), 0, 0)
         run = _Run.start(job, None, ready, Path(), Stopwatch(ignore_events), None, Journal())
         run.compute()
 
