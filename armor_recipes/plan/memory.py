@@ -20,6 +20,7 @@ from armor_recipes.plan.experts import expert_totals, held_bytes
 from armor_recipes.plan.plan import Plan
 from armor_recipes.plan.sets import CalibrationSets
 from armor_recipes.recipe import Recipe
+from armor_recipes.recipe.schema import CalibrationSpec
 
 #: Bytes of a value while computing on a CPU: float32.
 _VALUE = 4
@@ -48,9 +49,17 @@ def peak_bytes(
     return max(compressing, anonymous_bytes() + weight_bytes(model) + max(phases))
 
 
-def activation_bytes(recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModifier[Any]]) -> int:
-    """Of all activations at the door of a block that a run holds at once."""
-    return _VALUE * (model_facts(model).hidden_size or 0) * CalibrationSets.of(recipe, modifiers).held_tokens
+def activation_bytes(
+    recipe: Recipe,
+    model: nn.Module,
+    modifiers: Mapping[str, AnyModifier[Any]],
+    samples: Mapping[CalibrationSpec, int] | None = None,
+) -> int:
+    """Of all activations at the door of a block that a run holds at once, of so many samples where they were read."""
+    sets = CalibrationSets.of(recipe, modifiers)
+    read = samples or {}
+    tokens = sets.held_tokens if samples is None else sum(read.get(s, 0) * s.sequence_length for s, _ in sets.held)
+    return _VALUE * (model_facts(model).hidden_size or 0) * tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,6 @@ def preflight(
     watch.phase("preflight")
     refused = Refusals()
     licence, beside, usable, nbytes = Licence(), Companions({}), False, 0
-    journal = journal_bytes(job, output) if writes and model is None else 0
     with tried(output) as folder:
         with refused.noted():
             _try_model(job, model, folder)
@@ -107,10 +106,14 @@ def preflight(
             usable = True
         with refused.noted():
             nbytes = _bytes_of_tensors(job, model) if writes else 0
-            check_disk(folder.parent, nbytes, journal)  # what is small lies there now
+            check_disk(folder.parent, nbytes, 0)  # what is small lies there now
     watch.phase("tokenize")
     data = read_data(job.recipe, job.source, job.shapes, job.modifiers, tokenizer, refused) if usable else Data({})
     kept = sum(measure.dense_bytes(job.shapes) for measure in data.measures)
+    samples = {spec: len(found) for spec, found in data.tokens.items()}
+    journal = journal_bytes(job, output, samples) if writes and model is None else 0
+    if not refused:
+        check_disk(output.parent, nbytes, journal)
     with refused.noted():
         check_room(output.parent, kept, beside=nbytes + journal)
     if refused:

@@ -22,6 +22,7 @@ from armor_recipes.events import PhaseStarted
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.refiner import RefinePlan
 from armor_recipes.plan.memory import activation_bytes
+from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.report.machine import machine_class
 from armor_recipes.report.manifest import used_by, versions
 from armor_recipes.report.measure import Stopwatch
@@ -86,14 +87,16 @@ def complete(output: Path) -> Mapping[str, Any] | None:
     return None
 
 
-def journal_bytes(job: Job, output: Path) -> int:
+def journal_bytes(job: Job, output: Path, samples: Mapping[CalibrationSpec, int] | None = None) -> int:
     """What the journal of a run takes at most beside what is there of it: the changes of all steps; activations, and the state of a
     training, each twice while it is replaced. Without what evaluation keeps.
+
+    Activations are of as many samples as the recipe asks for, or of those that were read.
     """
     if job.recipe.steps:
         return 0
     trained = max((_trained(job, row) for row in job.plan.refinements), default=0)
-    replaced = activation_bytes(job.recipe, job.shapes, job.modifiers) + 4 * _STATES * trained
+    replaced = activation_bytes(job.recipe, job.shapes, job.modifiers, samples) + 4 * _STATES * trained
     folder = journal_folder(output)
     there = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
     return max(0, sum(_step_bytes(job)) + 2 * replaced - there)
