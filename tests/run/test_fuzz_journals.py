@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from armor_recipes.calibration.inputs import hash_inputs
 from armor_recipes.checkpoint.journal import RECORDS_FILE, JournalFiles, read_records
@@ -27,7 +25,7 @@ from armor_recipes.run.evaluating import recorded
 from armor_recipes.session import journal
 from armor_recipes.session.journal import FileJournal
 from tests.support.engine import ARMOR, recipe
-from tests.support.fuzz import Files, edit_json
+from tests.support.fuzz import Files, edit_json, every
 
 T = TypeVar("T")
 CPU, STAGE = torch.device("cpu"), "prune_stage"
@@ -191,15 +189,6 @@ def hash_of(tensor: torch.Tensor) -> str:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Stopped:
     return Stopped(tmp_path_factory.mktemp("stopped"), llama)
-
-
-def every(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def wrapped(test: Callable[..., None]) -> Callable[..., None]:
-        slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-        chances = st.randoms(use_true_random=False, note_method_calls=False)
-        return settings(max_examples=count, suppress_health_check=slow)(given(chance=chances)(test))
-
-    return wrapped
 
 
 def forged(made: Stopped, chance: Random) -> None:

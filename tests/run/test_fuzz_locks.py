@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from armor_recipes.checkpoint.diff import diff
 from armor_recipes.checkpoint.staging import check_destination
@@ -20,7 +18,7 @@ from armor_recipes.errors import ArmorError
 from armor_recipes.run import Job, apply
 from armor_recipes.run.recipe_lock import Lock, check_recipe, make_lock, read_lock
 from tests.support.engine import ATTENTION, make_job, recipe
-from tests.support.fuzz import damaged
+from tests.support.fuzz import damaged, every
 
 _FORBIDDEN = ("exec", "compile", "import", "os.system", "os.exec", "subprocess.Popen", "pickle.find_class")
 _HOSTILE = [
@@ -134,15 +132,6 @@ def edited(text: str, chance: Random) -> bytes:
         )
         lines[place : place + 1] = made or [""]
     return "\n".join(lines).encode("utf-8", "surrogatepass")
-
-
-def every(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def wrapped(test: Callable[..., None]) -> Callable[..., None]:
-        slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-        chances = st.randoms(use_true_random=False, note_method_calls=False)
-        return settings(max_examples=count, suppress_health_check=slow)(given(chance=chances)(test))
-
-    return wrapped
 
 
 def one_lock(made: Made, chance: Random) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -204,3 +206,14 @@ _JSON: list[_Tool] = [edit_json] * 12 + [_flip, _truncate, _extend, _overwrite, 
 _TENSORS: list[_Tool] = (
     [_flip] * 4 + [_header] * 4 + [_truncate, _extend, _overwrite, _overwrite, _length, _swap_places]
 )
+
+
+def every(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test with so many sources of chance, as its argument `chance`."""
+
+    def wrapped(test: Callable[..., None]) -> Callable[..., None]:
+        slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+        chances = st.randoms(use_true_random=False, note_method_calls=False)
+        return settings(max_examples=count, suppress_health_check=slow)(given(chance=chances)(test))
+
+    return wrapped
