@@ -110,7 +110,7 @@ def preflight(
     watch.phase("tokenize")
     data = read_data(job.recipe, job.source, job.shapes, job.modifiers, tokenizer, refused) if usable else Data({})
     kept = sum(measure.dense_bytes(job.shapes) for measure in data.measures)
-    samples = {spec: len(found) for spec, found in data.tokens.items()}
+    samples = {spec: len(found.origins) for spec, found in data.tokens.items()}
     journal = journal_bytes(job, output, samples) if writes and model is None else 0
     if not refused:
         check_disk(output.parent, nbytes, journal)
