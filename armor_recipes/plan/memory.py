@@ -27,6 +27,9 @@ _VALUE = 4
 #: Bytes that a pass keeps for its way back, for each number that a linear module reads or gives and for each logit: what was found,
 #: probabilities, the gradient. And of a change of a weight that waits for its measurement.
 _KEPT, _KEPT_LOGIT, _CHANGE = 6, 12, 2
+#: What a batch that passes a layer takes, in numbers that its linear modules read and give: what is around them, and what the
+#: allocator keeps for each thread. Measured on the embedded model.
+_AROUND = 1.5
 #: Values of logits of a batch of evaluation at most, and its windows and their tokens as a rule.
 _LOGITS_AT_MOST, _WINDOWS, _WINDOW = 1 << 26, 8, 512
 
@@ -95,9 +98,10 @@ def _evaluating(recipe: Recipe, plan: Plan, widths: _Widths) -> Iterator[int]:
 
 
 def _passing(plan: Plan, sets: CalibrationSets, widths: _Widths) -> int:
-    """A batch in one layer."""
-    layer = widths.linear // max(1, len(plan.layers))
-    return max((_VALUE * layer * spec.batch_size * spec.sequence_length for spec, _ in sets.held), default=0)
+    """Batches in one layer: one for each thread, and one whose statistics wait for their turn."""
+    layer, most = widths.linear // max(1, len(plan.layers)), at_once() + 1
+    tokens = (min(calibration_tokens(s), most * s.batch_size * s.sequence_length) for s, _ in sets.held)
+    return int(_AROUND * max((_VALUE * layer * count for count in tokens), default=0))
 
 
 def _going_back(
