@@ -152,7 +152,7 @@ def run_kernel(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, *, p
         x: `(..., I)` in bfloat16, float16 or float32, on the CPU.
         packed: with floats in one of these dtypes, which need not be x's; its core of any type.
         bias: `(O,)` in the dtype of the packed floats.
-        path: `scalar`, `avx2` or `avx512`; None takes the best. Where x and the floats are bfloat16, avx512 rounds `B x`: to bfloat16,
+        path: `scalar`, `avx2` or `avx512`; None takes the best. With x and floats in bfloat16, avx512 rounds `B x`: to bfloat16,
             for int8 cores to 16-bit integers, for int4 cores to 8 bits with a scale for each 64 columns.
 
     Raises:
