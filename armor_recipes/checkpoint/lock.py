@@ -17,6 +17,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,7 +108,7 @@ def _acquired(file: Path) -> int:
     """A descriptor of the file that has this name, with the lock on it and its owner's name in it."""
     for _ in range(_TRIES):
         with contextlib.suppress(FileNotFoundError):
-            file.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(file.parent)
             descriptor = _open(file)
             try:
                 _lock(file, descriptor)
@@ -123,6 +124,15 @@ def _acquired(file: Path) -> int:
                 raise
             os.close(descriptor)
     raise LockedError(f"other runs begin and end at {file} all the time: choose another output.path")
+
+
+def _make_folder(folder: Path) -> None:
+    """The folder, with its parents. Raises FileNotFoundError where one of them goes as it is made: the run that made it ended."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # it was there when it was made, and is gone, or something else has its name
+        if not stat.S_ISDIR(Path(error.filename).stat().st_mode):
+            raise
 
 
 def _open(file: Path) -> int:

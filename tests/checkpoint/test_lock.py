@@ -90,6 +90,22 @@ def test_never_two_at_once_though_the_file_comes_and_goes(tmp_path: Path) -> Non
     assert done[0] > 20
 
 
+def test_a_folder_that_goes_as_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run made it, and ends between the kernel's "it exists" and the look at it."""
+    make, left = Path.mkdir, [3]
+
+    def mkdir(self: Path, *args: int, **kwargs: bool) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self))
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with locked(tmp_path / "new" / "model"):
+        assert lock_file(tmp_path / "new" / "model").exists()
+    assert (left[0], list(tmp_path.iterdir())) == (0, [])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_is_another_run_and_keeps_nobody_out(tmp_path: Path) -> None:
     script = """
