@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from armor_recipes.checkpoint.quantized import QuantizedLinear, Scheme, packed_zero_point
+from armor_recipes.checkpoint.quantized import (
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    ActivationQuantizer,
+    QuantizedLinear,
+    Scheme,
+    packed_zero_point,
+    word,
+)
+from armor_recipes.runtime.dense import is_worth, suits_kernel
+from armor_recipes.runtime.kernel import run_dense_kernel
 from armor_recipes.runtime.linear import ArmorLinear
 
 _DENSE = "_armor_dequantized"
@@ -29,17 +40,18 @@ class PlainLinear(nn.Linear):
         return found.run(self, input)
 
 
-def run_plain(model: Any, dtype: torch.dtype) -> None:
+def run_plain(model: Any, dtype: torch.dtype, *, kernel: bool = False) -> None:
     """Let quantised layers that are no ARMOR layers compute in `dtype`, as compressed-tensors' own forward pass does.
 
     Its way is to decompress the whole model for good as it is first called. Here tensors stay as stored, so that a model
-    that is saved after it has run is the folder that it came from; each weight is made when its layer is first called.
+    that is saved after it has run is the folder that it came from; each weight is made when it is first needed. With `kernel`
+    8-bit integers are multiplied as stored, where they meet a few tokens in bfloat16 on a CPU that `run_dense_kernel` runs on.
     """
     layers = [module for module in model.modules() if _is_plain(module)]
     for module in layers:
         module.__class__ = PlainLinear
         module.__dict__.pop("forward", None)  # compressed-tensors'
-        module.__dict__[_DENSE] = _Dense(module, dtype)
+        module.__dict__[_DENSE] = _Dense(module, dtype, kernel=kernel)
     hook = vars(model).pop("ct_decompress_hook", None) if layers else None
     if hook is not None:
         hook.remove()
@@ -78,30 +90,61 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 class _Dense:
-    """A layer's weight in the dtype that it computes in, made on the device of its tensors."""
+    """A layer's weight in the dtype that it computes in, made on the device of its tensors when it is first needed."""
 
-    def __init__(self, module: Any, dtype: torch.dtype) -> None:
-        self.scheme = Scheme.of(module.quantization_scheme)
-        self.dtype = dtype
-        self._made: tuple[torch.device, Tensor, Any] | None = None
+    def __init__(self, module: Any, dtype: torch.dtype, *, kernel: bool) -> None:
+        self.scheme, self.dtype, self.kernel = Scheme.of(module.quantization_scheme), dtype, kernel
+        self._made: _Made | None = None
 
     def weight(self, module: nn.Module) -> Tensor:
         """The weight."""
-        return self._found(module)[1]
+        made = self._found(module)
+        if made.weight is None:
+            made.weight = made.layer.dequantize(self.dtype)
+        return made.weight
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         """X Wᵀ + b, with activations quantised as the scheme says."""
-        _, weight, quantizer = self._found(module)
-        before, after = (None, None) if quantizer is None else quantizer.hooks
+        made, bias = self._found(module), module._parameters["bias"]
+        before, after = (None, None) if made.quantizer is None else made.quantizer.hooks
         given = x if before is None else before(module, (x,))[0]
-        output = linear(given, weight, module._parameters["bias"])
+        if made.integers is not None and suits_kernel(given):
+            weight, scale = made.integers
+            output = run_dense_kernel(given, weight, bias, scale)
+        else:
+            output = linear(given, self.weight(module), bias)
         return output if after is None else after(module, (given,), output)
 
-    def _found(self, module: nn.Module) -> tuple[torch.device, Tensor, Any]:
+    def _found(self, module: nn.Module) -> _Made:
         tensors = {name: value.detach() for name, value in module.named_parameters(recurse=False) if name != "bias"}
         tensors |= dict(module.named_buffers(recurse=False))
         device = next(iter(tensors.values())).device
-        if self._made is None or self._made[0] != device:
+        if self._made is None or self._made.device != device:
             layer = QuantizedLinear(self.scheme, tensors)
-            self._made = device, layer.dequantize(self.dtype), layer.activations(self.dtype)
+            integers = _integers(layer) if self.kernel and self.dtype == torch.bfloat16 else None
+            self._made = _Made(device, layer, layer.activations(self.dtype), integers)
         return self._made
+
+
+@dataclass(slots=True)
+class _Made:
+    device: torch.device
+    layer: QuantizedLinear
+    quantizer: ActivationQuantizer | None
+    integers: tuple[Tensor, Tensor] | None
+    """Weight and scale for `run_dense_kernel`, where it takes them."""
+    weight: Tensor | None = None
+
+
+def _integers(layer: QuantizedLinear) -> tuple[Tensor, Tensor] | None:
+    """Symmetric 8-bit integers in the order of the columns and their scales, as `run_dense_kernel` takes them."""
+    args, tensors = layer.scheme.args.weights, layer.tensors
+    packed = layer.scheme.format == "pack-quantized"
+    weight, scale = tensors.get(WEIGHT_PACKED if packed else "weight"), tensors.get(WEIGHT_SCALE)
+    known = word(args.type) == "int" and args.num_bits == 8 and args.symmetric and "weight_g_idx" not in tensors
+    if weight is None or scale is None or not known or word(args.strategy) not in ("channel", "group"):
+        return None
+    columns = 4 * weight.shape[1] if packed else weight.shape[1]
+    whole = not packed or columns == int(tensors["weight_shape"][1])  # rows are packed 32 columns at a time
+    fits = whole and (scale.shape[1] == 1 or columns % (32 * scale.shape[1]) == 0)
+    return (weight, scale) if fits and is_worth(len(weight) * columns) else None

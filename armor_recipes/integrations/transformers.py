@@ -207,14 +207,15 @@ def load(
     except Exception as error:  # a wrong value in config.json raises whatever the architecture's code meets first
         raise CheckpointError(f"{folder}: transformers cannot load this model: {error}") from error
     own_memory(model)
-    run_plain(model, model.dtype)
+    ours = chosen.name in ("auto", "cpu")
+    run_plain(model, model.dtype, kernel=ours)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its signature
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ArmorLinear)}
     for name, layer in layers.items():
         layer.label, layer.backend = name, chosen.name
         layer.prepare()
-    if chosen.name in ("auto", "cpu"):
+    if ours:
         adopt_dense(model)
     warn_where_slower(layers)
     return model

@@ -1,4 +1,4 @@
-"""`DenseLinear`: a linear layer that stays dense, as the head does, by a kernel of our own for a few tokens."""
+"""Linear layers that stay dense, as the head does, by a kernel of our own for a few tokens."""
 
 from __future__ import annotations
 
@@ -22,12 +22,20 @@ class DenseLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Compute `(..., O)` from `input` `(..., I)`."""
         weight = self.weight
-        few = 0 < input.numel() <= _MOST_TOKENS * weight.shape[1]
-        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
-        ours = (
-            few and plain and input.dtype == weight.dtype == torch.bfloat16 and input.is_cpu and weight.is_contiguous()
-        )
-        return run_dense_kernel(input, weight, self.bias) if ours and has_dense() else super().forward(input)
+        ours = weight.dtype == torch.bfloat16 and weight.is_contiguous() and suits_kernel(input)
+        return run_dense_kernel(input, weight, self.bias) if ours else super().forward(input)
+
+
+def is_worth(weights: int) -> bool:
+    """Whether a layer of so many weights is large enough for the kernel."""
+    return weights >= _WORTH
+
+
+def suits_kernel(x: Tensor) -> bool:
+    """Whether `run_dense_kernel` takes x `(..., I)` here, and is faster than torch's product."""
+    few = 0 < x.numel() <= _MOST_TOKENS * x.shape[-1] and x.is_cpu and x.dtype == torch.bfloat16
+    plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+    return few and plain and has_dense()
 
 
 def adopt_dense(model: nn.Module) -> int:
@@ -38,7 +46,7 @@ def adopt_dense(model: nn.Module) -> int:
         if type(module) is nn.Linear
         and module.weight.is_cpu
         and module.weight.dtype == torch.bfloat16
-        and module.weight.numel() >= _WORTH
+        and is_worth(module.weight.numel())
     ]
     for module in found:
         module.__class__ = DenseLinear

@@ -114,8 +114,8 @@ class _Dense(ctypes.Structure):
     """`dense_t` of native/linear.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "w", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "parts", "next")),
+        *((name, ctypes.c_void_p) for name in ("x", "w", "scale", "bias", "y", "words")),
+        *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "groups", "flip", "parts", "next")),
     )
 
 
@@ -125,6 +125,7 @@ class _Library:
     run: Callable[..., None]
     unpack: Callable[..., None]
     dense: Callable[..., None]
+    words: Callable[..., None]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -241,31 +242,62 @@ def has_dense() -> bool:
     return kernel_available() and _chosen_path() == "avx512"
 
 
-def run_dense_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def run_dense_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """Compute `W x + bias` `(..., O)`, summed in float32 and rounded once; twice as fast as torch for one token.
+
+    Integers are multiplied exactly with x in 16-bit fixed point, a power of two for each token.
 
     Args:
         x: `(..., I)`, bfloat16, on the CPU.
-        weight: `(O, I)`, bfloat16, contiguous.
+        weight: `(O, I)`, contiguous, bfloat16, or integers for which there is a scale: int8, or as int32 `(O, I/4)`, in whose
+            bytes, lowest first, the integers are plus 128 (compressed-tensors' `pack-quantized`).
         bias: `(O,)`, bfloat16, or None.
+        scale: `(O, groups)`, bfloat16: what the integers of a group are times; several groups are of a multiple of 32 columns.
 
     Raises:
         TypeError: for anything else.
     """
-    rows, columns = weight.shape
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    known = all(tensor.dtype == torch.bfloat16 and tensor.is_cpu for tensor in tensors) and weight.is_contiguous()
-    if not known or x.shape[-1] != columns or (bias is not None and bias.shape != (rows,)):
+    bytes_each = {torch.bfloat16: 2, torch.int8: 1, torch.int32: 1}.get(weight.dtype, 2)
+    rows, columns = len(weight), weight.nbytes // bytes_each // max(1, len(weight))
+    if not _dense_runs(x, weight, bias, scale, columns):
+        tensors = [None if t is None else (tuple(t.shape), t.dtype, t.device.type) for t in (x, weight, bias, scale)]
         raise TypeError(
-            f"the dense kernel takes x (..., {columns}), a contiguous weight {tuple(weight.shape)} and a bias ({rows},), all "
-            f"bfloat16 on the CPU, got {[(tuple(tensor.shape), tensor.dtype, tensor.device.type) for tensor in tensors]}"
+            f"the dense kernel takes x (..., {columns}), a contiguous weight, a bias ({rows},) or None, all bfloat16 on the "
+            f"CPU; or an integer weight with a scale ({rows}, groups); got {tensors}"
         )
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], rows)
-    threads = _threads(rows, rows * columns, torch.get_num_threads())
-    places = (x.data_ptr(), weight.data_ptr(), None if bias is None else bias.contiguous().data_ptr(), y.data_ptr())
-    task = _Dense(*places, x.numel() // columns, rows, columns, _parts(rows, threads))
+    tokens, threads = x.numel() // columns, _threads(rows, rows * columns, torch.get_num_threads())
+    held = [x, weight, *(None if t is None else t.contiguous() for t in (scale, bias)), y]
+    places = [None if tensor is None else tensor.data_ptr() for tensor in held]
+    words = None if scale is None else _scratch(tokens * (-(-columns // 32) * 16 + 17))
+    groups, flip = 0 if scale is None else scale.shape[1], 128 if weight.dtype == torch.int32 else 0
+    sizes = (tokens, rows, columns, groups, flip, _parts(rows, threads))
+    task = _Dense(*places, None if words is None else words.data_ptr(), *sizes)
+    if words is not None:
+        _loaded().words(ctypes.byref(task))
     _run(_loaded().dense, task, threads)
     return y
+
+
+def _dense_runs(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, columns: int) -> bool:
+    rows, floats = len(weight), [x] if bias is None else [x, bias]
+    if scale is None:
+        floats.append(weight)
+        scaled = True
+    else:
+        floats.append(scale)
+        groups = scale.shape[1] if scale.dim() == 2 and len(scale) == rows else 0
+        scaled = weight.dtype != torch.bfloat16 and (groups == 1 or (groups > 1 and columns % (32 * groups) == 0))
+    return (
+        scaled
+        and weight.dim() == 2
+        and weight.dtype in (torch.bfloat16, torch.int8, torch.int32)
+        and weight.is_contiguous()
+        and weight.is_cpu
+        and all(tensor.dtype == torch.bfloat16 and tensor.is_cpu for tensor in floats)
+        and x.shape[-1] == columns > 0
+        and (bias is None or bias.shape == (rows,))
+    )
 
 
 def _contiguous(packed: PackedLinear) -> PackedLinear:
@@ -392,7 +424,7 @@ def _library() -> _Library | None:
     library = ctypes.CDLL(spec.origin)
     library.armor_paths.restype = ctypes.c_int64
     library.armor_paths.argtypes = []
-    functions = library.armor_run, library.armor_unpack, library.armor_dense
+    functions = library.armor_run, library.armor_unpack, library.armor_dense, library.armor_words
     for function in functions:
         function.restype = None
         function.argtypes = [ctypes.c_void_p]

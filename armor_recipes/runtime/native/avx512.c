@@ -297,12 +297,6 @@ AVX512_INLINE float largest(const job_t *job, int64_t token, int64_t column, int
     return _mm512_reduce_max_ps(most) + _mm512_reduce_add_ps(wrong);
 }
 
-/* The power of two that brings a magnitude below 2^15; 0 stays. */
-static float unit_of(float most) {
-    const uint32_t exponent = to_bits(most) >> 23;
-    return most == 0.0f ? 1.0f : from_bits((exponent > 15 ? exponent - 14 : 1) << 23);
-}
-
 __attribute__((target(FEATURES))) static void as_words(const job_t *job, int64_t token) {
     const int64_t tile = tile_of(job->tokens, token);
     uint16_t *x = (uint16_t *)(void *)integers(job) + place(job, token, wide(job), STRIP);

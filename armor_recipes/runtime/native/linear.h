@@ -60,13 +60,15 @@ typedef struct {
     atomic_int_fast64_t next;
 } unpack_t;
 
-/* A dense layer in bf16: rows in parts. */
+/* A dense layer: rows in parts. Integers have x in 16-bit fixed point, a power of two for each token, so that sums are exact. */
 typedef struct {
-    const uint8_t *x;    /* (tokens, columns) */
-    const uint8_t *w;    /* (rows, columns) */
-    const uint8_t *bias; /* (rows,), or NULL */
-    uint8_t *y;          /* (tokens, rows) */
-    int64_t tokens, rows, columns, parts;
+    const uint8_t *x;     /* (tokens, columns) in bf16 */
+    const uint8_t *w;     /* (rows, columns) in bf16, or bytes */
+    const uint8_t *scale; /* (rows, groups) in bf16: what the integers of a group, of whole strips, are times; NULL for bf16 */
+    const uint8_t *bias;  /* (rows,) in bf16, or NULL */
+    uint8_t *y;           /* (tokens, rows) in bf16 */
+    uint8_t *words;       /* tokens * (words_pitch(columns) + 4) bytes, for integers: x in fixed point; then the powers of two */
+    int64_t tokens, rows, columns, groups, flip, parts; /* flip: 128 where bytes hold integers plus 128, else 0 */
     atomic_int_fast64_t next;
 } dense_t;
 
@@ -92,6 +94,9 @@ typedef struct {
 } path_t;
 
 INLINE int64_t padded(int64_t columns) { return (columns + STRIP - 1) / STRIP * STRIP; }
+
+/* Bytes of a token's 16-bit x: a line more than it needs, so that the rows of powers of two do not share one set of the cache. */
+INLINE int64_t words_pitch(int64_t columns) { return 2 * (padded(columns) + STRIP); }
 
 /* Tokens go through the core in tiles of 8, and what is left of them in one each of 4, 2 and 1. */
 INLINE int64_t tile_of(int64_t tokens, int64_t token) {
@@ -130,6 +135,12 @@ INLINE uint32_t to_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
+}
+
+/* The power of two that brings a magnitude below 2^15; 0 stays. */
+INLINE float unit_of(float most) {
+    const uint32_t exponent = to_bits(most) >> 23;
+    return most == 0.0f ? 1.0f : from_bits((exponent > 15 ? exponent - 14 : 1) << 23);
 }
 
 INLINE float half_to_float(uint16_t half) {

@@ -8,6 +8,7 @@ int64_t armor_paths(void);
 void armor_run(task_t *task);
 void armor_unpack(unpack_t *task);
 void armor_dense(dense_t *task);
+void armor_words(const dense_t *task);
 
 static uint32_t state = 1;
 static int random_below(int most) { return (int)((state = state * 1664525u + 1013904223u) >> 8) % most; }
@@ -149,26 +150,41 @@ static int cores(const int64_t sizes[4], format_t floats, format_t activation, i
     return wrong;
 }
 
-/* A dense bf16 layer, rows in three parts. */
-static int dense(int64_t rows, int64_t columns, int64_t tokens) {
-    uint8_t *held[3], *y = malloc((size_t)(2 * tokens * rows));
-    dense_t task = {.y = y, .tokens = tokens, .rows = rows, .columns = columns, .parts = 3};
+/* Row r, column c of a dense layer's weight. */
+static float weight_of(const dense_t *task, int64_t r, int64_t c) {
+    const int64_t index = r * task->columns + c;
+    if (!task->scale) return load_number(task->w, index, BF16);
+    const float scale = load_number(task->scale, r * task->groups + c / (task->columns / task->groups), BF16);
+    return scale * (float)(int8_t)(task->w[index] ^ task->flip);
+}
+
+/* A dense layer, rows in three parts; of integers where it has groups. */
+static int dense(int64_t rows, int64_t columns, int64_t tokens, int64_t groups, int64_t flip) {
+    uint8_t *held[5], *y = malloc((size_t)(2 * tokens * rows));
+    dense_t task = {.y = y, .tokens = tokens, .rows = rows, .columns = columns, .groups = groups, .flip = flip, .parts = 3};
     task.x = integers(tokens * columns, BF16, -8, 8, &held[0]);
-    task.w = integers(rows * columns, BF16, -8, 8, &held[1]);
+    task.w = integers(rows * columns, groups ? INT8 : BF16, groups ? -128 : -8, groups ? 127 : 8, &held[1]);
     task.bias = integers(rows, BF16, -8, 8, &held[2]);
+    const uint8_t *scale = integers(rows * (groups ? groups : 1), BF16, -2, 2, &held[3]);
+    if (groups) {
+        task.scale = scale;
+        task.words = held[4] = malloc((size_t)(tokens * (words_pitch(columns) + 4)));
+        armor_words(&task);
+    } else
+        held[4] = NULL;
     armor_dense(&task);
     int wrong = 0;
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t r = 0; r < rows; r++) {
             float sum = load_number(task.bias, r, BF16);
-            for (int64_t c = 0; c < columns; c++)
-                sum += load_number(task.w, r * columns + c, BF16) * load_number(task.x, t * columns + c, BF16);
+            for (int64_t c = 0; c < columns; c++) sum += weight_of(&task, r, c) * load_number(task.x, t * columns + c, BF16);
             uint16_t found;
             memcpy(&found, y + 2 * (t * rows + r), 2);
             wrong |= found != float_to_bfloat(sum);
         }
-    if (wrong) printf("dense differs: %d tokens %d rows %d columns\n", (int)tokens, (int)rows, (int)columns);
-    for (int i = 0; i < 3; i++) free(held[i]);
+    if (wrong)
+        printf("dense differs: %d tokens %d rows %d columns %d groups\n", (int)tokens, (int)rows, (int)columns, (int)groups);
+    for (int i = 0; i < 5; i++) free(held[i]);
     free(y);
     return wrong;
 }
@@ -187,7 +203,10 @@ int main(void) {
     for (int64_t tokens = 1; tokens <= 2; tokens++)
         if (cores(wide, FP32, FP32, tokens, paths, &cases)) return 1;
     for (int64_t tokens = 1; tokens <= MOST_TOKENS && EMULATED_AVX512; tokens++)
-        if (dense(1, 1, tokens) || dense(7, 40, tokens) || dense(110, 97, tokens)) return 1;
+        if (dense(1, 1, tokens, 0, 0) || dense(7, 40, tokens, 0, 0) || dense(110, 97, tokens, 0, 0) || dense(1, 1, tokens, 1, 0) ||
+            dense(110, 97, tokens, 1, 0) || dense(9, 36, tokens, 1, 128) || dense(9, 192, tokens, 3, 128))
+            return 1;
+    if (EMULATED_AVX512 && dense(5, GROUPED_COLUMNS + 40, 1, 1, 0)) return 1;
     printf("%d cases agree\n", cases);
     return 0;
 }

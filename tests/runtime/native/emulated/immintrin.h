@@ -12,6 +12,7 @@ typedef uint16_t __m512i __attribute__((vector_size(64)));
 typedef uint16_t __m512bh __attribute__((vector_size(64)));
 typedef float __m512 __attribute__((vector_size(64)));
 typedef int32_t emulated_lanes __attribute__((vector_size(64)));
+typedef uint32_t emulated_unsigned_lanes __attribute__((vector_size(64)));
 typedef int32_t emulated_half __attribute__((vector_size(32)));
 typedef int8_t emulated_bytes __attribute__((vector_size(32)));
 typedef uint8_t emulated_unsigned __attribute__((vector_size(32)));
@@ -248,6 +249,43 @@ EMULATED __m128i _mm512_cvtsepi32_epi8(__m512i integers) {
     __m128i value;
     memcpy(&value, bytes, sizeof value);
     return value;
+}
+
+/* Of dense layers. */
+EMULATED __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void *from) {
+    return _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(mask, from));
+}
+
+EMULATED __m256i _mm256_maskz_loadu_epi8(__mmask32 mask, const void *from) {
+    __m256i value = {0};
+    for (int lane = 0; lane < 32; lane++)
+        if (mask >> lane & 1u) memcpy((char *)&value + lane, (const char *)from + lane, 1);
+    return value;
+}
+
+EMULATED __m256i _mm256_xor_si256(__m256i x, __m256i y) { return x ^ y; }
+EMULATED __m512i _mm512_and_si512(__m512i x, __m512i y) { return x & y; }
+EMULATED __m512i _mm512_setzero_si512(void) { return (__m512i){0}; }
+EMULATED __m512i _mm512_slli_epi32(__m512i x, int count) { return (__m512i)((emulated_unsigned_lanes)x << count); }
+
+EMULATED __m512i _mm512_cvtepi8_epi16(__m256i bytes) {
+    const emulated_bytes lanes = (emulated_bytes)bytes;
+    __m512i value;
+    for (int lane = 0; lane < 32; lane++) value[lane] = (uint16_t)lanes[lane];
+    return value;
+}
+
+EMULATED __m512i _mm512_cvtepu16_epi32(__m256i words) {
+    emulated_lanes value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = words[lane];
+    return (__m512i)value;
+}
+
+EMULATED int32_t _mm512_reduce_max_epi32(__m512i integers) {
+    const emulated_lanes lanes = (emulated_lanes)integers;
+    int32_t most = lanes[0];
+    for (int lane = 1; lane < 16; lane++) most = lanes[lane] > most ? lanes[lane] : most;
+    return most;
 }
 
 EMULATED void _mm256_storeu_si256(__m256i *to, __m256i value) { memcpy(to, &value, sizeof value); }
