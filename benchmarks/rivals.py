@@ -19,11 +19,12 @@ llama.cpp and transformers leave weights in the mapped file, which only `residen
 First each row is checked on a tiny Llama whose weights four bits hold exactly: the tokens that it generates in a batch, from a
 prompt and its own cache, must be the most likely ones, or nearly, by transformers in float32 (ours: by the backend `reference`).
 
-What differs, since the rivals do: the head is bf16 in ours, and has 8 bits in Q8_0, Q4_0, CTranslate2's int8 and OpenVINO's
-integers. A scale is of 64 columns in our int4 and OpenVINO's, of 32 in Q4_0. OpenVINO's f16 computes in bf16 where the processor
-can; it keeps keys and values in 8 bits and rounds activations of integer layers, which llama.cpp does, too. No rival has a product
-with 2:4 weights for CPUs without AMX: `plain 2:4` is ours without A and B, pruned by magnitude. llama.cpp is called from
-JavaScript; what that costs at most is measured with a model of one tiny layer, and told below the table.
+What differs, since the rivals do: the head has 8 bits in our integer rows, in Q8_0, Q4_0, CTranslate2's int8 and OpenVINO's
+integers; of a checkpoint given it is as it was. A scale is of 64 columns in our int4 and OpenVINO's, of 32 in Q4_0. OpenVINO's
+f16 computes in bf16 where the processor can; it keeps keys and values in 8 bits and rounds activations of integer layers, which
+llama.cpp does, too. No rival has a product with 2:4 weights for CPUs without AMX: `plain 2:4` is ours without A and B, pruned by
+magnitude. llama.cpp is called from JavaScript; what that costs at most is measured with a model of one tiny layer, and told below
+the table.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class Forms:
         if self.checkpoint is not None:
             return given_model(self.checkpoint, self.dense, self.work).cores[row.form]
         assert row.block is not None
-        return packed_model(self.dense.name, self.dense, row.block).cores[row.form]
+        return packed_model(self.dense.name, self.dense, row.block, head=True).cores[row.form]
 
 
 def alone(do: Callable[..., Any], *arguments: Any) -> Any:

@@ -31,20 +31,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from quantizing import CORES, calibration_of, quantise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import armor_recipes
 from armor_recipes.checkpoint.packing import PackedLinear
+from armor_recipes.checkpoint.quantized import Scheme
 from armor_recipes.checkpoint.reader import inspect, read_layers
 from armor_recipes.checkpoint.staging import staged
 from armor_recipes.checkpoint.writer import write_checkpoint
 from armor_recipes.integrations.transformers import load
+from armor_recipes.modifiers.plain import quantized
 from armor_recipes.runtime import auto
 from armor_recipes.solver.quantize import kept, round_to_nearest
 
 CONTEXT, NEW, PROMPT = 128, 64, 512
+HEAD = Scheme.of(QuantizationScheme(targets=[], weights=QuantizationArgs(num_bits=8, strategy="channel")))
 SAMPLING_SECONDS = 0.005
 #: Of the generated model. Its figures depend on shapes alone, so few tokens will do, and one cycle.
 FEW_TOKENS = {"dataset": "builtin:random-tokens", "samples": 2, "sequence_length": 16, "batch_size": 2}
@@ -321,20 +325,24 @@ def generated_model(work: Path, layers: int, block: int) -> Model:
     return packed_model(f"7B shapes, block {block}, layers: {layers}", generated(work, layers), block)
 
 
-def packed_model(name: str, dense: Path, block: int) -> Model:
-    """A dense folder at one block size, all forms; its integers are the nearest ones: speed and size do not depend on them."""
+def packed_model(name: str, dense: Path, block: int, *, head: bool = False) -> Model:
+    """A dense folder at one block size, all forms; its integers are the nearest ones: speed and size do not depend on them.
+
+    With `head` the head beside an integer core is of 8-bit integers, too, one scale a row.
+    """
     bf16 = factored(dense, block)
 
     def make(folder: Path, fields: Mapping[str, Any]) -> None:
         weights = fields["config_groups"]["core"]["weights"]
         size = weights.get("group_size")
-        rounded(dense, bf16, folder, num_bits=weights["num_bits"], group_size=size and size // 2)
+        rounded(dense, bf16, folder, num_bits=weights["num_bits"], group_size=size and size // 2, head=head)
 
-    return Model(name, dense, with_cores(bf16, bf16.with_name(bf16.name.removesuffix("-bf16")), make))
+    place = bf16.with_name(bf16.name.removesuffix("-bf16") + ("-head8" if head else ""))
+    return Model(name, dense, with_cores(bf16, place, make))
 
 
 @torch.no_grad()
-def rounded(dense: Path, packed: Path, folder: Path, *, num_bits: int, group_size: int | None) -> None:
+def rounded(dense: Path, packed: Path, folder: Path, *, num_bits: int, group_size: int | None, head: bool) -> None:
     """The folder `packed` with every kept value rounded to the nearest integer, A and B as they are."""
     layers = {}
     for name, layer in read_layers(packed).items():
@@ -345,8 +353,9 @@ def rounded(dense: Path, packed: Path, folder: Path, *, num_bits: int, group_siz
         )
         layers[name] = PackedLinear.from_factors(replace(factors, quantized=integers), layer.dtype)
     model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
+    plain = {"lm_head": quantized(model.lm_head.weight, HEAD, None)} if head else {}
     with staged(folder, overwrite=False) as place:
-        write_checkpoint(model, layers, place, dtype=torch.bfloat16)
+        write_checkpoint(model, layers, place, dtype=torch.bfloat16, quantized=plain)
 
 
 def given_model(checkpoint: Path, dense: Path, work: Path) -> Model:
