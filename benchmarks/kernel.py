@@ -5,7 +5,8 @@
 The core is stored as bf16, as int8 with a scale a row, or as int4 with a scale for each 32 kept values; factors and activations are
 bf16. All contenders take turns in every repeat, so that what else the machine does meets all of them; a ratio is the median of
 the ratios within repeats. The dense kernel, native/dense.c, is compiled here by the C compiler; it has the same care as ours
-(vectors, tiles, prefetching), and so tells what 2:4 brings apart from the quality of torch's product on this machine.
+(vectors, tiles, prefetching) for up to 16 tokens, and takes more in several passes. For few tokens it tells what 2:4 brings apart
+from the quality of torch's product on this machine.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from armor_recipes.checkpoint.packing import PackedLinear, pack_int4
 from armor_recipes.runtime import capabilities
-from armor_recipes.runtime.kernel import run_kernel
+from armor_recipes.runtime.kernel import MOST_TOKENS, run_kernel
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
 BLOCK = 64
@@ -83,8 +84,10 @@ def dense_kernel(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
         (tokens, columns), rows = x.shape, weight.shape[0]
-        y, inner = x.new_empty(tokens, rows), torch.empty(tokens, columns)
-        function(x.data_ptr(), weight.data_ptr(), y.data_ptr(), inner.data_ptr(), tokens, rows, columns)
+        y, inner = x.new_empty(tokens, rows), torch.empty(MOST_TOKENS, columns)
+        for part, into in zip(x.split(MOST_TOKENS), y.split(MOST_TOKENS), strict=True):
+            places = (part.data_ptr(), weight.data_ptr(), into.data_ptr(), inner.data_ptr())
+            function(*places, len(part), rows, columns)
         return y
 
     return run

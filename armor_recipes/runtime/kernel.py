@@ -41,6 +41,10 @@ _BLOCK, _ROWS_AT_ONCE = 64, 64  # of native/linear.h and linear.c
 _WORTH_A_THREAD = 1 << 18
 #: So that a thread that starts late, or is slowed by other work, takes fewer.
 _PARTS_A_THREAD = 4
+_MANY, _MANY_OF_INT4 = 13, 7
+"""Tokens from which on `armor_many` is faster than `armor_run`."""
+_MOST_AT_ONCE, _MANY_ROWS = 256, 256
+"""Tokens that it takes at once, and rows of its parts: their sums stay in the second cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,15 @@ class _Task(ctypes.Structure):
     )
 
 
+class _Many(ctypes.Structure):
+    """`many_t` of native/linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("job", "inner", "units", "work")),
+        *((name, ctypes.c_int64) for name in ("work_size", "inputs", "blocks", "threads", "next", "done")),
+    )
+
+
 class _Unpack(ctypes.Structure):
     """`unpack_t` of native/linear.h."""
 
@@ -123,6 +136,7 @@ class _Dense(ctypes.Structure):
 class _Library:
     paths: int
     run: Callable[..., None]
+    many: Callable[..., None]
     unpack: Callable[..., None]
     dense: Callable[..., None]
     words: Callable[..., None]
@@ -174,7 +188,7 @@ class KernelCall:
         TypeError: as `run_kernel`, but for what has to do with x.
     """
 
-    __slots__ = ("_job", "_kept", "_sizes", "_work")
+    __slots__ = ("_job", "_kept", "_many", "_sizes", "_work")
 
     def __init__(self, packed: PackedLinear, bias: Tensor | None = None) -> None:
         _check_layer(packed, bias)
@@ -185,6 +199,7 @@ class KernelCall:
         self._job.bias = None if bias is None else bias.data_ptr()
         self._sizes = rows, columns, 2 * -(-columns // _BLOCK) * _BLOCK, 2 * max(b_o, b_i, _ROWS_AT_ONCE)
         self._work = (columns // b_i, columns * b_i), (rows // b_o, rows * (columns // 2 + b_o))
+        self._many = _many_sizes(packed) if packed.dtype == torch.bfloat16 else None
 
     def __call__(self, x: Tensor, path: str | None = None) -> Tensor:
         """Compute what `run_kernel` does. Threads may call it at once."""
@@ -204,8 +219,16 @@ class KernelCall:
         size, left, begin = x.element_size(), x.numel() // columns, 0
         job = _Job.from_buffer_copy(self._job)
         job.activation, job.path = FORMATS[x.dtype], number
-        held = _scratch(min(left, MOST_TOKENS) * (inner + work * (inputs + outputs)))
-        job.inner, x_start, y_start = held.data_ptr(), x.data_ptr(), y.data_ptr()
+        x_start, y_start = x.data_ptr(), y.data_ptr()
+        fits = self._many is not None and x.dtype == torch.bfloat16 and PATHS[number] == "avx512"
+        many = _MANY_OF_INT4 if self._kept[0].core == "int4" else _MANY
+        while self._many is not None and fits and left - begin >= many:
+            job.tokens = tokens = min(left - begin, _MOST_AT_ONCE)
+            job.x, job.y = x_start + begin * columns * size, y_start + begin * rows * size
+            _run_many(job, self._many, most)
+            begin += tokens
+        held = _scratch(min(left - begin, MOST_TOKENS) * (inner + work * (inputs + outputs)))
+        job.inner = held.data_ptr()
         while begin < left:
             job.tokens = tokens = min(left - begin, MOST_TOKENS)
             job.x, job.y = x_start + begin * columns * size, y_start + begin * rows * size
@@ -213,6 +236,45 @@ class KernelCall:
             _run(library.run, _Task(ctypes.addressof(job), place, inputs, outputs, tokens * work), threads)
             begin += tokens
         return y
+
+
+@dataclass(frozen=True, slots=True)
+class _ManySizes:
+    """What a layer needs for many tokens, in numbers of `many_t`."""
+
+    unit: int
+    """Columns that are whole blocks of B and chunks."""
+    blocks: int
+    """Of A in a part."""
+    rows: int
+    """Of a part."""
+
+
+def _many_sizes(packed: PackedLinear) -> _ManySizes | None:
+    """See `many_t`; None where the layer is none of those that it takes."""
+    (rows, columns), (b_o, b_i) = packed.shape, packed.block_size
+    groups = 1 if packed.scale is None else packed.scale.shape[1]
+    unit, blocks = max(b_i, _BLOCK), min(rows // b_o, max(1, _MANY_ROWS // b_o))
+    if (
+        columns % unit
+        or unit % min(b_i, _BLOCK)
+        or (b_o > 1 and b_o % 2)
+        or (groups > 1 and columns % (_BLOCK * groups))
+    ):
+        return None
+    return _ManySizes(unit, blocks, blocks * b_o)
+
+
+def _run_many(job: _Job, sizes: _ManySizes, most: int) -> None:
+    tiles, chunks, rows = -(-job.tokens // _BLOCK), job.columns // _BLOCK, sizes.rows
+    threads = _threads(-(-job.rows // rows), job.rows * job.columns, most)
+    inputs = min(job.columns // sizes.unit, -(-threads * _PARTS_A_THREAD // tiles))
+    inner, units = tiles * chunks * _BLOCK * _BLOCK // 2, tiles * chunks * _BLOCK
+    work = max(160 * sizes.unit, rows * (64 * tiles + 64 + 24) + 64 * -(-rows // 2) + 96 * _BLOCK)
+    work = -(-work // 16) * 16  # whole lines of the cache
+    place = _scratch(inner + units + threads * work).data_ptr()
+    places = (place, place + 4 * inner, place + 4 * (inner + units))
+    _run(_loaded().many, _Many(ctypes.addressof(job), *places, work, inputs, sizes.blocks), threads)
 
 
 def unpack_into(packed: PackedLinear, out: Tensor) -> None:
@@ -369,7 +431,7 @@ def _parts(blocks: int, threads: int) -> int:
     return 1 if threads == 1 else min(blocks, threads * _PARTS_A_THREAD)
 
 
-def _run(function: Callable[..., None], task: _Task | _Unpack | _Dense, threads: int) -> None:
+def _run(function: Callable[..., None], task: _Task | _Many | _Unpack | _Dense, threads: int) -> None:
     """Run a task's parts on `threads` threads, of the team that torch's own loops use where that can be had."""
     reference = ctypes.byref(task)
     if threads == 1:
@@ -424,7 +486,7 @@ def _library() -> _Library | None:
     library = ctypes.CDLL(spec.origin)
     library.armor_paths.restype = ctypes.c_int64
     library.armor_paths.argtypes = []
-    functions = library.armor_run, library.armor_unpack, library.armor_dense, library.armor_words
+    functions = library.armor_run, library.armor_many, library.armor_unpack, library.armor_dense, library.armor_words
     for function in functions:
         function.restype = None
         function.argtypes = [ctypes.c_void_p]
@@ -468,8 +530,13 @@ def path_agrees(path: str) -> bool:
 
     All sums are exact in any order of additions: products and sums of integers below 2²⁴ are, and `B x` stays below 2⁸, so it
     is exact in bfloat16, too; and in 8 bits for int4, as the largest of any 16 columns is 127. Rows and columns end in parts of a
-    strip, of a block of 64, of 8 and of 4.
+    strip, of a block of 64, of 8 and of 4. For many tokens A moves rows, since sums are rounded before it.
     """
+    for core, groups in _CHECKED_CORES if path == "avx512" else ():
+        packed = _integer_problem_of_many(core, groups)
+        x = _integers((70, packed.shape[1]), 2).bfloat16()
+        if not torch.equal(run_kernel(x, packed, None, path=path), run_kernel(x, packed, None, path="scalar")):
+            return False
     for dtype, (core, groups) in itertools.product(FORMATS, _CHECKED_CORES):
         packed, bias = _integer_problem(dtype, core, groups)
         for x_dtype in {dtype, torch.float32} if core == "float" else {dtype}:
@@ -496,6 +563,13 @@ def _integer_input(core: str, tokens: int, columns: int) -> Tensor:
     return x
 
 
+def _integer_problem_of_many(core: str, groups: int) -> PackedLinear:
+    """A core of 12 rows in blocks of 4 and 256 columns in blocks of 64; A and B move each row and column to the next place."""
+    a, b = (torch.eye(size, device="cpu").roll(1, 0).bfloat16() for size in (4, 64))
+    values, bitmask, scale = _integer_core(torch.bfloat16, core, groups, 12, 256)
+    return PackedLinear(values, bitmask, a.repeat(3, 1, 1), b.repeat(4, 1, 1), scale)
+
+
 def _integer_problem(dtype: torch.dtype, core: str, groups: int) -> tuple[PackedLinear, Tensor]:
     """A core of 27 rows in blocks of 9, with every one of the six masks; columns end within a strip, where groups let them.
 
@@ -504,16 +578,18 @@ def _integer_problem(dtype: torch.dtype, core: str, groups: int) -> tuple[Packed
     columns = {"float": 104, "int8": 104, "int4": 112}[core] if groups < 2 else 256
     size = columns // 8
     b = _integers((8, size, size), 1) if core != "int4" else torch.eye(size, device="cpu").roll(1, 0).expand(8, -1, -1)
-    nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device="cpu")
-    choice = nibbles[_integers((27, columns // 4), 40) % 6]
-    values = _integers((27, columns // 2), _LARGEST[core])
-    values = pack_int4(values.clamp(max=7)) if core == "int4" else values.to(torch.int8 if core == "int8" else dtype)
-    scale = None if core == "float" else (_integers((27, groups), 1) + 2).to(dtype)
-    packed = PackedLinear(
-        values,
-        choice[:, 0::2] | choice[:, 1::2] << 4,
-        _integers((3, 9, 9), 1).to(dtype),
-        b.to(dtype),
-        scale,
-    )
+    values, bitmask, scale = _integer_core(dtype, core, groups, 27, columns)
+    packed = PackedLinear(values, bitmask, _integers((3, 9, 9), 1).to(dtype), b.to(dtype), scale)
     return packed, _integers((27,), 5).to(dtype)
+
+
+def _integer_core(
+    dtype: torch.dtype, core: str, groups: int, rows: int, columns: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Values, bitmask and scales."""
+    nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device="cpu")
+    choice = nibbles[_integers((rows, columns // 4), 40) % 6]
+    values = _integers((rows, columns // 2), _LARGEST[core])
+    values = pack_int4(values.clamp(max=7)) if core == "int4" else values.to(torch.int8 if core == "int8" else dtype)
+    scale = None if core == "float" else (_integers((rows, groups), 1) + 2).to(dtype)
+    return values, choice[:, 0::2] | choice[:, 1::2] << 4, scale

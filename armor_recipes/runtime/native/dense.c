@@ -8,8 +8,10 @@
 #define FEATURES "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni,avx2"
 #endif
 #ifdef EMULATED
+#define UNROLLED
 #define INSIDE static inline __attribute__((target(FEATURES)))
 #else
+#define UNROLLED _Pragma("GCC unroll 16")
 #define INSIDE static inline __attribute__((always_inline, target(FEATURES)))
 #endif
 
@@ -55,13 +57,11 @@ INSIDE void tile_of_bf16(const dense_t *task, int64_t token, int64_t row, int co
 /* A strip of `count` rows of bytes, or as many bytes of it as `there` has bits, times `tokens`. */
 INSIDE void strip_of_int8(__m512i *sum, const uint8_t *w, const uint8_t *x, int64_t columns, int64_t pitch, __mmask32 there,
                           __m256i flip, int count, int tokens) {
-#pragma GCC unroll 16
-    for (int r = 0; r < count; r++) {
+    UNROLLED for (int r = 0; r < count; r++) {
         _mm_prefetch((const char *)(w + (count + r) * columns), _MM_HINT_T1);
         const __m256i bytes = _mm256_maskz_loadu_epi8(there, w + r * columns);
         const __m512i numbers = _mm512_cvtepi8_epi16(_mm256_xor_si256(bytes, flip));
-#pragma GCC unroll 16
-        for (int t = 0; t < tokens; t++)
+        UNROLLED for (int t = 0; t < tokens; t++)
             sum[r * tokens + t] = _mm512_dpwssd_epi32(sum[r * tokens + t], numbers, _mm512_loadu_si512(x + t * pitch));
     }
 }
@@ -72,31 +72,25 @@ INSIDE void tile_of_int8(const dense_t *task, int64_t token, int64_t row, int co
     const uint8_t *w = task->w + row * columns, *x = task->words + token * pitch;
     const __m256i flip = _mm256_set1_epi8((char)task->flip);
     __m512 total[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < count * tokens; i++) total[i] = _mm512_setzero_ps();
+    UNROLLED for (int i = 0; i < count * tokens; i++) total[i] = _mm512_setzero_ps();
     for (int64_t begin = 0, end; begin < columns; begin = end) {
         const int64_t group = begin / size, last = (group + 1) * size;
         end = begin + GROUPED_COLUMNS < last ? begin + GROUPED_COLUMNS : last;
         __m512i sum[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < count * tokens; i++) sum[i] = _mm512_setzero_si512();
+        UNROLLED for (int i = 0; i < count * tokens; i++) sum[i] = _mm512_setzero_si512();
         int64_t c = begin;
         for (; c + STRIP <= end; c += STRIP)
             strip_of_int8(sum, w + c, x + 2 * c, columns, pitch, ~(__mmask32)0, flip, count, tokens);
         if (c < end) strip_of_int8(sum, w + c, x + 2 * c, columns, pitch, ((__mmask32)1 << (end - c)) - 1, flip, count, tokens);
-#pragma GCC unroll 16
-        for (int r = 0; r < count; r++) {
+        UNROLLED for (int r = 0; r < count; r++) {
             const __m512 scale = _mm512_set1_ps(load_number(task->scale, (row + r) * task->groups + group, BF16));
-#pragma GCC unroll 16
-            for (int i = r * tokens; i < (r + 1) * tokens; i++)
+            UNROLLED for (int i = r * tokens; i < (r + 1) * tokens; i++)
                 total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), scale, total[i]);
         }
     }
-#pragma GCC unroll 16
-    for (int t = 0; t < tokens; t++) {
+    UNROLLED for (int t = 0; t < tokens; t++) {
         const float unit = load_number(task->words + task->tokens * pitch, token + t, FP32);
-#pragma GCC unroll 16
-        for (int r = 0; r < count; r++)
+        UNROLLED for (int r = 0; r < count; r++)
             store(task, token + t, row + r, _mm512_reduce_add_ps(total[r * tokens + t]) * unit);
     }
 }

@@ -181,9 +181,9 @@ static void unpack_rows(const job_t *job, uint8_t *out, int64_t out_format, int6
     }
 }
 
-static void wait_for(atomic_int_fast64_t *flag) {
-    for (int spins = 0; !atomic_load(flag); spins++)
-        if (spins >= 1000) yield(); /* whoever is to set it may wait for this processor */
+void wait_until(atomic_int_fast64_t *number, int64_t least) {
+    for (int spins = 0; atomic_load(number) < least; spins++)
+        if (spins >= 1000) yield(); /* whoever is to raise it may wait for this processor */
 }
 
 /* Run by every thread of a team with the same task: each takes the next part until none is left. What a thread waits for is done
@@ -200,7 +200,7 @@ EXPORT void armor_run(task_t *task) {
             if (path->prepare) path->prepare(job);
             atomic_store(&task->ready, 1);
         } else {
-            wait_for(&task->ready);
+            wait_until(&task->ready, 1);
             output_blocks(job, work, rows * (part - inputs) / outputs, rows * (part - inputs + 1) / outputs);
         }
     }

@@ -52,6 +52,20 @@ typedef struct {
     atomic_int_fast64_t next, done, ready; /* the first part that no thread has taken; inputs that are done; whether B x is there */
 } task_t;
 
+#define MANY_TOKENS 64                  /* whose Bx is laid out together */
+#define MANY_STORED (2 * MANY_TOKENS * BLOCK) /* bytes of BLOCK columns of it */
+
+/* A job of any number of tokens, in bf16 throughout, its columns whole BLOCKs and blocks of B, which are parts or multiples of BLOCK;
+ * blocks of A have one row, or an even number; scales are of whole BLOCKs of columns. */
+typedef struct {
+    const job_t *job;
+    uint8_t *inner; /* Bx: MANY_STORED bytes for each BLOCK of columns of MANY_TOKENS tokens */
+    float *units;   /* MANY_TOKENS numbers for each of them */
+    float *work;    /* `work_size` a thread: see `inputs_of` and `outputs_of` */
+    int64_t work_size, inputs, blocks; /* parts of the columns; blocks of A in a part */
+    atomic_int_fast64_t threads, next, done;
+} many_t;
+
 /* The core unpacked: rows in parts. */
 typedef struct {
     const job_t *job;
@@ -220,6 +234,8 @@ INLINE uint32_t last_strip(const job_t *job, int64_t row, int64_t begin, uint8_t
         mask |= (uint32_t)job->bitmask[(row * job->columns + begin) / 8 + byte] << 8 * byte;
     return mask;
 }
+
+void wait_until(atomic_int_fast64_t *number, int64_t least);
 
 extern const path_t SCALAR_PATH;
 #if ARMOR_X86

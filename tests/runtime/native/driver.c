@@ -6,6 +6,7 @@
 
 int64_t armor_paths(void);
 void armor_run(task_t *task);
+void armor_many(many_t *task);
 void armor_unpack(unpack_t *task);
 void armor_dense(dense_t *task);
 void armor_words(const dense_t *task);
@@ -189,6 +190,44 @@ static int dense(int64_t rows, int64_t columns, int64_t tokens, int64_t groups, 
     return wrong;
 }
 
+/* Many tokens; A and B are of small integers, and sums few enough that they are exact in bf16. */
+static int many(int64_t rows, int64_t columns, int64_t b_o, int64_t b_i, int64_t tokens, int format, int64_t groups) {
+    const int64_t tiles = (tokens + MANY_TOKENS - 1) / MANY_TOKENS, chunks = columns / BLOCK, unit = b_i > BLOCK ? b_i : BLOCK;
+    uint8_t *held[6], *bitmask = masks(rows * columns / 8), *y = malloc((size_t)(2 * tokens * rows));
+    job_t job = {.y = y, .bitmask = bitmask, .tokens = tokens, .rows = rows, .columns = columns, .groups = groups, .b_o = b_o,
+                 .b_i = b_i, .format = format, .floats = BF16, .activation = BF16, .path = 2};
+    job.x = integers(tokens * columns, BF16, 0, 0, &held[0]);
+    job.values = integers(rows * columns / 2, (format_t)format, format == INT8 ? -128 : -8, format == INT8 ? 127 : 7, &held[1]);
+    job.a = integers(rows * b_o, BF16, -1, 1, &held[2]);
+    job.b = integers(columns * b_i, BF16, 0, 0, &held[3]);
+    job.bias = integers(rows, BF16, -8, 8, &held[4]);
+    const uint8_t *scale = integers(rows * (groups ? groups : 1), BF16, 1, 1, &held[5]);
+    if (groups) job.scale = scale;
+    for (int64_t i = 0; i < columns; i++) /* each column to the next place of its block */
+        store_number(held[3] + 1, i * b_i + (i % b_i + b_i - 1) % b_i, BF16, 1.0f);
+    for (int64_t t = 0; t < tokens; t++) store_number(held[0] + 1, t * columns + random_below((int)columns), BF16, t % 2 ? -1.0f : 1.0f);
+    float *core = malloc((size_t)(4 * rows * columns)), *wanted = malloc((size_t)(4 * rows * tokens));
+    unpack_t all = {&job, (uint8_t *)core, 1, FP32, 0};
+    armor_unpack(&all);
+    multiply(&job, core, wanted);
+    const int64_t part = 2 * b_o < rows ? 2 * b_o : rows, inner = tiles * chunks * MANY_STORED, units = tiles * chunks * MANY_TOKENS;
+    int64_t work = part * (MANY_TOKENS * (tiles + 1) + 24) + MANY_TOKENS * ((part + 1) / 2) + 96 * BLOCK;
+    if (work < 160 * unit) work = 160 * unit;
+    many_t task = {.job = &job, .inner = malloc((size_t)inner), .units = malloc((size_t)(4 * units)), .work = malloc((size_t)(4 * work)),
+                   .work_size = work, .inputs = columns / unit < 2 ? 1 : 2, .blocks = part / b_o};
+    armor_many(&task);
+    int wrong = 0;
+    for (int64_t i = 0; i < tokens * rows; i++) {
+        uint16_t found;
+        memcpy(&found, y + 2 * i, 2);
+        wrong |= found != float_to_bfloat(wanted[i]);
+    }
+    if (wrong) printf("many differ: %d tokens, %d x %d, blocks %d and %d, format %d\n", (int)tokens, (int)rows, (int)columns, (int)b_o, (int)b_i, format);
+    for (int i = 0; i < 6; i++) free(held[i]);
+    free(bitmask), free(y), free(core), free(wanted), free(task.inner), free(task.units), free(task.work);
+    return wrong;
+}
+
 int main(void) {
     const int paths[3] = {1, (int)(armor_paths() >> 1 & 1), EMULATED_AVX512};
     static const int64_t sizes[][4] = {{8, 8, 8, 8},     {3, 16, 1, 1},   {9, 24, 3, 4},   {66, 32, 33, 16}, {70, 40, 7, 5},
@@ -206,6 +245,12 @@ int main(void) {
         if (dense(1, 1, tokens, 0, 0) || dense(7, 40, tokens, 0, 0) || dense(110, 97, tokens, 0, 0) || dense(1, 1, tokens, 1, 0) ||
             dense(110, 97, tokens, 1, 0) || dense(9, 36, tokens, 1, 128) || dense(9, 192, tokens, 3, 128))
             return 1;
+    for (int format = BF16; format <= INT4 && EMULATED_AVX512; format++)
+        if (format == BF16 || format >= INT8)
+            for (int64_t tokens = 1; tokens <= 130; tokens += 43)
+                if (many(10, 128, 2, 8, tokens, format, format == BF16 ? 0 : 2) || many(7, 64, 1, 1, tokens, format, format != BF16) ||
+                    many(18, 256, 6, 128, tokens, format, format == BF16 ? 0 : 4))
+                    return 1;
     if (EMULATED_AVX512 && dense(5, GROUPED_COLUMNS + 40, 1, 1, 0)) return 1;
     printf("%d cases agree\n", cases);
     return 0;

@@ -290,4 +290,59 @@ EMULATED int32_t _mm512_reduce_max_epi32(__m512i integers) {
 
 EMULATED void _mm256_storeu_si256(__m256i *to, __m256i value) { memcpy(to, &value, sizeof value); }
 EMULATED void _mm_storeu_si128(__m128i *to, __m128i value) { memcpy(to, &value, sizeof value); }
+
+/* Of many tokens. */
+EMULATED void _mm512_storeu_ps(void *to, __m512 value) { memcpy(to, &value, sizeof value); }
+EMULATED void _mm512_storeu_si512(void *to, __m512i value) { memcpy(to, &value, sizeof value); }
+EMULATED __m512 _mm512_add_ps(__m512 x, __m512 y) { return x + y; }
+EMULATED __m512 _mm512_loadu_ps(const void *from) { return _mm512_maskz_loadu_ps(0xffff, from); }
+EMULATED __m512i _mm512_or_si512(__m512i x, __m512i y) { return x | y; }
+EMULATED __m512i _mm512_andnot_si512(__m512i x, __m512i y) { return ~x & y; }
+EMULATED __m512i _mm512_srli_epi32(__m512i x, int count) { return (__m512i)((emulated_unsigned_lanes)x >> count); }
+
+EMULATED __m256bh _mm512_cvtneps_pbh(__m512 x) {
+    __m256bh value;
+    for (int lane = 0; lane < 16; lane++) {
+        uint32_t bits;
+        const float number = x[lane];
+        memcpy(&bits, &number, 4);
+        value[lane] = (uint16_t)(number != number ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    }
+    return value;
+}
+
+EMULATED __m512i _mm512_permutexvar_epi32(__m512i place, __m512i numbers) {
+    const emulated_lanes from = (emulated_lanes)numbers, at = (emulated_lanes)place;
+    emulated_lanes value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = from[at[lane] & 15];
+    return (__m512i)value;
+}
+
+EMULATED __m128i _mm_loadl_epi64(const __m128i *from) {
+    __m128i value = {0};
+    memcpy(&value, from, 8);
+    return value;
+}
+
+EMULATED __m128i _mm_set1_epi8(int8_t number) { return (__m128i){0} + (uint16_t)((uint8_t)number * 0x101); }
+EMULATED __m128i _mm_and_si128(__m128i x, __m128i y) { return x & y; }
+EMULATED __m128i _mm_srli_epi16(__m128i words, int count) { return words >> count; }
+
+EMULATED __m128i _mm_unpacklo_epi8(__m128i x, __m128i y) {
+    uint8_t first[16], second[16], both[16];
+    memcpy(first, &x, 16), memcpy(second, &y, 16);
+    for (int lane = 0; lane < 8; lane++) both[2 * lane] = first[lane], both[2 * lane + 1] = second[lane];
+    memcpy(&x, both, 16);
+    return x;
+}
+
+EMULATED __m128i _mm_shuffle_epi8(__m128i table, __m128i place) {
+    uint8_t from[16], at[16], value[16];
+    memcpy(from, &table, 16), memcpy(at, &place, 16);
+    for (int lane = 0; lane < 16; lane++) value[lane] = at[lane] & 0x80 ? 0 : from[at[lane] & 15];
+    memcpy(&table, value, 16);
+    return table;
+}
+
+EMULATED __m256i _mm256_add_epi16(__m256i x, __m256i y) { return x + y; }
 #endif
