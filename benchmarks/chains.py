@@ -66,18 +66,19 @@ ROWS = (
 def recipe_of(row: str, model: str, samples: int, output: Path) -> dict[str, Any]:
     """The row's recipe; `samples` windows of 512 tokens for the distillation, at most 64 of them for the quantisation.
 
-    A step that repeats is in a stage of its own, with what quantises before it.
+    A step that repeats is in a stage of its own, with what quantises before it. So is a quantisation after smoothing: within one
+    stage activations are smoothed as the layers before, quantised already, leave them, and ARMOR would not be the other row's.
     """
     stages: list[dict[str, Any]] = [{}]
     steps = row.split(" + ")
     for place, name in enumerate(steps):
         kind, fields = STEPS[name]
         own = {"calibration": {"samples": min(samples, 64)}} if kind == "QuantizationModifier" else {}
-        if name == "distil" and name in steps[place + 1 :]:
-            stages[-1][kind] = {**fields, **own}
+        if own and "smooth" in steps:
             stages.append({})
-        else:
-            stages[-1][kind] = {**fields, **own}
+        stages[-1][kind] = {**fields, **own}
+        if name == "distil" and name in steps[place + 1 :]:
+            stages.append({})
     texts = [{"dataset": text, "weight": 1} for text in TEXTS]
     return {
         "model": model,
