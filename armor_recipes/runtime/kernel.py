@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from armor_recipes.checkpoint.packing import INTEGER_DTYPES, PACKABLE_DTYPES, PackedLinear, pack_int4
+from armor_recipes.checkpoint.packing import INTEGER_DTYPES, PACKABLE_DTYPES, PackedLinear
 from armor_recipes.errors import RecipeError
+from armor_recipes.runtime import integer_problems
 
 PATH_VARIABLE = "ARMOR_CPU_PATH"
 PATHS = ("scalar", "avx2", "avx512")
@@ -32,10 +33,6 @@ FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _VALUE_FORMATS = {**FORMATS, torch.int8: 3, torch.int32: 4}
 MOST_TOKENS = 16
 """Of one pass over the packed tensors; more take several."""
-_CHECKED_CORES = (("float", 0), ("int8", 1), ("int8", 2), ("int4", 1), ("int4", 2), ("int4", 4))
-"""Core types and scales a row of the self-check."""
-_LARGEST = {"float": 4, "int8": 127, "int4": 8}
-"""Of its kept values; int4 ends at 7."""
 _BLOCK, _ROWS_AT_ONCE = 64, 64  # of native/linear.h and linear.c
 #: Entries of S below which starting another thread costs more than it saves.
 _WORTH_A_THREAD = 1 << 18
@@ -532,64 +529,17 @@ def path_agrees(path: str) -> bool:
     is exact in bfloat16, too; and in 8 bits for int4, as the largest of any 16 columns is 127. Rows and columns end in parts of a
     strip, of a block of 64, of 8 and of 4. For many tokens A moves rows, since sums are rounded before it.
     """
-    for core, groups in _CHECKED_CORES if path == "avx512" else ():
-        packed = _integer_problem_of_many(core, groups)
-        x = _integers((70, packed.shape[1]), 2).bfloat16()
+    for core, groups in integer_problems.CORES if path == "avx512" else ():
+        packed = integer_problems.problem_of_many(core, groups)
+        x = integer_problems.integers((70, packed.shape[1]), 2).bfloat16()
         if not torch.equal(run_kernel(x, packed, None, path=path), run_kernel(x, packed, None, path="scalar")):
             return False
-    for dtype, (core, groups) in itertools.product(FORMATS, _CHECKED_CORES):
-        packed, bias = _integer_problem(dtype, core, groups)
+    for dtype, (core, groups) in itertools.product(FORMATS, integer_problems.CORES):
+        packed, bias = integer_problems.problem(dtype, core, groups)
         for x_dtype in {dtype, torch.float32} if core == "float" else {dtype}:
             for tokens in (1, 2, 13):
-                x = _integer_input(core, tokens, packed.shape[1]).to(x_dtype)
+                x = integer_problems.input_of(core, tokens, packed.shape[1]).to(x_dtype)
                 expected = run_kernel(x, packed, bias, path="scalar")
                 if not torch.equal(run_kernel(x, packed, bias, path=path), expected):
                     return False
     return True
-
-
-def _integers(shape: tuple[int, ...], most: int) -> Tensor:
-    """Integers from -most to most, in an order that no kernel's layout repeats; the same ones in every process."""
-    count = functools.reduce(lambda x, y: x * y, shape)
-    return ((torch.arange(count, device="cpu") * 7919 + 104729) % 10007 % (2 * most + 1) - most).view(shape)
-
-
-def _integer_input(core: str, tokens: int, columns: int) -> Tensor:
-    """Integers `(tokens, columns)` for x; with int4 cores every fourth is 127 or -127."""
-    if core != "int4":
-        return _integers((tokens, columns), 3)
-    x = _integers((tokens, columns), 126)
-    x[:, ::4] = 127 * (2 * (x[:, ::4] > 0).to(x.dtype) - 1)
-    return x
-
-
-def _integer_problem_of_many(core: str, groups: int) -> PackedLinear:
-    """A core of 12 rows in blocks of 4 and 256 columns in blocks of 64; A and B move each row and column to the next place."""
-    a, b = (torch.eye(size, device="cpu").roll(1, 0).bfloat16() for size in (4, 64))
-    values, bitmask, scale = _integer_core(torch.bfloat16, core, groups, 12, 256)
-    return PackedLinear(values, bitmask, a.repeat(3, 1, 1), b.repeat(4, 1, 1), scale)
-
-
-def _integer_problem(dtype: torch.dtype, core: str, groups: int) -> tuple[PackedLinear, Tensor]:
-    """A core of 27 rows in blocks of 9, with every one of the six masks; columns end within a strip, where groups let them.
-
-    B is of small integers; with an int4 core it moves each column to the next place of its block.
-    """
-    columns = {"float": 104, "int8": 104, "int4": 112}[core] if groups < 2 else 256
-    size = columns // 8
-    b = _integers((8, size, size), 1) if core != "int4" else torch.eye(size, device="cpu").roll(1, 0).expand(8, -1, -1)
-    values, bitmask, scale = _integer_core(dtype, core, groups, 27, columns)
-    packed = PackedLinear(values, bitmask, _integers((3, 9, 9), 1).to(dtype), b.to(dtype), scale)
-    return packed, _integers((27,), 5).to(dtype)
-
-
-def _integer_core(
-    dtype: torch.dtype, core: str, groups: int, rows: int, columns: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Values, bitmask and scales."""
-    nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device="cpu")
-    choice = nibbles[_integers((rows, columns // 4), 40) % 6]
-    values = _integers((rows, columns // 2), _LARGEST[core])
-    values = pack_int4(values.clamp(max=7)) if core == "int4" else values.to(torch.int8 if core == "int8" else dtype)
-    scale = None if core == "float" else (_integers((rows, groups), 1) + 2).to(dtype)
-    return values, choice[:, 0::2] | choice[:, 1::2] << 4, scale

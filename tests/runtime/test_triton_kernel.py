@@ -98,11 +98,11 @@ def test_several_steps_and_scales_that_change_within_one(core: str, group: int |
 
 def test_integers_are_exact() -> None:
     """Kept zeros, and the ends of int8 and int4: small integers, on which every sum is exact."""
-    from armor_recipes.runtime.kernel import _integer_problem
+    from armor_recipes.runtime.integer_problems import problem
     from armor_recipes.runtime.triton_kernel import run_core
 
     for core, groups in (("float", 0), ("int8", 1), ("int8", 2), ("int4", 1), ("int4", 4)):
-        tensors, _ = _integer_problem(torch.float32, core, groups)
+        tensors, _ = problem(torch.float32, core, groups)
         x = (torch.arange(3 * tensors.shape[1]) % 7 - 3).view(3, -1).float()
         y = run_core(x.to(DEVICE), moved(tensors, DEVICE))
         assert torch.equal(y.cpu(), x @ tensors.unpack()[0].T)
