@@ -116,10 +116,10 @@ class _Dense:
         return output if after is None else after(module, (given,), output)
 
     def _found(self, module: nn.Module) -> _Made:
-        tensors = {name: value.detach() for name, value in module.named_parameters(recurse=False) if name != "bias"}
-        tensors |= dict(module.named_buffers(recurse=False))
-        device = next(iter(tensors.values())).device
+        device = next(x.device for x in (*module._parameters.values(), *module._buffers.values()) if x is not None)
         if self._made is None or self._made.device != device:
+            tensors = {name: value.detach() for name, value in module.named_parameters(recurse=False) if name != "bias"}
+            tensors |= dict(module.named_buffers(recurse=False))
             layer = QuantizedLinear(self.scheme, tensors)
             integers = _integers(layer) if self.kernel and self.dtype == torch.bfloat16 else None
             self._made = _Made(device, layer, layer.activations(self.dtype), integers)
