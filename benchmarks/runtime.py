@@ -326,7 +326,8 @@ def generated_model(work: Path, layers: int, block: int) -> Model:
 
 
 def packed_model(name: str, dense: Path, block: int, *, head: bool = False) -> Model:
-    """A dense folder at one block size, all forms; its integers are the nearest ones: speed and size do not depend on them.
+    """A dense folder at one block size, all forms; its integers are the nearest ones with scales that reach the
+    largest values: speed and size do not depend on them.
 
     With `head` the head beside an integer core is of 8-bit integers, too, one scale a row.
     """
@@ -349,7 +350,12 @@ def rounded(dense: Path, packed: Path, folder: Path, *, num_bits: int, group_siz
         factors = layer.factors(name=name)
         values = kept(factors.core.float(), factors.mask)
         integers = round_to_nearest(
-            values, torch.ones_like(values), num_bits=num_bits, group_size=group_size, dtype=layer.dtype
+            values,
+            torch.ones_like(values),
+            num_bits=num_bits,
+            group_size=group_size,
+            dtype=layer.dtype,
+            ratios=(1.0,),
         )
         layers[name] = PackedLinear.from_factors(replace(factors, quantized=integers), layer.dtype)
     model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
