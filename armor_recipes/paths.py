@@ -1,7 +1,8 @@
-"""Paths as people write them."""
+"""Paths as people write them, and where the tool keeps what it measured."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from armor_recipes.errors import InputError
@@ -16,3 +17,9 @@ def user_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(f"{path}: {error}; write the path out") from error
+
+
+def cache_folder(name: str) -> Path:
+    """`$XDG_CACHE_HOME/armor-recipes/NAME`, where that is set and absolute, else below `~/.cache`."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "armor-recipes" / name

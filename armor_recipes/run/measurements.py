@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from armor_recipes import paths
 from armor_recipes.checkpoint.files import write_whole
 from armor_recipes.errors import ResourceError
 
@@ -21,9 +21,8 @@ Of = Mapping[str, Any]
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/armor-recipes/measurements`, where that is set and absolute, else below `~/.cache`."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "armor-recipes" / "measurements"
+    """The folder of all measurements."""
+    return paths.cache_folder("measurements")
 
 
 def cache_file(of: Of) -> Path:

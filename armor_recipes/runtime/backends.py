@@ -5,7 +5,7 @@
 | `folded` | Ŵ = A·S·B, rounded to the layer's dtype | `F.linear(x, Ŵ, bias)`, bit for bit a plain linear layer |
 | `reference` | S, unpacked, in the layer's dtype | `A (S (B x)) + bias`, in plain torch, Bx in 8 bits where config.json says so |
 | `cpu` | nothing: the packed tensors are checked | the compiled kernel, straight from the packed tensors |
-| `cuda` | nothing: the packed tensors are checked | few tokens: a Triton kernel on the packed core; many: S unpacked by another |
+| `cuda` | the core in the order in which its kernel reads it | Triton kernels; many tokens: S unpacked by one of them |
 | `auto` | as `cpu` where that can run, else as `folded` | what was fastest for this shape and number of tokens |
 
 Of layers with 8-bit activations `auto` runs as `reference` does, `cpu` and `cuda` refuse them, and `folded` is of their weights
@@ -46,8 +46,8 @@ class Backend:
     """`(packed, module name) -> prepared`, computed once for as long as the packed tensors stay as they are."""
     run: Callable[[Tensor, Any, PackedLinear, Tensor | None], Tensor]
     """`(x (..., I), prepared, packed, bias (O,) or None) -> y (..., O)`."""
-    traced: Callable[[PackedLinear], bool] = lambda _: False
-    """Whether `torch.compile` can trace `run` with None as `prepared`, for these tensors."""
+    traced: Callable[[PackedLinear, Any], bool] = lambda *_: False
+    """Whether `torch.compile` can trace `run`, for these tensors and what was prepared of them before, None where nothing was."""
     call: Callable[[Any, PackedLinear, Tensor | None], Callable[[Tensor], Tensor] | None] = lambda *_: None
     """`(prepared, packed, bias)` to what computes y from x alone, without gradients, for many calls; None where `run` is all."""
 
@@ -162,9 +162,15 @@ def _trains(packed: PackedLinear) -> bool:
 
 
 BACKENDS = {
-    "auto": Backend("auto", _prepare_auto, _run_auto, traced=_has_kernel, call=_call_auto),
-    "cpu": Backend("cpu", _check_for_kernel, _run_cpu, traced=has_numbers, call=lambda _, *layer: KernelCall(*layer)),
-    "cuda": Backend("cuda", prepare_cuda, run_cuda),
+    "auto": Backend("auto", _prepare_auto, _run_auto, traced=lambda packed, _: _has_kernel(packed), call=_call_auto),
+    "cpu": Backend(
+        "cpu",
+        _check_for_kernel,
+        _run_cpu,
+        traced=lambda packed, _: has_numbers(packed),
+        call=lambda _, *layer: KernelCall(*layer),
+    ),
+    "cuda": Backend("cuda", prepare_cuda, run_cuda, traced=lambda _, prepared: prepared is not None),
     "folded": Backend("folded", _fold, _run_folded),
     "reference": Backend("reference", _unpack, _run_reference),
 }

@@ -44,7 +44,7 @@ class ArmorLinear(nn.Linear):
     _owner: ArmorLinear | None
     _sharers: list[ArmorLinear]
     _tied_to: ArmorLinear | None
-    _prepared: tuple[object, Any] | None
+    _prepared: tuple[tuple[str, object], Any] | None
     _call: _Call | None
 
     @classmethod
@@ -218,8 +218,11 @@ class ArmorLinear(nn.Linear):
         self._check_loaded()
         backend = choose_backend(self.backend)
         packed = self.packed()
-        if torch.compiler.is_compiling() and backend.traced(packed):
-            return backend.run(input, None, packed, self.bias)
+        if torch.compiler.is_compiling():
+            # Whether a parameter was changed in place since it was prepared is nothing that a graph can ask.
+            last = self._prepared[1] if self._prepared is not None and self._prepared[0][0] == backend.name else None
+            if backend.traced(packed, last):
+                return backend.run(input, last, packed, self.bias)
         training = self.training and torch.is_grad_enabled() and wants_gradients(packed)
         prepared = backend.prepare(packed, self._name()) if training else self._cached()
         if plain and not training and (run := backend.call(prepared, packed, self.bias)) is not None:

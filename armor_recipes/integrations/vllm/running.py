@@ -30,9 +30,8 @@ class Prepared:
         """Compute `(..., O)` from x `(..., I)`."""
         outputs = []
         for piece, prepared in zip(self.pieces, self.prepared, strict=True):
-            traced = torch.compiler.is_compiling() and self.backend.traced(piece.packed)
             part = None if bias is None else bias[piece.rows]
-            outputs.append(self.backend.run(x, None if traced else prepared, piece.packed, part))
+            outputs.append(self.backend.run(x, prepared, piece.packed, part))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
@@ -40,7 +39,7 @@ def folds(backend: Backend, pieces: Iterable[Piece]) -> bool:
     """Whether nothing better than the folded weight can run the pieces, which vLLM's own method then does."""
     found = list(pieces)
     on_cpu = all(piece.packed.values.device.type == "cpu" for piece in found)
-    kernel = all(backend.traced(piece.packed) for piece in found)
+    kernel = all(backend.traced(piece.packed, None) for piece in found)
     return backend.name == "folded" or (backend.name == "auto" and not (on_cpu and kernel))
 
 
