@@ -27,6 +27,8 @@ from armor_recipes.runtime.tuning import CorePlan, FactorPlan, core_plan, factor
 _ROWS, _FOURS = 16, 64
 #: Columns of a block of a factor that a step multiplies.
 _INNER = 64
+#: Products and sums may be one operation, as they always could; Triton is about to change its default, and says so in each process.
+_FUSE = {"enable_fp_fusion": True}
 _EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -112,6 +114,8 @@ def _launch_factor(
             INNER=min(_INNER, max(16, triton.next_power_of_2(size))),
             TOKENS=plan.tokens,
             num_warps=plan.warps,
+            num_stages=2 if splits > 1 else 3,  # parts of a sum are many loads, which shared memory has to hold
+            **_FUSE,
         )
 
 
@@ -166,6 +170,7 @@ def run_core(x: Tensor, core: Fragments, packed: PackedLinear, plan: CorePlan | 
             TOKENS=8 if tokens <= 8 else 16,
             num_warps=1,
             num_stages=plan.stages,
+            **_FUSE,
         )
     return y
 
@@ -189,6 +194,7 @@ def unpack_core(packed: PackedLinear) -> Tensor:
             CORE=packed.core,
             ROWS=_ROWS,
             FOURS=_FOURS,
+            **_FUSE,
         )
     return dense
 
@@ -304,7 +310,7 @@ def factor_kernel(  # type: ignore[no-untyped-def]
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     start = token.to(tl.int64)[:, None] * columns
     largest = tl.zeros((TOKENS,), dtype=tl.float32)
-    for write in tl.static_range(0 if NUMBERS else 1, 2):
+    for write in tl.static_range(0 if NUMBERS != "" else 1, 2):
         step = tl.where(largest > 0, largest / LIMIT, 1.0)
         for place in range(tl.program_id(0), blocks * pieces, tl.num_programs(0)):
             block, i = place // pieces, place % pieces * OUT + tl.arange(0, OUT)
@@ -324,7 +330,7 @@ def factor_kernel(  # type: ignore[no-untyped-def]
             found = total.to(dtype)
             at = y + start + block * size + i[None, :]
             mask = (token < tokens)[:, None] & (i < size)[None, :]
-            if not NUMBERS:
+            if NUMBERS == "":
                 tl.store(at, found, mask=mask)
             elif not write:
                 largest = tl.maximum(largest, tl.max(tl.abs(found.to(tl.float32)), 1))
@@ -336,7 +342,7 @@ def factor_kernel(  # type: ignore[no-untyped-def]
             else:
                 near = tl.minimum(tl.maximum(found.to(tl.float32) / step[:, None], -LIMIT), LIMIT)
                 tl.store(at, near.to(y.dtype.element_ty), mask=mask)
-        if NUMBERS and write:
+        if NUMBERS != "" and write:
             tl.store(scale + token, step, mask=token < tokens)
 
 
