@@ -170,7 +170,13 @@ BACKENDS = {
         traced=lambda packed, _: has_numbers(packed),
         call=lambda _, *layer: KernelCall(*layer),
     ),
-    "cuda": Backend("cuda", prepare_cuda, run_cuda, traced=lambda _, prepared: prepared is not None),
+    "cuda": Backend(
+        "cuda",
+        prepare_cuda,
+        run_cuda,
+        traced=lambda _, prepared: prepared is not None,
+        call=lambda *layer: lambda x: run_cuda(x, *layer),
+    ),
     "folded": Backend("folded", _fold, _run_folded),
     "reference": Backend("reference", _unpack, _run_reference),
 }
