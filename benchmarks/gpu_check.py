@@ -609,7 +609,11 @@ def main() -> None:
     folder = options.results / "-".join(re.findall(r"[\w.]+", card(setting)))
     folder.mkdir(parents=True, exist_ok=True)
     ends = run_parts(options, folder)
-    rows = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*-*.json"))}
+    rows = {
+        file.stem: json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(folder.glob("*-*.json"))
+        if file.is_file()
+    }
     content = {"card": card(setting), "parts": ends, "rows": rows}
     write_whole(folder / "results.json", (json.dumps(content, indent=1) + "\n").encode())
     print(tables(rows), *(f"{name}: {end}" for name, end in ends.items()), sep="\n\n")

@@ -55,9 +55,7 @@ def test_a_dry_run_goes_through_all_parts_and_goes_on_where_it_was_cut_short(tmp
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_what_is_wrong_is_not_timed(tmp_path: Path) -> None:
-    folder = tmp_path / "dry-run"
-    folder.mkdir()
-    (folder / "check-bf16-24x80.json").write_text("{", encoding="utf-8")
+    (tmp_path / "dry-run" / "check-bf16-24x80.json").mkdir(parents=True)  # a row that cannot be read
     done = run(tmp_path, "--dry")
     assert done.returncode == 1
     assert "check: failed, 1" in done.stdout
