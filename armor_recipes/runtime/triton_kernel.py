@@ -2,7 +2,7 @@
 
 | kernel | computes | reads |
 |---|---|---|
-| `factor_kernel` | `A y + bias` or `B x`, for B also in 8 bits with a scale a token | the factor, and x once |
+| `factor_kernel` | `A y + bias` or `B x`, for B also in 8 bits with a scale a token | the factor, and x once (twice for 8 bits) |
 | `core_kernel` | `S x` for up to 16 tokens; `A S x` where a program's rows are a block of A | the core as `fragments` orders it |
 | `unpack_kernel` | S | the core as it is stored |
 
