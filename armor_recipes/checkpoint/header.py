@@ -46,6 +46,8 @@ class TensorInfo:
     """In safetensors' spelling: `BF16`, `F32`, `U8`…"""
     shape: tuple[int, ...]
     nbytes: int
+    begin: int
+    """First byte, from the beginning of the file."""
 
 
 def file_header(file: Path) -> dict[str, TensorInfo]:
@@ -58,7 +60,8 @@ def file_header(file: Path) -> dict[str, TensorInfo]:
             or do not end with the file.
     """
     entries, data_bytes = _entries(file)
-    placed = [(*_placed(file, name, entry), name) for name, entry in entries.items() if name != "__metadata__"]
+    start = file.stat().st_size - data_bytes
+    placed = [(*_placed(file, name, entry, start), name) for name, entry in entries.items() if name != "__metadata__"]
     position = 0
     tensors: dict[str, TensorInfo] = {}
     for begin, end, info, name in sorted(placed, key=lambda entry: entry[:2]):
@@ -130,7 +133,7 @@ def _json_object(text: bytes, what: str) -> dict[str, Any]:
     return content
 
 
-def _placed(file: Path, name: str, entry: object) -> tuple[int, int, TensorInfo]:
+def _placed(file: Path, name: str, entry: object, start: int) -> tuple[int, int, TensorInfo]:
     """First byte, last byte + 1 and description of one tensor."""
     where = f"{file}: tensor {shown(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -146,7 +149,7 @@ def _placed(file: Path, name: str, entry: object) -> tuple[int, int, TensorInfo]
         raise CheckpointError(
             f"{where} is {tuple(shape)} {dtype}, {bits // 8} bytes, but takes the bytes {begin} to {end}: shape and place disagree"
         )
-    return begin, end, TensorInfo(file, dtype, tuple(shape), bits // 8)
+    return begin, end, TensorInfo(file, dtype, tuple(shape), bits // 8, start + begin)
 
 
 def _are_sizes(value: object) -> bool:

@@ -62,6 +62,11 @@ class StoredTensors:
         return tensor.clone()
 
     @property
+    def is_safetensors(self) -> bool:
+        """Whether they are in safetensors files."""
+        return bool(self._headers)
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """The float dtype of most numbers; None where there are none."""
         counts: Counter[torch.dtype] = Counter()

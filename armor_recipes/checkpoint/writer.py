@@ -23,6 +23,7 @@ from armor_recipes.checkpoint.quantized import QuantizedCache, QuantizedLinear, 
 from armor_recipes.checkpoint.reader import check_folder
 from armor_recipes.checkpoint.staging import files_below
 from armor_recipes.checkpoint.stored import StoredTensors
+from armor_recipes.compute.scratch import Scratch
 from armor_recipes.errors import CheckpointError, PlanError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def write_checkpoint(
     dtypes: Mapping[str, torch.dtype] | None = None,
     base_config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    scratch: Scratch | None = None,
 ) -> None:
     """Write `model` into the existing folder `destination`; the model itself is left as it was.
 
@@ -65,6 +67,7 @@ def write_checkpoint(
         dtypes: of float tensors on disk, by their names in the model; those that it does not name are in `dtype`.
         base_config: the source's config.json, of which keys are kept that saving forgets.
         max_shard_bytes: larger models are split into several files.
+        scratch: where tensors lie that are cast; in memory without one.
 
     Raises:
         PlanError: if a layer is no linear layer of the model, or shares its weight with something that is none.
@@ -78,7 +81,7 @@ def write_checkpoint(
     schemes = {name: layer.scheme for name, layer in plain.items()}
     cache = next((one.text for one in (caches or {}).values()), None)
     config = quantization_config(layers, dense, shared, tied, schemes, cache) if layers or plain or caches else None
-    state = _with_quantized(_state_dict(model, layers, dtypes or {}, dtype, shared, tied), plain)
+    state = _with_quantized(_state_dict(model, layers, dtypes or {}, dtype, shared, tied, scratch), plain)
     beside = {f"{name}.{part}": value for name, one in (caches or {}).items() for part, value in one.tensors.items()}
     state = dict(sorted({**state, **beside}.items())) if beside else state
     with _config_for_saving(model, config), _own_names(model, wanted=config is not None) as renamed:
@@ -262,6 +265,7 @@ def _state_dict(
     dtype: torch.dtype,
     shared: Mapping[str, str],
     tied: Mapping[str, str],
+    scratch: Scratch | None,
 ) -> dict[str, Tensor]:
     """Collect every tensor to write, by name. What shares memory in the model shares it here, and is written once."""
     state: dict[str, Tensor] = {}
@@ -279,7 +283,8 @@ def _state_dict(
             continue
         key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
         if key not in cast or not tensor.numel():
-            cast[key] = _cast(tensor, dtypes.get(name, dtype), name=name)
+            found = _cast(tensor, dtypes.get(name, dtype), name=name)
+            cast[key] = found if scratch is None or found is tensor else scratch.keep(found)
         state[name] = cast[key]
     return state
 

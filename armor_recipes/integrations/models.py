@@ -26,12 +26,14 @@ from armor_recipes import builtin
 from armor_recipes.checkpoint.compressed import CompressedModel, check_readable, open_compressed
 from armor_recipes.checkpoint.files import read_config
 from armor_recipes.checkpoint.stored import StoredTensors, is_all_there
+from armor_recipes.compute.scratch import Scratch
 from armor_recipes.errors import ArmorError, InputError, PlanError
 from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.classes import class_of
 from armor_recipes.integrations.names import origins
 from armor_recipes.model.facts import ModelFacts, attention_of_parts, facts_of
 from armor_recipes.model.forms import linearise
+from armor_recipes.modifiers.distillation.modifier import multiplies_bfloat16
 from armor_recipes.paths import user_path
 from armor_recipes.recipe.schema import ModelSpec
 
@@ -90,6 +92,12 @@ class ModelSource:
         self._read[folder] = found
         return found
 
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether the files are safetensors files, which can be read tensor by tensor."""
+        there = self.stored()
+        return there is not None and there.is_safetensors
+
     def uncompressed(self, tensors: Iterable[str]) -> list[str]:
         """Those of the files' tensors that are no part of a packed or quantised layer."""
         names = list(tensors)
@@ -127,7 +135,8 @@ def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = Fals
     if spec.compute_dtype != "auto":
         compute = _DTYPES[spec.compute_dtype]
     else:
-        compute = torch.float32 if device.type == "cpu" else stored
+        half = spec.memory is not None and stored == torch.bfloat16 and multiplies_bfloat16(device)
+        compute = torch.float32 if device.type == "cpu" and not half else stored
     return replace(source, stored_dtype=stored, compute_dtype=compute)
 
 
@@ -273,15 +282,36 @@ def meta_model(source: ModelSource) -> PreTrainedModel:
     return model
 
 
-def load_model(source: ModelSource, *, device: torch.device) -> PreTrainedModel:
+def load_model(source: ModelSource, *, device: torch.device, scratch: Scratch | None = None) -> PreTrainedModel:
     """The model in its compute dtype on `device`, in evaluation mode. Raises InputError where weights are missing or unreadable.
 
-    Its numbers are those of the stored dtypes, see `rounded`.
+    Its numbers are those of the stored dtypes, see `rounded`. With a `scratch` it is on the CPU, and its weights are in that.
     """
+    if scratch is not None:
+        model = load_dense(
+            source.location,
+            dtype=source.compute_dtype,
+            device=torch.device("cpu"),
+            revision=source.revision,
+            state=_mapped_state(source, scratch),
+        )
+        return rounded(with_generation_config(model, source), written_dtypes(model, source))
     if source.compressed is not None:
         return _load_compressed(source, source.compressed, device)
     model = load_dense(source.location, dtype=source.compute_dtype, device=device, revision=source.revision)
     return rounded(model, written_dtypes(model, source))
+
+
+def _mapped_state(source: ModelSource, scratch: Scratch) -> dict[str, Tensor]:
+    """The tensors of the files in the scratch, one after the other, in the dtypes that a loader gives them."""
+    there, kept = source.stored(), kept_in_float32(meta_model(source), source.compute_dtype)
+    assert there is not None, "checked by the plan"
+    state = {}
+    for name in there.tensors:
+        tensor = there.read(name)
+        cast = tensor.is_floating_point() and not kept(name)
+        state[name] = scratch.keep(tensor, source.compute_dtype if cast else None)
+    return state
 
 
 def _load_compressed(source: ModelSource, compressed: CompressedModel, device: torch.device) -> PreTrainedModel:
@@ -367,11 +397,12 @@ def load_dense(
     device: torch.device,
     revision: str | None = None,
     attention: Attention = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """A stock model from a folder or hub id, in evaluation mode. Raises InputError where weights are missing or unreadable.
 
     `attention` is the implementation to run on, or one for each part of a composite model (`attention_of`); transformers' choice
-    where it is None.
+    where it is None. `state` are the tensors by the names of the files, for which those are then not read.
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
@@ -380,11 +411,12 @@ def load_dense(
         load: Any = class_of(config, location).from_pretrained
         # Weights of the wrong shape are told by `info`, with their names, which transformers' own error leaves out.
         model, info = load(
-            location,
-            config=config,
+            location if state is None else None,
+            config=config if state is None else _plain_config(config),
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **({"state_dict": dict(state)} if state is not None else {}),
             **options,
             **attention_option(attention),
         )
@@ -399,6 +431,13 @@ def load_dense(
     module.to(device=device).eval()
     loaded: PreTrainedModel = model
     return own_memory(loaded)
+
+
+def _plain_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Of a model whose weights come unpacked."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def attention_option(attention: Attention) -> dict[str, Any]:

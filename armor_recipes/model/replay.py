@@ -27,6 +27,7 @@ from armor_recipes.model.padding import NO_PADDING, Padding, padding_of, reads_o
 __all__ = ["Activations", "LayerCall", "Stream", "capture_stream", "feed", "feed_alike", "hidden_states", "on_device"]
 
 R = TypeVar("R")
+Keep = Callable[[Tensor], Tensor]
 #: In the place of hidden states that are not kept.
 _NOTHING = torch.empty(0)
 #: In the place of one that has none.
@@ -37,6 +38,11 @@ _NUDGE = 1.0625
 
 class StopForwardError(Exception):
     """Raised by a hook once what is asked for is in hand; never leaves this room."""
+
+
+def as_it_is(hidden: Tensor) -> Tensor:
+    """What is kept in memory."""
+    return hidden
 
 
 class Collecting(Protocol):
@@ -115,12 +121,14 @@ class Stream:
         stack: Stack,
         batches: Sequence[Batch],
         paddings: Sequence[Padding] | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self._calls = [[replace(call, hidden=_NOTHING) for call in batch] for batch in calls]
         self._stack = stack
         self._paddings = paddings or [NO_PADDING] * len(calls)
         self._here = threading.local()
         self.batches = tuple(batches)
+        self._keep = keep or as_it_is
         self.hidden = [batch[0].hidden for batch in calls]
 
     def call(self, block: int, batch: int) -> LayerCall:
@@ -158,7 +166,7 @@ class Stream:
         for index, output in enumerate(self._run(block, collecting, lambda output: output)):
             if not all(map(is_finite, self._paddings[index].pieces(output))):
                 raise self._broken(block, index)
-            self.hidden[index] = output
+            self.hidden[index] = self._keep(output)
 
     def _run(self, block: int, collecting: Collecting, of: Callable[[Tensor], R]) -> Iterator[R]:
         """Run a block on every batch, several at once on a CPU; yields what is asked of its outputs, in order."""
@@ -228,18 +236,32 @@ def probe_stack(model: nn.Module, stack: Stack, inputs: Batch, hooks: Hooks) -> 
 
 
 def open_stream(
-    model: nn.Module, stack: Stack, groups: Sequence[Batch], *, batch_size: int, hooks: Hooks, same: bool = True
+    model: nn.Module,
+    stack: Stack,
+    groups: Sequence[Batch],
+    *,
+    batch_size: int,
+    hooks: Hooks,
+    same: bool = True,
+    keep: Keep = as_it_is,
 ) -> Stream:
     """Take the first block's inputs for every batch, and the other blocks' arguments unless all have the `same`.
 
-    Samples of a group are of one shape. The model's forward pass is stopped at the last of them.
+    Samples of a group are of one shape. The model's forward pass is stopped at the last of them. `keep` says where activations go.
     """
     batches = batches_of(model, groups, batch_size)
-    found = [_watch(model, stack, batch, hooks, blocks=1 if same else None) for batch in batches]
-    calls = [[call for _, call in seen.calls] for seen in found]
+    calls = []
+    for batch in batches:
+        seen = _watch(model, stack, batch, hooks, blocks=1 if same else None)
+        calls.append(
+            [
+                replace(call, hidden=_NOTHING if place else keep(call.hidden))
+                for place, (_, call) in enumerate(seen.calls)
+            ]
+        )
     reads = reads_of(model, stack.names[0], groups[0])
     paddings = [padding_of(batch, reads, first[0]) for batch, first in zip(batches, calls, strict=True)]
-    return Stream(calls, stack, batches, paddings)
+    return Stream(calls, stack, batches, paddings, keep)
 
 
 def capture_stream(model: nn.Module, stack: Stack, inputs: Batch, *, batch_size: int, hooks: Hooks) -> Stream:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from armor_recipes.compute.scratch import Scratch
 from armor_recipes.model.cache import States, through_cache
 
+V = TypeVar("V")
 InputHook = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]
 OutputHook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
@@ -32,6 +34,9 @@ class WeightStore(Protocol):
     def write(self, parameter: str, value: Tensor, *, same_function: bool = False) -> None:
         """Replace the values. `same_function` says that the model gives what it gave before."""
 
+    def keep(self, value: V) -> V:
+        """What stays to the end of the run (a tensor, or what holds some), where such things are."""
+
     def change_activations(self, module: str, before: InputHook | None, after: OutputHook | None) -> None:
         """Let what comes to a module, and what it puts out, pass through these instead of those given before; None leaves it."""
 
@@ -46,12 +51,19 @@ class InMemory:
     """All weights of a model in memory.
 
     `stored_dtype` is that of the checkpoint: originals are kept in it where they fit. `teacher` are originals of a model that came
-    changed already: the dense weights of those parameters in which it differs.
+    changed already: the dense weights of those parameters in which it differs. With a `scratch`, in which the model's weights are,
+    all that is kept goes there, too.
     """
 
     def __init__(
-        self, model: nn.Module, *, stored_dtype: torch.dtype, teacher: Mapping[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        *,
+        stored_dtype: torch.dtype,
+        teacher: Mapping[str, Tensor] | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
+        self._scratch = scratch
         self._model = model
         self._stored_dtype = stored_dtype
         self._teacher = {name: self._narrow(value) for name, value in (teacher or {}).items()}
@@ -78,10 +90,14 @@ class InMemory:
             self._originals[parameter] = self._narrow(own)
         own.copy_(value)
 
+    def keep(self, value: V) -> V:
+        """As it is, or in the scratch."""
+        return value if self._scratch is None else self._scratch.keep_all(value)
+
     def _narrow(self, value: Tensor) -> Tensor:
         """A copy, in the dtype of the checkpoint where that holds the numbers."""
         narrow = value.to(self._stored_dtype, copy=True)
-        return narrow if torch.equal(narrow.to(value.dtype), value) else value.clone()
+        return self.keep(narrow if torch.equal(narrow.to(value.dtype), value) else value.clone())
 
     def change_activations(self, module: str, before: InputHook | None, after: OutputHook | None) -> None:
         """Register them as hooks, which stay with the model."""
@@ -108,4 +124,5 @@ class InMemory:
             yield
         finally:
             for weight, shape in zip(weights, shapes, strict=True):
-                weight.data = weight.data.new_zeros(shape)
+                zeros = None if self._scratch is None else self._scratch.empty(tuple(shape), weight.dtype)
+                weight.data = weight.data.new_zeros(shape) if zeros is None else zeros

@@ -30,6 +30,8 @@ _KEPT, _KEPT_LOGIT, _CHANGE = 6, 12, 2
 #: What a batch that passes a layer takes, in numbers that its linear modules read and give: what is around them, and what the
 #: allocator keeps for each thread. Measured on the embedded model.
 _AROUND = 1.5
+#: Copies of a tensor in float32 while it is read and rounded, or folded.
+_COPIES = 3
 #: Values of logits of a batch of evaluation at most, and its windows and their tokens as a rule.
 _LOGITS_AT_MOST, _WINDOWS, _WINDOW = 1 << 26, 8, 512
 
@@ -40,6 +42,9 @@ def peak_bytes(
     """Of the whole run, with `beside` what any work was measured to take beside the model."""
     sets, widths = CalibrationSets.of(recipe, modifiers), _Widths.of(model)
     phases = [beside, *_evaluating(recipe, plan, widths), *_going_back(plan, modifiers, sets, widths)]
+    if recipe.model.memory is not None:  # weights, activations and results lie in files
+        phases += [max(_solving(plan), _passing(plan, sets, widths)) + held_bytes(plan.rows, modifiers)]
+        return anonymous_bytes() + max(*phases, _tensor_by_tensor(model, sets))
     compressing = estimate_peak_bytes(
         model,
         sets.held_tokens,
@@ -122,6 +127,13 @@ def _going_back(
         together = min(threads, modifier.unsettled.windows)
         passes = together * (widths.kept(spec.sequence_length) + added)
         yield changes + max(passes, bytes_at_once([row.peak_bytes for row in rows]))
+
+
+def _tensor_by_tensor(model: nn.Module, sets: CalibrationSets) -> int:
+    """What reading, rounding, hashing or folding the largest tensor takes, or the logits of two models to verify."""
+    probe = max((spec.sequence_length for spec in sets.by_entry.values()), default=0)
+    largest = max((p.numel() for p in model.parameters()), default=0)
+    return _VALUE * max(_COPIES * largest, 2 * probe * vocabulary(model))
 
 
 def _solving(plan: Plan) -> int:

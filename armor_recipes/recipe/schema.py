@@ -29,6 +29,22 @@ Bos = Annotated[
 ]
 
 
+def _check_memory(value: str) -> str:
+    memory_bytes(value)
+    return value
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes of `4GiB`. ValueError where it is no positive number with a unit."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", text)
+    size = 0 if found is None else int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2])))
+    if size <= 0:
+        raise ValueError("is no amount of memory; write a number and a unit, as 4GiB or 800MB")
+    return size
+
+
+Memory = Annotated[str, AfterValidator(_check_memory)]
+
 PRESET = "preset:"
 """What the name of a set of modules begins with, in `targets` and `ignore`."""
 PRESETS = ("attention", "mlp", "all-linear")
@@ -94,7 +110,15 @@ class ModelSpec(Strict):
     compute_dtype: DType = Field(
         default="auto",
         title="Compute dtype",
-        description="Dtype of forward passes; `auto` is float32 on a CPU and the stored dtype on a GPU.",
+        description="Dtype of forward passes; `auto` is float32 on a CPU and the stored dtype on a GPU; with `memory` bfloat16 "
+        "where the model is stored in it and the CPU multiplies it.",
+    )
+    memory: Memory | None = Field(
+        default=None,
+        title="Memory",
+        description="Memory of its own that the run may take, as `4GiB` (KiB, MiB, GiB, TiB or KB, MB, GB, TB): weights, "
+        "activations and results are then in mapped files beside the output, and what cannot fit is refused. Left out, there is "
+        "no bound, and all is held in memory.",
     )
     trust_remote_code: bool = Field(
         default=False,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -11,13 +14,20 @@ from transformers import PreTrainedModel
 from armor_recipes.calibration.text import check_there
 from armor_recipes.calibration.tokens import has_length
 from armor_recipes.checkpoint.staging import check_destination
+from armor_recipes.compute.limit import private_bytes
+from armor_recipes.compute.threads import at_once
 from armor_recipes.errors import InputError, NumericalError, PlanError, RecipeError
 from armor_recipes.integrations.models import ModelSource, kept_in_float32, moved, rounded, written_dtypes
 from armor_recipes.integrations.names import origins
 from armor_recipes.model.forms import linear_parts
+from armor_recipes.modifiers import AnyModifier
+from armor_recipes.modifiers.base import Settles
+from armor_recipes.modifiers.kinds.quantizer import Quantizer
 from armor_recipes.paths import user_path
-from armor_recipes.plan import Plan
+from armor_recipes.plan import Plan, RunEstimate
+from armor_recipes.plan.memory import anonymous_bytes
 from armor_recipes.recipe import Recipe
+from armor_recipes.recipe.schema import memory_bytes
 from armor_recipes.run.refusals import Refusals
 
 _SHOWN = 8
@@ -49,6 +59,43 @@ def check_compressed(recipe: Recipe, source: ModelSource) -> None:
         problems.append("serve: layers that come packed with the model are not checked for it; leave it out")
     if problems:
         raise PlanError("\n".join(f"{problem}, and {recipe.model.id} is compressed" for problem in problems))
+
+
+def check_streamed(
+    recipe: Recipe, source: ModelSource, device: torch.device, modifiers: Mapping[str, AnyModifier[Any]]
+) -> None:
+    """What does not go with `model.memory`: all that holds a whole model, or copies of its weights, as anonymous memory."""
+    if recipe.model.memory is None:
+        return
+    problems = [f"{step.where}: {step.name} runs in llm-compressor" for step in recipe.steps]
+    for entry in recipe.modifiers:
+        modifier = modifiers[entry.key]
+        if modifier.needs.dense == "model" or modifier.needs.when == "after":
+            problems.append(f"{entry.where}: {entry.name} trains through the whole model")
+        elif modifier.needs.gradients or (isinstance(modifier, Settles) and modifier.unsettled is not None):
+            problems.append(f"{entry.where}: {entry.name} measures gradients of the whole model")
+        elif isinstance(modifier, Quantizer):
+            problems.append(f"{entry.where}: {entry.name} writes quantised weights")
+    if source.compressed is not None:
+        problems.append(f"{recipe.model.id} is compressed already")
+    elif source.stored() is None or not source.is_safetensors:
+        problems.append(f"{recipe.model.id} has no safetensors files on this machine: download or convert it first")
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        problems.append(f"it is for runs on the CPU of a Linux machine, and this is {device.type} on {sys.platform}")
+    if problems:
+        raise PlanError(
+            "\n".join(f"model.memory {recipe.model.memory}: {text}; leave `memory` out" for text in problems)
+        )
+
+
+def check_fits(recipe: Recipe, estimate: RunEstimate) -> None:
+    """Raise PlanError where the recipe's memory is less than the estimate, with what the process may write to and never touched."""
+    memory, needed = recipe.model.memory, estimate.peak_bytes + max(0, private_bytes() - anonymous_bytes())
+    if memory is not None and needed > memory_bytes(memory):
+        raise PlanError(
+            f"model.memory {memory} is too little for this plan on {at_once()} threads: set {-(-needed // 2**20)}MiB or more, "
+            "fewer threads (OMP_NUM_THREADS), or a lower batch_size or sequence_length"
+        )
 
 
 def narrowed(plan: Plan, source: ModelSource, model: PreTrainedModel) -> tuple[str, ...]:

@@ -21,7 +21,9 @@ from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, staged, tried
 from armor_recipes.checkpoint.writer import carry_over, file_hashes, tensor_hashes, write_beside, write_checkpoint
 from armor_recipes.compute import plain_torch
+from armor_recipes.compute.limit import limited
 from armor_recipes.compute.ranks import agree, first
+from armor_recipes.compute.scratch import Scratch
 from armor_recipes.compute.threads import side_by_side
 from armor_recipes.errors import InputError, RecipeError, ResourceError
 from armor_recipes.events import Observer, PhaseStarted, ignore_events
@@ -36,6 +38,7 @@ from armor_recipes.modifiers import config_types
 from armor_recipes.modifiers.kinds.changes import Changes
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
+from armor_recipes.recipe.schema import memory_bytes
 from armor_recipes.report.licence import Licence
 from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, skipped_rows, state_hash
 from armor_recipes.report.measure import Stopwatch
@@ -156,6 +159,11 @@ def execute(
     output = user_path(job.recipe.output.path)
     if lock is not None and (model is not None or tokenizer is not None):
         raise RecipeError("a lock names a model's files: it cannot be held against a model or tokenizer in memory")
+    if model is not None and job.recipe.model.memory is not None:
+        raise RecipeError(
+            f"model.memory {job.recipe.model.memory} is for a model that is read from its files, and this one is in memory: give "
+            "the folder, or leave `memory` out"
+        )
     if model is not None and job.recipe.is_theirs:
         raise InputError(
             "llm-compressor runs the whole recipe, on a folder and not in place: save the model, and give the folder as `model`"
@@ -163,7 +171,9 @@ def execute(
     check_output(output, job.source, job.recipe, overwrite=overwrite or (in_place(output) and not fresh))
     target = output.resolve()  # the same place to the end, whoever changes the working directory
     watch = Stopwatch(observer)
+    memory = job.recipe.model.memory
     with (
+        limited(None if memory is None else memory_bytes(memory), f"model.memory {memory}"),
         resource_errors(),
         locked(target),
         journaled(target, job, in_memory=model is not None, fresh=fresh) as journal,
@@ -227,6 +237,8 @@ class _Run:
     """Tensors of the source's files that no module of the model holds, written as they are."""
     room: Path | None = None
     """A folder for what llm-compressor writes where it runs the whole recipe."""
+    scratch: Scratch | None = None
+    """Where weights, activations and results are where the recipe sets the memory."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of llm-compressor and what it runs on, where it has run the whole recipe."""
 
@@ -243,8 +255,10 @@ class _Run:
     ) -> _Run:
         """Load the weights, or take those given, and check them."""
         watch.phase("load weights")
+        scratch = None
         if model is None:
-            loaded = load_model(job.source, device=job.device)
+            scratch = None if job.recipe.model.memory is None else Scratch(output.parent)
+            loaded = load_model(job.source, device=job.device, scratch=scratch)
             if ready.nbytes:  # else this process writes nothing
                 # The files of a hub model may have come only now, onto the same disk.
                 check_disk(output.parent, ready.nbytes, ready.journal)
@@ -257,7 +271,19 @@ class _Run:
             brought = given_changes(job.source.compressed, job.source.stored_dtype, packed=job.packed)
         if brought is not None and not job.packed:
             rounded(loaded, dtypes)
-        return cls(job, loaded, ready, output, watch, dtypes, journal, model is not None, brought=brought, room=room)
+        return cls(
+            job,
+            loaded,
+            ready,
+            output,
+            watch,
+            dtypes,
+            journal,
+            model is not None,
+            brought=brought,
+            room=room,
+            scratch=scratch,
+        )
 
     @side_by_side()
     def compute(self) -> Facts:
@@ -318,6 +344,7 @@ class _Run:
             brought=self.brought,
             teacher=teacher,
             journal=journal,
+            scratch=self.scratch,
         ) as session:
             session.run()
         return session
@@ -407,6 +434,7 @@ class _Run:
             caches=facts.caches,
             dtypes=self.dtypes,
             base_config={} if base is None else read_config(base),
+            scratch=self.scratch,
         )
 
     def write_rest(self, folder: Path, facts: Facts) -> None:
@@ -438,7 +466,7 @@ class _Run:
         """
         if self.room is None:  # else it was held against the model in memory as it was loaded
             self.watch.phase("verify")
-            verify_reloaded(folder, self.model, packed=self.job.packed, probe=self.probe())
+            verify_reloaded(folder, self.model, packed=self.job.packed, probe=self.probe(), scratch=self.scratch)
         report = self.report(folder, facts)
         if lock is not None:
             lock.check_output(folder)

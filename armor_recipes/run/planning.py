@@ -28,7 +28,7 @@ from armor_recipes.plan import Plan, Rates, RunEstimate, estimate_run, make_plan
 from armor_recipes.plan.untying import to_untie
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.llmcompressor import ROTATING
-from armor_recipes.run.checks import check_compressed, check_lengths, narrowed
+from armor_recipes.run.checks import check_compressed, check_fits, check_lengths, check_streamed, narrowed
 from armor_recipes.run.data import Data, read_data
 from armor_recipes.run.evaluating import check_measures
 from armor_recipes.run.refusals import Refusals, resource_errors
@@ -88,6 +88,8 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
     with refused.noted():
         check_compressed(recipe, source)
     with refused.noted():
+        check_streamed(recipe, source, target, instances)
+    with refused.noted():
         teacher = open_teacher(recipe.model, source, shapes, target)
     check_measures(recipe, shapes, refused)
     if recipe.is_theirs and recipe.output.format != "compressed-tensors":
@@ -95,11 +97,18 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
         refused.found.append(PlanError(f"output.format {recipe.output.format}: {text}"))
     with refused.noted():
         plan = planned(recipe, source, shapes, instances)
+        if recipe.model.memory is not None and (plan.forms or plan.untied):
+            named = ", ".join((*plan.forms, *plan.untied)[:4])
+            raise PlanError(
+                f"model.memory {recipe.model.memory}: {named} are made linear, or get a weight of their own, which copies "
+                "weights in memory; add them to `ignore`, or leave `memory` out"
+            )
     if plan is None or refused:
         with refused.noted(), resource_errors():
             read_data(recipe, source, shapes, instances, load_tokenizer(source), refused, wanted=is_soon_read)
         refused.tell()
     estimate = estimate_run(plan, recipe, shapes, instances)
+    check_fits(recipe, estimate)
     return Job(recipe, source, shapes, instances, plan, estimate, target, teacher)
 
 

@@ -12,8 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import Batch
+from armor_recipes.checkpoint.config import VALUES
+from armor_recipes.checkpoint.files import read_config, read_header, read_tensor
+from armor_recipes.checkpoint.reader import checked_layers, read_layer, stored_names
+from armor_recipes.compute.scratch import Scratch
 from armor_recipes.errors import ArmorError, InputError, NumericalError, VerificationError
-from armor_recipes.integrations.models import attention_of, load_dense
+from armor_recipes.integrations.models import attention_of, kept_in_float32, load_dense
 from armor_recipes.integrations.plain import dequantized
 from armor_recipes.integrations.transformers import load
 from armor_recipes.model.blocks import find_stacks
@@ -21,13 +25,16 @@ from armor_recipes.model.finite import ADVICE, first_broken
 from armor_recipes.model.replay import feed_alike, on_device
 
 
-def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe: Batch) -> None:
+def verify_reloaded(
+    folder: Path, model: PreTrainedModel, *, packed: bool, probe: Batch, scratch: Scratch | None = None
+) -> None:
     """Raise VerificationError unless the folder, loaded in the model's compute dtype, puts out what the model does, bit for bit;
     and NumericalError where what the model's blocks give is not finite.
 
     All tensors of the output are compared, and all weights that are not packed. `probe` is what to call both with; `packed` says
     whether the folder needs this package to load. It is loaded with the attention implementations that the model runs on, into
-    aligned memory; numbers that are NaN in both are equal, and random numbers that a model draws are the same for both.
+    aligned memory, or with a `scratch` layer by layer into that; numbers that are NaN in both are equal, and random numbers that a
+    model draws are the same for both.
     """
     parameter = next(model.parameters())
     options: dict[str, Any] = {
@@ -36,7 +43,10 @@ def verify_reloaded(folder: Path, model: PreTrainedModel, *, packed: bool, probe
         "attention": attention_of(model),
     }
     try:
-        loaded = load(folder, backend="folded", **options) if packed else load_dense(str(folder), **options)
+        if scratch is not None:
+            loaded = load_dense(str(folder), state=_folded_state(folder, parameter.dtype, model, scratch), **options)
+        else:
+            loaded = load(folder, backend="folded", **options) if packed else load_dense(str(folder), **options)
     except InputError as error:
         raise VerificationError(f"what was written cannot be loaded again: {error}") from error
     batch = on_device(probe, model)
@@ -55,6 +65,23 @@ def _dequantized(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         weight = dequantized(module)
         if weight is not None:
             yield name, weight
+
+
+def _folded_state(folder: Path, dtype: torch.dtype, model: PreTrainedModel, scratch: Scratch) -> dict[str, Tensor]:
+    """The folder's tensors in the scratch, in the place of packed layers the weights that they give in `dtype`."""
+    tensors, quantization = read_header(folder), read_config(folder).get("quantization_config")
+    specs = checked_layers(folder, quantization, tensors) if quantization else {}
+    packed = {f"{name}.{part}" for name, spec in specs.items() for part in stored_names(spec)}
+    kept, state = kept_in_float32(model, dtype), {}
+    for name in tensors:
+        if name not in packed:
+            tensor = read_tensor(tensors, name)
+            state[name] = scratch.keep(tensor, dtype if tensor.is_floating_point() and not kept(name) else None)
+    for name, spec in specs.items():
+        owner = None if spec.input_factor is None else read_layer(spec.input_factor, tensors)
+        layer = read_layer(name, tensors, owner, activations=spec.activations)
+        state[f"{name}.{VALUES}"] = scratch.keep(layer.to(dtype).fold(dtype))
+    return state
 
 
 @contextmanager

@@ -27,6 +27,7 @@ def commit(changes: Changes, weights: WeightStore, state: State) -> None:
     _check_finite(changes)
     for name, value in changes.weights.items():
         weights.write(name, value, same_function=changes.same_function)
+    changes = replace(changes, **weights.keep({part: getattr(changes, part) for part in ("factors", "quantized")}))
     for name, factors in changes.factors.items():
         if factors is None:
             state.factors.pop(name, None)

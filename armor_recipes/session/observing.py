@@ -16,7 +16,7 @@ from armor_recipes.model.blocks import Stack, Stacks
 from armor_recipes.model.experts import every_expert
 from armor_recipes.model.hooks import Hooks, feeding
 from armor_recipes.model.passes import PassStream
-from armor_recipes.model.replay import Activations, StackProbe, open_stream, probe_stack
+from armor_recipes.model.replay import Activations, Keep, StackProbe, as_it_is, open_stream, probe_stack
 from armor_recipes.modifiers.base import Tap
 from armor_recipes.modifiers.kinds.changes import StepResult
 from armor_recipes.modifiers.kinds.contract import BlockContext, Original, Share, Statistics, StreamKey
@@ -61,6 +61,7 @@ class Opening:
             several blocks share.
         originals: the dense model's weights where they were changed since, asked for by passes that need them.
         taught: whether the model came changed already, so that dense streams are a teacher's.
+        keep: where activations are put.
     """
 
     model: nn.Module
@@ -72,6 +73,7 @@ class Opening:
     originals: Callable[[], Mapping[str, Tensor]]
     hooks: Hooks
     taught: bool = False
+    keep: Keep = as_it_is
 
     def open(self, kinds: Iterable[str]) -> Door:
         """The streams of these kinds, by replay of the blocks or, where that is not the model, by passes of it."""
@@ -93,7 +95,13 @@ class Opening:
             else:
                 same = probes[spec].same
                 streams[key] = open_stream(
-                    self.model, self.stack, inputs.groups, batch_size=spec.batch_size, hooks=self.hooks, same=same
+                    self.model,
+                    self.stack,
+                    inputs.groups,
+                    batch_size=spec.batch_size,
+                    hooks=self.hooks,
+                    same=same,
+                    keep=self.keep,
                 )
         return Door(streams, reason)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import InputSet
 from armor_recipes.compute import give_back
+from armor_recipes.compute.scratch import Scratch
 from armor_recipes.events import LayerStarted, Observer, PhaseStarted, ignore_events, one_at_a_time
 from armor_recipes.model.blocks import Stack, find_stacks
 from armor_recipes.model.experts import readers_within_experts
@@ -60,6 +61,7 @@ class Session:
         keep_packed: keep factors for a packed checkpoint; else they are folded into plain weights.
         brought: what a compressed model comes with: factors and quantised layers, committed first.
         teacher: of a compressed model, the dense model's parameters where they differ from its own.
+        scratch: where the model's weights are that lie in files; all that is kept then goes there.
         journal: what the steps are written to, and taken from where a run before has done them.
     """
 
@@ -77,6 +79,7 @@ class Session:
         brought: Changes | None = None,
         teacher: Mapping[str, Tensor] | None = None,
         journal: Journal | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.recipe = recipe
         self.plan = plan
@@ -87,7 +90,7 @@ class Session:
         self.observer = one_at_a_time(observer)
         self.hooks = Hooks()
         self.state = State()
-        self.weights = InMemory(model, stored_dtype=stored_dtype, teacher=teacher)
+        self.weights = InMemory(model, stored_dtype=stored_dtype, teacher=teacher, scratch=scratch)
         self._taught = teacher is not None
         self.stacks = find_stacks(model)
         self._sharing = linears_that_share(model)
@@ -235,6 +238,7 @@ class Session:
             lambda: self.weights.originals,
             self.hooks,
             taught=self._taught,
+            keep=self.weights.keep,
         )
 
     def _run_stack(
@@ -274,6 +278,8 @@ class Session:
         if mark is None or (mark.stage, mark.stack) != (stage, stack.name) or mark.block not in blocks:
             return blocks
         self._journal.restore(mark, list(streams.values()))
+        for stream in streams.values():
+            stream.hidden[:] = map(self.weights.keep, stream.hidden)
         self._replay(stage, stack.name, mark.steps)
         return blocks[blocks.index(mark.block) :]
 
