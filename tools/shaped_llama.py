@@ -23,11 +23,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--layers", type=int, help="other than the shape's")
     parser.add_argument("--shard-mib", type=int, default=2048, help="a file ends once it holds so much")
     options = parser.parse_args()
     layers, width, inner, heads, vocabulary = SHAPES[options.shape]
     config = LlamaConfig(
-        num_hidden_layers=layers,
+        num_hidden_layers=options.layers or layers,
         hidden_size=width,
         intermediate_size=inner,
         num_attention_heads=heads,

@@ -68,19 +68,27 @@ def _dequantized(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _folded_state(folder: Path, dtype: torch.dtype, model: PreTrainedModel, scratch: Scratch) -> dict[str, Tensor]:
-    """The folder's tensors in the scratch, in the place of packed layers the weights that they give in `dtype`."""
+    """The folder's tensors, in the place of packed layers the weights that they give in `dtype`: those of the model where they are
+    equal bit for bit, in its own memory, others in the scratch.
+    """
     tensors, quantization = read_header(folder), read_config(folder).get("quantization_config")
     specs = checked_layers(folder, quantization, tensors) if quantization else {}
     packed = {f"{name}.{part}" for name, spec in specs.items() for part in stored_names(spec)}
-    kept, state = kept_in_float32(model, dtype), {}
+    kept, own, state = kept_in_float32(model, dtype), model.state_dict(), {}
+
+    def held(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        there, found = own.get(name), tensor if dtype is None else tensor.to(dtype)
+        return there if there is not None and _equal(there, found) else scratch.keep(found)
+
     for name in tensors:
         if name not in packed:
             tensor = read_tensor(tensors, name)
-            state[name] = scratch.keep(tensor, dtype if tensor.is_floating_point() and not kept(name) else None)
+            state[name] = held(name, tensor, dtype if tensor.is_floating_point() and not kept(name) else None)
     for name, spec in specs.items():
         owner = None if spec.input_factor is None else read_layer(spec.input_factor, tensors)
         layer = read_layer(name, tensors, owner, activations=spec.activations)
-        state[f"{name}.{VALUES}"] = scratch.keep(layer.to(dtype).fold(dtype))
+        weight = f"{name}.{VALUES}"
+        state[weight] = held(weight, layer.to(dtype).fold(dtype), None)
     return state
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from math import isfinite
 
+from torch import Tensor
+
 from armor_recipes.checkpoint.quantized import QuantizedLinear
+from armor_recipes.compute.scratch import Scratch
 from armor_recipes.errors import CheckpointError, NumericalError
 from armor_recipes.model.finite import ADVICE, is_finite
 from armor_recipes.model.store import WeightStore
@@ -27,7 +30,6 @@ def commit(changes: Changes, weights: WeightStore, state: State) -> None:
     _check_finite(changes)
     for name, value in changes.weights.items():
         weights.write(name, value, same_function=changes.same_function)
-    changes = replace(changes, **weights.keep({part: getattr(changes, part) for part in ("factors", "quantized")}))
     for name, factors in changes.factors.items():
         if factors is None:
             state.factors.pop(name, None)
@@ -43,6 +45,15 @@ def commit(changes: Changes, weights: WeightStore, state: State) -> None:
         weights.change_cache(name, cache.states)
     state.caches |= changes.caches
     state.results += changes.results
+
+
+def keep(changes: Changes, state: State, scratch: Scratch, known: dict[int, Tensor]) -> None:
+    """Let the state hold the factors of what was committed in files: in the scratch, but for the ids of tensors `known` in one."""
+    for name, factors in scratch.keep_all(changes.factors, known).items():
+        if factors is not None:
+            state.factors[name] = factors
+            if name in state.modules and state.modules[name].packed is not None:
+                state.modules[name] = replace(state.modules[name], packed=factors)
 
 
 def commit_recorded(changes: Changes, weights: WeightStore, state: State) -> None:

@@ -92,6 +92,10 @@ class Journal:
     def record(self, place: tuple[str, str], done: Done) -> None:
         """Add a step of a stage and stack."""
 
+    def mapped(self, changes: Changes) -> dict[int, Tensor]:  # noqa: ARG002
+        """Of the tensors of the step that was recorded or replayed last: id → the same numbers, mapped from the journal's file."""
+        return {}
+
     def reach(self, place: tuple[str, str], block: int | None, streams: Sequence[Activations]) -> None:
         """Note that a stack is done up to a block, whose activations are these, or (None) to its end."""
 
@@ -281,6 +285,10 @@ class FileJournal(Journal):
         self._steps.append(record)
         self._at = len(self._steps)
         self._training = self._replaced(self._training, None)
+
+    def mapped(self, changes: Changes) -> dict[int, Tensor]:
+        """Of the tensors of the step that was recorded or replayed last: id → the same numbers, mapped from its file."""
+        return changes.mapped(self.folder / self._steps[self._at - 1]["file"])
 
     # activations
 

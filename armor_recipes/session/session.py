@@ -37,7 +37,7 @@ from armor_recipes.modifiers.kinds.contract import (
 from armor_recipes.plan.plan import Plan
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
-from armor_recipes.session.commit import commit, commit_recorded
+from armor_recipes.session.commit import commit, commit_recorded, keep
 from armor_recipes.session.gradients import stage_gradients
 from armor_recipes.session.journal import Done, Journal
 from armor_recipes.session.looking import look
@@ -91,6 +91,7 @@ class Session:
         self.hooks = Hooks()
         self.state = State()
         self.weights = InMemory(model, stored_dtype=stored_dtype, teacher=teacher, scratch=scratch)
+        self._scratch = scratch
         self._taught = teacher is not None
         self.stacks = find_stacks(model)
         self._sharing = linears_that_share(model)
@@ -206,7 +207,8 @@ class Session:
         counted = list(streams)
         done = self._journal.replay(key)
         if done is not None:
-            commit_recorded(done.changes, self.weights, self.state)
+            changes = done.changes
+            commit_recorded(changes, self.weights, self.state)
             self._work_done = done.work
             for stream, count in zip(counted, done.passes, strict=False):
                 stream.passes = count
@@ -215,6 +217,12 @@ class Session:
             commit(changes, self.weights, self.state)
             passes = tuple(stream.passes for stream in counted)
             self._journal.record(self._place, Done(changes, self._work_done, self._progress(0.0), passes))
+        else:
+            return
+        if self._scratch is not None:
+            # What is mapped from the journal lies at any byte, where products may round otherwise.
+            computed_with = any(modifier.needs.factors for modifier in self.modifiers.values())
+            keep(changes, self.state, self._scratch, {} if computed_with else self._journal.mapped(changes))
 
     def _in_order(self) -> list[Stack]:
         """The stacks in the order in which the forward pass comes to them."""

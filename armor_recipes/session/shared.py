@@ -9,6 +9,7 @@ from torch import Tensor
 
 from armor_recipes.compute.ranks import agree, first
 from armor_recipes.model.replay import Activations
+from armor_recipes.modifiers.kinds.changes import Changes
 from armor_recipes.modifiers.kinds.contract import Snapshot
 from armor_recipes.session.journal import Done, Journal, Mark
 
@@ -39,6 +40,10 @@ class SharedJournal(Journal):
     def record(self, place: tuple[str, str], done: Done) -> None:
         """Add a step."""
         self._own.record(place, done)
+
+    def mapped(self, changes: Changes) -> dict[int, Tensor]:
+        """Of the tensors of the last step: id → the same numbers in the journal's file, on rank 0."""
+        return self._own.mapped(changes)
 
     def reach(self, place: tuple[str, str], block: int | None, streams: Sequence[Activations]) -> None:
         """Note how far a stack is done."""

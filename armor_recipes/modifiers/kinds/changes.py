@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from armor_recipes.checkpoint.header import file_header
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.quantized import QuantizedCache, QuantizedLinear, Scheme
 from armor_recipes.errors import CheckpointError
@@ -144,6 +145,24 @@ class Changes:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file. Weights that factors give are left out, and made of them again."""
+        tensors = self._tensors()
+        aliases = _aliases(tensors)
+        own = {name: value.contiguous() for name, value in tensors.items() if name not in aliases}
+        save_file(own, path, {"changes": json.dumps({**self._record(), "aliases": aliases})})
+
+    def mapped(self, path: Path) -> dict[int, Tensor]:
+        """The tensors in the file that `save` wrote, mapped and not to be changed, by the ids of those that are held here."""
+        tensors = self._tensors()
+        aliases, placed = _aliases(tensors), file_header(path)
+        whole = torch.from_file(str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8)
+        return {
+            id(value): whole[info.begin : info.begin + info.nbytes].view(value.dtype).view(value.shape)
+            for name, value in tensors.items()
+            if name not in aliases and (info := placed[name]).nbytes
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What `save` writes, by the names there; some may be one under several names."""
         tensors = {f"gradients/{name}": value for name, value in self.gradients.items()}
         for name, value in self.weights.items():
             if name not in self._folded:
@@ -157,9 +176,7 @@ class Changes:
             tensors |= {f"quantized/{name}/{part}": value for part, value in layer.tensors.items()}
         for name, cache in self.caches.items():
             tensors |= {f"caches/{name}/{part}": value for part, value in cache.tensors.items()}
-        aliases = _aliases(tensors)
-        own = {name: value.contiguous() for name, value in tensors.items() if name not in aliases}
-        save_file(own, path, {"changes": json.dumps({**self._record(), "aliases": aliases})})
+        return tensors
 
     @property
     def _folded(self) -> dict[str, torch.dtype]:
