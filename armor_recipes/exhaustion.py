@@ -12,7 +12,9 @@ _FULL = (ENOSPC, EDQUOT, EFBIG)
 #: How errors of libraries written in Rust (safetensors, tokenizers) tell what they have no class for.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 #: What torch says when an allocation fails; on a CPU it raises a plain RuntimeError.
-_NO_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|[Cc]annot allocate memory|ALLOC_FAILED")
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator|out of memory|[Cc]annot allocate memory|ALLOC_FAILED|can't start new thread|bad_alloc"
+)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ from armor_recipes.modifiers import AnyModifier
 from armor_recipes.modifiers.base import Settles
 from armor_recipes.modifiers.kinds.quantizer import Quantizer
 from armor_recipes.paths import user_path
-from armor_recipes.plan import Plan, RunEstimate
+from armor_recipes.plan import Plan
 from armor_recipes.plan.memory import anonymous_bytes
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import memory_bytes
 from armor_recipes.run.refusals import Refusals
 
 _SHOWN = 8
+#: Tokens below which no sample is advised.
+_LEAST_LENGTH = 32
 
 
 def check_lengths(recipe: Recipe, source: ModelSource) -> None:
@@ -62,40 +65,97 @@ def check_compressed(recipe: Recipe, source: ModelSource) -> None:
 
 
 def check_streamed(
-    recipe: Recipe, source: ModelSource, device: torch.device, modifiers: Mapping[str, AnyModifier[Any]]
+    recipe: Recipe,
+    source: ModelSource,
+    device: torch.device,
+    modifiers: Mapping[str, AnyModifier[Any]],
+    peak: Callable[[Recipe], int] | None = None,
 ) -> None:
-    """What does not go with `model.memory`: all that holds a whole model, or copies of its weights, as anonymous memory."""
+    """What does not go with `model.memory`: all that holds a whole model, or copies of its weights, as anonymous memory.
+
+    `peak` says how much a recipe takes where there is a plan: of one without `memory`, then, for comparison.
+    """
     if recipe.model.memory is None:
         return
-    problems = [f"{step.where}: {step.name} runs in llm-compressor" for step in recipe.steps]
+    problems = list(_not_streamed(recipe, source, device, modifiers))
+    if problems:
+        advice = "leave `memory` out"
+        if peak is not None:
+            without = replace(recipe, model=recipe.model.model_copy(update={"memory": None}))
+            advice += f", and the run takes about {mib(peak(without))}"
+            sizes = sizes_that_fit(without, peak, memory_bytes(recipe.model.memory))
+            advice += f", or with {sizes}" if sizes else f", and no smaller batch of it fits into {recipe.model.memory}"
+        raise PlanError("\n".join(f"model.memory {recipe.model.memory}: {text}; {advice}" for text in problems))
+
+
+def _not_streamed(
+    recipe: Recipe, source: ModelSource, device: torch.device, modifiers: Mapping[str, AnyModifier[Any]]
+) -> Iterator[str]:
+    yield from (f"{step.where}: {step.name} runs in llm-compressor" for step in recipe.steps)
     for entry in recipe.modifiers:
         modifier = modifiers[entry.key]
         if modifier.needs.dense == "model" or modifier.needs.when == "after":
-            problems.append(f"{entry.where}: {entry.name} trains through the whole model")
+            yield f"{entry.where}: {entry.name} trains through the whole model"
         elif modifier.needs.gradients or (isinstance(modifier, Settles) and modifier.unsettled is not None):
-            problems.append(f"{entry.where}: {entry.name} measures gradients of the whole model")
+            yield f"{entry.where}: {entry.name} measures gradients of the whole model"
         elif isinstance(modifier, Quantizer):
-            problems.append(f"{entry.where}: {entry.name} writes quantised weights")
+            yield f"{entry.where}: {entry.name} writes quantised weights"
     if source.compressed is not None:
-        problems.append(f"{recipe.model.id} is compressed already")
+        yield f"{recipe.model.id} is compressed already"
     elif source.stored() is None or not source.is_safetensors:
-        problems.append(f"{recipe.model.id} has no safetensors files on this machine: download or convert it first")
+        yield f"{recipe.model.id} has no safetensors files on this machine: download or convert it first"
     if device.type != "cpu" or not sys.platform.startswith("linux"):
-        problems.append(f"it is for runs on the CPU of a Linux machine, and this is {device.type} on {sys.platform}")
-    if problems:
+        yield f"it is for runs on the CPU of a Linux machine, and this is {device.type} on {sys.platform}"
+
+
+def check_fits(recipe: Recipe, needed: int, peak: Callable[[Recipe], int]) -> None:
+    """Raise PlanError where the recipe's memory is less than it needs, with what the process may write to and never touched; `peak`
+    says what others need.
+    """
+    if recipe.model.memory is None:
+        return
+    memory, untouched = memory_bytes(recipe.model.memory), max(0, private_bytes() - anonymous_bytes())
+    needed += untouched
+    if needed > memory:
+        sizes = sizes_that_fit(recipe, peak, memory - untouched)
         raise PlanError(
-            "\n".join(f"model.memory {recipe.model.memory}: {text}; leave `memory` out" for text in problems)
+            f"model.memory {recipe.model.memory} is too little for this plan on {at_once()} threads: set {mib(needed)} or more"
+            + (", or fewer threads (OMP_NUM_THREADS)" if at_once() > 1 else "")
+            + (f", or {sizes}" if sizes else "; no smaller batch of the calibration makes it fit")
         )
 
 
-def check_fits(recipe: Recipe, estimate: RunEstimate) -> None:
-    """Raise PlanError where the recipe's memory is less than the estimate, with what the process may write to and never touched."""
-    memory, needed = recipe.model.memory, estimate.peak_bytes + max(0, private_bytes() - anonymous_bytes())
-    if memory is not None and needed > memory_bytes(memory):
-        raise PlanError(
-            f"model.memory {memory} is too little for this plan on {at_once()} threads: set {-(-needed // 2**20)}MiB or more, "
-            "fewer threads (OMP_NUM_THREADS), or a lower batch_size or sequence_length"
-        )
+def sizes_that_fit(recipe: Recipe, peak: Callable[[Recipe], int], memory: int) -> str:
+    """The largest batches, by halves, that a recipe's calibration may have to fit into so many bytes, and what it takes with them;
+    nothing where none does.
+    """
+    specs = [entry.config.calibration for entry in recipe.modifiers if entry.config.calibration is not None]
+    batch = max((spec.batch_size for spec in specs), default=0)
+    length = max((spec.sequence_length for spec in specs), default=0)
+    while batch > 1 or length > _LEAST_LENGTH:
+        batch, length = (batch // 2, length) if batch > 1 else (1, length // 2)
+        taken = peak(_with_sizes(recipe, batch, length))
+        if taken <= memory:
+            return f"calibration.batch_size {batch} and sequence_length {length}, which take about {mib(taken)}"
+    return ""
+
+
+def _with_sizes(recipe: Recipe, batch: int, length: int) -> Recipe:
+    """Calibrated on batches and samples that are no larger."""
+    entries = []
+    for entry in recipe.modifiers:
+        spec = entry.config.calibration
+        if spec is not None:
+            sizes = {"batch_size": min(spec.batch_size, batch), "sequence_length": min(spec.sequence_length, length)}
+            config = entry.config.model_copy(update={"calibration": spec.model_copy(update=sizes)})
+            entry = replace(entry, config=config)  # noqa: PLW2901
+        entries.append(entry)
+    return replace(recipe, modifiers=tuple(entries))
+
+
+def mib(nbytes: int) -> str:
+    """Rounded up, as `model.memory` takes it."""
+    return f"{-(-nbytes // 2**20)}MiB"
 
 
 def narrowed(plan: Plan, source: ModelSource, model: PreTrainedModel) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -171,12 +171,11 @@ def execute(
     check_output(output, job.source, job.recipe, overwrite=overwrite or (in_place(output) and not fresh))
     target = output.resolve()  # the same place to the end, whoever changes the working directory
     watch = Stopwatch(observer)
-    memory = job.recipe.model.memory
     with (
-        limited(None if memory is None else memory_bytes(memory), f"model.memory {memory}"),
         resource_errors(),
         locked(target),
         journaled(target, job, in_memory=model is not None, fresh=fresh) as journal,
+        bounded(job),
         resource_errors(),
         ExitStack() as stack,
     ):
@@ -209,11 +208,18 @@ def execute(
 @plain_torch()
 def follow(job: Job) -> None:
     """Take part in a run that rank 0 executes: compute a share of it, and write nothing. Raises ArmorError."""
-    with resource_errors():
+    output = user_path(job.recipe.output.path).resolve()
+    with bounded(job), resource_errors():
         check_alike(job)
         ready = Ready(None, first(lambda: Data({})), Licence(), Companions({}), 0, 0)
-        run = _Run.start(job, None, ready, Path(), Stopwatch(ignore_events), None, Journal())
+        run = _Run.start(job, None, ready, output, Stopwatch(ignore_events), None, Journal())
         run.compute()
+
+
+def bounded(job: Job) -> AbstractContextManager[None]:
+    """The recipe's bound on memory, where it sets one."""
+    memory = job.recipe.model.memory
+    return limited(None if memory is None else memory_bytes(memory), f"model.memory {memory}")
 
 
 @dataclass(slots=True)
@@ -257,9 +263,11 @@ class _Run:
         watch.phase("load weights")
         scratch = None
         if model is None:
-            scratch = None if job.recipe.model.memory is None else Scratch(output.parent)
+            if job.recipe.model.memory is not None:
+                output.parent.mkdir(parents=True, exist_ok=True)  # of a process on another machine
+                scratch = Scratch(output.parent)
             loaded = load_model(job.source, device=job.device, scratch=scratch)
-            if ready.nbytes:  # else this process writes nothing
+            if ready.nbytes and scratch is None:  # else this process writes nothing, or the files were there before
                 # The files of a hub model may have come only now, onto the same disk.
                 check_disk(output.parent, ready.nbytes, ready.journal)
         else:

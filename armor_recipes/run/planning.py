@@ -25,6 +25,7 @@ from armor_recipes.model.ties import tied_output, untie, untied
 from armor_recipes.modifiers import AnyModifier, modifiers
 from armor_recipes.modifiers.base import Settles
 from armor_recipes.plan import Plan, Rates, RunEstimate, estimate_run, make_plan
+from armor_recipes.plan.memory import peak_bytes
 from armor_recipes.plan.untying import to_untie
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.llmcompressor import ROTATING
@@ -88,8 +89,6 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
     with refused.noted():
         check_compressed(recipe, source)
     with refused.noted():
-        check_streamed(recipe, source, target, instances)
-    with refused.noted():
         teacher = open_teacher(recipe.model, source, shapes, target)
     check_measures(recipe, shapes, refused)
     if recipe.is_theirs and recipe.output.format != "compressed-tensors":
@@ -103,12 +102,19 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
                 f"model.memory {recipe.model.memory}: {named} are made linear, or get a weight of their own, which copies "
                 "weights in memory; add them to `ignore`, or leave `memory` out"
             )
+
+    def peak(asked: Recipe) -> int:
+        made, model = {entry.key: known[entry.kind](entry.config) for entry in asked.modifiers}, meta_model(source)
+        return peak_bytes(planned(asked, source, model, made), asked, model, made)
+
+    with refused.noted():
+        check_streamed(recipe, source, target, instances, None if plan is None else peak)
     if plan is None or refused:
         with refused.noted(), resource_errors():
             read_data(recipe, source, shapes, instances, load_tokenizer(source), refused, wanted=is_soon_read)
         refused.tell()
     estimate = estimate_run(plan, recipe, shapes, instances)
-    check_fits(recipe, estimate)
+    check_fits(recipe, estimate.peak_bytes, peak)
     return Job(recipe, source, shapes, instances, plan, estimate, target, teacher)
 
 

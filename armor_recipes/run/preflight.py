@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from armor_recipes.checkpoint.config import FORMAT_VERSION
 from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config
 from armor_recipes.checkpoint.staging import tried
 from armor_recipes.checkpoint.writer import DEFAULT_SHARD_BYTES, write_beside, write_configs
+from armor_recipes.compute.ranks import ranks
 from armor_recipes.errors import ArmorError, InputError, ResourceError
 from armor_recipes.evaluation.room import check_room
 from armor_recipes.exhaustion import what_ran_out
@@ -35,6 +36,8 @@ from armor_recipes.integrations.models import (
 )
 from armor_recipes.integrations.names import left_behind
 from armor_recipes.model.ties import tied_output
+from armor_recipes.plan.memory import activation_bytes
+from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.report.card import model_card
 from armor_recipes.report.licence import Licence, base_licence
 from armor_recipes.report.manifest import Facts, build_manifest
@@ -112,10 +115,11 @@ def preflight(
     kept = sum(measure.dense_bytes(job.shapes) for measure in data.measures)
     samples = {spec: len(found.origins) for spec, found in data.tokens.items()}
     journal = journal_bytes(job, output, samples) if writes and model is None else 0
+    scratch = scratch_bytes(job, nbytes, samples)
     if not refused:
-        check_disk(output.parent, nbytes, journal)
+        check_disk(output.parent, nbytes, journal, scratch)
     with refused.noted():
-        check_room(output.parent, kept, beside=nbytes + journal)
+        check_room(output.parent, kept, beside=nbytes + journal + scratch)
     if refused:
         refused.tell()
     return Ready(tokenizer, data, licence, beside, nbytes, journal + kept)
@@ -210,12 +214,31 @@ def _bytes_of_tensors(job: Job, model: PreTrainedModel | None) -> int:
     return total + min(total, DEFAULT_SHARD_BYTES)  # the file that takes them is written anew beside itself
 
 
-def check_disk(folder: Path, tensors: int, journal: int) -> None:
-    """Raise ResourceError where tensors and a journal of so many bytes do not fit on its disk, beside what is there now."""
-    needed = tensors + max(int(_MARGIN * tensors), _LEAST_MARGIN) + journal
+def scratch_bytes(job: Job, written: int, samples: Mapping[CalibrationSpec, int]) -> int:
+    """What lies in files where the recipe sets `model.memory`, for each process: weights, activations, factors that steps compute
+    with or that no journal keeps, and what is cast to be written.
+    """
+    if job.recipe.model.memory is None:
+        return 0
+    compute, stored = job.source.compute_dtype, job.source.stored_dtype
+    weights = sum(parameter.numel() for parameter in job.shapes.parameters()) * compute.itemsize
+    computed_with = ranks().size > 1 or any(modifier.needs.factors for modifier in job.modifiers.values())
+    factors = sum(row.bytes_after for row in job.plan.stored.values() if row.stored_as == "packed") * computed_with
+    held = activation_bytes(job.recipe, job.shapes, job.modifiers, samples) + (written if compute != stored else 0)
+    return ranks().size * (weights + factors) + held
+
+
+def check_disk(folder: Path, tensors: int, journal: int, scratch: int = 0) -> None:
+    """Raise ResourceError where tensors, a journal and a scratch of so many bytes do not fit on its disk as it is."""
+    needed = tensors + max(int(_MARGIN * tensors), _LEAST_MARGIN) + journal + scratch
     free = shutil.disk_usage(folder).free
     if free < needed:
         kept = f"; up to {journal / 1e9:.3g} GB are the journal's, from which a run goes on" if journal else ""
+        kept += (
+            f"; {scratch / 1e9:.3g} GB are for what lies in files within model.memory, until the run ends"
+            if scratch
+            else ""
+        )
         raise ResourceError(
             f"about {needed / 1e9:.3g} GB are to be written, and {free / 1e9:.3g} GB are free on the disk of {folder} (a "
             f"checkpoint that is replaced stays until the new one is complete{kept}): free some, or set output.path"

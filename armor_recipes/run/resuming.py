@@ -22,6 +22,7 @@ from armor_recipes.events import PhaseStarted
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.modifiers.kinds.refiner import RefinePlan
 from armor_recipes.plan.memory import activation_bytes
+from armor_recipes.recipe.recipe import hash_of
 from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.report.machine import machine_class
 from armor_recipes.report.manifest import used_by, versions
@@ -163,8 +164,10 @@ def check_alike(job: Job) -> None:
 
 def _of_all(job: Job) -> dict[str, str]:
     """What the bytes of a run rest on besides model and data, by name."""
+    # A run that memory was too little for goes on with more.
+    model = {key: value for key, value in job.recipe.resolved["model"].items() if key != "memory"}
     return {
-        "recipe": job.recipe.hash(),
+        "recipe": hash_of({**job.recipe.resolved, "model": model}),
         "plan": job.plan.sha256,
         **{f"version of {name}": value for name, value in versions().items()},
         "version of python": platform.python_version(),

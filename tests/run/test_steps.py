@@ -207,7 +207,7 @@ def test_an_output_layer_that_the_step_unties_stays_so(
         source, tmp_path / "out", SpinQuantModifier={"rotations": ["R1"]}, MagnitudeModifier={"targets": [MLP]}
     )
     checked: list[int] = []
-    monkeypatch.setattr("armor_recipes.run.preflight.check_disk", lambda _, nbytes, __: checked.append(nbytes))
+    monkeypatch.setattr("armor_recipes.run.preflight.check_disk", lambda _, nbytes, *__: checked.append(nbytes))
     result = apply(given)
     written = sum(tensor.nbytes for tensor in load_file(result.output / "model.safetensors").values())
     assert checked[0] >= written - 64  # not of a tied one
