@@ -15,6 +15,8 @@ from armor_recipes.compute.ranks import in_turn, share
 
 T = TypeVar("T")
 R = TypeVar("R")
+#: Bytes that a thread may take as it begins.
+_STACK = 1 << 24
 #: Pieces of work at once where torch computes on one thread. A worker of a pool has a context of its own, and so none.
 _pieces: ContextVar[int] = ContextVar("pieces", default=0)
 
@@ -38,8 +40,10 @@ def side_by_side() -> Iterator[None]:
 def one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
     """A pool whose workers compute on one thread each, so that no bit depends on how many there are.
 
-    On an error or interrupt what has not begun never does; what is under way ends first.
+    On an error or interrupt what has not begun never does; what is under way ends first. Raises MemoryError where there is no room
+    for their stacks: a thread that begins where memory has run out may never say that it did, and is waited for for ever.
     """
+    bytearray(workers * _STACK)  # asked for, and never touched
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -184,6 +184,22 @@ def recorded(self, *words):
 shared.SharedJournal.record = recorded
 """
 )
+#: There is no memory left once the first step is recorded, also for threads.
+TAKES_ALL = (
+    SMALL
+    + """
+import resource
+from armor_recipes.compute import limit
+from armor_recipes.session import shared
+record = shared.SharedJournal.record
+
+def recorded(self, *words):
+    record(self, *words)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit.private_bytes(), resource.RLIM_INFINITY))
+
+shared.SharedJournal.record = recorded
+"""
+)
 REFINED = {
     "ChannelPermutationModifier": {"targets": [r"re:.*down_proj$"]},
     "ARMORModifier": ARMOR,
@@ -240,9 +256,10 @@ def test_a_run_with_memory_that_is_killed_goes_on(
     written.check()
 
 
-def test_a_run_that_runs_out_of_memory_goes_on_with_more(forks: Forks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", [TAKES_MUCH, TAKES_ALL], ids=["step", "threads"])
+def test_a_run_that_runs_out_of_memory_goes_on_with_more(forks: Forks, tmp_path: Path, program: str) -> None:
     written = Written(forks, tmp_path, {"ARMORModifier": ARMOR})
-    (done,) = run_by(1, forks, tmp_path, written.recipe("8GiB"), "--quiet", program=TAKES_MUCH)
+    (done,) = run_by(1, forks, tmp_path, written.recipe("8GiB"), "--quiet", program=program)
     assert done.code == 7, done.err
     told = " ".join(done.err.split())
     assert "model.memory 8GiB ran out" in told
