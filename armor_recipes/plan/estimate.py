@@ -98,11 +98,12 @@ def estimate_run(
     *,
     rates: Rates | None = None,
     evaluated: int | None = None,
+    itemsize: int = 4,
 ) -> RunEstimate:
     """Add up the plan's work at the given rates, or at those of products that are measured here and now.
 
     `model` may be on the meta device. `evaluated` are the tokens of the recipe's measures where they are known; else those that the
-    recipe names.
+    recipe names. `itemsize` are the bytes of a value that is computed with, see `peak_bytes`.
     """
     found, sets = rates or product_rates(plan, model, modifiers), CalibrationSets.of(recipe, modifiers)
     measured, uncounted = _evaluated(recipe) if evaluated is None else (evaluated, ())
@@ -111,7 +112,7 @@ def estimate_run(
     work["ends"] = _ENDS + _ENDS_BYTE * weight_bytes(model)
     cpu, threads = sum(work.values()), at_once()
     return RunEstimate(
-        peak_bytes=peak_bytes(plan, recipe, model, modifiers, beside=found.beside),
+        peak_bytes=peak_bytes(plan, recipe, model, modifiers, beside=found.beside, itemsize=itemsize),
         seconds=round(cpu / threads, 1),
         cpu_seconds=round(cpu, 1),
         cpu_seconds_by={name: round(each, 1) for name, each in work.items()},

@@ -37,13 +37,21 @@ _LOGITS_AT_MOST, _WINDOWS, _WINDOW = 1 << 26, 8, 512
 
 
 def peak_bytes(
-    plan: Plan, recipe: Recipe, model: nn.Module, modifiers: Mapping[str, AnyModifier[Any]], *, beside: int = 0
+    plan: Plan,
+    recipe: Recipe,
+    model: nn.Module,
+    modifiers: Mapping[str, AnyModifier[Any]],
+    *,
+    beside: int = 0,
+    itemsize: int = _VALUE,
 ) -> int:
-    """Of the whole run, with `beside` what any work was measured to take beside the model."""
+    """Of the whole run, with `beside` what any work was measured to take beside the model. A value of a pass within
+    `model.memory` takes `itemsize` bytes.
+    """
     sets, widths = CalibrationSets.of(recipe, modifiers), _Widths.of(model)
     phases = [beside, *_evaluating(recipe, plan, widths), *_going_back(plan, modifiers, sets, widths)]
     if recipe.model.memory is not None:  # weights, activations and results lie in files
-        phases += [max(_solving(plan), _passing(plan, sets, widths)) + held_bytes(plan.rows, modifiers)]
+        phases += [max(_solving(plan), _passing(plan, sets, widths, itemsize)) + held_bytes(plan.rows, modifiers)]
         return anonymous_bytes() + max(*phases, _tensor_by_tensor(model, sets))
     compressing = estimate_peak_bytes(
         model,
@@ -102,11 +110,11 @@ def _evaluating(recipe: Recipe, plan: Plan, widths: _Widths) -> Iterator[int]:
         yield _VALUE * windows * length * (2 * widths.logits + widths.linear // max(1, len(plan.layers)))
 
 
-def _passing(plan: Plan, sets: CalibrationSets, widths: _Widths) -> int:
+def _passing(plan: Plan, sets: CalibrationSets, widths: _Widths, itemsize: int = _VALUE) -> int:
     """Batches in one layer: one for each thread, and one whose statistics wait for their turn."""
     layer, most = widths.linear // max(1, len(plan.layers)), at_once() + 1
     tokens = (min(calibration_tokens(s), most * s.batch_size * s.sequence_length) for s, _ in sets.held)
-    return int(_AROUND * max((_VALUE * layer * count for count in tokens), default=0))
+    return int(_AROUND * max((itemsize * layer * count for count in tokens), default=0))
 
 
 def _going_back(

@@ -105,7 +105,8 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
 
     def peak(asked: Recipe) -> int:
         made, model = {entry.key: known[entry.kind](entry.config) for entry in asked.modifiers}, meta_model(source)
-        return peak_bytes(planned(asked, source, model, made), asked, model, made)
+        plan, size = planned(asked, source, model, made), source.compute_dtype.itemsize
+        return peak_bytes(plan, asked, model, made, itemsize=size)
 
     with refused.noted():
         check_streamed(recipe, source, target, instances, None if plan is None else peak)
@@ -113,14 +114,15 @@ def prepare(recipe: Recipe, *, device: str = "cpu") -> Job:
         with refused.noted(), resource_errors():
             read_data(recipe, source, shapes, instances, load_tokenizer(source), refused, wanted=is_soon_read)
         refused.tell()
-    estimate = estimate_run(plan, recipe, shapes, instances)
+    estimate = estimate_run(plan, recipe, shapes, instances, itemsize=source.compute_dtype.itemsize)
     check_fits(recipe, estimate.peak_bytes, peak)
     return Job(recipe, source, shapes, instances, plan, estimate, target, teacher)
 
 
 def estimated(job: Job, *, tokens: int | None = None, rates: Rates | None = None) -> RunEstimate:
     """The estimate once it is known how many `tokens` are evaluated, or how fast this machine is with this model."""
-    return estimate_run(job.plan, job.recipe, job.shapes, job.modifiers, rates=rates, evaluated=tokens)
+    size = job.source.compute_dtype.itemsize
+    return estimate_run(job.plan, job.recipe, job.shapes, job.modifiers, rates=rates, evaluated=tokens, itemsize=size)
 
 
 def planned(

@@ -32,6 +32,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "budget": {"ARMORModifier": {**GRADIENTS, "block_size": {"budget": 0.75, "windows": 2}}},
     "distilled": {"ARMORModifier": {**GRADIENTS, "gradient_power": 0.0}, "DistillationModifier": {"core": True}},
     "refined": {"ARMORModifier": {**GRADIENTS, "gradient_power": 0.0}, "BlockRefineModifier": {}},
+    "in files": {"ARMORModifier": {**GRADIENTS, "gradient_power": 0.0}},
+    "refined in files": {"ARMORModifier": {**GRADIENTS, "gradient_power": 0.0}, "BlockRefineModifier": {}},
 }
 
 
@@ -51,6 +53,8 @@ def test_the_peak_is_predicted(name: str, forks: Forks, tmp_path: Path) -> None:
     """Within 15 %, of a model so small that libraries are a third of it."""
     mapping = recipe("builtin:stdlib-llama", tmp_path / "out", **RECIPES[name])
     mapping["calibration"] = {"dataset": "builtin:pydoc", "samples": 16, "sequence_length": 512, "batch_size": 8}
+    if name.endswith("in files"):
+        mapping["model"] = {"id": mapping["model"], "memory": "2GiB"}
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(mapping, sort_keys=False))
     environment = {**surroundings(), "XDG_CACHE_HOME": str(tmp_path)}
