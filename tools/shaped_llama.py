@@ -56,7 +56,7 @@ def write(folder: Path, shapes: dict[str, torch.Size], most: int) -> None:
         groups[-1].append(name)
         held += 2 * shape.numel()
         total += 2 * shape.numel()
-    places = {}
+    places: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         save_file({name: drawn(name, shapes[name]) for name in names}, folder / file, metadata={"format": "pt"})
