@@ -452,11 +452,11 @@ def attention_of(model: PreTrainedModel) -> Attention:
     return attention_of_parts(model.config)
 
 
-def own_memory(model: PreTrainedModel) -> PreTrainedModel:
+def own_memory(model: PreTrainedModel, *, mapped: Collection[int] = ()) -> PreTrainedModel:
     """The same model with every tensor in aligned memory that autograd may use, tied ones together.
 
     A tensor mapped from a file can start at any byte, where products may round otherwise; one made in inference mode can be
-    neither trained nor changed.
+    neither trained nor changed. Integers, and those whose `id` is in `mapped`, are only unpacked: they stay where they are.
     """
     made: dict[int, Any] = {}
     with torch.inference_mode(False), torch.no_grad():
@@ -467,7 +467,9 @@ def own_memory(model: PreTrainedModel) -> PreTrainedModel:
                         if id(tensor) not in made:
                             made[id(tensor)] = _normal(tensor)
                         tensors[name] = made[id(tensor)]
-                    elif tensor is not None and tensor.is_cpu and tensor.data_ptr() % _ALIGNMENT:
+                    elif tensor is None or not tensor.is_floating_point() or id(tensor) in mapped:
+                        continue
+                    elif tensor.is_cpu and tensor.data_ptr() % _ALIGNMENT:
                         tensor.data = tensor.data.clone()
     return model
 

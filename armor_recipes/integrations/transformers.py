@@ -206,7 +206,7 @@ def load(
         raise
     except Exception as error:  # a wrong value in config.json raises whatever the architecture's code meets first
         raise CheckpointError(f"{folder}: transformers cannot load this model: {error}") from error
-    own_memory(model)
+    own_memory(model, mapped={id(module.weight) for module in model.modules() if isinstance(module, ArmorLinear)})
     ours = chosen.name in ("auto", "cpu")
     run_plain(model, model.dtype, kernel=ours)
     if device is not None:

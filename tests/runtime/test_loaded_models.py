@@ -80,3 +80,28 @@ def test_compiled_model(checkpoint: Path) -> None:
     expected = logits(model)
     model.forward = torch.compile(model.forward, backend="aot_eager")
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_packed_tensors_stay_in_the_file_wherever_it_has_them(tmp_path: Path, bits: int | None) -> None:
+    """Values and masks are the most of a model, and are only unpacked: no copy of them is made; the logits stay to the bit."""
+    found = []
+    for place in (0, 24):
+        folder = tmp_path / str(place)
+        write("llama-attention-bias-gqa", folder, bits=bits, group=None)
+        file = folder / "model.safetensors"
+        content = file.read_bytes()
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")].rstrip(b" ")
+        header += b" " * ((place - 8 - len(header)) % 64)
+        file.write_bytes(
+            len(header).to_bytes(8, "little") + header + content[8 + int.from_bytes(content[:8], "little") :]
+        )
+        model = armor_recipes.load(folder, backend="reference")
+        packed = [tensor for layer in layers(model) for tensor in (layer.weight, layer.bitmask)]
+        others = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+        if place:
+            assert sum(tensor.data_ptr() % 64 != 0 for tensor in packed) > len(packed) / 2
+            inside = {tensor.data_ptr() for tensor in packed}
+            assert not any(tensor.data_ptr() % 64 for tensor in others if tensor.data_ptr() not in inside)
+        found.append(logits(model))
+    assert torch.equal(*found)
