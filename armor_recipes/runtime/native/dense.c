@@ -2,33 +2,22 @@
  * stay dense. */
 #include "linear.h"
 #if ARMOR_X86
-#include <immintrin.h>
+#include "avx512.h"
 
-#ifndef FEATURES /* as in avx512.c */
-#define FEATURES "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni,avx2"
-#endif
-#ifdef EMULATED
-#define UNROLLED
-#define INSIDE static inline __attribute__((target(FEATURES)))
-#else
-#define UNROLLED _Pragma("GCC unroll 16")
-#define INSIDE static inline __attribute__((always_inline, target(FEATURES)))
-#endif
-
-INSIDE void store(const dense_t *task, int64_t token, int64_t row, float value) {
+AVX512_INLINE void store(const dense_t *task, int64_t token, int64_t row, float value) {
     const float bias = task->bias ? load_number(task->bias, row, BF16) : 0.0f;
     store_number(task->y, token * task->rows + row, BF16, value + bias);
 }
 
 /* Columns [column, column + 16) of x, zeros behind the last one, as float32's bits. */
-INSIDE __m512i sixteen(const uint8_t *x, int64_t column, int64_t columns) {
+AVX512_INLINE __m512i sixteen(const uint8_t *x, int64_t column, int64_t columns) {
     const int64_t left = columns - column;
     const __mmask16 there = left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
     return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, x + 2 * column)), 16);
 }
 
 /* `count` rows times `tokens`, constants whose product is at most 16, in float32. */
-INSIDE void tile_of_bf16(const dense_t *task, int64_t token, int64_t row, int count, int tokens) {
+AVX512_INLINE void tile_of_bf16(const dense_t *task, int64_t token, int64_t row, int count, int tokens) {
     const int64_t columns = task->columns, whole = columns / STRIP;
     const uint8_t *w = task->w + 2 * row * columns, *x = task->x + 2 * token * columns;
     const __mmask32 left = columns % STRIP ? ((__mmask32)1 << columns % STRIP) - 1 : 0;
@@ -55,7 +44,7 @@ INSIDE void tile_of_bf16(const dense_t *task, int64_t token, int64_t row, int co
 }
 
 /* A strip of `count` rows of bytes, or as many bytes of it as `there` has bits, times `tokens`. */
-INSIDE void strip_of_int8(__m512i *sum, const uint8_t *w, const uint8_t *x, int64_t columns, int64_t pitch, __mmask32 there,
+AVX512_INLINE void strip_of_int8(__m512i *sum, const uint8_t *w, const uint8_t *x, int64_t columns, int64_t pitch, __mmask32 there,
                           __m256i flip, int count, int tokens) {
     UNROLLED for (int r = 0; r < count; r++) {
         _mm_prefetch((const char *)(w + (count + r) * columns), _MM_HINT_T1);
@@ -67,7 +56,7 @@ INSIDE void strip_of_int8(__m512i *sum, const uint8_t *w, const uint8_t *x, int6
 }
 
 /* The same of integers: sums of at most GROUPED_COLUMNS in 32 bits, then times the scale. */
-INSIDE void tile_of_int8(const dense_t *task, int64_t token, int64_t row, int count, int tokens) {
+AVX512_INLINE void tile_of_int8(const dense_t *task, int64_t token, int64_t row, int count, int tokens) {
     const int64_t columns = task->columns, size = columns / task->groups, pitch = words_pitch(columns);
     const uint8_t *w = task->w + row * columns, *x = task->words + token * pitch;
     const __m256i flip = _mm256_set1_epi8((char)task->flip);

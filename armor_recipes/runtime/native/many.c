@@ -7,18 +7,7 @@
  * of a token. A multiplies sums that are rounded to bf16. No sum depends on the threads. */
 #include "linear.h"
 #if ARMOR_X86
-#include <immintrin.h>
-
-#ifndef FEATURES /* as in avx512.c */
-#define FEATURES "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx512vnni,avx2,fma,f16c"
-#endif
-#ifdef EMULATED
-#define UNROLLED
-#define INSIDE static inline __attribute__((target(FEATURES)))
-#else
-#define UNROLLED _Pragma("GCC unroll 16")
-#define INSIDE static inline __attribute__((always_inline, target(FEATURES)))
-#endif
+#include "avx512.h"
 
 #define LANES 16
 #define AT_ONCE MANY_TOKENS
@@ -31,19 +20,19 @@
 /* The place of a pair among the six, by the group's mask; a damaged mask stays within them. */
 static const uint8_t PAIR_OF[16] = {0, 0, 0, 0, 0, 1, 3, 0, 0, 2, 4, 0, 5, 0, 0, 0};
 
-INSIDE __m512i dword(const uint8_t *from) {
+AVX512_INLINE __m512i dword(const uint8_t *from) {
     int32_t both;
     memcpy(&both, from, 4);
     return _mm512_set1_epi32(both);
 }
 
 /* Two rows of numbers as 16-bit integers or bf16 in the low halves: one row of pairs. */
-INSIDE __m512i paired(__m512i first, __m512i second) { return _mm512_or_si512(first, _mm512_slli_epi32(second, 16)); }
+AVX512_INLINE __m512i paired(__m512i first, __m512i second) { return _mm512_or_si512(first, _mm512_slli_epi32(second, 16)); }
 
-INSIDE __m512i halves(__m512 numbers) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(numbers)); }
+AVX512_INLINE __m512i halves(__m512 numbers) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(numbers)); }
 
 /* out (size, AT_ONCE) = a (size, size) block of bf16 times pairs of rows (size / 2, AT_ONCE, 2), `count` rows of it. */
-INSIDE void rows_of(const uint8_t *matrix, const uint8_t *pairs, float *out, int64_t size, int count) {
+AVX512_INLINE void rows_of(const uint8_t *matrix, const uint8_t *pairs, float *out, int64_t size, int count) {
     __m512 sum[16];
     UNROLLED for (int i = 0; i < count * (AT_ONCE / LANES); i++) sum[i] = _mm512_setzero_ps();
     for (int64_t j = 0; j < size / 2; j++) {
@@ -65,7 +54,7 @@ __attribute__((noinline, target(FEATURES))) static void block_of(const uint8_t *
 }
 
 /* `count` blocks of a factor: out (count * size, AT_ONCE) from pairs of rows; blocks of one number from the rows themselves. */
-INSIDE void factor(const uint8_t *blocks, int64_t count, int64_t size, const float *rows, const uint8_t *pairs, float *out) {
+AVX512_INLINE void factor(const uint8_t *blocks, int64_t count, int64_t size, const float *rows, const uint8_t *pairs, float *out) {
     for (int64_t b = 0; b < count; b++) {
         if (size > 1) {
             block_of(blocks + 2 * b * size * size, pairs + b * size / 2 * PAIR, out + b * size * AT_ONCE, size);
@@ -77,7 +66,7 @@ INSIDE void factor(const uint8_t *blocks, int64_t count, int64_t size, const flo
 }
 
 /* One chunk of Bx in bf16: columns 0 and 1, and 2 and 3, of each group as pairs. */
-INSIDE void stored_floats(const float *rows, uint8_t *stored) {
+AVX512_INLINE void stored_floats(const float *rows, uint8_t *stored) {
     for (int pair = 0; pair < 2 * GROUPS; pair++)
         for (int m = 0; m < AT_ONCE; m += LANES) {
             const float *at = rows + 2 * pair * AT_ONCE + m;
@@ -85,13 +74,13 @@ INSIDE void stored_floats(const float *rows, uint8_t *stored) {
         }
 }
 
-INSIDE __m512i fixed(const float *numbers, __m512 by) {
+AVX512_INLINE __m512i fixed(const float *numbers, __m512 by) {
     const __m512i limit = _mm512_set1_epi32(32767), lowest = _mm512_set1_epi32(-32767);
     return _mm512_max_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(numbers), by)), limit), lowest);
 }
 
 /* The same in fixed point; `units` are the powers of two, NaN where a token is not finite. */
-INSIDE void stored_integers(const float *rows, uint8_t *stored, float *units) {
+AVX512_INLINE void stored_integers(const float *rows, uint8_t *stored, float *units) {
     const __m512i low = _mm512_set1_epi32(0xffff);
     for (int m = 0; m < AT_ONCE; m += LANES) {
         __m512 most = _mm512_setzero_ps(), wrong = _mm512_setzero_ps();
@@ -113,7 +102,7 @@ INSIDE void stored_integers(const float *rows, uint8_t *stored, float *units) {
 }
 
 /* All six pairs of a chunk's groups. */
-INSIDE void spread(const uint8_t *stored, uint8_t *panel) {
+AVX512_INLINE void spread(const uint8_t *stored, uint8_t *panel) {
     const __m512i low = _mm512_set1_epi32(0xffff);
     for (int group = 0; group < GROUPS; group++)
         for (int m = 0; m < PAIR; m += 64) {
@@ -159,15 +148,8 @@ __attribute__((noinline, target(FEATURES))) static void inputs_of(const many_t *
     }
 }
 
-/* 32 int4 as bytes, as `nibbles` of avx512.c. */
-INSIDE __m256i nibbles_of(const uint8_t *values) {
-    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)values));
-    const __m256i both = _mm256_or_si256(words, _mm256_slli_epi16(words, 4));
-    return _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
-}
-
 /* A chunk of `rows` rows: values as pairs of 16 bits (rows, GROUPS, 2), and where their pairs are in a panel (rows, GROUPS). */
-INSIDE void repack(const job_t *job, int64_t row, int64_t rows, int64_t chunk, uint8_t *values, uint16_t *places) {
+AVX512_INLINE void repack(const job_t *job, int64_t row, int64_t rows, int64_t chunk, uint8_t *values, uint16_t *places) {
     const format_t format = (format_t)job->format;
     const __m128i table = _mm_loadu_si128((const __m128i *)(const void *)PAIR_OF);
     uint16_t start[GROUPS];
@@ -182,7 +164,7 @@ INSIDE void repack(const job_t *job, int64_t row, int64_t rows, int64_t chunk, u
         else if (format == INT8)
             _mm512_storeu_si512(to, _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)from)));
         else
-            _mm512_storeu_si512(to, _mm512_cvtepi8_epi16(nibbles_of(from)));
+            _mm512_storeu_si512(to, _mm512_cvtepi8_epi16(nibbles(from)));
         const __m128i bits = _mm_loadl_epi64((const __m128i *)(const void *)(job->bitmask + first / 8)), low = _mm_set1_epi8(15);
         const __m128i groups = _mm_unpacklo_epi8(_mm_and_si128(bits, low), _mm_and_si128(_mm_srli_epi16(bits, 4), low));
         const __m256i pairs = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(table, groups));
@@ -193,7 +175,7 @@ INSIDE void repack(const job_t *job, int64_t row, int64_t rows, int64_t chunk, u
 _Static_assert(PAIR == 256 && 2 * GROUPS == 32, "the shifts above");
 
 /* The same, unknown to the compiler. */
-INSIDE __m512i in_register(__m512i value) {
+AVX512_INLINE __m512i in_register(__m512i value) {
 #ifndef EMULATED
     __asm__("" : "+v"(value));
 #endif
@@ -201,7 +183,7 @@ INSIDE __m512i in_register(__m512i value) {
 }
 
 /* z (rows, AT_ONCE) plus the sums of one chunk, for the first LANES * `lanes` tokens. */
-INSIDE void chunk_of_rows(const job_t *job, const uint8_t *panel, const float *units, const uint8_t *values, const uint16_t *places,
+AVX512_INLINE void chunk_of_rows(const job_t *job, const uint8_t *panel, const float *units, const uint8_t *values, const uint16_t *places,
                           int64_t row, int64_t rows, int64_t chunk, float *z, int lanes, int floats) {
     const int64_t group = floats ? 0 : chunk * CHUNK / (job->columns / job->groups);
     __m512i place[GROUPS]; /* kept in registers: values come with one load of a row, and go to all lanes without one each */
@@ -251,7 +233,7 @@ static chunks_t *const BY_LANES[2][AT_ONCE / LANES] = {{integers_1, integers_2, 
                                                        {floats_1, floats_2, floats_3, floats_4}};
 
 /* Rows (rows, AT_ONCE) in float as pairs of bf16 (rows / 2, AT_ONCE, 2); a last row without another beside zeros. */
-INSIDE void pair_up(const float *rows, int64_t count, uint8_t *pairs) {
+AVX512_INLINE void pair_up(const float *rows, int64_t count, uint8_t *pairs) {
     for (int64_t r = 0; r < count; r += 2)
         for (int m = 0; m < AT_ONCE; m += LANES) {
             const __m512i first = halves(_mm512_loadu_ps(rows + r * AT_ONCE + m));
@@ -261,7 +243,7 @@ INSIDE void pair_up(const float *rows, int64_t count, uint8_t *pairs) {
 }
 
 /* y of AT_ONCE tokens, or as many as there are, from sums z (rows, AT_ONCE). */
-INSIDE void finish(const job_t *job, const float *z, float *out, uint8_t *pairs, int64_t token, int64_t row, int64_t rows) {
+AVX512_INLINE void finish(const job_t *job, const float *z, float *out, uint8_t *pairs, int64_t token, int64_t row, int64_t rows) {
     const int64_t left = job->tokens - token < AT_ONCE ? job->tokens - token : AT_ONCE, size = job->b_o;
     if (size > 1) pair_up(z, rows, pairs);
     factor(job->a + 2 * row * size, rows / size, size, z, pairs, out);
