@@ -112,7 +112,7 @@ def read_tensor(tensors: Mapping[str, TensorInfo], name: str) -> Tensor:
     file = info.file
     try:
         if info.dtype in _DTYPES:
-            held = torch.empty(info.nbytes, dtype=torch.uint8)
+            held = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
             _fill(held.numpy().data, info)
             return held.view(_DTYPES[info.dtype]).reshape(info.shape)
         with safe_open(str(file), framework="pt") as opened:

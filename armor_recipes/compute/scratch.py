@@ -30,7 +30,7 @@ class Scratch:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of zeros, whose bytes are reserved on the disk. Raises OSError where that is full."""
         if prod(shape) * dtype.itemsize < _SMALL:
-            return torch.zeros(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype, device="cpu")
         handle, name = tempfile.mkstemp(prefix=".armor-scratch-", dir=self.folder)
         try:
             os.posix_fallocate(
