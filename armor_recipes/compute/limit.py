@@ -7,12 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from armor_recipes.compute.memory import apart
 from armor_recipes.errors import ResourceError
 from armor_recipes.exhaustion import is_out_of_memory
-
-#: Bytes of what is mapped by itself within a bound.
-_LARGE = 1 << 20
 
 
 def private_bytes() -> int:
@@ -37,7 +33,6 @@ def limited(nbytes: int | None, what: str) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     bounds = [nbytes, *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
-    apart(_LARGE)
     try:
         yield
     except Exception as error:

@@ -51,8 +51,7 @@ def peak_bytes(
     sets, widths = CalibrationSets.of(recipe, modifiers), _Widths.of(model)
     phases = [beside, *_evaluating(recipe, plan, widths), *_going_back(plan, modifiers, sets, widths)]
     if recipe.model.memory is not None:  # weights, activations and results lie in files
-        solving = max(_solving(plan) + _waiting(plan, itemsize), _passing(plan, sets, widths, itemsize))
-        phases += [solving + held_bytes(plan.rows, modifiers)]
+        phases += [max(_solving(plan), _passing(plan, sets, widths, itemsize)) + held_bytes(plan.rows, modifiers)]
         return anonymous_bytes() + max(*phases, _tensor_by_tensor(model, sets))
     compressing = estimate_peak_bytes(
         model,
@@ -151,15 +150,6 @@ def _solving(plan: Plan) -> int:
     for row in plan.modules:
         places.setdefault((row.stage, row.layer, row.modifier), []).append(row.peak_bytes)
     return max([0, *map(bytes_at_once, places.values()), *(_with_parts(row) for row in plan.rows if not row.takes)])
-
-
-def _waiting(plan: Plan, itemsize: int) -> int:
-    """New weights and factors of the modules of a layer, but for the one that is solved, until all are committed together."""
-    places: dict[tuple[str, int, str], list[int]] = {}
-    for row in plan.modules:
-        size = itemsize * row.d_out * row.d_in + (row.bytes_after if row.stored_as == "packed" else 0)
-        places.setdefault((row.stage, row.layer, row.modifier), []).append(size)
-    return max((sum(sizes) - max(sizes) for sizes in places.values()), default=0)
 
 
 def _originals(plan: Plan, modifiers: Mapping[str, AnyModifier[Any]]) -> int:
