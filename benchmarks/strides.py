@@ -30,7 +30,7 @@ MODEL, LENGTH = "builtin:stdlib-llama", 256
 def recipe_of(stride: int | None, samples: int, output: Path) -> dict[str, Any]:
     """ARMOR at block 32, then distillation with this stride; None for no distillation."""
     modifiers: dict[str, Any] = {
-        "ARMORModifier": {"targets": [r"re:.*(self_attn|mlp)\\..*_proj$"], "block_size": 32, "iterations": 30}
+        "ARMORModifier": {"targets": [r"re:.*(self_attn|mlp)\..*_proj$"], "block_size": 32, "iterations": 30}
     }
     if stride is not None:
         modifiers["DistillationModifier"] = {"logit_stride": stride}

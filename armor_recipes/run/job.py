@@ -157,17 +157,7 @@ def execute(
     Raises ArmorError; QualityError where the recipe's bound on perplexity is not kept: what was written is then beside its place.
     """
     output = user_path(job.recipe.output.path)
-    if lock is not None and (model is not None or tokenizer is not None):
-        raise RecipeError("a lock names a model's files: it cannot be held against a model or tokenizer in memory")
-    if model is not None and job.recipe.model.memory is not None:
-        raise RecipeError(
-            f"model.memory {job.recipe.model.memory} is for a model that is read from its files, and this one is in memory: give "
-            "the folder, or leave `memory` out"
-        )
-    if model is not None and job.recipe.is_theirs:
-        raise InputError(
-            "llm-compressor runs the whole recipe, on a folder and not in place: save the model, and give the folder as `model`"
-        )
+    _check_given(job, model, tokenizer, lock)
     check_output(output, job.source, job.recipe, overwrite=overwrite or (in_place(output) and not fresh))
     target = output.resolve()  # the same place to the end, whoever changes the working directory
     watch = Stopwatch(observer)
@@ -203,6 +193,21 @@ def execute(
         report=report,
         promise=None if lock is None else lock.finish(output),
     )
+
+
+def _check_given(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, lock: Lock | None) -> None:
+    """Refuse what cannot be done with a model or tokenizer in memory. Raises ArmorError."""
+    if lock is not None and (model is not None or tokenizer is not None):
+        raise RecipeError("a lock names a model's files: it cannot be held against a model or tokenizer in memory")
+    if model is not None and job.recipe.model.memory is not None:
+        raise RecipeError(
+            f"model.memory {job.recipe.model.memory} is for a model that is read from its files, and this one is in memory: give "
+            "the folder, or leave `memory` out"
+        )
+    if model is not None and job.recipe.is_theirs:
+        raise InputError(
+            "llm-compressor runs the whole recipe, on a folder and not in place: save the model, and give the folder as `model`"
+        )
 
 
 @plain_torch()
