@@ -36,6 +36,7 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.reader import check_folder, read_caches
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import ArmorError, CheckpointError, PlanError
+from armor_recipes.integrations.attention import adopt_attention
 from armor_recipes.integrations.caches import run_caches, without_cache
 from armor_recipes.integrations.loading import tie_packed, wrap_quantizer
 from armor_recipes.integrations.plain import lay_out_zero_point, run_plain
@@ -217,6 +218,7 @@ def load(
         layer.prepare()
     if ours:
         adopt_dense(model)
+        adopt_attention(model)
     warn_where_slower(layers)
     return model
 

@@ -129,6 +129,18 @@ class _Dense(ctypes.Structure):
     )
 
 
+class _Attention(ctypes.Structure):
+    """`attention_t` of native/linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "y", "work")),
+        *((name, ctypes.c_int64) for name in ("parts", "heads", "kv_heads", "length", "size")),
+        *((f"{name}_{axis}", ctypes.c_int64) for name in ("k", "v") for axis in ("sequence", "head", "row")),
+        ("scale", ctypes.c_float),
+        ("next", ctypes.c_int64),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Library:
     paths: int
@@ -137,6 +149,7 @@ class _Library:
     unpack: Callable[..., None]
     dense: Callable[..., None]
     words: Callable[..., None]
+    attend: Callable[..., None]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -338,6 +351,54 @@ def run_dense_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tens
     return y
 
 
+HEAD_SIZES = (64, 96, 128, 256)
+"""Numbers of a head that `run_attention_kernel` takes."""
+
+
+def attention_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `run_attention_kernel` takes these, on a path that is there."""
+    sequences, heads, queries, size = q.shape
+    return (
+        queries == 1
+        and size in HEAD_SIZES
+        and k.shape == v.shape
+        and len(k) == sequences
+        and k.shape[3] == size
+        and k.shape[2] > 0
+        and heads % k.shape[1] == 0
+        and all(x.dtype == torch.bfloat16 and x.is_cpu and x.stride(3) == 1 for x in (q, k, v))
+        and has_dense()
+    )
+
+
+def run_attention_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`softmax(scale · q Kᵀ) V` of one query a head, `(sequences, 1, heads, size)`, in float32 and rounded once.
+
+    Args:
+        q: `(sequences, heads, 1, size)`, bfloat16, on the CPU; size one of `HEAD_SIZES`.
+        k: `(sequences, heads / n, length, size)`, bfloat16; n heads of q that follow each other share one.
+        v: as `k`.
+        scale: of the products.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if q.dim() != 4 or k.dim() != 4 or not attention_runs(q, k, v):
+        told = [(tuple(x.shape), x.dtype, x.device.type) for x in (q, k, v)]
+        raise TypeError(
+            "the attention kernel takes q (sequences, heads, 1, size), and k and v (sequences, heads / n, length, size), bfloat16 "
+            f"on the CPU, size one of {HEAD_SIZES}; got {told}"
+        )
+    (sequences, heads, _, size), length = q.shape, k.shape[2]
+    q, y = q.contiguous(), q.new_empty(sequences, 1, heads, size)
+    parts = sequences * heads
+    work = _scratch(parts * length)
+    sizes = parts, heads, k.shape[1], length, size, *k.stride()[:3], *v.stride()[:3]
+    places = [tensor.data_ptr() for tensor in (q, k, v, y, work)]
+    _run(_loaded().attend, _Attention(*places, *sizes, scale), _threads(parts, 2 * k.numel(), torch.get_num_threads()))
+    return y
+
+
 def _dense_runs(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, columns: int) -> bool:
     rows, floats = len(weight), [x] if bias is None else [x, bias]
     if scale is None:
@@ -428,7 +489,7 @@ def _parts(blocks: int, threads: int) -> int:
     return 1 if threads == 1 else min(blocks, threads * _PARTS_A_THREAD)
 
 
-def _run(function: Callable[..., None], task: _Task | _Many | _Unpack | _Dense, threads: int) -> None:
+def _run(function: Callable[..., None], task: ctypes.Structure, threads: int) -> None:
     """Run a task's parts on `threads` threads, of the team that torch's own loops use where that can be had."""
     reference = ctypes.byref(task)
     if threads == 1:
@@ -483,7 +544,8 @@ def _library() -> _Library | None:
     library = ctypes.CDLL(spec.origin)
     library.armor_paths.restype = ctypes.c_int64
     library.armor_paths.argtypes = []
-    functions = library.armor_run, library.armor_many, library.armor_unpack, library.armor_dense, library.armor_words
+    names = "run", "many", "unpack", "dense", "words", "attend"
+    functions = [getattr(library, f"armor_{name}") for name in names]
     for function in functions:
         function.restype = None
         function.argtypes = [ctypes.c_void_p]

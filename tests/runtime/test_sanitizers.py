@@ -19,7 +19,10 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 def compiled(compiler: str, folder: Path) -> Path:
     x86 = platform.machine() == "x86_64"
     emulation = ("-Wno-psabi", '-DFEATURES="avx2"', f"-I{HERE / 'emulated'}") if x86 else ()
-    emulated, driver = {name: folder / f"{name}.o" for name in ("avx512", "dense", "many")}, folder / "driver"
+    emulated, driver = (
+        {name: folder / f"{name}.o" for name in ("avx512", "dense", "many", "attention")},
+        folder / "driver",
+    )
     plain = (SOURCES / f"{name}.c" for name in ("linear", "scalar", "avx2"))
     files = [HERE / "driver.c", *plain, *emulated.values(), "-lm"]
     for command in (

@@ -86,6 +86,19 @@ typedef struct {
     atomic_int_fast64_t next;
 } dense_t;
 
+/* Attention of one query for each head over keys and values in bf16: a part for each head of each sequence. Strides are in numbers. */
+typedef struct {
+    const uint8_t *q; /* (sequences, heads, size) */
+    const uint8_t *k; /* (sequences, kv_heads, length, size), with these strides but for the last, which is 1 */
+    const uint8_t *v; /* the same */
+    uint8_t *y;       /* (sequences, heads, size) */
+    float *work;      /* sequences * heads * length numbers */
+    int64_t parts, heads, kv_heads, length, size;
+    int64_t k_sequence, k_head, k_row, v_sequence, v_head, v_row;
+    float scale;
+    atomic_int_fast64_t next;
+} attention_t;
+
 #define GROUPED_COLUMNS 8192 /* most columns at once where a row has several groups, or its sums are 32-bit integers */
 
 /* Sums of core rows [row, row + count) over columns [begin, end), added to z[token * stride + (0..count)). Where a row has

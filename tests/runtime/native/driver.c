@@ -10,6 +10,7 @@ void armor_many(many_t *task);
 void armor_unpack(unpack_t *task);
 void armor_dense(dense_t *task);
 void armor_words(const dense_t *task);
+void armor_attend(attention_t *task);
 
 static uint32_t state = 1;
 static int random_below(int most) { return (int)((state = state * 1664525u + 1013904223u) >> 8) % most; }
@@ -228,6 +229,32 @@ static int many(int64_t rows, int64_t columns, int64_t b_o, int64_t b_i, int64_t
     return wrong;
 }
 
+/* Attention over rows of K and V with numbers between them that are no one's, of which keys are all equal, so that y is the mean of V. */
+static int attention(int64_t heads, int64_t kv_heads, int64_t length, int64_t size) {
+    const int64_t row = size + 8, parts = 2 * heads;
+    uint8_t *held[3], *y = malloc((size_t)(2 * parts * size));
+    attention_t task = {.y = y, .work = malloc((size_t)(4 * parts * length)), .parts = parts, .heads = heads, .kv_heads = kv_heads,
+                        .length = length, .size = size, .k_sequence = length * row, .k_head = 0, .k_row = row,
+                        .v_sequence = kv_heads * length * row, .v_head = length * row, .v_row = row, .scale = 0.125f};
+    task.q = integers(parts * size, BF16, -2, 2, &held[0]);
+    task.k = integers(2 * length * row, BF16, 1, 1, &held[1]);
+    task.v = integers(2 * kv_heads * length * row, BF16, -8, 8, &held[2]);
+    armor_attend(&task);
+    int wrong = 0;
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t c = 0; c < size; c++) {
+            const int64_t kv = part / heads * kv_heads + part % heads / (heads / kv_heads);
+            float sum = 0.0f;
+            for (int64_t p = 0; p < length; p++) sum += load_number(task.v, (kv * length + p) * row + c, BF16);
+            const float error = load_number(y, part * size + c, BF16) - sum / (float)length;
+            wrong |= !(error < 0.02f && error > -0.02f);
+        }
+    if (wrong) printf("attention differs: %d heads, %d of keys, %d long, %d\n", (int)heads, (int)kv_heads, (int)length, (int)size);
+    for (int i = 0; i < 3; i++) free(held[i]);
+    free(y), free(task.work);
+    return wrong;
+}
+
 int main(void) {
     const int paths[3] = {1, (int)(armor_paths() >> 1 & 1), EMULATED_AVX512};
     static const int64_t sizes[][4] = {{8, 8, 8, 8},     {3, 16, 1, 1},   {9, 24, 3, 4},   {66, 32, 33, 16}, {70, 40, 7, 5},
@@ -251,6 +278,8 @@ int main(void) {
                 if (many(10, 128, 2, 8, tokens, format, format == BF16 ? 0 : 2) || many(7, 64, 1, 1, tokens, format, format != BF16) ||
                     many(18, 256, 6, 128, tokens, format, format == BF16 ? 0 : 4))
                     return 1;
+    for (int64_t length = 1; length <= 50 && EMULATED_AVX512; length += 7)
+        if (attention(4, 2, length, 64) || attention(3, 1, length, 96) || attention(2, 2, length, 128) || attention(1, 1, length, 256)) return 1;
     if (EMULATED_AVX512 && dense(5, GROUPED_COLUMNS + 40, 1, 1, 0)) return 1;
     printf("%d cases agree\n", cases);
     return 0;

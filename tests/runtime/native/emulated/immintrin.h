@@ -296,6 +296,16 @@ EMULATED void _mm512_storeu_ps(void *to, __m512 value) { memcpy(to, &value, size
 EMULATED void _mm512_storeu_si512(void *to, __m512i value) { memcpy(to, &value, sizeof value); }
 EMULATED __m512 _mm512_add_ps(__m512 x, __m512 y) { return x + y; }
 EMULATED __m512 _mm512_loadu_ps(const void *from) { return _mm512_maskz_loadu_ps(0xffff, from); }
+EMULATED __m512 _mm512_sub_ps(__m512 x, __m512 y) { return x - y; }
+EMULATED __m512 _mm512_mask_add_ps(__m512 other, __mmask16 mask, __m512 x, __m512 y) {
+    for (int lane = 0; lane < 16; lane++) other[lane] = mask >> lane & 1u ? x[lane] + y[lane] : other[lane];
+    return other;
+}
+EMULATED void _mm512_mask_storeu_ps(void *to, __mmask16 mask, __m512 value) {
+    for (int lane = 0; lane < 16; lane++)
+        if (mask >> lane & 1u) memcpy((char *)to + 4 * lane, (const char *)&value + 4 * lane, 4);
+}
+EMULATED __m512i _mm512_add_epi32(__m512i x, __m512i y) { return (__m512i)((emulated_lanes)x + (emulated_lanes)y); }
 EMULATED __m512i _mm512_or_si512(__m512i x, __m512i y) { return x | y; }
 EMULATED __m512i _mm512_andnot_si512(__m512i x, __m512i y) { return ~x & y; }
 EMULATED __m512i _mm512_srli_epi32(__m512i x, int count) { return (__m512i)((emulated_unsigned_lanes)x >> count); }
