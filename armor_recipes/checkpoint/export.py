@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from armor_recipes.checkpoint.companions import is_inside, is_stale, without_missing_code
@@ -48,6 +47,7 @@ from armor_recipes.checkpoint.files import (
     read_config,
     read_header,
     read_tensor,
+    save_tensors,
 )
 from armor_recipes.checkpoint.header import TensorInfo
 from armor_recipes.checkpoint.legacy import (
@@ -352,7 +352,7 @@ def _write_tensors(
                 made = {f"{name}.{new}": value.contiguous() for new, value in convert(name).items()}
                 held.update({names.get(new, new): value for new, value in made.items()})
         if held:
-            save_file(held, destination / file.name, metadata={"format": "pt"})
+            save_tensors(held, destination / file.name, {"format": "pt"})
         places.update(dict.fromkeys(held, file.name))
         total += sum(tensor.nbytes for tensor in held.values())
     if not (source.folder / WEIGHTS_FILE).exists():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from armor_recipes.checkpoint.header import TensorInfo, file_header, read_json, shown
@@ -50,6 +52,22 @@ def write_whole(file: Path, content: bytes) -> None:
     try:
         beside.write_bytes(content)
         beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that whoever may read other new files may read. Raises what safetensors raises."""
+    save_file(dict(tensors), file, metadata)
+    give_usual_permissions(file)
+
+
+def give_usual_permissions(file: Path) -> None:
+    """Give a file what the system gives new ones beside it: safetensors (from 0.8) leaves its own to their owner alone (0600)."""
+    beside = file.with_name(f".{file.name}.new")
+    try:
+        beside.touch()
+        file.chmod(stat.S_IMODE(beside.stat().st_mode))
     finally:
         beside.unlink(missing_ok=True)
 

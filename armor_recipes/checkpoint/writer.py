@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from armor_recipes.checkpoint.companions import without_missing_code
 from armor_recipes.checkpoint.config import INPUT_FACTOR, VALUES, LayerSpec, named_tensors, quantization_config
-from armor_recipes.checkpoint.files import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, read_header, read_tensor, write_whole
+from armor_recipes.checkpoint.files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    give_usual_permissions,
+    read_header,
+    read_tensor,
+    save_tensors,
+    write_whole,
+)
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.quantized import QuantizedCache, QuantizedLinear, Scheme
@@ -88,6 +96,8 @@ def write_checkpoint(
         model.save_pretrained(
             destination, state_dict=state, max_shard_size=max_shard_bytes, save_original_format=renamed
         )
+    for file in sorted(destination.glob("*.safetensors")):
+        give_usual_permissions(file)
     _finish_config(destination / CONFIG_FILE, tuple(model.config.sub_configs), dtype, base_config or {})
     check_folder(destination)
 
@@ -150,7 +160,7 @@ def carry_over(folder: Path, source: StoredTensors, names: Sequence[str]) -> Non
     added = {name: source.read(name).contiguous() for name in names}
     grown = last.with_name(f".{last.name}")
     try:
-        save_file({**held, **added}, grown, metadata={"format": "pt"})
+        save_tensors({**held, **added}, grown, {"format": "pt"})
         grown.replace(last)
     finally:
         grown.unlink(missing_ok=True)

@@ -20,10 +20,11 @@ from typing import ClassVar, Self
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from armor_recipes.calibration.inputs import TOKENS, Batch, InputSet, leading
+from armor_recipes.checkpoint.files import save_tensors
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, NumericalError
 from armor_recipes.evaluation.contract import Measure, Measurement, Reading, Room, Value
@@ -107,7 +108,7 @@ class Fidelity(Measure[FidelitySpec]):
                     )
                 if not place:
                     check_room(room.folder, dense.nbytes // size * len(self.inputs))
-                save_file({name: dense.contiguous().cpu()}, _file(room.folder, place))
+                save_tensors({name: dense.contiguous().cpu()}, _file(room.folder, place))
                 done += size
                 if room.on_progress is not None:
                     room.on_progress(done, len(self.inputs))

@@ -16,7 +16,7 @@ from armor_recipes.calibration.inputs import Batch, arguments
 from armor_recipes.calibration.random_inputs import draw
 from armor_recipes.checkpoint.companions import Companions
 from armor_recipes.checkpoint.config import version_of
-from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_header, write_whole
+from armor_recipes.checkpoint.files import MANIFEST_FILE, give_usual_permissions, read_config, read_header, write_whole
 from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, staged, tried
 from armor_recipes.checkpoint.writer import carry_over, file_hashes, tensor_hashes, write_beside, write_checkpoint
@@ -431,7 +431,9 @@ class _Run:
             taken = self.room / "result"
             (taken / RECIPE_FILE).unlink(missing_ok=True)  # llm-compressor's words for what ours says
             for file in sorted(taken.iterdir()):
-                file.replace(folder / file.name)
+                moved = file.replace(folder / file.name)
+                if moved.is_file():
+                    give_usual_permissions(moved)
             return
         layers = {name: result.packed for name, result in facts.modules.items() if result.packed is not None}
         quantized = {n: result.quantized for n, result in facts.modules.items() if result.quantized is not None}

@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from armor_recipes.checkpoint.files import MANIFEST_FILE
+from armor_recipes.checkpoint.files import MANIFEST_FILE, save_tensors
 from armor_recipes.checkpoint.journal import JournalFiles, Record, journal_folder, read_records
 from armor_recipes.checkpoint.writer import file_hash
 from armor_recipes.errors import CheckpointError, RecipeError
@@ -302,7 +301,7 @@ class FileJournal(Journal):
             for batch, hidden in enumerate(stream.hidden)
         }
         file = (
-            self._files.write(f"block-{self._number}.safetensors", lambda path: save_file(tensors, path))
+            self._files.write(f"block-{self._number}.safetensors", lambda path: save_tensors(tensors, path))
             if tensors
             else {}
         )
@@ -358,7 +357,7 @@ class FileJournal(Journal):
     def record_training(self, key: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Replace the state of the training that is the next step."""
         own = {name: value.contiguous() for name, value in tensors.items()}
-        file = self._files.write(f"training-{self._number}.safetensors", lambda path: save_file(own, path))
+        file = self._files.write(f"training-{self._number}.safetensors", lambda path: save_tensors(own, path))
         told = {"step": key, "steps": self._at, "state": dict(state)}
         record = {"kind": "training", **told, **file, "time": time.time()}
         self._files.append(record)

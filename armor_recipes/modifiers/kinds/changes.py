@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from armor_recipes.checkpoint.files import save_tensors
 from armor_recipes.checkpoint.header import file_header
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.quantized import QuantizedCache, QuantizedLinear, Scheme
@@ -148,7 +148,7 @@ class Changes:
         tensors = self._tensors()
         aliases = _aliases(tensors)
         own = {name: value.contiguous() for name, value in tensors.items() if name not in aliases}
-        save_file(own, path, {"changes": json.dumps({**self._record(), "aliases": aliases})})
+        save_tensors(own, path, {"changes": json.dumps({**self._record(), "aliases": aliases})})
 
     def mapped(self, path: Path) -> dict[int, Tensor]:
         """The tensors in the file that `save` wrote, mapped and not to be changed, by the ids of those that are held here."""
