@@ -46,6 +46,9 @@ def apply_command(
         bool, typer.Option("--overwrite", help="Replace an existing checkpoint at the output path.")
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be done, and its cost, and stop.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="With --plan: a line for each module, not for each kind and shape.")
+    ] = False,
     probe: Annotated[
         bool,
         typer.Option(
@@ -82,6 +85,8 @@ def apply_command(
     quiet_libraries()
     if probe and not plan:
         raise RecipeError("--probe measures for a plan: give --plan, too")
+    if every and not plan:
+        raise RecipeError("--all lists the modules of a plan: give --plan, too")
     out, err = Console(), Console(stderr=True)
     if plan and locked:
         raise RecipeError(
@@ -90,7 +95,7 @@ def apply_command(
     lock = read_lock(lock_file(recipes)) if locked else None
     job = prepare(read_recipe(recipes, overrides=overrides or (), output=output), device=device)
     if plan:
-        _print_plan(job, out, err, as_json=as_json, probe=probe, quiet=quiet)
+        _print_plan(job, out, err, as_json=as_json, every=every, probe=probe, quiet=quiet)
         return
     with joined() as here:
         if here.rank:
@@ -118,7 +123,7 @@ def _print_result(result: Result, out: Console, *, as_json: bool, quiet: bool) -
         out.print(summary(result))
 
 
-def _print_plan(job: Job, out: Console, err: Console, *, as_json: bool, probe: bool, quiet: bool) -> None:
+def _print_plan(job: Job, out: Console, err: Console, *, as_json: bool, every: bool, probe: bool, quiet: bool) -> None:
     from armor_recipes.cli.tables import plan_table, resolved_recipe
     from armor_recipes.cli.view import progress_view
     from armor_recipes.run.checks import check_places
@@ -135,7 +140,8 @@ def _print_plan(job: Job, out: Console, err: Console, *, as_json: bool, probe: b
         found = {"plan": job.plan.to_dict(), "estimate": asdict(job.estimate), "recipe": job.recipe.resolved}
         print(json.dumps(found, indent=2))
     else:
-        out.print(plan_table(job.plan, job.estimate), *resolved_recipe(job.recipe))
+        out.print(plan_table(job.plan, job.estimate, every=every))
+        out.print(*resolved_recipe(job.recipe), sep="\n", soft_wrap=True)
 
 
 def main() -> NoReturn:

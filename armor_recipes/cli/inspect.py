@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 from armor_recipes.errors import RecipeError
 
 if TYPE_CHECKING:  # importing it takes torch's seconds, which `armor --help` need not pay
-    from rich.text import Text
+    from rich.console import Group
 
     from armor_recipes.checkpoint.reader import CheckpointSize, LayerSize
 
@@ -28,15 +29,16 @@ def inspect_command(
     runtime: Annotated[
         bool, typer.Option("--runtime", help="Show what this machine can compute with instead.")
     ] = False,
+    every: Annotated[bool, typer.Option("--all", help="A line for each layer, not for each kind and shape.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Show each ARMOR layer's shape, blocks, core type and bytes, and totals (armor inspect out/quickstart)."""
+    """Show ARMOR layers' shapes, blocks, core types and bytes, and totals (armor inspect out/quickstart)."""
     if runtime == (folder is not None):
         raise RecipeError("armor inspect takes a checkpoint folder or --runtime, one of the two")
     if folder is None:
         _print_runtime(as_json=as_json)
     else:
-        _print_folder(folder, as_json=as_json)
+        _print_folder(folder, as_json=as_json, every=every)
 
 
 def _print_runtime(*, as_json: bool) -> None:
@@ -64,7 +66,7 @@ def _words(value: object) -> str:
             return str(value)
 
 
-def _print_folder(folder: Path, *, as_json: bool) -> None:
+def _print_folder(folder: Path, *, as_json: bool, every: bool) -> None:
     from armor_recipes.checkpoint.reader import inspect
 
     found = inspect(folder)
@@ -72,21 +74,8 @@ def _print_folder(folder: Path, *, as_json: bool) -> None:
         print(json.dumps(_data(found), indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=Text(str(folder)))
-    for heading in ("layer", "shape", "block", "core", "B of"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("bytes", "dense bytes", "ratio"):
-        table.add_column(heading, justify="right")
-    for layer in found.layers:
-        row = _row(layer)
-        table.add_row(*map(_cell, row.values()))
-    for plain in found.plain:
-        cells = (plain.name, "x".join(map(str, plain.shape)), None, plain.scheme, None)
-        table.add_row(*map(_cell, (*cells, plain.nbytes, plain.dense_nbytes, plain.ratio)))
-    Console().print(table)
+    Console().print(_table(str(folder), found, every=every))
     beside = f", {len(found.plain)} plain quantised layers" if found.plain else ""
     print(
         f"{len(found.layers)} {_KINDS[found.format]}{beside}; {found.nbytes} bytes with all other tensors, dense "
@@ -94,32 +83,75 @@ def _print_folder(folder: Path, *, as_json: bool) -> None:
     )
 
 
-def _cell(value: Any) -> Text:
-    from rich.text import Text
+def _table(title: str, found: CheckpointSize, *, every: bool) -> Group:
+    """A line for what is stored in one way, and below it one for each kind and shape of layer, or for `every` layer."""
+    from armor_recipes.cli.names import grouped
+    from armor_recipes.cli.tables import modules_table
 
-    return Text("" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value))
+    shown = _lines(found)
+    lines = [(one.name, [one]) for one in shown] if every else grouped(shown, lambda one: one.name, _kind)
+    cells = [(rows[0].stored_as, name, *_cells(rows, exact=every)) for name, rows in lines]
+    return modules_table(title, ("shape", "block", "B of", "bytes", "dense", "ratio"), cells)
 
 
-def _row(layer: LayerSize) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "shape": f"{layer.shape[0]}x{layer.shape[1]}",
-        "block_size": f"{layer.block_size[0]}x{layer.block_size[1]}",
-        "core": layer.core if layer.group_size is None else f"{layer.core}, groups of {layer.group_size}",
-        "input_factor": layer.input_factor,
-        "bytes": layer.nbytes,
-        "dense_bytes": layer.dense_nbytes,
-        "ratio": layer.ratio,
-    }
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A layer of the table."""
+
+    name: str
+    shape: str
+    block: str
+    stored_as: str
+    factor: str
+    nbytes: int
+    dense: int
+
+
+def _lines(found: CheckpointSize) -> list[_Line]:
+    armor = [
+        _Line(x.name, _by(x.shape), _by(x.block_size), _core(x), _factor(x), x.nbytes, x.dense_nbytes)
+        for x in found.layers
+    ]
+    return armor + [_Line(x.name, _by(x.shape), "-", x.scheme, "", x.nbytes, x.dense_nbytes) for x in found.plain]
+
+
+def _kind(line: _Line) -> tuple[str, ...]:
+    return line.shape, line.stored_as, line.factor
+
+
+def _by(shape: tuple[int, int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _factor(layer: LayerSize) -> str:
+    """The module whose B a layer uses; one that lies beside the layer by its last name."""
+    parent, _, last = (layer.input_factor or "").rpartition(".")
+    return last if parent == layer.name.rpartition(".")[0] else layer.input_factor or ""
+
+
+def _cells(rows: Sequence[_Line], *, exact: bool) -> tuple[str, ...]:
+    from armor_recipes.cli.tables import one_of, size
+
+    first, nbytes, dense = rows[0], sum(row.nbytes for row in rows), sum(row.dense for row in rows)
+    shown = (str(nbytes), str(dense)) if exact else (size(nbytes), size(dense))
+    return first.shape, one_of([row.block for row in rows], "sizes"), first.factor, *shown, f"{nbytes / dense:.3f}"
+
+
+def _core(layer: LayerSize) -> str:
+    return layer.core if layer.group_size is None else f"{layer.core}, groups of {layer.group_size}"
 
 
 def _data(found: CheckpointSize) -> dict[str, Any]:
     layers = [
         {
-            **_row(x),
+            "name": x.name,
             "shape": list(x.shape),
             "block_size": list(x.block_size),
             "core": x.core,
+            "input_factor": x.input_factor,
+            "bytes": x.nbytes,
+            "dense_bytes": x.dense_nbytes,
+            "ratio": x.ratio,
             "group_size": x.group_size,
         }
         for x in found.layers

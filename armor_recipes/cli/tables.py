@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from armor_recipes.cli.names import common_parent, grouped, short
 from armor_recipes.modifiers.kinds.changes import ModuleResult, StepResult
 from armor_recipes.modifiers.kinds.contract import Skipped, entry_name
 from armor_recipes.modifiers.kinds.experts import ExpertBelow
@@ -27,21 +28,13 @@ from armor_recipes.report.experts import totals_done
 from armor_recipes.report.manifest import sections
 from armor_recipes.run import Result
 
-#: A name, or what follows a layer's in one, around its last number.
-_LAST_NUMBER = re.compile(r"(.*\.)(\d+)((?:\.[^.\d][^.]*)*)$")
 #: Lists of blocks that a plan's title names.
 _MOST_LISTS = 6
 
 
-def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
-    """Every module with shape, blocks and bytes, modules of a layer that differ by a number alone on one line; then totals."""
-    table = Table(title=Text(f"Plan for {plan.model}: {_blocks(plan.layers)}"))
-    for heading in ("module", "modifier", "shape", "block", "blocks", "stored"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("bytes before", "after", "factors"):
-        table.add_column(heading, justify="right")
-    for modules in _alike(plan.modules, plan.layers):
-        table.add_row(*_plan_row(modules))
+def plan_table(plan: Plan, estimate: RunEstimate, *, every: bool = False) -> RenderableType:
+    """Modules of one kind and shape on one line, with blocks and bytes, or `every` one on its own; then totals."""
+    table = _modules_table(plan, every=every)
     totals = plan.totals
     lines = [
         f"{totals.modules} weights: {_before(plan)} -> {size(totals.bytes_after)} "
@@ -60,7 +53,7 @@ def plan_table(plan: Plan, estimate: RunEstimate) -> RenderableType:
             "multiple of 8): stored as the dense product A·S·B, without factors and no smaller than before"
         )
     if plan.ignored:
-        lines.append(f"held back by ignore: {', '.join(_short(plan.ignored))}")
+        lines.append(f"held back by ignore: {', '.join(short(plan.ignored))}")
     lines += skipped_lines(plan) + overridden_lines(plan)
     lines += _shared_lines(plan)
     lines += plan.notes
@@ -87,7 +80,7 @@ def _before(plan: Plan) -> str:
 
 def _blocks(names: Sequence[str]) -> str:
     """How many blocks there are; where they are not one list of layers, which: encoder and decoder, towers, single modules."""
-    lists = _short(names)
+    lists = short(names)
     if len(lists) <= 1:
         return _count(len(names), "layer")
     more = f" and {len(lists) - _MOST_LISTS} more" if len(lists) > _MOST_LISTS else ""
@@ -132,57 +125,6 @@ def _planned_refinements(plan: Plan) -> list[str]:
     ]
 
 
-def _alike(rows: Iterable[ModulePlan], layers: Sequence[str]) -> list[list[ModulePlan]]:
-    """Rows that are one line: equal but for a number in the name after the layer's, as those of a layer's experts are."""
-    found: dict[tuple[object, ...], list[ModulePlan]] = {}
-    for row in rows:
-        before, _, after = _numbered(row.name, layers[row.layer])
-        kind = (
-            row.modifier,
-            row.layer,
-            before,
-            after,
-            row.shape.d_out,
-            row.shape.d_in,
-            row.block_size,
-            row.stored_as,
-            row.core,
-        )
-        found.setdefault(kind, []).append(row)
-    return list(found.values())
-
-
-def _numbered(name: str, layer: str = "") -> tuple[str, str, str]:
-    """A module's name around its last number, if it has one after the layer's name."""
-    rest = name.removeprefix(layer)
-    match = _LAST_NUMBER.match(rest)
-    if match is None:
-        return name, "", ""
-    return name[: len(name) - len(rest)] + match[1], match[2], match[3]
-
-
-def _short(names: Sequence[str]) -> list[str]:
-    """Names, one for those that differ by their last number alone."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for name in names:
-        before, number, after = _numbered(name)
-        found.setdefault((before, after), []).append(number)
-    return [f"{before}{_ranges(numbers)}{after}" for (before, after), numbers in found.items()]
-
-
-def _ranges(numbers: Sequence[str]) -> str:
-    """Numbers as they are written in names: one by itself, several as `{0-3,7}`."""
-    if len(numbers) == 1:
-        return numbers[0]
-    spans: list[list[int]] = []
-    for number in sorted(map(int, numbers)):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return "{" + ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans) + "}"
-
-
 def warning_lines(plan: Plan) -> list[str]:
     """The plan's warnings, counted."""
     count = len(plan.warnings)
@@ -199,7 +141,7 @@ def skipped_lines(plan: Plan) -> list[str]:
         place = entry_name(one.modifier), one.kind, one.reason.replace(one.name, "{}")
         found.setdefault(place, []).append(one)
     return [
-        f"left as {'it is' if len(rows) == 1 else 'they are'} by {entry}: {', '.join(_short([row.name for row in rows]))} "
+        f"left as {'it is' if len(rows) == 1 else 'they are'} by {entry}: {', '.join(short([row.name for row in rows]))} "
         f"({kind} {'x'.join(map(str, rows[0].shape))}): {rows[0].reason}"
         for (entry, kind, _), rows in found.items()
     ]
@@ -212,7 +154,7 @@ def overridden_lines(plan: Plan) -> list[str]:
         found.setdefault((one.modifier, one.by, one.what), []).append(one.name)
     return [
         f"{what} of {entry_name(modifier)} is overridden for {_count(len(names), 'module')} by "
-        f"{'a group of its own that matches them more closely' if by == modifier else entry_name(by)}: {', '.join(_short(names))}"
+        f"{'a group of its own that matches them more closely' if by == modifier else entry_name(by)}: {', '.join(short(names))}"
         for (modifier, by, what), names in found.items()
     ]
 
@@ -243,21 +185,55 @@ def _planned_experts(plan: Plan) -> list[str]:
     return lines
 
 
-def _plan_row(modules: Sequence[ModulePlan]) -> tuple[str, ...]:
-    """The cells of modules that are alike: their names as one, and their bytes together."""
-    first = modules[0]
-    block, blocks = first.block_size, first.blocks
-    before = sum(module.bytes_before for module in modules)
+def _modules_table(plan: Plan, *, every: bool) -> Group:
+    """A line for what a modifier stores in one way, and below it one for each kind of module, or for each module."""
+    alike = grouped(plan.modules, lambda row: row.name, _kind, plan.layers)
+    lines = [(row.name, [row]) for row in plan.modules] if every else alike
+    cells = [
+        (f"{entry_name(rows[0].modifier)}, {_stored_as(rows[0])}", name, *_plan_cells(rows, exact=every))
+        for name, rows in lines
+    ]
+    title = f"Plan for {plan.model}: {_blocks(plan.layers)}"
+    return modules_table(title, ("shape", "block", "blocks", "before", "after", "factors"), cells)
+
+
+def one_of(values: Sequence[str], what: str) -> str:
+    """A cell for modules that may differ in this: the value, or how many there are (`12 sizes`), or nothing."""
+    count = len(set(values))
+    return values[0] if count == 1 else what and f"{count} {what}"
+
+
+def modules_table(title: str, headings: Sequence[str], lines: Sequence[tuple[str, ...]]) -> Group:
+    """A table with its title, that fits 80 columns.
+
+    A line is what its module has in common with others (a row above them), the module's name, and a cell for each heading.
+    """
+    parent = common_parent([name for _, name, *_ in lines])
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    table.add_column(f"module of {parent}" if parent else "module", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", overflow="fold", no_wrap=heading != "B of")
+    for common in dict.fromkeys(line[0] for line in lines):
+        table.add_row(Text(common, style="bold"))
+        for _, name, *cells in (line for line in lines if line[0] == common):
+            table.add_row(*(Text(cell) for cell in (f"  {name.removeprefix(f'{parent}.')}", *cells)))
+    return Group(Text(title, style="italic"), table)
+
+
+def _kind(row: ModulePlan) -> tuple[object, ...]:
+    return row.modifier, row.d_out, row.d_in, _stored_as(row)
+
+
+def _plan_cells(rows: Sequence[ModulePlan], *, exact: bool) -> tuple[str, ...]:
+    """The cells of modules that are alike, their bytes together."""
+    first = rows[0]
+    before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
     return (
-        *_short([module.name for module in modules]),
-        entry_name(first.modifier),
         f"{first.d_out}x{first.d_in}",
-        "-" if block is None else f"{block[0]}x{block[1]}",
-        "-" if blocks is None else f"{blocks[0]}+{blocks[1]}",
-        _stored_as(first),
-        str(before),
-        str(sum(module.bytes_after for module in modules)),
-        percent(sum(module.factor_bytes for module in modules), before),
+        one_of(["-" if row.block_size is None else "x".join(map(str, row.block_size)) for row in rows], "sizes"),
+        one_of(["-" if row.blocks is None else "+".join(map(str, row.blocks)) for row in rows], ""),
+        *((str(before), str(after)) if exact else (size(before), size(after))),
+        percent(sum(row.factor_bytes for row in rows), before),
     )
 
 
@@ -268,20 +244,20 @@ def _stored_as(row: ModulePlan) -> str:
     return row.stored_as if row.core == "float" else f"{row.stored_as} {row.core}"
 
 
-def resolved_recipe(recipe: Recipe) -> tuple[RenderableType, ...]:
-    """The recipe as it was resolved, with its hash."""
-    return (
-        Text(f"\nResolved recipe (sha256 {recipe.hash()}):"),
-        Syntax(recipe.resolved_yaml(), "yaml", background_color="default"),
-    )
+def resolved_recipe(recipe: Recipe) -> tuple[Text, Text]:
+    """The recipe as it was resolved, with its hash. Print it with `soft_wrap`: lines of YAML are whole on any screen."""
+    yaml = recipe.resolved_yaml()
+    return Text(f"\nResolved recipe (sha256 {recipe.hash()}):"), Syntax(
+        yaml, "yaml", background_color="default"
+    ).highlight(yaml)
 
 
 def summary(result: Result) -> RenderableType:
     """Perplexity and size before and after, losses, counts, and where the checkpoint is."""
     table = Table(title="Result")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for heading in ("before", "after", "ratio"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     report = result.report
     for row in evaluation_rows(result.evaluations):
         table.add_row(*map(escape, row))

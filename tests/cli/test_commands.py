@@ -40,16 +40,26 @@ def file(llama: Path, tmp_path: Path) -> Path:
 
 
 def test_a_plan_is_a_table_and_the_resolved_recipe(shell: Shell, file: Path, tmp_path: Path) -> None:
-    done = shell("armor-apply", file, "--plan")
+    done = shell("armor-apply", file, "--plan", "--all")
     assert (done.code, done.err) == (0, "")
-    assert done.out.count("model.layers.") == 14
-    assert re.search(
-        r"model\.layers\.0\.mlp\.up_proj .* ARMORModifier .* 64x32 .* 8x8 .* 8\+4 .* 4096 .* 3840 .* 37\.5 %", done.out
-    )
+    _, heading, _, modifier, *modules = done.out.splitlines()[:18]
+    assert heading.split() == ["module", "of", "model", "shape", "block", "blocks", "before", "after", "factors"]
+    assert modifier.strip() == "ARMORModifier, packed"
+    assert all(line.startswith("  layers.") for line in modules)
+    assert re.search(r"\n  layers\.0\.mlp\.up_proj +64x32 +8x8 +8\+4 +4096 +3840 +37\.5 %\n", done.out)
     assert "14 weights:" in done.out
     assert "Resolved recipe (sha256 " in done.out
     assert "block_size: 8" in done.out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_has_a_line_for_each_kind_of_module(shell: Shell, file: Path) -> None:
+    done = shell("armor-apply", file, "--plan")
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"\n  layers\.\*\.mlp\.up_proj ×2 +64x32 +8x8 +8\+4 +8\.19 kB +7\.68 kB +37\.5 %\n", done.out)
+    assert done.out.count("layers.*.") == 7
+    done = shell("armor-apply", file, "--all")
+    assert (done.code, "--all lists the modules of a plan: give --plan, too" in done.err) == (2, True)
 
 
 def test_a_plan_as_json(shell: Shell, file: Path) -> None:
@@ -184,8 +194,13 @@ def test_inspect_shows_what_was_planned(shell: Shell, llama: Path, tmp_path: Pat
     planned = {m["name"]: m["bytes_after"] for m in plan["modules"] if "attn" in m["name"]}
     assert {layer["name"]: layer["bytes"] for layer in found["layers"]} == planned
     assert found["bytes"] == plan["totals"]["bytes_after"] + plan["totals"]["untouched_bytes"]
-    done = shell("armor", "inspect", "out")
+    done = shell("armor", "inspect", "out", "--all")
     assert done.out.count("_proj") == 8
+    assert "8 ARMOR layers" in done.out
+    done = shell("armor", "inspect", "out")
+    assert [line.split()[:2] for line in done.out.splitlines() if "_proj" in line] == [
+        [f"layers.*.self_attn.{name}_proj", "×2"] for name in "koqv"
+    ]
     assert "8 ARMOR layers" in done.out
 
 
