@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
@@ -12,6 +12,18 @@ class PhaseStarted:
     """A named phase of the run begins: `load`, `evaluate before`, `stage prune_stage`, `save`, `verify` and so on."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkEstimated:
+    """What the run is thought to take, in CPU seconds: `phases` maps a phase's name to them, `ends` are reading and writing.
+
+    `measures` maps the name of each measure to the tokens that it evaluates, before and after.
+    """
+
+    phases: Mapping[str, float]
+    ends: float
+    measures: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +90,7 @@ class EvaluationProgressed:
 
 Event = (
     PhaseStarted
+    | WorkEstimated
     | LayerStarted
     | SolveProgressed
     | ModuleFinished

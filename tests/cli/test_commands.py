@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from armor_recipes.cli.tables import size
-from armor_recipes.cli.view import progress_view
+from armor_recipes.cli.view import WorkDone, progress_view
 from armor_recipes.events import (
     EvaluationProgressed,
     Event,
@@ -21,9 +21,10 @@ from armor_recipes.events import (
     PhaseStarted,
     SolveProgressed,
     UnitRefined,
+    WorkEstimated,
 )
 from armor_recipes.recipe import builtin_recipes
-from armor_recipes.run import prepare
+from armor_recipes.run import apply, prepare
 from armor_recipes.run.job import builtin_recipe_dir, read_recipe
 from tests.support.commands import Shell, finished, process, write_recipe
 from tests.support.engine import ARMOR, ATTENTION, MLP
@@ -128,7 +129,7 @@ def test_plain_lines_when_there_is_no_terminal(shell: Shell, file: Path) -> None
     ]  # fmt: skip
     layers = [line for line in lines if line.startswith("  layer")]
     assert len(layers) == 2
-    assert re.fullmatch(r"  layer 2/2: 7 modules, mean loss 0\.\d{5} -> 0\.\d{5}, 0:00 left", layers[1])
+    assert re.fullmatch(r"  layer 2/2: 7 modules, mean loss 0\.\d{5} -> 0\.\d{5}, 0:0\d left", layers[1])
     assert "\x1b" not in done.err + done.out
     assert "perplexity: not measured, the recipe has no `evaluation`" in done.out
     assert "14 modules in " in done.out
@@ -389,3 +390,43 @@ def test_a_reader_that_is_gone_is_no_error(file: Path, tmp_path: Path, words: tu
         assert running.stderr is not None
         running.stdout.close()
         assert (running.stderr.read(), running.wait(60)) == ("", 0)
+
+
+def test_the_whole_bar_counts_evaluation_and_ends() -> None:
+    work = WorkDone()
+    phases = {"evaluate before": 20.0, "measure": 0.0, "compress": 50.0, "evaluate after": 20.0}
+    events: list[tuple[Event, float]] = [
+        (WorkEstimated(phases, 10.0, {"perplexity": 300, "fidelity": 100}), 0.0),
+        (PhaseStarted("load weights"), 0.0),
+        (PhaseStarted("evaluate before"), 10 / 3),
+        (EvaluationProgressed(1, 2, "perplexity"), 10 / 3 + 20 * 3 / 8),
+        (EvaluationProgressed(2, 2, "perplexity"), 10 / 3 + 20 * 3 / 4),
+        (EvaluationProgressed(1, 4, "fidelity"), 10 / 3 + 20 * (3 / 4 + 1 / 16)),
+        (PhaseStarted("compress"), 10 / 3 + 20),
+        (ModuleFinished("m", 0.3, 0.1, 0.1, 0.5), 10 / 3 + 20 + 25),
+        (PhaseStarted("evaluate after"), 10 / 3 + 20 + 50),
+        (EvaluationProgressed(2, 2, "perplexity"), 10 / 3 + 20 + 50 + 15),
+        (PhaseStarted("save"), 10 / 3 + 90),
+        (PhaseStarted("verify"), 20 / 3 + 90),
+    ]
+    for event, percent in events:
+        work(event)
+        assert work.share == pytest.approx(percent / 100)
+
+
+def test_a_run_tells_what_it_is_thought_to_take(tmp_path: Path) -> None:
+    seen: list[Event] = []
+    modifier = "prune_stage.armor_modifiers.ARMORModifier"
+    words = [f"{modifier}.targets=[re:.*layers.0.*proj]", f"{modifier}.iterations=1", "evaluation.perplexity.windows=4"]
+    words += ["evaluation.perplexity.sequence_length=16", "calibration={samples: 2, sequence_length: 16}"]
+    result = apply("quickstart", overrides=words, output=tmp_path / "out", observer=seen.append)
+    (estimated,) = (event for event in seen if isinstance(event, WorkEstimated))
+    assert estimated.measures == {"perplexity": 4 * 16}
+    assert estimated.phases["evaluate before"] == estimated.phases["evaluate after"] > 0
+    assert sum(estimated.phases.values()) + estimated.ends == pytest.approx(result.estimate.cpu_seconds, abs=0.5)
+    work, shares = WorkDone(), []
+    for event in seen:
+        work(event)
+        shares.append(work.share)
+    assert shares == sorted(shares)
+    assert 0.6 < shares[-1] <= 1
