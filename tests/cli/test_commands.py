@@ -239,8 +239,16 @@ def test_schema_knows_every_modifier(shell: Shell) -> None:
 
 
 def test_recipes_are_listed_and_printed(shell: Shell) -> None:
-    listed = shell("armor", "recipes").out.splitlines()
-    assert [line.split()[0] for line in listed] == sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    shell.monkeypatch.setenv("COLUMNS", "80")
+    listed = shell("armor", "recipes").out
+    assert max(map(len, listed.splitlines())) <= 80
+    told = dict(each.split("\n", 1) for each in re.split(r"\n(?=\S)", listed.rstrip()))
+    assert sorted(told) == sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    for name, text in told.items():
+        words = " ".join(text.split())
+        assert words.endswith((".", ":"))
+        comment = (RECIPES / f"{name}.yaml").read_text().replace("\n#", "").lstrip("# ")
+        assert comment.startswith(words)
     for path in RECIPES.glob("*.yaml"):
         assert shell("armor", "recipes", path.stem).out == path.read_text()
 
@@ -417,11 +425,15 @@ def test_the_whole_bar_counts_evaluation_and_ends() -> None:
 def test_a_run_tells_what_it_is_thought_to_take(tmp_path: Path) -> None:
     seen: list[Event] = []
     modifier = "prune_stage.armor_modifiers.ARMORModifier"
-    words = [f"{modifier}.targets=[re:.*layers.0.*proj]", f"{modifier}.iterations=1", "evaluation.perplexity.windows=4"]
-    words += ["evaluation.perplexity.sequence_length=16", "calibration={samples: 2, sequence_length: 16}"]
+    words = [
+        f"{modifier}.targets=[re:.*layers.0.*proj]",
+        f"{modifier}.iterations=1",
+        "evaluation.perplexity.windows=16",
+    ]
+    words += ["calibration={samples: 2, sequence_length: 16}"]
     result = apply("quickstart", overrides=words, output=tmp_path / "out", observer=seen.append)
     (estimated,) = (event for event in seen if isinstance(event, WorkEstimated))
-    assert estimated.measures == {"perplexity": 4 * 16}
+    assert estimated.measures == {"perplexity": 16 * 256}
     assert estimated.phases["evaluate before"] == estimated.phases["evaluate after"] > 0
     assert sum(estimated.phases.values()) + estimated.ends == pytest.approx(result.estimate.cpu_seconds, abs=0.5)
     work, shares = WorkDone(), []
