@@ -9,6 +9,7 @@ import typer
 from armor_recipes.cli.check import check_command
 from armor_recipes.cli.convert import convert_command
 from armor_recipes.cli.diff import diff_command
+from armor_recipes.cli.doctor import doctor_command
 from armor_recipes.cli.evaluate import eval_command
 from armor_recipes.cli.export import export_command
 from armor_recipes.cli.guard import run_command
@@ -37,6 +38,7 @@ app.command("diff")(diff_command)
 app.command("schema")(schema_command)
 app.command("recipes")(recipes_command)
 app.command("convert")(convert_command)
+app.command("doctor")(doctor_command)
 
 
 def main() -> NoReturn:
