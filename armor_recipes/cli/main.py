@@ -13,6 +13,7 @@ from armor_recipes.cli.doctor import doctor_command
 from armor_recipes.cli.evaluate import eval_command
 from armor_recipes.cli.export import export_command
 from armor_recipes.cli.guard import run_command
+from armor_recipes.cli.init import init_command
 from armor_recipes.cli.inspect import inspect_command
 from armor_recipes.cli.lock import lock_command
 from armor_recipes.cli.recipes import recipes_command
@@ -39,6 +40,7 @@ app.command("schema")(schema_command)
 app.command("recipes")(recipes_command)
 app.command("convert")(convert_command)
 app.command("doctor")(doctor_command)
+app.command("init")(init_command)
 
 
 def main() -> NoReturn:

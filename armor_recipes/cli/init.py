@@ -1,0 +1,49 @@
+"""`armor init`: a first recipe for a model, by three questions or their flags."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_FLAGS = {"model": "--model", "calibration": "--calibration", "block_size": "--block-size"}
+
+
+def init_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The recipe to write.")] = Path("recipe.yaml"),
+    model: Annotated[str | None, typer.Option("--model", help="A folder, a hub id, or builtin:NAME.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration", metavar="TEXT", help="A file, a hub id, builtin:NAME, or mix: the package's texts."
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option("--block-size", metavar="N", help="Size of the blocks of A and B.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented recipe for a model; asks for what flags leave out (armor init my.yaml --model builtin:stdlib-llama)."""
+    from armor_recipes.cli.quiet import quiet_libraries
+    from armor_recipes.errors import RecipeError
+    from armor_recipes.run.starting import check_recipe_file, look, recipe_text, write_recipe
+
+    quiet_libraries()
+    given = {"model": model, "calibration": calibration, "block_size": block_size}
+    missing = [_FLAGS[name] for name, value in given.items() if value is None]
+    if missing and not sys.stdin.isatty():
+        raise RecipeError(f"standard input is no terminal that could be asked: give {', '.join(missing)}, too")
+    place = check_recipe_file(file, overwrite=overwrite)
+    start = look(model or typer.prompt("1. Model (a folder, a hub id, or builtin:NAME)", err=True))
+    if missing:
+        typer.echo("\n".join(f"   {line}" for line in start.lines()), err=True)
+    data = calibration or typer.prompt(
+        "2. Calibrate on (a file, a hub id, builtin:NAME, or mix: the package's texts)",
+        default=start.calibration,
+        err=True,
+    )
+    block = block_size or typer.prompt("3. Block size", default=start.block_size, type=int, err=True)
+    write_recipe(place, recipe_text(start, calibration=data, block_size=block))
+    print(f"{file} is written; next: armor-apply {file} --plan")

@@ -1,0 +1,192 @@
+"""A first recipe for a model, from its configuration alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from armor_recipes.checkpoint.files import write_whole
+from armor_recipes.errors import RecipeError
+from armor_recipes.model.inputs import model_inputs
+from armor_recipes.paths import user_path
+from armor_recipes.run.checks import check_writable
+from armor_recipes.run.job import prepare, read_recipe
+
+#: The texts of the package, four kinds.
+MIX = ("builtin:pydoc", "builtin:jargon", "builtin:speeches", "builtin:rustbook")
+RANDOM = "builtin:random-inputs"
+_SIZES = (8, 16, 24, 32, 48, 64, 96, 128)
+_SAMPLES, _LENGTH = 128, 512
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A block size: how many of the weights it divides both sides of, and bytes after in percent of the dense ones."""
+
+    block: int
+    fits: int
+    percent: float
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a recipe for a model has to know of it.
+
+    `sides` are the weights' shapes `(O, I)`, in order and once each; `sizes` block sizes for the most weights that any divides.
+    """
+
+    model: str
+    family: str
+    blocks: int
+    weights: int
+    sides: tuple[tuple[int, int], ...]
+    dtype: str
+    tied: bool
+    length: int
+    generates: bool
+    reads_text: bool
+    sizes: tuple[Size, ...]
+
+    @property
+    def block_size(self) -> int:
+        """What to take by default: the largest up to 64."""
+        return max((size.block for size in self.sizes if size.block <= 64), default=self.sizes[0].block)
+
+    @property
+    def calibration(self) -> str:
+        """What to calibrate on by default."""
+        return "mix" if self.reads_text else RANDOM
+
+    def lines(self) -> list[str]:
+        """Tell it, a line a fact."""
+        sides = ", ".join(f"{o}x{i}" for o, i in self.sides)
+        tied = "tied to the embeddings, so left as it is" if self.tied else "not tied, and left as it is"
+        return [
+            f"{self.family} in {self.dtype}: {self.weights} linear weights in {self.blocks} blocks ({sides})",
+            *([f"output layer: {tied}"] if self.generates else []),
+            "block sizes and bytes after: " + ", ".join(f"{size.block} ({size.percent:.0f} %)" for size in self.sizes),
+        ]
+
+
+def look(model: str) -> Start:
+    """Read a model's configuration. Raises InputError, or PlanError where no recipe can take it."""
+    entry = {"targets": "preset:all-linear", "block_size": 1, "unfit": "skip"}
+    job = prepare(read_recipe(_mapping(model, "builtin:random-tokens", 8, entry)))
+    inputs, facts = model_inputs(job.shapes), job.source.facts
+    shapes = [(row.d_out, row.d_in) for row in job.plan.modules]
+    odd = [(one.shape[0], one.shape[-1]) for one in job.plan.skipped]
+    return Start(
+        model=model,
+        family=type(job.shapes).__name__,
+        blocks=len(job.plan.layers),
+        weights=len(shapes + odd),
+        sides=tuple(dict.fromkeys(shapes + odd)),
+        dtype=str(job.source.stored_dtype).removeprefix("torch."),
+        tied=bool(getattr(job.source.config, "tie_word_embeddings", False)),
+        length=min(_LENGTH, facts.positions or _LENGTH),
+        generates=job.shapes.can_generate(),
+        reads_text=inputs.vocab_size is not None and "input_ids" in inputs.arguments,
+        sizes=_sizes(shapes, job.source.stored_dtype.itemsize),
+    )
+
+
+def _mapping(model: str, dataset: str, length: int, entry: dict[str, object]) -> dict[str, object]:
+    calibration = {"dataset": dataset, "samples": 1, "sequence_length": length}
+    stage = {"armor_modifiers": {"ARMORModifier": entry}}
+    return {"model": model, "calibration": calibration, "prune_stage": stage, "output": {"path": "out/model"}}
+
+
+def _sizes(shapes: Sequence[tuple[int, int]], itemsize: int) -> tuple[Size, ...]:
+    """Half of the values, a bit for each, and A and B."""
+    found = []
+    for block in _SIZES:
+        fit = [(o, i) for o, i in shapes if o % block == i % block == 0]
+        after = sum(o * i * (itemsize / 2 + 1 / 8) + itemsize * block * (o + i) for o, i in fit)
+        if fit and after < itemsize * sum(o * i for o, i in fit):
+            found.append(Size(block, len(fit), 100 * after / (itemsize * sum(o * i for o, i in fit))))
+    most = max((size.fits for size in found), default=0)
+    if not most:
+        raise RecipeError(
+            f"no block size of {', '.join(map(str, _SIZES))} divides both sides of a weight and makes it smaller: the model's "
+            "weights are too small or too odd for ARMOR; NoWagModifier takes them (docs/modifiers.md)"
+        )
+    return tuple(size for size in found if size.fits == most)
+
+
+def recipe_text(start: Start, *, calibration: str, block_size: int) -> str:
+    """A commented recipe, which is well formed and can be planned. Raises ArmorError where that is not so."""
+    chosen = next((size for size in start.sizes if size.block == block_size), None)
+    if chosen is None:
+        raise RecipeError(
+            f"--block-size {block_size} is none of those for this model: {', '.join(str(size.block) for size in start.sizes)}"
+        )
+    text = "\n".join((*_lines(start, calibration, chosen), ""))
+    prepare(read_recipe(yaml.safe_load(text)))
+    return text
+
+
+def _lines(start: Start, calibration: str, size: Size) -> list[str]:
+    name = Path(start.model.rpartition(":")[2]).name
+    others = ", ".join(f"{other.block} ({other.percent:.0f} %)" for other in start.sizes if other != size)
+    skipped = start.weights - size.fits
+    return [
+        f"# ARMOR for {name}, as `armor init` wrote it.",
+        "#",
+        *(f"# {line}." for line in start.lines()[:-1]),
+        "# All keys: docs/recipe.md. What it will do and take: armor-apply FILE --plan. To run it: armor-apply FILE.",
+        f"model: {json.dumps(start.model)}",
+        "calibration:",
+        *_dataset_lines(calibration),
+        f"  samples: {_SAMPLES}  # more cost time and memory, and help a little",
+        f"  sequence_length: {start.length}",
+        "prune_stage:",
+        "  armor_modifiers:",
+        "    ARMORModifier:",
+        "      targets: preset:all-linear  # all linear weights of the repeated layers",
+        f"      block_size: {size.block}  # {size.percent:.0f} % of the dense bytes"
+        + (f"; others: {others}" if others else ""),
+        *(
+            [f"      unfit: skip  # {skipped} weights whose sides {size.block} does not divide stay dense"]
+            if skipped
+            else []
+        ),
+        "    # DistillationModifier: {}  # trains A and B against the dense model afterwards: better, and several times as long",
+        f"output: {{path: {json.dumps(f'out/{name}-armor')}}}",
+        *_evaluation_lines(start),
+    ]
+
+
+def _dataset_lines(calibration: str) -> list[str]:
+    if calibration == "mix":
+        told = "  dataset:  # texts of the package, four kinds; text like yours is better: a file, JSONL, a hub id"
+        return [told, *(f"    - {{dataset: {json.dumps(one)}, weight: 1}}" for one in MIX)]
+    note = "  # drawn by a seed: inputs like yours are better" if calibration == RANDOM else ""
+    return [f"  dataset: {json.dumps(calibration)}{note}"]
+
+
+def _evaluation_lines(start: Start) -> list[str]:
+    if not (start.generates and start.reads_text):
+        return ["# evaluation: what is measured before and after, see docs/evaluation.md"]
+    spec = f"{{dataset: builtin:pydoc-heldout, sequence_length: {start.length}, windows: 32}}"
+    return [f"evaluation: {{perplexity: {spec}}}  # before and after"]
+
+
+def check_recipe_file(path: Path, *, overwrite: bool) -> Path:
+    """The file to write. Raises RecipeError where it cannot be, or is there already without `overwrite`."""
+    file = user_path(path)
+    check_writable(file, "recipe")
+    if file.is_dir():
+        raise RecipeError(f"recipe {path} is a folder: name a file")
+    if file.exists() and not overwrite:
+        raise RecipeError(f"recipe {path} exists: pass --overwrite to replace it, or name another file")
+    return file
+
+
+def write_recipe(file: Path, text: str) -> None:
+    """Write it whole, or leave what is there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, text.encode())

@@ -1,0 +1,101 @@
+"""`armor init`: the recipes that it writes pass, and nothing is replaced or asked for where nobody answers."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.commands import Shell
+from tests.support.pages import planned_model
+
+FLAGS = ("--calibration", "mix", "--block-size", "32")
+
+
+@pytest.mark.parametrize("block", ["32", "64"])
+def test_a_recipe_passes_check_and_plan(shell: Shell, tmp_path: Path, block: str) -> None:
+    model = planned_model("smollm2", tmp_path / "my model")
+    done = shell("armor", "init", "sub/my.yaml", "--model", model, "--calibration", "mix", "--block-size", block)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == "sub/my.yaml is written; next: armor-apply sub/my.yaml --plan\n"
+    text = (tmp_path / "sub" / "my.yaml").read_text()
+    assert (
+        "# LlamaForCausalLM in bfloat16: 210 linear weights in 30 blocks (576x576, 192x576, 1536x576, 576x1536)."
+        in text
+    )
+    assert "# output layer: tied to the embeddings, so left as it is." in text
+    assert shell("armor", "check", "sub/my.yaml").code == 0
+    done = shell("armor-apply", "sub/my.yaml", "--plan", "--json")
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)["plan"]
+    percent = 100 * plan["totals"]["bytes_after"] / plan["totals"]["bytes_before"]
+    assert f"block_size: {block}  # {percent:.0f} % of the dense bytes; others: 8 (" in text
+
+
+def test_a_run_of_it(shell: Shell, tmp_path: Path) -> None:
+    assert shell("armor", "init", "--model", "builtin:stdlib-llama", *FLAGS).code == 0
+    small = ("--set", "calibration.samples=4", "--set", "evaluation.perplexity.windows=2")
+    small += ("--set", "prune_stage.armor_modifiers.ARMORModifier.iterations=1")
+    done = shell("armor-apply", "recipe.yaml", *small, "--quiet")
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / "stdlib-llama-armor" / "model.safetensors").exists()
+
+
+def test_sides_that_no_size_divides_stay_dense(shell: Shell, tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 240, "intermediate_size": 601, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 5, "num_key_value_heads": 5}
+    LlamaConfig(**sizes, **heads, tie_word_embeddings=False, dtype="float32").save_pretrained(tmp_path / "odd")
+    done = shell("armor", "init", "--model", "odd", "--calibration", "notes.txt", "--block-size", "24")
+    assert done.code == 0, done.err
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert "unfit: skip  # 6 weights whose sides 24 does not divide stay dense" in text
+    assert "# output layer: not tied, and left as it is." in text
+    assert yaml.safe_load(text)["calibration"]["dataset"] == "notes.txt"
+    assert shell("armor", "check", "recipe.yaml").code == 0
+
+
+def test_nothing_is_replaced_unless_it_is_asked_for(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("mine")
+    words = ("armor", "init", "--model", "builtin:stdlib-llama", *FLAGS)
+    done = shell(*words)
+    assert (done.code, "recipe.yaml exists: pass --overwrite" in done.err) == (2, True)
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"
+    assert shell(*words, "--overwrite").code == 0
+    assert shell("armor", "init", ".", "--model", "builtin:stdlib-llama", *FLAGS).code == 2
+
+
+def test_what_cannot_be_is_told_and_nothing_is_written(shell: Shell, tmp_path: Path) -> None:
+    for words, code, says in (
+        (("--model", "nowhere", *FLAGS), 5, "nowhere"),
+        (
+            ("--model", "builtin:stdlib-llama", "--calibration", "mix", "--block-size", "7"),
+            2,
+            "is none of those for this model: 8, 16,",
+        ),
+        ((), 2, "give --model, --calibration, --block-size, too"),
+        (("--model", "builtin:stdlib-llama", "--block-size", "32"), 2, "give --calibration, too"),
+    ):
+        shell.monkeypatch.setattr("sys.stdin", io.StringIO())
+        done = shell("armor", "init", *words)
+        assert (done.code, says in done.err) == (code, True), done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_three_questions_on_a_terminal(shell: Shell, tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shell.monkeypatch.setattr("sys.stdin", Terminal("builtin:stdlib-llama\n\n\n"))
+    done = shell("armor", "init")
+    assert done.code == 0, done.err
+    assert [number in done.err for number in ("1. Model", "2. Calibrate on", "3. Block size")] == [True] * 3
+    assert "block sizes and bytes after: 8 (" in done.err
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert recipe["prune_stage"]["armor_modifiers"]["ARMORModifier"]["block_size"] == 64
+    assert len(recipe["calibration"]["dataset"]) == 4
