@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from armor_recipes.cli.completion import complete_recipes
 from armor_recipes.cli.guard import run_command
 from armor_recipes.errors import RecipeError
 
 if TYPE_CHECKING:
     from armor_recipes.run import Job, Result
 
-app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
-)
+app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 _EPILOG = """
 Examples:  armor-apply quickstart  |  armor-apply my.yaml --plan  |  armor-apply base.yaml mine.yaml --output out/mine --overwrite
@@ -34,7 +33,11 @@ Exit codes: 0 done, 1 a bug here, 2 recipe or usage, 3 plan refused, 4 numerical
 def apply_command(
     recipes: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE...", help="Recipe files or built-in names, laid over each other in order."),
+        typer.Argument(
+            metavar="RECIPE...",
+            help="Recipe files or built-in names, laid over each other in order.",
+            autocompletion=complete_recipes,
+        ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B.C=VALUE", help="Set one key of the recipe; repeatable.")

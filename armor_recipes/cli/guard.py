@@ -79,6 +79,8 @@ def _guarded(command: Callable[[], object]) -> int:
         return _code_of(ended.error)
     except typer.Abort:  # an interrupt that click met before the command began
         return _code_of(KeyboardInterrupt())
+    except SystemExit as ended:  # of typer's own: completion was shown or installed
+        return ended.code if isinstance(ended.code, int) else 0
     except BaseException as error:
         if hasattr(error, "format_message") and hasattr(error, "show"):
             error.show()

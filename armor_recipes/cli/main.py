@@ -22,7 +22,6 @@ from armor_recipes.cli.status import status_command
 from armor_recipes.cli.verify import verify_command
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

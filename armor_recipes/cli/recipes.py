@@ -9,9 +9,13 @@ from typing import Annotated
 
 import typer
 
+from armor_recipes.cli.completion import complete_names
+
 
 def recipes_command(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe instead of the list.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Print this recipe instead of the list.", autocompletion=complete_names)
+    ] = None,
 ) -> None:
     """List the built-in recipes with what each is for, or print one (armor recipes quickstart)."""
     from armor_recipes.errors import RecipeError
