@@ -19,8 +19,10 @@ from armor_recipes.solver.result import SparseFactors
 _INPUT_POWERS, _VALUE_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5)
 #: Both measures are held within this share of their mean square roots below, so that an empty column has a finite scale.
 _FLOOR = 1e-4
-#: The largest of I entries of Bx has about 2 ln I times the largest variance, and 8 bits hold it in 127 steps of variance 1/12.
+#: 8 bits hold the largest entry of Bx in 127 steps, and rounding to one has variance 1/12 of its square.
 _STEPS = 12 * 127**2
+#: Steps of the integral over the largest entry's size.
+_POINTS = 64
 
 #: `(values (O, N), weights (O, N)) -> Σ weight · (value − rounded)²`.
 RoundingError = Callable[[Tensor, Tensor], float]
@@ -39,7 +41,7 @@ def choose_gauge(
         squares: mean square of each entry of Bx, `(I,)`, not negative.
         error: of rounding; it gets the values of S·D and how much an error of each weighs.
         integer_activations: Bx is rounded as well, to 8-bit integers with one scale a token: the estimate of that error,
-            `2 ln I · max_c (squares_c / D_c²) / (12 · 127²) · Σ_rc (S_rc D_c)²`, counts, too.
+            `E max_c y_c² / (12 · 127²) · Σ_rc (S_rc D_c)²` with y as `expected_largest_square` has it, counts, too.
     """
     core, columns = factors.core.float(), factors.mask.nonzero()[:, 1].view(factors.mask.shape[0], -1)
     values, energy = core.gather(1, columns), core.square().sum(0)
@@ -48,11 +50,27 @@ def choose_gauge(
         own = scale[columns]
         loss = error(values * own, (squares / scale.square())[columns])
         if integer_activations:
-            largest = (squares / scale.square()).max() * (2 * math.log(len(squares)) / _STEPS)
-            loss += float(largest * (energy * scale.square()).sum())
+            largest = expected_largest_square(squares / scale.square())
+            loss += largest / _STEPS * float((energy * scale.square()).sum())
         if loss < best:
             best, found = loss, scale
     return found
+
+
+def expected_largest_square(variances: Tensor) -> float:
+    """`E max_c y_c²` of independent normal `y_c` with these variances `(I,)`, not negative, to a few per cent.
+
+    That is `∫ P(max_c |y_c| > z) 2z dz`. The largest variance times 2 ln I, which it is where all are equal, would be several times
+    too much where one column towers over the others, as in language models.
+    """
+    largest = float(variances.max())
+    if not largest > 0:
+        return 0.0
+    z = torch.linspace(0, math.sqrt(3 * math.log(2 * len(variances)) + 8), _POINTS + 1, dtype=torch.float64)
+    sizes = (variances.double() / largest).clamp(min=1e-12).sqrt()
+    beyond = torch.erfc(z[1:, None].to(sizes.device) / (math.sqrt(2) * sizes))
+    below = torch.log1p(-beyond).sum(1).exp().cpu()
+    return largest * float(torch.trapezoid(2 * z * torch.cat([torch.ones(1, dtype=torch.float64), 1 - below]), z))
 
 
 def apply_gauge(factors: SparseFactors, scale: Tensor) -> SparseFactors:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from armor_recipes.solver import relative_loss
-from armor_recipes.solver.gauge import apply_gauge, choose_gauge
+from armor_recipes.solver.gauge import apply_gauge, choose_gauge, expected_largest_square
 from armor_recipes.solver.quantize import input_squares, requantize
 from armor_recipes.solver.result import SparseFactors
 
@@ -52,6 +53,24 @@ def test_activations_of_integers_want_entries_alike() -> None:
     scale = choose_gauge(given_, squares, lambda _values, _weights: 0.0, integer_activations=True)
     after = squares / scale.square()
     assert float(after.max() / after.mean()) < 0.1 * float(squares.max() / squares.mean())
+
+
+@pytest.mark.parametrize("columns", [1, 2, 64, 4096])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_the_largest_square_is_what_drawing_gives(columns: int, spread: float) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    variances = (spread * torch.randn(columns, generator=generator)).exp()
+    drawn = torch.randn(4000, columns, generator=generator) * variances.sqrt()
+    wanted = float(drawn.square().amax(1).mean())
+    assert abs(expected_largest_square(variances) - wanted) < 0.08 * wanted
+
+
+def test_one_column_that_towers_is_its_own_variance() -> None:
+    variances = torch.full((1000,), 1e-6)
+    variances[7] = 4.0
+    assert abs(expected_largest_square(variances) - 4.0) < 0.02 * 4.0
+    assert expected_largest_square(torch.zeros(5)) == 0.0
+    assert expected_largest_square(torch.tensor([0.0, 0.0, 9.0])) == pytest.approx(9.0, rel=0.05)
 
 
 def test_zeros_and_dead_columns_have_finite_scales() -> None:
