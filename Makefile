@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := pyproject.toml setup.py $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check test-slow test-endurance modifiers test-families test-lowest test-llmcompressor test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
+.PHONY: quickstart test check test-slow test-endurance modifiers test-families test-lowest test-llmcompressor test-eval test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -48,6 +48,10 @@ test-lowest: .venv-lowest/.ready
 test-llmcompressor: .venv-llmcompressor/.ready
 	.venv-llmcompressor/bin/python -m pytest $(TWO) -m "not slow and not endurance and not vllm and not families"
 
+# The tests that hand over to lm-eval, of the extra `eval` (docs/evaluation.md).
+test-eval: .venv-eval/.ready
+	.venv-eval/bin/python -m pytest tests/cli/test_tasks.py
+
 # The vLLM plugin against vLLM itself (docs/serving.md): about 4 GB; the tests take 12 minutes on 2 cores.
 test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest -m vllm tests/serving -W 'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning'
@@ -84,9 +88,10 @@ PIP := -m pip install --quiet --disable-pip-version-check
 	.venv-dev/bin/python $(PIP) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+.venv-eval/.ready: EXTRAS := dev,eval
 .venv-llmcompressor/.ready: EXTRAS := dev,llmcompressor
 EXTRAS := dev
-.venv-lowest/.ready .venv-llmcompressor/.ready: .venv-%/.ready: constraints/%.txt $(SOURCES)
+.venv-lowest/.ready .venv-llmcompressor/.ready .venv-eval/.ready: .venv-%/.ready: constraints/%.txt $(SOURCES)
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python $(PIP) --constraint constraints/$*.txt --editable '.[$(EXTRAS)]'
 	touch $@
@@ -102,5 +107,5 @@ EXTRAS := dev
 	touch $@
 
 clean:
-	rm -rf .venv .venv-dev .venv-lowest .venv-llmcompressor .venv-vllm build out armor_recipes.egg-info
+	rm -rf .venv .venv-dev .venv-lowest .venv-llmcompressor .venv-eval .venv-vllm build out armor_recipes.egg-info
 	rm -f armor_recipes/solver/_native*.so armor_recipes/runtime/_native*.so

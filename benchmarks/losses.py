@@ -15,7 +15,8 @@ import yaml
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from armor_recipes.evaluation.perplexity import evaluation_windows, window_losses
+from armor_recipes.evaluation import evaluation_windows
+from armor_recipes.evaluation.perplexity import window_losses
 from armor_recipes.recipe.schema import PerplexitySpec
 
 RESAMPLES = 1_000

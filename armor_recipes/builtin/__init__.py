@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from armor_recipes.builtin.continuations import Question, questions
 from armor_recipes.errors import InputError
 
 _HERE = Path(__file__).parent
@@ -54,6 +55,11 @@ def documents(name: str) -> list[str]:
     ends = np.flatnonzero(ids == tokenizer.token_to_id(_END_OF_TEXT))
     pieces = [piece.tolist() for piece in np.split(ids, ends + 1)]
     return [text for text in tokenizer.decode_batch(pieces, skip_special_tokens=True) if text]
+
+
+def continuations() -> list[Question]:
+    """A thousand passages of `pydoc-heldout`, each with what follows it and three pieces of other documents: always the same."""
+    return questions(documents("pydoc-heldout"), 1000)
 
 
 def check_text(name: str) -> None:

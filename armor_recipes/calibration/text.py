@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BUILTIN = "builtin:"
 RANDOM_TOKENS = "builtin:random-tokens"
 RANDOM_INPUTS = "builtin:random-inputs"
+CONTINUATIONS = "builtin:continuations"
 _SOON_READ = 100_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -119,7 +120,7 @@ def is_soon_read(dataset: str) -> bool:
 def check_there(dataset: str) -> None:
     """Raise InputError where a dataset is no text inside the package, or a path at which nothing is; a hub id is not looked up."""
     if dataset.startswith(BUILTIN):
-        if dataset not in (RANDOM_TOKENS, RANDOM_INPUTS):
+        if dataset not in (RANDOM_TOKENS, RANDOM_INPUTS, CONTINUATIONS):
             builtin.check_text(dataset.removeprefix(BUILTIN))
         return
     path = local_path(dataset)
@@ -155,6 +156,9 @@ def builtin_rows(dataset: str, column: Column | Columns) -> Iterator[Cell]:
         )
     if dataset == RANDOM_INPUTS:
         raise InputError(f"{RANDOM_INPUTS} is numbers without text; name a text such as builtin:pydoc")
+    if dataset == CONTINUATIONS:
+        places = ((row, f"{dataset}, row {number}") for number, row in enumerate(builtin.continuations(), start=1))
+        return (Cell(column.of(row, where), where) for row, where in places)
     column.check_plain(dataset)
     texts = builtin.documents(dataset.removeprefix(BUILTIN))
     return (Cell(text, f"{dataset}, document {number}") for number, text in enumerate(texts, start=1))

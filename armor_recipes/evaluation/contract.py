@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
+import numpy as np
 from torch import nn
 
 from armor_recipes.calibration.inputs import InputSet, ModelInputs
+from armor_recipes.evaluation.intervals import bootstrap
 from armor_recipes.recipe.schema import InputsSpec, Strict
 
 if TYPE_CHECKING:
@@ -57,19 +59,42 @@ class Measured(Protocol):
     def size(self) -> str:
         """How much of that, in words: `128 samples`."""
 
+    @property
+    def figures(self) -> tuple[Value, ...]:
+        """The `values` and what is told besides where there is room, each with its interval."""
+
+    def against(self, dense: object) -> tuple[Value, ...]:
+        """What differs from the same measure of another model on the same samples, with intervals of paired samples."""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that is a function of the inputs and names no place of this machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Figures of one model on `samples` samples; `sha256` is the hash of those, `details` what else there is to say, in order."""
+    """Figures of one model on `samples` samples; `sha256` is the hash of those, `details` what else there is to say, in order.
+
+    `rows` are of some figures the samples' own values, of which they are the means; they are in no manifest.
+    """
 
     values: tuple[Value, ...]
     datasets: tuple[str, ...]
     samples: int
     sha256: str
     details: Mapping[str, int | str] = field(default_factory=dict)
+    rows: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> tuple[Value, ...]:
+        """The values."""
+        return self.values
+
+    def against(self, dense: object) -> tuple[Value, ...]:
+        """Of each figure that has `rows` the difference to that of the same samples."""
+        if not isinstance(dense, Measurement) or dense.sha256 != self.sha256:
+            return ()
+        pairs = {name: np.array(row) - np.array(dense.rows[name]) for name, row in self.rows.items()}
+        return tuple(Value(f"{name}_difference", float(row.mean()), bootstrap(row)) for name, row in pairs.items())
 
     @property
     def size(self) -> str:
@@ -97,6 +122,11 @@ class Evaluation:
     name: str
     before: Measured | None
     after: Measured
+
+    @property
+    def differences(self) -> tuple[Value, ...]:
+        """What differs from before, with intervals of paired samples, which are narrower than the two figures' own."""
+        return () if self.before is None else self.after.against(self.before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ Of each sample, over all its positions that are no padding, with y of the dense 
 - of logits, whose last dimension is classes or tokens: the share of positions with equal argmax, and the mean over positions of
   KL(dense ‖ compressed) = Σ_i p_i (log p_i − log q_i) in nats.
 
-Figures are means over samples. Sums are float64.
+Figures are means over samples, and of the divergence the 99th percentile over all positions, too. Sums are float64.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from armor_recipes.checkpoint.files import save_tensors
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, NumericalError
 from armor_recipes.evaluation.contract import Measure, Measurement, Reading, Room, Value
-from armor_recipes.evaluation.intervals import bootstrap
+from armor_recipes.evaluation.intervals import bootstrap, bootstrap_quantile, quantile
 from armor_recipes.evaluation.outputs import chosen, counted, head_rows, inference, outputs, vocabulary
 from armor_recipes.evaluation.perplexity import fitting_batch
 from armor_recipes.evaluation.room import check_room
@@ -43,12 +44,13 @@ _LOGITS = "logits"
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """What one sample's outputs have in common; `agreement` and `divergence` of logits alone."""
+    """What one sample's outputs have in common; `agreement` and `divergence` of logits alone, and `(P,)` that of each position."""
 
     cosine: float
     difference: float
     agreement: float | None = None
     divergence: float | None = None
+    positions: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,8 +147,12 @@ class Fidelity(Measure[FidelitySpec]):
             "top1_agreement": [row.agreement for row in rows if row.agreement is not None],
             "kl_divergence": [row.divergence for row in rows if row.divergence is not None],
         }
+        positions_of = [row.positions for row in rows if row.positions is not None]
         return Measurement(
-            tuple(_mean(key, values) for key, values in columns.items() if values),
+            (
+                *(_mean(key, values) for key, values in columns.items() if values),
+                *([_high(positions_of)] if positions_of else []),
+            ),
             tuple(source.dataset for source in self.inputs.sources),
             len(rows),
             self.sha256,
@@ -163,6 +169,11 @@ def _mean(name: str, values: list[float]) -> Value:
     return Value(name, float(sample.mean()), bootstrap(sample), ".4g" if name == "kl_divergence" else ".4f")
 
 
+def _high(positions: list[NDArray[np.float64]]) -> Value:
+    """The 99th percentile of KL divergence over all positions; its interval is of samples drawn whole."""
+    return Value("kl_divergence_p99", quantile(positions, 0.99), bootstrap_quantile(positions, 0.99), ".4g")
+
+
 def matrices(dense: Tensor, found: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Two outputs of one sample as `(P, D)`: the counted positions of `(L, D)`, all of `(D,)`, and others as one position."""
     if dense.shape != found.shape:
@@ -177,14 +188,14 @@ def matrices(dense: Tensor, found: Tensor, mask: Tensor | None) -> tuple[Tensor,
 def likeness(dense: Tensor, found: Tensor, *, logits: bool = False, where: str = "the outputs") -> Likeness:
     """Compare two outputs `(P, D)` of one sample. Raises NumericalError for what is not finite, and for a dense output of zeros."""
     sums = torch.zeros(4, dtype=torch.float64)
-    equal, divergence = 0, 0.0
+    equal, rows = 0, []
     for y, x in _pieces(dense, found):
         if not (bool(y.isfinite().all()) and bool(x.isfinite().all())):
             raise NumericalError(f"{where}: not all of the dense and the compressed model's outputs are finite")
         sums += torch.stack([_total(part) for part in (y * y, x * x, y * x, (y - x).square())])
         if logits and y.shape[1] > 1:
             equal += int((y.argmax(-1) == x.argmax(-1)).sum())
-            divergence += float(_total(divergences(y, x)[:, None]))
+            rows.append(divergences(y, x))
     yy, xx, yx, dd = sums.tolist()
     if yy == 0:
         raise NumericalError(
@@ -195,7 +206,8 @@ def likeness(dense: Tensor, found: Tensor, *, logits: bool = False, where: str =
     )  # Cauchy–Schwarz, but for rounding
     if not logits or dense.shape[1] < 2:
         return Likeness(cosine, math.sqrt(dd / yy))
-    return Likeness(cosine, math.sqrt(dd / yy), equal / len(dense), divergence / len(dense))
+    divergence = sum(float(_total(row[:, None])) for row in rows)
+    return Likeness(cosine, math.sqrt(dd / yy), equal / len(dense), divergence / len(dense), torch.cat(rows).numpy())
 
 
 def divergences(dense: Tensor, found: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Token-level perplexity: exp of the mean negative log-likelihood of the next token.
 
-Windows are contiguous, L tokens each, without overlap; each predicts its L−1 tokens after the first, and begins with the
-special tokens that the tokenizer puts before a text. The tail of the text is dropped.
+Of words and bytes it is exp of that mean times the tokens that the text has for each word or byte.
 """
 
 from __future__ import annotations
@@ -11,19 +10,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from armor_recipes.calibration.encoding import encode
-from armor_recipes.calibration.inputs import TOKENS, InputSet, Source, hash_tokens
-from armor_recipes.calibration.text import load_documents
-from armor_recipes.calibration.windows import check_vocabulary, pack, window_prefix, with_prefix
+from armor_recipes.calibration.windows import check_vocabulary
 from armor_recipes.compute import plain_torch
 from armor_recipes.compute.threads import in_order
 from armor_recipes.errors import InputError, NumericalError, PlanError
 from armor_recipes.evaluation.contract import Measure, OnProgress, Reading, Room, Value
+from armor_recipes.evaluation.intervals import bootstrap
 from armor_recipes.evaluation.outputs import evaluating, vocabulary
+from armor_recipes.evaluation.windows import TextWindows, evaluation_windows
 from armor_recipes.model.facts import model_facts
 from armor_recipes.model.replay import parameters_of
 from armor_recipes.recipe.schema import PerplexitySpec, Strict
@@ -33,13 +32,16 @@ if TYPE_CHECKING:
 
 #: Values of logits in one forward pass.
 LOGITS_AT_MOST = 1 << 26
+#: exp of more is no float64.
+_LARGEST = 709
 
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
     """exp(`nll`), with `nll` the mean over `tokens` predicted tokens in nats; `sha256` is the hash of the windows.
 
-    `bos` is what every window begins with.
+    `bos` is what every window begins with. `losses` and `targets` are of each window the sum of its losses and the number of its
+    predicted tokens; `tokens_per_word` and `tokens_per_byte` are of the whole text. They are in no manifest.
     """
 
     value: float
@@ -49,11 +51,34 @@ class Perplexity:
     dataset: str
     sha256: str
     bos: tuple[int, ...] = ()
+    losses: tuple[float, ...] = ()
+    targets: tuple[int, ...] = ()
+    tokens_per_word: float | None = None
+    tokens_per_byte: float | None = None
 
     @property
     def values(self) -> tuple[Value, ...]:
-        """The perplexity, which has no interval here."""
+        """The perplexity of tokens, without an interval: what a run shows."""
         return (Value("perplexity", self.value, form=".3f"),)
+
+    @property
+    def figures(self) -> tuple[Value, ...]:
+        """Of tokens, words and bytes, with intervals over windows; what is too large for a float64 is left out."""
+        each = {"perplexity": 1.0, "word_perplexity": self.tokens_per_word, "byte_perplexity": self.tokens_per_byte}
+        spread = bootstrap(np.array(self.losses), weights=np.array(self.targets, dtype=np.float64))
+        return tuple(
+            Value(name, math.exp(self.nll * n), _exp(spread, n), ".4f")
+            for name, n in each.items()
+            if n is not None and max((self.nll, *(spread or ()))) * n < _LARGEST
+        )
+
+    def against(self, dense: object) -> tuple[Value, ...]:
+        """The ratio to the perplexity of another model on the same windows; its interval is of paired windows."""
+        if not isinstance(dense, Perplexity) or dense.sha256 != self.sha256 or not self.losses or not dense.losses:
+            return ()
+        paired = np.array(self.losses) - np.array(dense.losses)
+        spread = bootstrap(paired, weights=np.array(self.targets, dtype=np.float64))
+        return (Value("perplexity_ratio", self.value / dense.value, _exp(spread, 1.0), ".4f"),)
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -84,7 +109,7 @@ class PerplexityMeasure(Measure[PerplexitySpec]):
     name: ClassVar[str] = "perplexity"
     together: ClassVar[bool] = True
     spec_type: ClassVar[type[Strict]] = PerplexitySpec
-    windows: InputSet
+    windows: TextWindows
 
     @classmethod
     def check(cls, model: nn.Module) -> None:
@@ -141,50 +166,32 @@ def evaluate(
     return measure(model, windows, batch_size=batch_size, on_progress=on_progress)
 
 
-def evaluation_windows(
-    spec: PerplexitySpec, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int | None = None
-) -> InputSet:
-    """Cut the first `spec.windows` windows (None: all) from the text: its rows, empty ones too, joined by blank lines.
-
-    Each begins with what `spec.bos` says. Raises InputError if the dataset cannot be read or is too short, or has an id that
-    is not below `vocab_size`.
-    """
-    text, documents, empty = _joined(spec)
-    length = spec.sequence_length
-    prefix = window_prefix(spec.bos, tokenizer, length=length, vocab_size=vocab_size)
-    stream = encode([text], tokenizer, end=False, prefix=prefix)
-    if vocab_size is not None:
-        check_vocabulary(stream, vocab_size, spec.dataset)
-    packed = pack(stream, length - len(prefix))
-    asked = max(1, len(packed)) if spec.windows is None else spec.windows
-    if len(packed) < asked:
-        raise InputError(
-            f"{spec.dataset} has {len(packed)} windows of {length} tokens ({len(stream)} tokens), but "
-            f"{asked} are needed to measure perplexity; name more text, a smaller `sequence_length` or fewer `windows`"
-        )
-    ids = with_prefix(packed[:asked].clone(), prefix, length)
-    source = Source(spec.dataset, documents, empty, len(stream), len(packed), len(ids))
-    return InputSet({TOKENS: ids}, hash_tokens(ids), asked, (source,), (0,) * asked, prefix)
-
-
-def _joined(spec: PerplexitySpec) -> tuple[str, int, int]:
-    """The text, and how many of its rows have some and are empty; the rows themselves are not kept."""
-    found = load_documents(spec.dataset, split=spec.split, text_column=spec.text_column)
-    return "\n\n".join(found.rows), len(found.documents), found.empty
-
-
 def measure(
-    model: nn.Module, windows: InputSet, *, batch_size: int = 8, on_progress: OnProgress | None = None
+    model: nn.Module, windows: TextWindows, *, batch_size: int = 8, on_progress: OnProgress | None = None
 ) -> Perplexity:
     """Perplexity of a causal language model on given windows. Raises NumericalError if it is not finite."""
-    nll, tokens = perplexity(model, windows.ids, batch_size=batch_size, on_progress=on_progress)
+    sums = window_losses(model, windows.ids, spans=windows.spans, batch_size=batch_size, on_progress=on_progress)
+    targets = windows.targets
+    tokens = sum(targets)
+    nll = float(sums.sum()) / tokens
     try:
         value = math.exp(nll)
     except OverflowError as error:
         raise NumericalError(
             f"perplexity on {windows.dataset} overflows: the mean loss is {nll:.6g} nats a token"
         ) from error
-    return Perplexity(value, nll, tokens, len(windows), windows.dataset, windows.sha256, windows.prefix)
+    return Perplexity(
+        value,
+        nll,
+        tokens,
+        len(windows),
+        windows.dataset,
+        windows.sha256,
+        windows.prefix,
+        tuple(sums.tolist()),
+        targets,
+        *windows.tokens_per,
+    )
 
 
 def perplexity(
@@ -201,9 +208,16 @@ def perplexity(
 
 @plain_torch()
 def window_losses(
-    model: nn.Module, windows: Tensor, *, batch_size: int = 8, on_progress: OnProgress | None = None
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    spans: Tensor | None = None,
+    batch_size: int = 8,
+    on_progress: OnProgress | None = None,
 ) -> Tensor:
-    """Negative log-likelihood in nats of each of the windows `(N, L)` int64, summed over its L−1 targets: float64 `(N,)`.
+    """Negative log-likelihood in nats of each of the windows `(N, L)` int64, summed over its targets: float64 `(N,)`.
+
+    Targets are the L−1 tokens after the first, or those from `spans[:, 0]` up to `spans[:, 1]`, `(N, 2)` int64.
 
     The model runs in evaluation mode and gets its own mode back. Logits are taken in float32, their losses summed in
     float64. Raises NumericalError if a window's loss is not finite, InputError if an id is not in the vocabulary.
@@ -215,7 +229,9 @@ def window_losses(
     if vocab_size is not None:
         check_vocabulary(windows, vocab_size, "the evaluation text")
     losses: list[Tensor] = []
-    device, batches = _device(model), torch.split(windows, fitting_batch(batch_size, length, vocab_size))
+    device, size = _device(model), fitting_batch(batch_size, length, vocab_size)
+    parts = [None] * -(-count // size) if spans is None else torch.split(spans, size)
+    batches = list(zip(torch.split(windows, size), parts, strict=True))
     with evaluating(model):
         for found in in_order(partial(_batch_losses, model), batches, on_cpu=device.type == "cpu"):
             losses.append(found)
@@ -236,15 +252,25 @@ def fitting_batch(batch_size: int, length: int, vocab_size: int | None) -> int:
 
 
 @torch.inference_mode()
-def _batch_losses(model: nn.Module, windows: Tensor) -> Tensor:
+def _batch_losses(model: nn.Module, batch: tuple[Tensor, Tensor | None]) -> Tensor:
     """Sum of the targets' losses of each window `(B,)`, float64; one window at a time, since logits are large."""
+    windows, spans = batch
     ids = windows.to(_device(model))
-    logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
+    # A last target is never read: a model may have no place for one token more.
+    read = ids if spans is None else ids[:, : int(spans.max()) - 1]
+    logits = model(input_ids=read, use_cache=False, return_dict=True).logits
     sums = []
-    for row, window in zip(logits, ids, strict=True):
-        losses = functional.cross_entropy(row[:-1].float(), window[1:].to(row.device), reduction="none")
-        sums.append(losses.double().sum())
+    for place, (row, window) in enumerate(zip(logits, ids, strict=True)):
+        first, stop = (1, len(window)) if spans is None else spans[place].tolist()
+        targets = window[first:stop].to(row.device)
+        sums.append(
+            functional.cross_entropy(row[first - 1 : stop - 1].float(), targets, reduction="none").double().sum()
+        )
     return torch.stack(sums)
+
+
+def _exp(spread: tuple[float, float] | None, factor: float) -> tuple[float, float] | None:
+    return None if spread is None else (math.exp(spread[0] * factor), math.exp(spread[1] * factor))
 
 
 def _device(model: nn.Module) -> torch.device:

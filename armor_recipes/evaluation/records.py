@@ -20,9 +20,10 @@ def from_record(data: Mapping[str, Any] | None) -> Measured | None:
     if data is None:
         return None
     if "nll" in data:
-        return Perplexity(**{**data, "bos": tuple(data["bos"])})
+        return Perplexity(**{**data, **{key: tuple(data[key]) for key in ("bos", "losses", "targets")}})
     values = (Value(**{**value, "interval": _pair(value["interval"])}) for value in data["values"])
-    return Measurement(**{**data, "values": tuple(values), "datasets": tuple(data["datasets"])})
+    rows = {name: tuple(row) for name, row in data["rows"].items()}
+    return Measurement(**{**data, "values": tuple(values), "datasets": tuple(data["datasets"]), "rows": rows})
 
 
 def _pair(interval: Any) -> tuple[float, float] | None:

@@ -7,11 +7,12 @@ from typing import Any
 from armor_recipes.evaluation.classification import Classification
 from armor_recipes.evaluation.contract import Measure
 from armor_recipes.evaluation.fidelity import Fidelity
+from armor_recipes.evaluation.multiple_choice import MultipleChoice
 from armor_recipes.evaluation.perplexity import PerplexityMeasure
 from armor_recipes.evaluation.retrieval import Retrieval
 from armor_recipes.recipe.schema import EvaluationSpec
 
-MEASURES: tuple[type[Measure[Any]], ...] = (PerplexityMeasure, Fidelity, Classification, Retrieval)
+MEASURES: tuple[type[Measure[Any]], ...] = (PerplexityMeasure, Fidelity, Classification, Retrieval, MultipleChoice)
 
 
 def asked(evaluation: EvaluationSpec | None) -> list[tuple[type[Measure[Any]], Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ from armor_recipes.recipe.schema import (
     ModelSpec,
     ModifierConfig,
     MoeSpec,
+    MultipleChoiceSpec,
     OutputSpec,
     PerplexitySpec,
     RetrievalSpec,
@@ -44,6 +46,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("evaluation.fidelity", FidelitySpec),
     ("evaluation.classification", ClassificationSpec),
     ("evaluation.retrieval", RetrievalSpec),
+    ("evaluation.multiple_choice", MultipleChoiceSpec),
     ("output", OutputSpec),
     ("serve", ServeSpec),
     ("moe", MoeSpec),
@@ -122,6 +125,8 @@ def _default(field: FieldInfo) -> str:
             return "none"
         case bool():
             return f"`{str(value).lower()}`"
+        case str() if "\n" in value:
+            return f"`{json.dumps(value)}`"
         case tuple():
             return f"`{_flow(_written(field, value))}`"
         case _:

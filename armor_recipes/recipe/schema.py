@@ -271,13 +271,47 @@ class PerplexitySpec(Strict):
     )
     split: Name = Field(default="test", title="Split", description="Split of a hub dataset.")
     text_column: Name = Field(default="text", title="Text column", description="Column that holds the text.")
+    rows: Count | None = Field(
+        default=None,
+        title="Rows",
+        description="Rows of the dataset that are read, from the start, at most; left out, all.",
+    )
+    documents: Literal["joined", "rolling"] = Field(
+        default="joined",
+        title="Documents",
+        description="`joined`: all rows are one text, which is cut into windows; `rolling`: each row is a text, and each of its "
+        "tokens is predicted once, as lm-eval does.",
+    )
+    separator: str = Field(default="\n\n", title="Separator", description="What `joined` puts between two rows.")
     sequence_length: Length = Field(
-        default=512, title="Sequence length", description="Tokens L in a window; each window has L−1 targets."
+        default=512,
+        title="Sequence length",
+        description="Tokens L in a window; each window has L−1 targets, with `rolling` L.",
     )
-    bos: Bos = "auto"
-    windows: Count | None = Field(
-        default=None, title="Windows", description="Number of windows, from the start of the text; left out, all."
+    stride: Count | None = Field(
+        default=None,
+        title="Stride",
+        description="Tokens from one window's start to that of the next, of which each then predicts what no earlier one has, to "
+        "the end of the text; left out, windows do not overlap, and the tail is dropped.",
     )
+    bos: Literal["auto", "once", "never"] = Field(
+        default="auto",
+        title="Beginning of text",
+        description="`auto`: every window begins with the special tokens that the tokenizer by itself puts before a text (one or "
+        "none, with most); `once`: the whole text does, and ends with those after it; `never`: windows are text alone.",
+    )
+    windows: Count | AtMost | None = Field(
+        default=None,
+        title="Windows",
+        description="Number of windows, from the start of the text; fewer is an error unless written `{at_most: N}`; left out, "
+        "all.",
+    )
+
+    @model_validator(mode="after")
+    def _rolls_by_itself(self) -> PerplexitySpec:
+        if self.documents == "rolling" and (self.stride is not None or self.bos == "once"):
+            raise ValueError("`documents: rolling` has windows of its own: leave out `stride` and `bos: once`")
+        return self
 
 
 class FidelitySpec(InputsSpec):
@@ -329,6 +363,35 @@ class ClassificationSpec(Strict):
     batch_size: Count = Field(default=8, title="Batch size", description="Samples in one forward pass, at most.")
 
 
+class MultipleChoiceSpec(Strict):
+    """The questions on which accuracy by log-likelihood is measured before and after."""
+
+    dataset: Name = Field(
+        title="Dataset",
+        description="JSON, JSONL or parquet file (relative to this file) or hub id, with a context, a list of choices and the "
+        "number of the right one, from 0, in each row; or `builtin:continuations`.",
+    )
+    split: Name = Field(default="test", title="Split", description="Split of a hub dataset.")
+    context_column: Name = Field(
+        default="context", title="Context column", description="Column that holds the text before the choice."
+    )
+    choices_column: Name = Field(
+        default="choices", title="Choices column", description="Column that holds the list of texts that may follow."
+    )
+    answer_column: Name = Field(
+        default="answer", title="Answer column", description="Column that holds the number of the right choice, from 0."
+    )
+    samples: Count | None = Field(
+        default=None, title="Samples", description="Number of questions, from the start; left out, all."
+    )
+    sequence_length: Length = Field(
+        default=512,
+        title="Sequence length",
+        description="Contexts lose their start where they and a choice are more than so many tokens, and are counted.",
+    )
+    batch_size: Count = Field(default=8, title="Batch size", description="Choices in one forward pass, at most.")
+
+
 class RetrievalSpec(Strict):
     """The pairs of a query and its document on which embeddings are measured before and after."""
 
@@ -377,19 +440,34 @@ class EvaluationSpec(Strict):
         description="Whether embeddings of queries are nearest to those of their documents.",
     )
 
+    multiple_choice: MultipleChoiceSpec | None = Field(
+        default=None,
+        title="Multiple choice",
+        description="How often the right one of several continuations is the likeliest.",
+    )
     max_perplexity_ratio: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
         title="Highest ratio of perplexities",
         description="A run whose perplexity after is more than so many times the one before fails with exit code 8; its output is "
         "kept beside its place. Needs `perplexity`; left out, any is taken.",
     )
+    max_kl_divergence: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        title="Highest KL divergence",
+        description="A run whose mean KL divergence to the dense model, in nats a token, is more fails likewise. Needs `fidelity`; "
+        "left out, any is taken.",
+    )
 
     @model_validator(mode="after")
     def _measure_something(self) -> EvaluationSpec:
         if self.max_perplexity_ratio is not None and self.perplexity is None:
             raise ValueError("max_perplexity_ratio compares perplexity after with that before: give `perplexity`, too")
+        if self.max_kl_divergence is not None and (
+            self.fidelity is None or self.fidelity.output not in (None, "logits")
+        ):
+            raise ValueError("max_kl_divergence is a bound on what `fidelity` measures of logits: give that, too")
         if not self.measures:
-            measures = [name for name in type(self).model_fields if name != "max_perplexity_ratio"]
+            measures = [name for name in type(self).model_fields if not name.startswith("max_")]
             raise ValueError(f"names nothing to measure; give one or more of {', '.join(measures)}")
         return self
 

@@ -29,6 +29,7 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "llmcompressor": (("llmcompressor",), "llm-compressor's modifiers in a recipe, and ours in its `oneshot`"),
     "gguf": (("gguf", "accelerate"), "models that are GGUF files"),
     "vision": (("PIL",), "samples that are images"),
+    "eval": (("lm_eval",), "lm-eval's tasks in `armor eval --tasks`"),
 }
 
 

@@ -25,6 +25,11 @@ from armor_recipes.session.journal import FRESH, FileJournal, Journal
 Measures = Sequence[Measure[Any]]
 T = TypeVar("T")
 
+_ADVICE = (
+    "Compress less (larger blocks, fewer modules), calibrate on more text that is like it, train with BlockRefineModifier or "
+    "DistillationModifier, or raise the bound"
+)
+
 
 def check_measures(recipe: Recipe, model: nn.Module, refused: Refusals) -> None:
     """Note what cannot be measured of such a model, which may be on the meta device."""
@@ -118,7 +123,29 @@ def taken(take: Callable[[], T], model: nn.Module) -> T:
 
 
 def check_quality(recipe: Recipe, evaluations: Sequence[Evaluation]) -> None:
-    """Raise QualityError where perplexity has risen by more than the recipe's `evaluation.max_perplexity_ratio`."""
+    """Raise QualityError where a measure is outside the bounds of the recipe's `evaluation`."""
+    _check_perplexity(recipe, evaluations)
+    _check_divergence(recipe, evaluations)
+
+
+def _check_divergence(recipe: Recipe, evaluations: Sequence[Evaluation]) -> None:
+    """At most `max_kl_divergence`."""
+    allowed = None if recipe.evaluation is None else recipe.evaluation.max_kl_divergence
+    if allowed is None:
+        return
+    found = next(each.after for each in evaluations if each.name == "fidelity")
+    divergence = next((value for value in found.values if value.name == "kl_divergence"), None)
+    if divergence is None:
+        raise QualityError("evaluation.max_kl_divergence is a bound on logits, and the model gives none: remove it")
+    if divergence.value > allowed:
+        raise QualityError(
+            f"the KL divergence to the dense model on {' + '.join(found.datasets)} is {divergence.text()} nats a token, and "
+            f"evaluation.max_kl_divergence allows {allowed:g}, however well the layers' own losses did. {_ADVICE}"
+        )
+
+
+def _check_perplexity(recipe: Recipe, evaluations: Sequence[Evaluation]) -> None:
+    """At most `max_perplexity_ratio` times as high as before."""
     allowed = None if recipe.evaluation is None else recipe.evaluation.max_perplexity_ratio
     if allowed is None:
         return
@@ -128,9 +155,7 @@ def check_quality(recipe: Recipe, evaluations: Sequence[Evaluation]) -> None:
     if after > allowed * before:
         raise QualityError(
             f"perplexity on {found.before.dataset} is {after:.4g} after and {before:.4g} before: {after / before:.4g} times as "
-            f"high, and evaluation.max_perplexity_ratio allows {allowed:g}, however well the layers' own losses did. Compress less "
-            "(larger blocks, fewer modules), calibrate on more text that is like it, train with BlockRefineModifier or "
-            "DistillationModifier, or raise the bound"
+            f"high, and evaluation.max_perplexity_ratio allows {allowed:g}, however well the layers' own losses did. {_ADVICE}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,17 @@ from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import InputSet
 from armor_recipes.calibration.tokens import build_inputs
+from armor_recipes.checkpoint.files import MANIFEST_FILE
+from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.reader import read_config
 from armor_recipes.compute import plain_torch
-from armor_recipes.errors import RecipeError
-from armor_recipes.evaluation import MEASURES, Evaluation, Measure, Reading, Room
+from armor_recipes.errors import PlanError, RecipeError
+from armor_recipes.evaluation import MEASURES, Evaluation, Measure, Measurement, Reading, Room
+from armor_recipes.evaluation.multiple_choice import MultipleChoice
+from armor_recipes.evaluation.perplexity import PerplexityMeasure
+from armor_recipes.evaluation.presets import PRESETS
+from armor_recipes.evaluation.speed import Speed, SpeedSpec
+from armor_recipes.evaluation.tasks import measure_tasks
 from armor_recipes.integrations.models import (
     ModelSource,
     load_model,
@@ -25,17 +33,22 @@ from armor_recipes.integrations.models import (
     load_tokenizer,
     meta_model,
     open_model,
+    written_dtypes,
 )
 from armor_recipes.integrations.transformers import load
 from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import load_section
-from armor_recipes.recipe.schema import InputsSpec, ModelSpec
+from armor_recipes.recipe.schema import DType, InputsSpec, ModelSpec
+from armor_recipes.report.manifest import state_hash
 from armor_recipes.run.evaluating import taken
 from armor_recipes.run.planning import parse_device
 from armor_recipes.run.refusals import resource_errors
 from armor_recipes.runtime.backends import BACKEND_VARIABLE
+
+#: Of these a figure is of tokens, or of texts as tokens: two models must have the same.
+_OF_TOKENS = (PerplexityMeasure, MultipleChoice)
 
 
 def evaluate_model(
@@ -43,6 +56,7 @@ def evaluate_model(
     name: str,
     keys: Mapping[str, object],
     *,
+    preset: str | None = None,
     overrides: Sequence[str] = (),
     against: str | None = None,
     device: str = "cpu",
@@ -51,44 +65,121 @@ def evaluate_model(
 
     Args:
         model: a folder, a hub id, or `builtin:NAME`.
-        name: of the measure, as in a recipe's `evaluation`.
+        name: of the measure, as in a recipe's `evaluation`; or `speed`, which is taken in the stored dtype.
         keys: its keys there.
+        preset: of `PRESETS`, whose keys lie under `keys`.
         overrides: `key=value`, laid over them.
         against: the dense model, which is measured before.
         device: where to compute.
 
     Raises:
         RecipeError: there is no such measure, its keys are wrong, or it needs a dense model to compare with.
-        PlanError: it cannot be measured of the model.
+        PlanError: it cannot be measured of the model, or the two cannot be compared.
         InputError: a model or the data cannot be read.
 
     """
-    known = {measure.name: measure for measure in MEASURES}
+    measures: tuple[type[Measure[Any]], ...] = (*MEASURES, Speed)
+    known = {measure.name: measure for measure in measures}
     if name not in known:
         raise RecipeError(f"--measure {name}: there is no such measure; give one of {', '.join(known)}")
+    if preset is not None and name != PerplexityMeasure.name:
+        raise RecipeError(f"--preset {preset} is of perplexity, and does not go with --measure {name}; leave one out")
     measure = known[name]
+    keys = {**({} if preset is None else PRESETS[preset]), **keys}
     spec = load_section(measure.spec_type, ("evaluation", name), keys, overrides=overrides)
     if measure.keeps and against is None:
         raise RecipeError(f"{name} compares a model with the dense one: name that with --against MODEL")
-    return _evaluate(model, measure, spec, against, parse_device(device))
+    return _evaluate(model, measure, spec, against, parse_device(device), exact=preset is not None)
+
+
+@plain_torch()
+def evaluate_tasks(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    include: Path | None = None,
+    limit: int | None = None,
+    against: str | None = None,
+    device: str = "cpu",
+) -> Evaluation:
+    """Have lm-eval measure tasks of a model, and of the one to compare with before. Arguments and errors as `measure_tasks`."""
+    on = parse_device(device)
+
+    def take(name: str) -> Measurement:
+        source = _opened(name, on)
+        return measure_tasks(_loaded(name, source, on), load_tokenizer(source), tasks, include=include, limit=limit)
+
+    with resource_errors():
+        before = None if against is None else take(against)
+        return Evaluation("tasks", before, take(model))
 
 
 @plain_torch()
 def _evaluate(
-    model: str, measure: type[Measure[Any]], spec: Any, against: str | None, device: torch.device
+    model: str, measure: type[Measure[Any]], spec: Any, against: str | None, device: torch.device, *, exact: bool
 ) -> Evaluation:
-    source = _opened(model, device)
+    compute = spec.compute_dtype if isinstance(spec, SpeedSpec) else None
+    source = _opened(model, device, compute)
     shapes = meta_model(source)
     measure.check(shapes)
+    other = None if against is None else _opened(against, device, compute)
+    if exact:
+        _check_positions(spec, {model: source} if against is None or other is None else {model: source, against: other})
     with resource_errors(), tempfile.TemporaryDirectory(prefix="armor-eval-") as folder:
         ready, room = measure.read(spec, _reading(source, shapes)), Room(Path(folder))
         before = None
-        if against is not None:
-            dense = _loaded(against, device)
+        if against is not None and other is not None:
+            _check_tokens(ready, spec, other, (model, against))
+            dense = _loaded(against, other, device, timed=measure is Speed)
+            if exact:
+                _check_origin(model, against, other, dense)
             before = taken(partial(ready.before, dense, room), dense)
             del dense  # two models need not be held
-        found = _loaded(model, device)
+        found = _loaded(model, source, device, timed=measure is Speed)
         return Evaluation(measure.name, before, taken(partial(ready.after, found, room), found))
+
+
+def _check_positions(spec: Any, sources: Mapping[str, ModelSource]) -> None:
+    """Raise PlanError where windows are longer than the context of a model: its figure would be of another length."""
+    for name, source in sources.items():
+        longest = source.facts.positions
+        if longest is not None and spec.sequence_length > longest:
+            raise PlanError(
+                f"sequence_length {spec.sequence_length} is longer than the {longest} positions of {name}; lower it with "
+                "--sequence-length, for all models that are compared"
+            )
+
+
+def _check_tokens(ready: Measure[Any], spec: Any, other: ModelSource, names: tuple[str, str]) -> None:
+    """Raise PlanError where the tokenizer of the other model, the second by name, writes the text in other tokens."""
+    if not isinstance(ready, _OF_TOKENS) or load_tokenizer(other) is None:
+        return
+    if type(ready).read(spec, _reading(other, meta_model(other))).sha256 != ready.sha256:
+        raise PlanError(
+            f"the tokenizers of {names[0]} and {names[1]} write the text in different tokens, so that figures do not compare: "
+            "measure each without --against, and compare byte_perplexity"
+        )
+
+
+def _check_origin(model: str, against: str, other: ModelSource, dense: PreTrainedModel) -> None:
+    """Raise PlanError where the model's manifest names another dense model than the one it is compared with, or came from."""
+    own = _origin(model)
+    theirs = _origin(against) or state_hash(dense, written_dtypes(dense, other), other.stored_dtype)
+    if own is not None and own != theirs:
+        raise PlanError(
+            f"the manifest of {model} says that it was made of another dense model than {against} (sha256 {own[:12]} and "
+            f"{theirs[:12]}), so that the two do not compare: give the one that it was made of, or leave --against out"
+        )
+
+
+def _origin(model: str) -> str | None:
+    """The hash of the dense weights that a checkpoint was made of; None where there is no manifest that says so."""
+    file = user_path(model) / MANIFEST_FILE
+    if not file.is_file():
+        return None
+    found = read_json(file).get("model")
+    sha256 = found.get("sha256") if isinstance(found, dict) else None
+    return sha256 if isinstance(sha256, str) else None
 
 
 def _reading(source: ModelSource, shapes: PreTrainedModel) -> Reading:
@@ -105,14 +196,16 @@ def _is_packed(model: str) -> bool:
     return user_path(model).is_dir() and read_config(user_path(model)).get("quantization_config") is not None
 
 
-def _opened(model: str, device: torch.device) -> ModelSource:
-    return open_model(ModelSpec(id=model), device=device, compressed=_is_packed(model))
+def _opened(model: str, device: torch.device, compute: DType | None = None) -> ModelSource:
+    """The model's configuration; it is computed in float32 on a CPU, or in `compute`, of which `auto` is the stored dtype."""
+    spec = ModelSpec(id=model, compute_dtype=compute or "auto")
+    source = open_model(spec, device=device, compressed=_is_packed(model))
+    return replace(source, compute_dtype=source.stored_dtype) if compute == "auto" else source
 
 
-def _loaded(model: str, device: torch.device) -> PreTrainedModel:
-    source = _opened(model, device)
+def _loaded(model: str, source: ModelSource, device: torch.device, *, timed: bool = False) -> PreTrainedModel:
     if not _is_packed(model):
         return load_model(source, device=device)
-    # Never `auto`: it may take another way, and give other bits, on every machine and from run to run.
-    backend = os.environ.get(BACKEND_VARIABLE) or "folded"
+    # `auto` may take another way, and give other bits, on every machine and from run to run: for times alone.
+    backend = os.environ.get(BACKEND_VARIABLE) or ("auto" if timed else "folded")
     return load(model, backend=backend, dtype=source.compute_dtype, device=device)

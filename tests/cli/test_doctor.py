@@ -67,7 +67,7 @@ def test_looking_imports_no_library_of_a_gpu_and_none_of_an_extra() -> None:
 
 
 def imported(code: str) -> str:
-    names = {"triton", "vllm", "llmcompressor", "gguf", "PIL", "tensorboard", "trackio", "wandb", "mlflow"}
+    names = {"triton", "vllm", "llmcompressor", "gguf", "PIL", "lm_eval", "tensorboard", "trackio", "wandb", "mlflow"}
     script = f"import sys; from pathlib import Path; {code}; print(sorted({names} & sys.modules.keys()))"
     command = [sys.executable, "-c", script]
     return subprocess.run(command, env=surroundings(), capture_output=True, text=True, check=True).stdout

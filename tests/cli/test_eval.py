@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from armor_recipes import apply
+from armor_recipes import apply, builtin
 from tests.cli.test_exit_codes import fail_with
 from tests.support.commands import Shell
 from tests.support.engine import recipe
+from tests.support.tokenizers import byte_tokenizer
 
 WINDOWS = ("--sequence-length", "16", "--set", "samples=2")
 MODEL = "builtin:stdlib-llama"
@@ -41,6 +44,7 @@ def test_fidelity_of_a_checkpoint_is_what_the_run_measured(
         "relative difference",
         "top1 agreement",
         "kl divergence",
+        "kl divergence p99",
     ]
 
 
@@ -62,7 +66,7 @@ def test_retrieval_before_and_after(shell: Shell, tmp_path: Path, pruned: tuple[
         (
             ("--measure", "taste"),
             2,
-            "there is no such measure; give one of perplexity, fidelity, classification, retrieval",
+            "there is no such measure; give one of perplexity, fidelity, classification, retrieval, multiple_choice, speed",
         ),
         (("--measure", "fidelity"), 2, "fidelity compares a model with the dense one: name that with --against MODEL"),
         (("--measure", "retrieval"), 2, "evaluation.retrieval.dataset: required, but missing; name it with --dataset"),
@@ -78,6 +82,17 @@ def test_retrieval_before_and_after(shell: Shell, tmp_path: Path, pruned: tuple[
         ),
         (("--measure", "retrieval", "--dataset", "./a.jsonl"), 5, "no such file or folder: "),
         (("--measure", "classification", "--dataset", "a.jsonl"), 3, "LlamaForCausalLM has no classification head"),
+        (
+            ("--preset", "c4", "--measure", "fidelity"),
+            2,
+            "--preset c4 is of perplexity, and does not go with --measure",
+        ),
+        (
+            ("--preset", "wikitext2", "--dataset", "a.txt"),
+            3,
+            "sequence_length 2048 is longer than the 1024 positions of",
+        ),
+        (("--set", "documents=rolling", "--stride", "3"), 2, "`documents: rolling` has windows of its own"),
     ],
 )
 def test_what_is_refused(
@@ -87,3 +102,79 @@ def test_what_is_refused(
     done = shell("armor", "eval", MODEL, *words)
     assert (done.code, done.out) == (code, ""), done.err
     assert said in done.err
+
+
+TEXT = ("--dataset", "notes.txt", "--sequence-length", "32", "--json")
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    (tmp_path / "notes.txt").write_text("The module of a text, and what it says of itself. " * 40)
+    return tmp_path
+
+
+def test_a_ratio_has_an_interval_of_paired_windows(
+    shell: Shell, pruned: tuple[Path, dict[str, object]], notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(notes)
+    words = ("armor", "eval", pruned[0], "--against", MODEL, "--preset", "wikitext2", *TEXT)
+    found = json.loads(shell(*words).out)
+    ratio = found["differences"]["perplexity_ratio"]
+    before, after = (found[when]["figures"] for when in ("before", "after"))
+    assert ratio["value"] == pytest.approx(after["perplexity"]["value"] / before["perplexity"]["value"])
+    assert ratio["value"] > 1
+    low, high = ratio["interval"]
+    assert low < ratio["value"] < high
+    wide = after["perplexity"]["interval"]
+    assert high / low < wide[1] / wide[0]
+    assert found["after"]["perplexity"] == after["perplexity"]["value"]
+    assert [*after] == ["perplexity", "word_perplexity", "byte_perplexity"]
+    lines = shell(*words[:-1]).out.splitlines()
+    assert [line.partition(":")[0] for line in lines[1:]] == [
+        "perplexity",
+        "word perplexity",
+        "byte perplexity",
+        "perplexity ratio",
+    ]
+    itself = json.loads(shell("armor", "eval", MODEL, "--against", MODEL, *TEXT).out)["differences"]
+    assert itself == {"perplexity_ratio": {"value": 1.0, "interval": [1.0, 1.0]}}
+
+
+def test_what_does_not_compare(
+    shell: Shell, pruned: tuple[Path, dict[str, object]], notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(notes)
+    model = AutoModelForCausalLM.from_pretrained(builtin.model_folder("stdlib-llama"))
+    tokenizer = AutoTokenizer.from_pretrained(builtin.model_folder("stdlib-llama"))
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained("other")
+    tokenizer.save_pretrained("other")
+    done = shell("armor", "eval", pruned[0], "--against", "other", "--preset", "wikitext2", *TEXT)
+    assert (done.code, done.out) == (3, "")
+    assert "says that it was made of another dense model than other (sha256 " in done.err
+    assert shell("armor", "eval", pruned[0], "--against", "other", *TEXT).code == 0  # without a preset
+    (copy := notes / "copy").mkdir()
+    for file in pruned[0].iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    manifest = json.loads((copy / "armor_manifest.json").read_text())
+    for said in (3, {}):  # nothing of where it came from
+        (copy / "armor_manifest.json").write_text(json.dumps({**manifest, "model": said}))
+        assert shell("armor", "eval", copy, "--against", "other", "--preset", "wikitext2", *TEXT).code == 0
+    byte_tokenizer().save_pretrained("other")
+    for measure in ("perplexity", "multiple_choice"):
+        words = ("--set", "samples=2") if measure == "multiple_choice" else TEXT
+        done = shell("armor", "eval", MODEL, "--against", "other", "--measure", measure, *words)
+        assert (done.code, done.out) == (3, "")
+        assert f"the tokenizers of {MODEL} and other write the text in different tokens" in done.err
+
+
+def test_speed_beside_the_dense_model(shell: Shell, pruned: tuple[Path, dict[str, object]]) -> None:
+    few = ("--set", "turns=2", "--set", "prompt_tokens=8", "--set", "new_tokens=2")
+    found = json.loads(shell("armor", "eval", pruned[0], "--measure", "speed", "--against", MODEL, *few, "--json").out)
+    for when in ("before", "after"):
+        for name in ("prompt_tokens_per_second", "decode_tokens_per_second"):
+            low, high = found[when][name]["interval"]
+            assert 0 < low <= found[when][name]["value"] <= high
+        assert found[when]["dtype"] == "bfloat16"
+    assert found["before"]["sha256"] == found["after"]["sha256"]

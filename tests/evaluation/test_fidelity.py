@@ -122,9 +122,9 @@ def test_a_model_is_itself(tmp_path: Path) -> None:
     model, before = make_model(), rng_states()
     found = compared(fidelity(inputs(input_ids=ids), batch_size=2), model, model, tmp_path)
     values = {value.name: value for value in found.values}
-    assert [*values] == ["cosine", "relative_difference", "top1_agreement", "kl_divergence"]
+    assert [*values] == ["cosine", "relative_difference", "top1_agreement", "kl_divergence", "kl_divergence_p99"]
     assert values["cosine"].value == pytest.approx(1)
-    assert [values[name].value for name in [*values][1:]] == [0.0, 1.0, 0.0]
+    assert [values[name].value for name in [*values][1:]] == [0.0, 1.0, 0.0, 0.0]
     assert values["kl_divergence"].interval == (0.0, 0.0)
     assert (found.samples, found.details) == (5, {"output": "logits", "positions": 35})
     assert rng_states() == before

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armor_recipes.evaluation.intervals import bootstrap, wilson
+from armor_recipes.evaluation.intervals import bootstrap, bootstrap_quantile, quantile, wilson
 from tests.support.engine import rng_states
 
 
@@ -56,3 +56,27 @@ def test_threads_change_no_bit() -> None:
     finally:
         torch.set_num_threads(before)
     assert found == bootstrap(sample)
+
+
+def test_weights_of_one_are_the_mean_and_others_a_share() -> None:
+    sample = np.linspace(0, 1, 50) ** 2
+    assert bootstrap(sample, weights=np.ones(50)) == pytest.approx(bootstrap(sample))
+    sizes = np.arange(1.0, 51)
+    assert bootstrap(3 * sizes, weights=sizes) == pytest.approx((3, 3))
+    assert bootstrap(np.ones(1), weights=np.ones(1)) is None
+
+
+@given(st.lists(st.lists(st.floats(0, 1e3), min_size=1, max_size=5), min_size=2, max_size=6), st.floats(0.01, 1))
+def test_a_quantile_of_resampled_groups_is_that_of_their_values(rows: list[list[float]], share: float) -> None:
+    groups, generator = [np.array(row) for row in rows], torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(groups), (1000, len(groups)), generator=generator).tolist()
+    found = [quantile([groups[place] for place in row], share) for row in drawn]
+    assert bootstrap_quantile(groups, share) == pytest.approx(np.quantile(found, [0.025, 0.975]).tolist())
+    values = np.sort(np.concatenate(groups))
+    assert (values <= quantile(groups, share)).mean() >= share - 1e-9
+    assert (values < quantile(groups, share)).mean() < share
+
+
+def test_one_group_has_no_interval() -> None:
+    assert bootstrap_quantile([np.arange(9.0)], 0.5) is None
+    assert quantile([np.arange(100.0)], 0.99) == 98

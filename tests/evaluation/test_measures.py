@@ -33,7 +33,7 @@ def mapping(model: Path | str, folder: Path, **evaluation: Any) -> dict[str, Any
 
 def test_each_key_of_the_recipe_has_its_measure() -> None:
     assert [measure.name for measure in MEASURES] == [
-        name for name in EvaluationSpec.model_fields if name != "max_perplexity_ratio"
+        name for name in EvaluationSpec.model_fields if name not in ("max_perplexity_ratio", "max_kl_divergence")
     ]
 
 
@@ -94,6 +94,22 @@ def test_several_measures_at_once(tmp_path: Path) -> None:
     assert set(manifest["before"]) == {"perplexity", "nll", "tokens", "windows", "bos", "sha256"}
     assert str(tmp_path) not in json.dumps(manifest)
     assert str(tmp_path) not in (result.output / "README.md").read_text()
+
+
+def test_multiple_choice_and_rolling_windows_of_a_run(tmp_path: Path) -> None:
+    choice = {"dataset": "builtin:continuations", "samples": 12}
+    perplexity = {"dataset": "builtin:pydoc-heldout", "documents": "rolling", "sequence_length": 64, "windows": 3}
+    result = apply(mapping("builtin:stdlib-llama", tmp_path, multiple_choice=choice, perplexity=perplexity))
+    rolling, chosen = result.evaluations  # of texts of 14 and 74 tokens
+    assert (rolling.after.size, chosen.after.size) == (f"{14 + 64 + 10} tokens", "12 samples (choices 48)")
+    assert [value.name for value in rolling.differences] == ["perplexity_ratio"]
+    assert [value.name for value in chosen.differences] == ["accuracy_difference", "accuracy_by_bytes_difference"]
+    manifest = json.loads((result.output / "armor_manifest.json").read_text())["evaluation"]
+    assert set(manifest["after"]) == {"perplexity", "nll", "tokens", "windows", "bos", "sha256"}
+    assert set(manifest["multiple_choice"]["after"]) == {
+        *("samples", "choices", "texts_cut", "sha256"),
+        *("accuracy", "accuracy_by_bytes"),
+    }
 
 
 def test_nothing_of_the_dense_model_stays_after_an_error(
@@ -165,7 +181,7 @@ def test_an_encoder_is_measured_by_all_but_perplexity(classifier: Path, tmp_path
     result = apply(encoder_recipe(classifier, tmp_path, fidelity=RANDOM, classification=data, retrieval=data))
     figures = {found.name: [value.name for value in found.after.values] for found in result.evaluations}
     assert figures == {
-        "fidelity": ["cosine", "relative_difference", "top1_agreement", "kl_divergence"],
+        "fidelity": ["cosine", "relative_difference", "top1_agreement", "kl_divergence", "kl_divergence_p99"],
         "classification": ["top1_accuracy", "top5_accuracy"],
         "retrieval": ["recall_at_1", "recall_at_10", "mean_reciprocal_rank"],
     }

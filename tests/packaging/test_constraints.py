@@ -15,14 +15,16 @@ ROOT = Path(__file__).parents[2]
 FILES = (ROOT / "constraints.txt", *sorted((ROOT / "constraints").glob("*.txt")))
 
 
-#: Its pins are of a set of its own.
-BY_ITSELF = "llmcompressor"
+#: Their pins are of sets of their own.
+BY_THEMSELVES = ("llmcompressor", "eval")
 
 
 def allowed(*, beside: str = "") -> dict[str, Requirement]:
     """What pyproject.toml asks for, extras too but for those that are in no set but their own, by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    extras = [asked for name, asked in project["optional-dependencies"].items() if name != BY_ITSELF or name == beside]
+    extras = [
+        asked for name, asked in project["optional-dependencies"].items() if name not in BY_THEMSELVES or name == beside
+    ]
     asked = [Requirement(line) for lines in (project["dependencies"], *extras) for line in lines]
     return {canonicalize_name(wanted.name): wanted for wanted in asked if wanted.name != project["name"]}
 

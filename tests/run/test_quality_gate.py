@@ -1,4 +1,4 @@
-"""`evaluation.max_perplexity_ratio`: what is worse fails with exit code 8, complete and beside its place."""
+"""`evaluation.max_perplexity_ratio`, `max_kl_divergence`: what is worse fails with exit code 8, complete and beside its place."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import torch
 
 from armor_recipes import apply, load
 from armor_recipes.errors import QualityError, RecipeError
+from armor_recipes.evaluation import Evaluation, Measurement, Value
+from armor_recipes.modifiers import config_types
+from armor_recipes.recipe import load_recipe_mapping
+from armor_recipes.run.evaluating import check_quality
 from tests.support.engine import MLP, logits, recipe, save_model
 from tests.support.tokenizers import byte_tokenizer
 
@@ -82,3 +86,41 @@ def test_a_bound_without_perplexity_is_refused(given: dict[str, Any], evaluation
 def test_what_is_no_ratio_is_refused(given: dict[str, Any], ratio: Any) -> None:
     with pytest.raises(RecipeError, match=r"max_perplexity_ratio"):
         apply(bound(given, ratio))
+
+
+def test_a_bound_on_divergence(given: dict[str, Any], tmp_path: Path) -> None:
+    def within(highest: float, **keys: Any) -> dict[str, Any]:
+        return {**given, "evaluation": {"fidelity": {**RANDOM, **keys}, "max_kl_divergence": highest}}
+
+    after = apply(within(50)).evaluations[0].after
+    assert isinstance(after, Measurement)
+    divergence = after["kl_divergence"].value
+    assert divergence > 0
+    assert apply(within(divergence), overwrite=True).output == tmp_path / "out"
+    with pytest.raises(QualityError) as raised:
+        apply(within(divergence * 0.9999), overwrite=True)
+    assert f"the KL divergence to the dense model on builtin:random-tokens is {divergence:.4g} [" in str(raised.value)
+    assert str(raised.value).endswith(f"what was written is complete and kept in {tmp_path / 'out.rejected'}")
+    assert (tmp_path / "out.rejected" / "armor_manifest.json").is_file()
+
+
+@pytest.mark.parametrize("others", [{}, {"fidelity": {**RANDOM, "output": "last_hidden_state"}}])
+def test_a_bound_on_divergence_without_fidelity_is_refused(given: dict[str, Any], others: dict[str, Any]) -> None:
+    evaluation = {**given["evaluation"], **others, "max_kl_divergence": 1}
+    with pytest.raises(RecipeError, match="evaluation: max_kl_divergence is a bound on what `fidelity` measures"):
+        apply({**given, "evaluation": evaluation})
+
+
+def test_a_bound_on_divergence_of_a_model_without_logits(given: dict[str, Any]) -> None:
+    recipe = load_recipe_mapping(
+        {**given, "evaluation": {"fidelity": RANDOM, "max_kl_divergence": 1}}, registry=config_types()
+    )
+    after = Measurement((Value("cosine", 1.0),), ("d",), 1, "")
+    with pytest.raises(QualityError, match="is a bound on logits, and the model gives none"):
+        check_quality(recipe, [Evaluation("fidelity", None, after)])
+
+
+@pytest.mark.parametrize("highest", [0, -1, "two", float("inf"), True])
+def test_what_is_no_divergence_is_refused(given: dict[str, Any], highest: Any) -> None:
+    with pytest.raises(RecipeError, match="max_kl_divergence"):
+        apply({**given, "evaluation": {"fidelity": RANDOM, "max_kl_divergence": highest}})
