@@ -8,6 +8,12 @@ class ArmorError(Exception):
 
     exit_code = 1
 
+    @classmethod
+    def page(cls) -> str:
+        """Where the documentation explains errors of this class, or of the nearest one of this tree."""
+        known = next(kind for kind in cls.__mro__ if kind.__module__ == __name__)
+        return f"docs/errors.md#{known.__name__.lower()}"
+
 
 class RecipeError(ArmorError):
     """The recipe or the command's usage is wrong. The message lists every problem found, one a line."""

@@ -95,7 +95,8 @@ def _code_of(error: BaseException) -> int:
     """Say what ended the command, and return its exit code."""
     match error:
         case ArmorError():
-            return _complain(f"error: {error}", ResourceError.exit_code if what_ran_out(error) else error.exit_code)
+            kind = ResourceError if what_ran_out(error) else type(error)
+            return _complain(f"error: {error} (see {kind.page()})", kind.exit_code)
         case KeyboardInterrupt():
             return _complain(f"interrupted; {_left(error)}", INTERRUPTED)
         case TerminatedError():
@@ -108,7 +109,7 @@ def _code_of(error: BaseException) -> int:
             )
     what = what_ran_out(error)
     if what:
-        return _complain(f"error: {what}", ResourceError.exit_code)
+        return _complain(f"error: {what} (see {ResourceError.page()})", ResourceError.exit_code)
     traceback.print_exception(error)
     return _complain(f"this is a bug in armor-recipes ({type(error).__name__}); please report it with the recipe", BUG)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -203,6 +204,7 @@ def test_5_input_unreadable(shell: Shell, file: Path, llama: Path, words: tuple[
     done = shell(*(word.format(file=file, model=llama) for word in words))
     assert done.code == 5, done.err
     assert done.err.splitlines()[-1].startswith("error: ")
+    assert re.search(r" \(see docs/errors\.md#(input|checkpoint)error\)$", done.err.strip())
 
 
 def test_6_verification_mismatch(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ def problems(done: Any, code: int) -> list[str]:
     assert not done.out
     before, _, said = done.err.partition("error: ")
     assert "load weights" not in before
-    return str(said).splitlines()
+    said, see, page = str(said).rpartition(" (see ")
+    assert (see, page.startswith("docs/errors.md#"), page.endswith("error)\n")) == (" (see ", True, True)
+    return said.splitlines()
 
 
 # --- two runs on one output ---------------------------------------------------------------------------------------------

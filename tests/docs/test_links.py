@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pages import PAGES, ROOT, without_blocks
+from armor_recipes import errors
+from tests.support.pages import PAGES, ROOT, section, without_blocks
 
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 
@@ -40,3 +41,21 @@ def test_relative_links_exist(page: Path) -> None:
 def test_readme_links_every_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"]({page.relative_to(ROOT)})" in text for page in PAGES if page.name != "README.md")
+
+
+def test_every_error_names_a_section_that_says_its_exit_code() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.ArmorError)]
+    assert len(kinds) > 9
+    for kind in kinds:
+        page, _, anchor = kind.page().partition("#")
+        assert anchor in anchors(ROOT / page), kind.page()
+        assert section(ROOT / page, kind.__name__).startswith(f"\nExit code {kind.exit_code}")
+    sections = re.findall(r"^## (.*)$", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(sections) == sorted(kind.__name__ for kind in kinds)
+
+
+def test_an_error_of_a_plug_in_names_the_section_of_the_nearest_class() -> None:
+    class TheirError(errors.UnfitError):
+        pass
+
+    assert TheirError.page() == "docs/errors.md#unfiterror"
