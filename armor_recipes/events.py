@@ -88,6 +88,15 @@ class EvaluationProgressed:
     measure: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluationFinished:
+    """A measure was taken, of the dense model or of the `compressed` one; its figures by name."""
+
+    measure: str
+    compressed: bool
+    values: Mapping[str, float]
+
+
 Event = (
     PhaseStarted
     | WorkEstimated
@@ -97,6 +106,7 @@ Event = (
     | UnitRefined
     | ChannelsReordered
     | EvaluationProgressed
+    | EvaluationFinished
 )
 Observer = Callable[[Event], None]
 
@@ -114,3 +124,13 @@ def one_at_a_time(observer: Observer) -> Observer:
 
 def ignore_events(event: Event) -> None:
     """The observer of a run that nobody watches."""
+
+
+def both(first: Observer, second: Observer) -> Observer:
+    """An observer that passes each event to two."""
+
+    def observe(event: Event) -> None:
+        first(event)
+        second(event)
+
+    return observe

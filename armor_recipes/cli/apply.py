@@ -65,6 +65,14 @@ def apply_command(
         Path | None,
         typer.Option("--report", metavar="FILE", dir_okay=False, help="Also write report.json to this file."),
     ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metrics",
+            metavar="SINK",
+            help="Log losses, evaluation, time and memory: FILE.jsonl, tensorboard:FOLDER, trackio, wandb, mlflow; repeatable.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:N.")] = "cpu",
     locked: Annotated[
         bool,
@@ -80,21 +88,16 @@ def apply_command(
     from armor_recipes.cli.tables import warning_lines
     from armor_recipes.cli.view import progress_view
     from armor_recipes.compute.ranks import joined
+    from armor_recipes.events import both
+    from armor_recipes.report.metrics import metrics_to
     from armor_recipes.run import execute, follow, prepare
     from armor_recipes.run.job import read_recipe
     from armor_recipes.run.recipe_lock import lock_file, read_lock
     from armor_recipes.run.report_file import check_report_file, write_report
 
     quiet_libraries()
-    if probe and not plan:
-        raise RecipeError("--probe measures for a plan: give --plan, too")
-    if every and not plan:
-        raise RecipeError("--all lists the modules of a plan: give --plan, too")
+    _check_flags(plan=plan, probe=probe, every=every, locked=locked, metrics=metrics)
     out, err = Console(), Console(stderr=True)
-    if plan and locked:
-        raise RecipeError(
-            "--locked is of a run, and --plan of none: `armor lock RECIPE --check` compares without a run"
-        )
     lock = read_lock(lock_file(recipes)) if locked else None
     job = prepare(read_recipe(recipes, overrides=overrides or (), output=output), device=device)
     if plan:
@@ -108,13 +111,27 @@ def apply_command(
             check_report_file(report)
         for note in (*job.plan.notes, *warning_lines(job.plan)) if not quiet else ():
             err.print(note, markup=False)
-        with progress_view(err, quiet=quiet) as view:
-            result = execute(job, overwrite=overwrite, lock=lock, fresh=fresh, observer=view)
-        if result.promise and not quiet:
-            err.print(result.promise, markup=False, soft_wrap=True)
+        with progress_view(err, quiet=quiet) as view, metrics_to(metrics or ()) as logged:
+            result = execute(job, overwrite=overwrite, lock=lock, fresh=fresh, observer=both(view, logged))
+        for note in (*logged.failed, *([result.promise] if result.promise and not quiet else [])):
+            err.print(note, markup=False, soft_wrap=True)
         if report is not None:
             write_report(report, result.report, output=result.output)
     _print_result(result, out, as_json=as_json, quiet=quiet)
+
+
+def _check_flags(*, plan: bool, probe: bool, every: bool, locked: bool, metrics: list[str] | None) -> None:
+    """Raise RecipeError for flags that do not go together."""
+    if probe and not plan:
+        raise RecipeError("--probe measures for a plan: give --plan, too")
+    if every and not plan:
+        raise RecipeError("--all lists the modules of a plan: give --plan, too")
+    if plan and metrics:
+        raise RecipeError("--metrics is of a run, and --plan of none: leave one of them out")
+    if plan and locked:
+        raise RecipeError(
+            "--locked is of a run, and --plan of none: `armor lock RECIPE --check` compares without a run"
+        )
 
 
 def _print_result(result: Result, out: Console, *, as_json: bool, quiet: bool) -> None:

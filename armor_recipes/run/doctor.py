@@ -30,6 +30,10 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "gguf": (("gguf", "accelerate"), "models that are GGUF files"),
     "vision": (("PIL",), "samples that are images"),
     "eval": (("lm_eval",), "lm-eval's tasks in `armor eval --tasks`"),
+    "tensorboard": (("tensorboard",), "`--metrics tensorboard`"),
+    "trackio": (("trackio",), "`--metrics trackio`"),
+    "wandb": (("wandb",), "`--metrics wandb`"),
+    "mlflow": (("mlflow",), "`--metrics mlflow`"),
 }
 
 

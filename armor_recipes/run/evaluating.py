@@ -15,7 +15,7 @@ from armor_recipes.compute.ranks import alone, first, leads
 from armor_recipes.errors import CheckpointError, NumericalError, QualityError
 from armor_recipes.evaluation import Evaluation, Measure, Measured, Perplexity, Room, asked
 from armor_recipes.evaluation.records import from_record, to_record
-from armor_recipes.events import EvaluationProgressed, Observer
+from armor_recipes.events import EvaluationFinished, EvaluationProgressed, Observer
 from armor_recipes.model.finite import ADVICE, first_broken
 from armor_recipes.recipe import Recipe
 from armor_recipes.report.measure import Stopwatch
@@ -62,6 +62,7 @@ def measured(measures: Measures, model: nn.Module, watch: Stopwatch, output: Pat
             _found(measure.name, measure, partial(measure.before, model, room), model, journal)
             for measure, room in pairs
         ]
+        _tell(measures, before, watch.observer, compressed=False)
 
         def again(changed: nn.Module) -> tuple[Evaluation, ...]:
             watch.phase("evaluate after")
@@ -69,9 +70,16 @@ def measured(measures: Measures, model: nn.Module, watch: Stopwatch, output: Pat
                 _found(f"{measure.name} after", measure, partial(measure.after, changed, room), changed, journal)
                 for measure, room in pairs
             ]
+            _tell(measures, after, watch.observer, compressed=True)
             return tuple(Evaluation(one.name, *both) for one, *both in zip(measures, before, after, strict=True))
 
         yield again
+
+
+def _tell(measures: Measures, found: Sequence[Measured | None], observer: Observer, *, compressed: bool) -> None:
+    for measure, one in zip(measures, found, strict=True):
+        if one is not None:
+            observer(EvaluationFinished(measure.name, compressed, {value.name: value.value for value in one.values}))
 
 
 def _found(
