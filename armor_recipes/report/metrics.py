@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,15 +96,16 @@ class _Counted:
     name: str
 
     def __init__(self, project: str) -> None:
-        self.run: Any = _imported(self.name, self.name).init(project=project or "armor-recipes")
+        self.module = _imported(self.name, self.name)
+        self.module.init(project=project or "armor-recipes")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Send figures, the step of the module with them."""
-        self.run.log({**values, "step": step})
+        self.module.log({**values, "module_step": step})  # trackio keeps `step` for its own
 
     def close(self) -> None:
         """End the run."""
-        self.run.finish()
+        self.module.finish()  # and not the run's own, after which trackio ends it once more as the process does
 
 
 class Wandb(_Counted):
@@ -136,6 +138,11 @@ def _imported(module: str, extra: str) -> Any:
         ) from error
 
 
+def _no_results() -> AbstractContextManager[Any]:
+    """What trackers print goes to standard error: standard output is for results."""
+    return redirect_stdout(sys.stderr)
+
+
 def open_sink(asked: str) -> Sink:
     """`FILE.jsonl`, `tensorboard:FOLDER`, `trackio:PROJECT`, `wandb:PROJECT` or `mlflow:EXPERIMENT`, or one of these names alone.
 
@@ -144,7 +151,8 @@ def open_sink(asked: str) -> Sink:
     name, _, rest = asked.partition(":")
     try:
         if name in _TRACKERS:
-            return _TRACKERS[name](rest)
+            with _no_results():
+                return _TRACKERS[name](rest)
         if asked.endswith(".jsonl"):
             return JsonLines(user_path(asked))
     except RecipeError:
@@ -206,14 +214,15 @@ class Metrics:
 
     def close(self) -> None:
         """Log the last phase and the whole time, and close the sinks."""
-        values = {**self._phase(""), "seconds": time.perf_counter() - self.begin}
+        values = {**self._phase(""), "run_seconds": time.perf_counter() - self.begin}
         self._all(lambda sink: sink.log(values, self.modules))
         self._all(lambda sink: sink.close())
 
     def _all(self, do: Callable[[Sink], None]) -> None:
         for name, sink in list(self.sinks.items()):
             try:
-                do(sink)
+                with _no_results():
+                    do(sink)
             except Exception as error:  # trackers share no class of errors
                 del self.sinks[name]
                 self.failed.append(

@@ -27,14 +27,14 @@ class Tracker:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
 
-    def init(self, project: str) -> Tracker:
+    def init(self, project: str) -> None:
         self.calls.append(("init", project))
-        return self
 
     def log(self, values: Mapping[str, float]) -> None:
         self.calls.append(("log", dict(values)))
 
     def finish(self) -> None:
+        print("* Run finished.")
         self.calls.append(("finish", None))
 
 
@@ -72,10 +72,12 @@ def test_json_lines_of_a_run(shell: Shell, tmp_path: Path) -> None:
     assert found["evaluation/perplexity/perplexity/before"] == result["perplexity_before"]
     assert found["evaluation/perplexity/perplexity/after"] == result["perplexity_after"]
     phases = {name.partition("/")[2] for name in found if name.startswith("phase_seconds/")}
+    folders = {name.rpartition("/")[0] for name in found} - {""}
+    assert not folders & found.keys()  # a tracker's files and folders have these names
     assert {"load weights", "evaluate before", "compress", "evaluate after", "save", "verify"} <= phases
     assert found["share"] == pytest.approx(1.0)
     assert found["peak_memory_bytes"] > 1e7
-    assert lines[-1]["seconds"] >= sum(found[f"phase_seconds/{phase}"] for phase in phases) - 1e-6
+    assert lines[-1]["run_seconds"] >= sum(found[f"phase_seconds/{phase}"] for phase in phases) - 1e-6
     manifest = (tmp_path / "out" / "quickstart" / "armor_manifest.json").read_text()
     assert shell("armor-apply", "quickstart", *words, "--overwrite", "--quiet").code == 0
     assert (tmp_path / "out" / "quickstart" / "armor_manifest.json").read_text() == manifest
@@ -91,15 +93,18 @@ def test_lines_are_added_and_not_finite_numbers_are_null(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_trackers_that_count_steps_for_themselves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_that_count_steps_for_themselves(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tracker = Tracker()
     monkeypatch.setitem(sys.modules, name, tracker)
     with metrics_to([f"{name}:mine"]) as observer:
         observer(SolveProgressed("q", 2, 9, 0.25))
         observer(UnitRefined("layer 0", 0.5, 0.25, 4, 1.5, 0.75))
-    assert tracker.calls[:2] == [("init", "mine"), ("log", {"loss/q": 0.25, "step": 2})]
+    assert tracker.calls[:2] == [("init", "mine"), ("log", {"loss/q": 0.25, "module_step": 2})]
     assert tracker.calls[2][1]["last_loss/layer 0"] == 0.25
     assert [call for call, _ in tracker.calls].count("finish") == 1
+    assert capsys.readouterr() == ("", "* Run finished.\n")  # standard output is for results
 
 
 def test_mlflow_and_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
