@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 FILES = (ROOT / "constraints.txt", *sorted((ROOT / "constraints").glob("*.txt")))
 
 
-#: Their pins are of sets of their own.
-BY_THEMSELVES = ("llmcompressor", "eval")
+#: Their pins are of sets of their own; of trackers there are none, since no target of the Makefile installs them.
+BY_THEMSELVES = ("llmcompressor", "eval", "tensorboard", "trackio", "wandb", "mlflow")
 
 
 def allowed(*, beside: str = "") -> dict[str, Requirement]:
