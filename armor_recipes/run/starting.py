@@ -12,6 +12,7 @@ import yaml
 from armor_recipes.checkpoint.files import write_whole
 from armor_recipes.errors import RecipeError
 from armor_recipes.model.inputs import model_inputs
+from armor_recipes.model.ties import tied_output
 from armor_recipes.paths import user_path
 from armor_recipes.run.checks import check_writable
 from armor_recipes.run.job import prepare, read_recipe
@@ -86,7 +87,7 @@ def look(model: str) -> Start:
         weights=len(shapes + odd),
         sides=tuple(dict.fromkeys(shapes + odd)),
         dtype=str(job.source.stored_dtype).removeprefix("torch."),
-        tied=bool(getattr(job.source.config, "tie_word_embeddings", False)),
+        tied=tied_output(job.shapes) is not None,
         length=min(_LENGTH, facts.positions or _LENGTH),
         generates=job.shapes.can_generate(),
         reads_text=inputs.vocab_size is not None and "input_ids" in inputs.arguments,
