@@ -537,15 +537,19 @@ _HOME = os.getpid()
 
 @functools.cache
 def _library() -> _Library | None:
-    """The extension's entry points, or None where it was not built."""
+    """The extension's entry points, or None where it was not built. Raises RecipeError for one of another version."""
     spec = importlib.util.find_spec("armor_recipes.runtime._native")
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
     library.armor_paths.restype = ctypes.c_int64
     library.armor_paths.argtypes = []
-    names = "run", "many", "unpack", "dense", "words", "attend"
-    functions = [getattr(library, f"armor_{name}") for name in names]
+    names = [f"armor_{name}" for name in ("run", "many", "unpack", "dense", "words", "attend")]
+    if not all(hasattr(library, name) for name in names):
+        raise RecipeError(
+            f"the compiled kernel ({spec.origin}) is of another version than this package: install armor-recipes again"
+        )
+    functions = [getattr(library, name) for name in names]
     for function in functions:
         function.restype = None
         function.argtypes = [ctypes.c_void_p]

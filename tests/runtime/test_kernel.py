@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,3 +200,9 @@ def test_best_path_passed_its_check() -> None:
     assert found.rejected == ()
     assert found.path == found.paths[-1]
     assert found.lines()[0].startswith(f"cpu kernel: {found.path} ")
+
+
+def test_a_kernel_of_an_older_build_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel.ctypes, "CDLL", lambda _: SimpleNamespace(armor_paths=None, armor_run=None))
+    with pytest.raises(RecipeError, match="of another version than this package: install armor-recipes again"):
+        kernel._library.__wrapped__()
