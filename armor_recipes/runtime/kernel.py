@@ -542,13 +542,13 @@ def _library() -> _Library | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
-    library.armor_paths.restype = ctypes.c_int64
-    library.armor_paths.argtypes = []
     names = [f"armor_{name}" for name in ("run", "many", "unpack", "dense", "words", "attend")]
-    if not all(hasattr(library, name) for name in names):
+    if not all(hasattr(library, name) for name in ("armor_paths", *names)):
         raise RecipeError(
             f"the compiled kernel ({spec.origin}) is of another version than this package: install armor-recipes again"
         )
+    library.armor_paths.restype = ctypes.c_int64
+    library.armor_paths.argtypes = []
     functions = [getattr(library, name) for name in names]
     for function in functions:
         function.restype = None

@@ -203,6 +203,6 @@ def test_best_path_passed_its_check() -> None:
 
 
 def test_a_kernel_of_an_older_build_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel.ctypes, "CDLL", lambda _: SimpleNamespace(armor_paths=None, armor_run=None))
+    monkeypatch.setattr(kernel.ctypes, "CDLL", lambda _: SimpleNamespace(armor_paths=len, armor_run=len))
     with pytest.raises(RecipeError, match="of another version than this package: install armor-recipes again"):
         kernel._library.__wrapped__()
