@@ -60,7 +60,7 @@ from armor_recipes.checkpoint.legacy import (
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.quantized import WEIGHT_PACKED, Scheme
 from armor_recipes.checkpoint.reader import BIAS, check_folder, checked_layers, plain_layers, read_layer, read_plain
-from armor_recipes.checkpoint.staging import files_below
+from armor_recipes.checkpoint.staging import REPORT_FILES, files_below
 from armor_recipes.checkpoint.stored import BIN_FILE, BIN_INDEX
 from armor_recipes.checkpoint.writer import file_hashes, tensor_hashes
 from armor_recipes.errors import PlanError, UnfitError
@@ -68,7 +68,7 @@ from armor_recipes.version import __version__
 
 Target = Literal["armor", "dense", "dense-2of4", "sparse-24-bitmask"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-_WRITTEN_ANEW = (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, "report.json")
+_WRITTEN_ANEW = (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, *REPORT_FILES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,8 +60,10 @@ _OF_SAVE_PRETRAINED = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+#: What tells of a run, and is no function of its inputs.
+REPORT_FILES = ("report.json", "report.html", "report.md")
 #: What this tool writes besides, for folders whose manifest does not list its files yet.
-_OF_OLD_MANIFESTS = ("README.md", "recipe.yaml", "report.json", _MANIFEST, "LICEN[CS]E*", "NOTICE*", "USE_POLICY.md")
+_OF_OLD_MANIFESTS = ("README.md", "recipe.yaml", *REPORT_FILES, _MANIFEST, "LICEN[CS]E*", "NOTICE*", "USE_POLICY.md")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)

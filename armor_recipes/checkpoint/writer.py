@@ -29,7 +29,7 @@ from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.quantized import QuantizedCache, QuantizedLinear, Scheme
 from armor_recipes.checkpoint.reader import check_folder
-from armor_recipes.checkpoint.staging import files_below
+from armor_recipes.checkpoint.staging import REPORT_FILES, files_below
 from armor_recipes.checkpoint.stored import StoredTensors
 from armor_recipes.compute.scratch import Scratch
 from armor_recipes.errors import CheckpointError, PlanError
@@ -44,7 +44,7 @@ _NOT_SAVED = ("attn_implementation", "_attn_implementation", "return_dict")
 #: Where transformers keeps the conversions by which a model was loaded, which saving reverts.
 _CONVERSIONS = "_weight_conversions"
 #: Files that are no function of the inputs alone, or that hold the hashes.
-_NO_FUNCTION = (MANIFEST_FILE, "README.md", "recipe.yaml", "report.json")
+_NO_FUNCTION = (MANIFEST_FILE, "README.md", "recipe.yaml", *REPORT_FILES)
 _DECODER_LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
 
 

@@ -262,12 +262,7 @@ def _unservable(recipe: Recipe, subject: _Subject, rows: Sequence[Row]) -> list[
     """What keeps a server from splitting packed modules as `serve` asks, as messages, one for blocks that are alike."""
     if recipe.serve is None or recipe.output.format == "dense":
         return []
-    entries = {entry.key: entry for entry in recipe.modifiers}
-    packed = {
-        row.name: PackedModule(entries[row.modifier], (row.d_out, row.d_in), row.spec, row.uses)
-        for row in last_of_each(rows).values()
-        if row.spec is not None
-    }
+    packed = _packed(recipe, rows)
     names = subject.stacks.names_to(len(subject.stacks.names))
     found: dict[tuple[str, str, str], list[str]] = {}
     for entry, name, problem in serve_problems(subject.linears, subject.facts, packed, recipe.serve.tensor_parallel):
@@ -278,6 +273,23 @@ def _unservable(recipe: Recipe, subject: _Subject, rows: Sequence[Row]) -> list[
         place = f"{entry.where}: {entry.name}", problem.replace(told, "{}"), alike
         found.setdefault(place, []).append(told)
     return [f"{place}: {once(text, told)}" for (place, text, _), told in found.items()]
+
+
+def _packed(recipe: Recipe, rows: Sequence[Row]) -> dict[str, PackedModule]:
+    """The modules that rows leave packed, by name."""
+    entries = {entry.key: entry for entry in recipe.modifiers}
+    return {
+        row.name: PackedModule(entries[row.modifier], (row.d_out, row.d_in), row.spec, row.uses)
+        for row in last_of_each(rows).values()
+        if row.spec is not None
+    }
+
+
+def first_unservable(recipe: Recipe, model: nn.Module, plan: Plan, ways: int) -> str | None:
+    """The first thing that keeps a server from splitting the plan's packed modules over so many processes; None without one."""
+    subject = _Subject.of(model)
+    found = serve_problems(subject.linears, subject.facts, _packed(recipe, plan.rows), (ways,))
+    return next((problem for _, _, problem in found), None)
 
 
 def _straddling(subject: _Subject, rows: Sequence[Row]) -> tuple[str, ...]:

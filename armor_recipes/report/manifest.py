@@ -22,7 +22,7 @@ from armor_recipes.recipe.schema import CalibrationSpec
 from armor_recipes.report.evaluation import evaluation_dict
 from armor_recipes.report.experts import expert_rows, totals_done
 from armor_recipes.report.machine import machine_class
-from armor_recipes.report.names import without_folders
+from armor_recipes.report.names import shared, without_folders
 from armor_recipes.solver.sweep import sweep_form
 from armor_recipes.version import __version__, release_of
 
@@ -68,15 +68,7 @@ class Facts:
 
     def shared_recipe(self) -> str:
         """The resolved recipe as it was asked for, as YAML, paths of this machine by their last parts."""
-        return replace(self.recipe, resolved=_shared(self.recipe.asked or self.recipe.resolved)).resolved_yaml()
-
-
-def _shared(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _shared(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_shared(inner) for inner in value]
-    return without_folders(value) if isinstance(value, str) else value
+        return replace(self.recipe, resolved=shared(self.recipe.asked or self.recipe.resolved)).resolved_yaml()
 
 
 def build_manifest(facts: Facts, tensors: Mapping[str, str], *, format_version: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 def without_folders(name: str) -> str:
@@ -10,3 +11,12 @@ def without_folders(name: str) -> str:
     if name.startswith("~") or (Path(name).is_absolute() and len(Path(name).parts) > 1):
         return Path(name).name
     return name
+
+
+def shared(value: Any) -> Any:
+    """Plain data with `without_folders` of all its texts."""
+    if isinstance(value, dict):
+        return {key: shared(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shared(inner) for inner in value]
+    return without_folders(value) if isinstance(value, str) else value

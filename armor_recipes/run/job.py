@@ -18,7 +18,7 @@ from armor_recipes.checkpoint.companions import Companions
 from armor_recipes.checkpoint.config import version_of
 from armor_recipes.checkpoint.files import MANIFEST_FILE, give_usual_permissions, read_config, read_header, write_whole
 from armor_recipes.checkpoint.lock import locked
-from armor_recipes.checkpoint.staging import files_below, kept_aside, recover, staged, tried
+from armor_recipes.checkpoint.staging import REPORT_FILES, files_below, kept_aside, recover, staged, tried
 from armor_recipes.checkpoint.writer import carry_over, file_hashes, tensor_hashes, write_beside, write_checkpoint
 from armor_recipes.compute import plain_torch
 from armor_recipes.compute.limit import limited
@@ -39,11 +39,15 @@ from armor_recipes.modifiers.kinds.changes import Changes
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import Recipe, load_recipe, load_recipe_mapping
 from armor_recipes.recipe.schema import memory_bytes
+from armor_recipes.report.curves import module_rows
 from armor_recipes.report.licence import Licence
+from armor_recipes.report.loads import load_rows
 from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, skipped_rows, state_hash
 from armor_recipes.report.measure import Stopwatch
+from armor_recipes.report.page import write_page
 from armor_recipes.run.checks import check_output, check_weights, placed, precious_paths
 from armor_recipes.run.data import Data
+from armor_recipes.run.depth import Depth
 from armor_recipes.run.evaluating import check_quality, measured
 from armor_recipes.run.given import given_changes, run_as_stored
 from armor_recipes.run.planning import Job, estimated, prepare
@@ -262,6 +266,8 @@ class _Run:
     """Where weights, activations and results are where the recipe sets the memory."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of llm-compressor and what it runs on, where it has run the whole recipe."""
+    depth: Depth = field(default_factory=Depth)
+    """How error grows from block to block."""
 
     @classmethod
     def start(
@@ -315,8 +321,11 @@ class _Run:
         source_hash = state_hash(self.model, self.dtypes, job.source.stored_dtype)
         agree({"model": source_hash})
         begin(self.journal, job, self.ready.data, self.model, source_hash, self.watch)
+        if job.recipe.steps or self.scratch is not None:  # the former may rotate what lies between blocks
+            self.depth.note = "not recorded with modifiers of llm-compressor, nor with model.memory"
         with ExitStack() as stack:
             with run_as_stored(self.model, {} if self.brought is None else self.brought.quantized):
+                self.depth.before(self.model, self.probe())
                 measures = measured(self.ready.data.measures, self.model, self.watch, self.output, self.journal)
                 measured_again = stack.enter_context(measures)
             session = None
@@ -324,6 +333,7 @@ class _Run:
                 session = self.compress()
             else:
                 self.take_whole(self.room / "result")
+            self.depth.after(self.model, self.probe())
             evaluations = measured_again(self.model)
         return Facts(
             recipe=self.job.recipe,
@@ -480,7 +490,7 @@ class _Run:
         manifest["carried_over"] = list(self.carried)
         if self.versions:
             manifest["llmcompressor"] = {"versions": self.versions, "modifiers": [s.key for s in self.job.recipe.steps]}
-        manifest["files"] = sorted({*files_below(folder), MANIFEST_FILE, "report.json"})
+        manifest["files"] = sorted({*files_below(folder), MANIFEST_FILE, *REPORT_FILES})
         manifest["file_hashes"] = file_hashes(folder)
         write_whole(folder / MANIFEST_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
 
@@ -504,6 +514,9 @@ class _Run:
         report = {
             **self.watch.report(folder, source=job.source.folder, estimate=job.estimate, modules=facts.modules),
             "seconds_by_refinement": {f"{r.modifier} {r.unit}": round(r.seconds, 3) for r in facts.refinements},
+            "modules": module_rows(facts),
+            "depth": self.depth.report(),
+            "loads": load_rows(facts, job.shapes),
             "calibration": calibration_rows(facts),
             "experts": facts.experts,
             "sweep": sweep_form(job.device.type),
@@ -514,6 +527,7 @@ class _Run:
             "carried_over": list(self.carried),
         }
         write_whole(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+        write_page(folder, self.output.name)
         return report
 
     def probe(self) -> Batch:

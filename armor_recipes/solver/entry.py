@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,9 +90,11 @@ def factorize(
     run = _Run(normal.weight, h, gram, form, mask is not None, iterations, tolerance, counts)
     clock = _Clock(total=run.total(), iterations=iterations, on_progress=on_progress)
     clock.enter(run.error(start))
+    masks = start.index.clone()
     factors, reason = run.exact(start, clock, native) if solver == "exact" else run.adam(start, clock, seed)
     clock.check(run.error(factors))
-    return _result(normal, factors, form, clock, reason, counts)
+    changed = float((factors.index != masks).double().mean())
+    return replace(_result(normal, factors, form, clock, reason, counts), masks_changed=changed)
 
 
 def check_arguments(

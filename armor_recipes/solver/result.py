@@ -32,6 +32,7 @@ class Factorization:
         seconds: seconds since the start at each entry of `losses`.
         stop_reason: why the iteration ended.
         counts: how often something out of the ordinary was done (dead channels filled, jitter added).
+        masks_changed: the share of groups whose mask is not the one of the start, 0 to 1; of what was solved together, if split.
     """
 
     a: Tensor
@@ -42,6 +43,7 @@ class Factorization:
     seconds: tuple[float, ...]
     stop_reason: StopReason
     counts: Mapping[str, int]
+    masks_changed: float = 0.0
 
     def split(self, rows: Sequence[int]) -> list[Factorization]:
         """Factorizations of weights that were solved stacked along their rows, each with the same B; b_o divides each part."""

@@ -166,7 +166,7 @@ class ARMORModifier(Modifier[ARMORConfig]):
             iterations=len(found.losses) - 1,
             stop_reason=found.stop_reason.value,
             counts={**found.counts, **moments.counts},
-            measures=moments.measures,
+            measures={**moments.measures, "masks_changed": found.masks_changed},
         )
 
     def loss(

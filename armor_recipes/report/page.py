@@ -1,0 +1,74 @@
+"""report.html and report.md: a run, or several side by side, in one file that needs no network."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from armor_recipes.checkpoint.files import write_whole
+from armor_recipes.report.view import run_view
+from armor_recipes.version import __version__
+
+#: By which a page is known as one of ours.
+MARK = '<meta name="generator" content="armor-recipes report">'
+
+
+def write_page(folder: Path, name: str | None = None) -> None:
+    """Write report.html and report.md of a run's folder beside what they are made from. Raises CheckpointError as `run_view`."""
+    run = run_view(folder, name)
+    write_whole(folder / "report.html", page([run]).encode())
+    write_whole(folder / "report.md", markdown(run).encode())
+
+
+def page(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The page of one run, or of several side by side. Whatever text they hold is shown as text."""
+    here = files(__package__) / "page"
+    parts = {
+        name: (here / file).read_text(encoding="utf-8")
+        for name, file in {"css": "report.css", "echarts": "echarts.js", "script": "report.js"}.items()
+    }
+    title = runs[0]["model"] if len(runs) == 1 else f"{len(runs)} runs side by side"
+    parts |= {"title": html.escape(title), "version": html.escape(__version__), "data": _in_script(list(runs))}
+    template = (here / "report.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def _in_script(data: Any) -> str:
+    """JSON that may stand in a script element: no text in it ends that, or begins a comment."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def markdown(run: Mapping[str, Any]) -> str:
+    """A table of the figures before and after and a line of what it took, for the summary of a CI job."""
+    rows = [f"| {_cell(run['model'])} | before | after |", "|---|---:|---:|"]
+    rows += [f"| {_cell(name)} | {_shown(a, unit)} | {_shown(b, unit)} |" for name, a, b, unit in run["summary"]]
+    took = [
+        f"{what} {_shown(actual, unit)}" + (f" ({_shown(planned, unit)} planned)" if planned is not None else "")
+        for what, planned, actual, unit in run["cost"]
+    ]
+    origin = dict(run["origin"])
+    recipe, machine = origin["SHA-256 of the recipe"][:12], _cell(origin["machine class"])
+    return "\n".join([*rows, "", f"{'; '.join(took)}; on {machine}; recipe `{recipe}`.", ""])
+
+
+def _cell(text: str) -> str:
+    """A text in a table's cell, without a meaning in Markdown or HTML."""
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def _shown(value: Any, unit: str) -> str:
+    """A figure, with its interval if it has one."""
+    match value:
+        case None:
+            return ""
+        case [middle, low, high]:
+            return f"{_shown(middle, unit)} [{_shown(low, unit)}, {_shown(high, unit)}]"
+    if unit == "B":
+        return f"{value / 1e6:.2f} MB"
+    return f"{value:.0f} s" if unit == "s" else f"{value:.4g}" if abs(value) < 1 else f"{value:.3f}"

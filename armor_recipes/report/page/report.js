@@ -1,0 +1,361 @@
+"use strict";
+// Draws the page from the data in it. All text goes into the document as text, never as markup.
+{
+  const runs = JSON.parse(document.getElementById("data").textContent);
+  const several = runs.length > 1;
+  const main = document.getElementById("main");
+  const charts = []; // redrawn on another theme or size
+  const MOST_CURVES = 300;
+  const ROW = 18; // pixels of a block on the map
+
+  // --- elements ------------------------------------------------------------------------------------------------------------
+
+  function element(tag, attributes = {}, ...children) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...children.filter((child) => child !== null));
+    return made;
+  }
+
+  function section(id, title, ...children) {
+    const heading = element("h2", { id: `${id}-title` }, title);
+    main.append(element("section", { id, "aria-labelledby": `${id}-title` }, heading, ...children));
+    document.getElementById("sections").append(element("li", {}, element("a", { href: `#${id}` }, title)));
+  }
+
+  // Rows of texts, numbers, or { text, number, differs }; the first cell of each is its heading.
+  function table(caption, head, rows, tall = false) {
+    const cell = (value, place) => {
+      const given = value !== null && typeof value === "object" ? value : { text: value, number: typeof value === "number" };
+      const text = given.text === null || given.text === undefined ? "–" : typeof given.text === "number" ? figure(given.text) : given.text;
+      const made = element(place ? "td" : "th", place ? {} : { scope: "row" }, text);
+      if (given.number) made.classList.add("number");
+      if (given.differs) made.classList.add("differs");
+      return made;
+    };
+    const numeric = (place) => place && rows.some((row) => typeof row[place] === "number" || row[place]?.number);
+    const headings = head.map((text, place) => element("th", { scope: "col", class: numeric(place) ? "number" : "" }, text));
+    const body = rows.map((row) => element("tr", {}, ...row.map(cell)));
+    const made = element("table", {}, element("caption", {}, caption), element("thead", {}, element("tr", {}, ...headings)),
+      element("tbody", {}, ...body));
+    return element("div", { class: tall ? "scroll tall" : "scroll", tabindex: 0, role: "region", "aria-label": caption }, made);
+  }
+
+  const details = (title, ...children) => element("details", {}, element("summary", {}, title), ...children);
+  const note = (text) => element("p", { class: "note" }, text);
+
+  function choice(label, options, changed) {
+    const select = element("select", {}, ...options.map(([value, text]) => element("option", { value }, text)));
+    select.addEventListener("change", changed);
+    return { select, label: element("label", {}, label, select) };
+  }
+
+  function tick(label, checked, changed) {
+    const box = element("input", { type: "checkbox" });
+    box.checked = checked;
+    box.addEventListener("change", changed);
+    return { box, label: element("label", {}, box, label) };
+  }
+
+  // --- numbers -------------------------------------------------------------------------------------------------------------
+
+  const UNITS = { B: (value) => scaled(value, ["B", "kB", "MB", "GB", "TB"]), s: duration, "%": (value) => `${figure(value)} %` };
+
+  function figure(value) {
+    if (value === null || value === undefined) return "–";
+    return Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(4)));
+  }
+
+  function scaled(value, units) {
+    const step = Math.min(units.length - 1, Math.max(0, Math.floor(Math.log10(value || 1) / 3)));
+    return `${Number((value / 1000 ** step).toPrecision(3))} ${units[step]}`;
+  }
+
+  function duration(seconds) {
+    if (seconds < 120) return `${Number(seconds.toPrecision(3))} s`;
+    return seconds < 7200 ? `${(seconds / 60).toFixed(1)} min` : `${(seconds / 3600).toFixed(1)} h`;
+  }
+
+  function shown(value, unit) {
+    if (value === null || value === undefined) return "–";
+    if (Array.isArray(value)) return `${shown(value[0], unit)} [${shown(value[1], unit)}, ${shown(value[2], unit)}]`;
+    return (UNITS[unit] || figure)(value);
+  }
+
+  const plain = (value) => (Array.isArray(value) ? value[0] : value);
+  const unique = (values) => [...new Set(values)];
+  const mean = (values) => {
+    const there = values.filter((value) => typeof value === "number");
+    return there.length ? there.reduce((sum, value) => sum + value, 0) / there.length : null;
+  };
+
+  // What distinguishes blocks: the part of their names behind what all of them begin with.
+  function shortNames(names) {
+    const first = names[0] || "";
+    let length = 0;
+    while (names.every((name) => name[length] === first[length]) && length < first.length) length += 1;
+    const cut = first.lastIndexOf(".", length - 1) + 1;
+    return new Map(names.map((name) => [name, names.length > 1 ? name.slice(cut) : name]));
+  }
+
+  // --- charts --------------------------------------------------------------------------------------------------------------
+
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const palette = () => color("--series").split(" ");
+  const axis = (name, more) => ({
+    name, nameLocation: "middle", nameGap: 30, nameTextStyle: { color: color("--faint") },
+    axisLabel: { color: color("--faint"), hideOverlap: true }, axisLine: { lineStyle: { color: color("--line") } },
+    splitLine: { lineStyle: { color: color("--line"), opacity: 0.5 } }, ...more,
+  });
+
+  // A chart whose options are made anew for each theme, width and choice.
+  function chart(label, options, height) {
+    const box = element("div", { class: "chart", "aria-label": label });
+    const drawn = { box, draw: () => {
+      if (height) box.style.height = `${height()}px`;
+      const given = options(box.clientWidth);
+      drawn.instance ??= echarts.init(box, null, { renderer: "svg" });
+      drawn.instance.resize();
+      drawn.instance.setOption({
+        animation: false, color: palette(), textStyle: { color: color("--ink"), fontFamily: "system-ui, sans-serif" },
+        aria: { enabled: true, label: { description: label } }, ...given,
+        tooltip: { confine: true, backgroundColor: color("--paper"), borderColor: color("--line"),
+          textStyle: { color: color("--ink"), fontSize: 13 }, ...given.tooltip },
+        legend: given.legend && { type: "scroll", top: 0, textStyle: { color: color("--ink") }, pageTextStyle: { color: color("--ink") },
+          pageIconColor: color("--link"), ...given.legend },
+      }, true);
+    } };
+    charts.push(drawn);
+    return drawn;
+  }
+
+  // Lines of a tooltip, as text.
+  const lines = (...texts) => {
+    const made = element("div", {});
+    texts.forEach((text) => made.append(element("div", {}, text)));
+    return made;
+  };
+
+  // --- parts of the page ---------------------------------------------------------------------------------------------------
+
+  const titles = runs.map((run) => run.name);
+  const named = (run) => (several ? `${run.name}: ` : "");
+  // Runs beside each other, in rows by their first cells.
+  const beside = (part, cells) => unique(runs.flatMap((run) => run[part].map((row) => row[0]))).map((key) => {
+    const found = runs.map((run) => run[part].find((row) => row[0] === key));
+    return [key, ...found.flatMap((row) => cells(row))];
+  });
+
+  function summary() {
+    const head = several ? ["", ...titles.flatMap((name) => [`${name}: before`, "after", "ratio"])] : ["", "before", "after", "ratio"];
+    const rows = beside("summary", (row) => {
+      if (!row) return [null, null, null];
+      const [, before, after, unit] = row;
+      const ratio = plain(before) && plain(after) !== null ? plain(after) / plain(before) : null;
+      return [before, after].map((value) => ({ text: shown(value, unit), number: true })).concat([{ text: ratio === null ? "–" : ratio.toFixed(3), number: true }]);
+    });
+    const measured = runs.every((run) => run.summary.some(([name]) => !/^(size|weights|mean)/.test(name)));
+    section("summary", "Before and after", table("Figures of the dense and of the compressed model", head, rows),
+      measured ? null : note("Where nothing stands but sizes and losses, the recipe evaluated nothing."));
+  }
+
+  function origin() {
+    const rows = beside("origin", (row) => [row ? row[1] : null]).map(([key, ...values]) => [key, ...values.map((text) => ({
+      text, differs: several && unique(values).length > 1 }))]);
+    const recipes = runs.map((run) => details(`${named(run)}The recipe`, element("pre", { tabindex: 0 }, run.recipe || "not in the folder")));
+    section("origin", "Recipe and origin", table("Where the run came from", ["", ...(several ? titles : [""])], rows), ...recipes,
+      several ? note("What differs between the runs is marked.") : null);
+  }
+
+  function losses() {
+    const all = runs.flatMap((run, number) => run.modules.filter((row) => row.curve.length > 1).map((row) => ({ ...row, run: number })));
+    if (!all.length) return section("losses", "Loss of each module", note("No module has a recorded loss curve."));
+    const blocks = unique(all.map((row) => row.block));
+    const kinds = unique(all.map((row) => row.kind));
+    const short = shortNames(blocks);
+    const said = element("p", { class: "note", "aria-live": "polite" });
+    const redraw = () => drawn.draw();
+    const run = choice("Run", [["", "all"], ...titles.map((name, number) => [number, name])], redraw);
+    const block = choice("Layer", [["", "all"], ...blocks.map((name) => [name, short.get(name)])], redraw);
+    const kind = choice("Type", [["", "all"], ...kinds.map((name) => [name, name])], redraw);
+    const log = tick("log scale", true, redraw);
+    if (several) [block.select.value, kind.select.value] = [blocks[0], kinds[0]];
+
+    const drawn = chart("Relative loss of modules by iteration", () => {
+      const asked = all.filter((row) => [[run, String(row.run)], [block, row.block], [kind, row.kind]]
+        .every(([{ select }, value]) => !select.value || select.value === value));
+      const taken = [...asked].sort((a, b) => b.loss - a.loss).slice(0, MOST_CURVES);
+      const groups = several && !run.select.value ? titles : kinds;
+      const group = (row) => (groups === titles ? titles[row.run] : row.kind);
+      said.textContent = `${taken.length} of ${all.length} curves` +
+        (taken.length < asked.length ? `: the ${MOST_CURVES} with the largest losses at the end of ${asked.length}; choose a layer or type to see the others` : "");
+      const colors = palette();
+      return {
+        grid: { left: 62, right: 16, top: 40, bottom: 48 },
+        legend: { data: groups.filter((name) => taken.some((row) => group(row) === name)) },
+        xAxis: axis("iteration", { type: "value", minInterval: 1 }),
+        yAxis: axis("loss relative to Ŵ = 0", { type: log.box.checked ? "log" : "value", nameGap: 46, axisLabel: { color: color("--faint"), hideOverlap: true, formatter: (value) => figure(value) } }),
+        tooltip: { trigger: "axis", formatter: (points) => {
+          const sorted = [...points].sort((a, b) => b.value[1] - a.value[1]);
+          const more = sorted.length > 8 ? [`… and ${sorted.length - 8} more below`] : [];
+          return lines(`iteration ${points[0].value[0]}`, ...sorted.slice(0, 8).map((point) => `${taken[point.seriesIndex].label}: ${figure(point.value[1])}`), ...more);
+        } },
+        series: taken.map((row) => {
+          row.label = `${several ? `${titles[row.run]} ` : ""}${short.get(row.block)} ${row.kind}`;
+          return { type: "line", name: group(row), showSymbol: false, triggerLineEvent: true, emphasis: { focus: "series" },
+            itemStyle: { color: colors[groups.indexOf(group(row)) % colors.length] }, lineStyle: { width: 1.25 },
+            data: row.curve.map(([x, y]) => [x, log.box.checked && !(y > 0) ? null : y]) };
+        }),
+      };
+    });
+    const rows = all.map((row) => [`${several ? `${titles[row.run]} ` : ""}${row.name}`, row.first, row.loss, row.steps, row.stop]);
+    section("losses", "Loss of each module", element("div", { class: "controls" }, ...(several ? [run.label] : []), block.label, kind.label, log.label),
+      drawn.box, said, details("As a table", table("Loss at the start and as stored", ["module", "first", "last", "iterations", "ended by"], rows, true)));
+  }
+
+  const METRICS = [
+    ["loss", "final loss", ""], ["error", "error of the weight", ""], ["overhead", "factor overhead, % of the dense weight", "%"],
+    ["masks", "groups with another mask than at the start, %", "%"], ["bytes", "size, % of the dense weight", "%"], ["seconds", "time, s", "s"],
+    ["tokens", "calibration tokens", ""], ["retries", "damping retries", ""], ["dead", "dead channels", ""],
+  ];
+
+  function map() {
+    const numbers = runs.map((_, number) => number).filter((number) => runs[number].modules.length);
+    if (!numbers.length) return section("map", "Map of layers and modules", note("The run changed no module by itself."));
+    const redraw = () => drawn.draw();
+    const run = choice("Run", numbers.map((number) => [number, titles[number]]), redraw);
+    const there = METRICS.filter(([key]) => runs.some(({ modules }) => modules.some((row) => typeof row[key] === "number")));
+    const metric = choice("Shown", there.map(([key, text]) => [key, text]), redraw);
+    const table_ = element("div", {});
+    const modules = () => runs[run.select.value || numbers[0]].modules;
+    const blocks = () => unique(modules().map((row) => row.block));
+
+    const drawn = chart("Map of layers and modules", (width) => {
+      const [key, text, unit] = there.find(([name]) => name === metric.select.value);
+      const [rows, kinds] = [blocks(), unique(modules().map((row) => row.kind))];
+      const short = shortNames(rows);
+      const cells = new Map();
+      for (const row of modules()) {
+        const place = `${kinds.indexOf(row.kind)},${rows.indexOf(row.block)}`;
+        cells.set(place, [...(cells.get(place) || []), row]);
+      }
+      const data = [...cells].map(([place, found]) => [...place.split(",").map(Number), mean(found.map((row) => row[key]))])
+        .filter((cell) => cell[2] !== null);
+      const values = data.map((cell) => cell[2]);
+      table_.replaceChildren(table(text, ["layer", ...kinds], rows.map((block, y) => [short.get(block),
+        ...kinds.map((_, x) => mean((cells.get(`${x},${y}`) || []).map((row) => row[key])))]), true));
+      return {
+        grid: { left: width < 500 ? 40 : 70, right: 12, top: 8, bottom: 140 },
+        xAxis: { ...axis("", { type: "category", data: kinds, splitLine: { show: false } }), axisLabel: { color: color("--faint"), rotate: 45, interval: 0,
+          formatter: (name) => name.split(".").pop(), fontSize: 11 } },
+        yAxis: axis("", { type: "category", data: rows.map((name) => short.get(name)), inverse: true, splitLine: { show: false } }),
+        visualMap: { min: Math.min(...values), max: Math.max(...values), calculable: true, orient: "horizontal", left: "center", bottom: 0, itemWidth: 14,
+          itemHeight: Math.min(220, width - 140), inRange: { color: [color("--low"), color("--high")] }, textStyle: { color: color("--faint") }, formatter: (value) => shown(value, unit) },
+        tooltip: { formatter: ({ value: [x, y, value] }) => {
+          const found = cells.get(`${x},${y}`);
+          return lines(found.length > 1 ? `${rows[y]} ${kinds[x]}, mean of ${found.length}` : found[0].name, `${text}: ${shown(value, unit)}`);
+        } },
+        series: [{ type: "heatmap", data, itemStyle: { borderColor: color("--paper"), borderWidth: 1 } }],
+      };
+    }, () => 170 + ROW * Math.max(4, blocks().length));
+    section("map", "Map of layers and modules", element("div", { class: "controls" }, ...(several ? [run.label] : []), metric.label), drawn.box,
+      note("Losses are of a module's outputs, relative to those with a weight of zeros. A cell of several modules (experts) is their mean."),
+      details("As a table", table_));
+  }
+
+  function depth() {
+    const there = runs.map((run, number) => ({ ...run, number })).filter((run) => run.depth.length);
+    const notes = runs.filter((run) => !run.depth.length).map((run) => note(`${named(run)}Error along depth: ${run.depth_note}`));
+    const parts = [];
+    const line = (label, yName, rows, bars) => {
+      const blocks = unique(rows.flatMap((run) => run.points.map(([block]) => block)));
+      const short = shortNames(blocks);
+      const at = (run) => blocks.map((block) => run.points.find(([name]) => name === block)?.[1] ?? null);
+      const drawn = chart(label, () => ({
+        grid: { left: 62, right: 16, top: 40, bottom: 48 },
+        legend: { data: rows.flatMap((run) => (bars ? [run.label, `${run.label}: added by the layer`] : [run.label])) },
+        xAxis: axis("layer", { type: "category", data: blocks.map((name) => short.get(name)) }),
+        yAxis: axis(yName, { type: "value", nameGap: 46 }),
+        tooltip: { trigger: "axis", formatter: (points) => lines(blocks[points[0].dataIndex], ...points.map((point) => `${point.seriesName}: ${figure(point.value)}`)) },
+        series: rows.flatMap((run) => {
+          const values = at(run);
+          const lineOf = { type: "line", name: run.label, data: values, symbolSize: 5 };
+          const added = values.map((value, place) => (value === null ? null : value - (place ? values[place - 1] ?? 0 : 0)));
+          return bars ? [lineOf, { type: "bar", name: `${run.label}: added by the layer`, data: added, barMaxWidth: 18 }] : [lineOf];
+        }),
+      }));
+      return [drawn.box, details("As a table", table(label, ["layer", ...rows.map((run) => run.label)], blocks.map((block, place) => [block, ...rows.map((run) => at(run)[place])]), true))];
+    };
+    if (there.length) {
+      const rows = there.map((run) => ({ label: several ? run.name : "relative error", points: run.depth.map(([block, error]) => [block, error * 100]) }));
+      parts.push(element("h3", {}, "How it accumulates"), ...line("Error of each layer's output on one calibration sample, %", "error, %", rows, !several),
+        note("The mean over positions of ‖x − x̂‖ / ‖x‖, x the layer's output in the model that the run started from, x̂ in the compressed one."));
+    }
+    const losses = runs.filter((run) => run.modules.length).map((run) => {
+      const blocks = unique(run.modules.map((row) => row.block));
+      return { label: several ? run.name : "mean final loss", points: blocks.map((block) => [block, mean(run.modules.filter((row) => row.block === block).map((row) => row.loss))]) };
+    });
+    if (losses.length) parts.push(element("h3", {}, "Where it comes from"), ...line("Mean final loss of the modules of each layer", "final loss", losses, false));
+    section("depth", "Error along the depth", ...notes, ...parts);
+  }
+
+  function oddities() {
+    const parts = runs.flatMap((run) => [
+      run.counts.length ? table(`${named(run)}Done out of the ordinary`, ["", "times", "modules"], run.counts)
+        : note(`${named(run)}No damping had to be retried, no channel was dead, nothing else was out of the ordinary.`),
+      run.experts.length ? table(`${named(run)}Calibration tokens of an expert`, ["layer", "for", "experts", "fewest", "median", "most", "below the minimum"], run.experts) : null,
+      run.refinements.length ? table(`${named(run)}Training afterwards`, ["what", "by", "held-out loss before", "best", "steps"], run.refinements, true) : null,
+      run.notes.length ? details(`${named(run)}Warnings, and what was left as it was (${run.notes.length})`, element("ul", {}, ...run.notes.map((text) => element("li", {}, text)))) : null,
+    ]);
+    section("oddities", "What stood out", ...parts);
+  }
+
+  function cost() {
+    const head = several ? ["", ...titles.flatMap((name) => [`${name}: planned`, "actual"])] : ["", "planned", "actual", "ratio"];
+    const rows = beside("cost", (row) => {
+      const [, planned, actual, unit] = row || [];
+      const cells = [planned, actual].map((value) => ({ text: shown(value, unit), number: true }));
+      return several ? cells : [...cells, { text: planned ? (actual / planned).toFixed(2) : "–", number: true }];
+    });
+    const phases = unique(runs.flatMap((run) => run.phases.map(([name]) => name)));
+    const time = (run, phase) => run.phases.find(([name]) => name === phase)?.[1] ?? null;
+    const drawn = chart("Seconds of each phase", (width) => ({
+      grid: { left: width < 500 ? 104 : 130, right: 16, top: several ? 40 : 8, bottom: 48 },
+      legend: several ? { data: titles } : undefined,
+      yAxis: axis("", { type: "category", data: phases, inverse: true, splitLine: { show: false } }),
+      xAxis: axis("seconds", { type: "value" }),
+      tooltip: { trigger: "axis", axisPointer: { type: "shadow" }, formatter: (points) => lines(phases[points[0].dataIndex], ...points.map((point) => `${several ? `${point.seriesName}: ` : ""}${shown(point.value, "s")}`)) },
+      series: runs.map((run) => ({ type: "bar", name: run.name, data: phases.map((phase) => time(run, phase)), barMaxWidth: 18 })),
+    }), () => 110 + 26 * phases.length * (several ? 1 + runs.length / 3 : 1));
+    const tables = runs.map((run) => table(`${named(run)}Phases`, ["phase", "time", "CPU time", "peak memory so far"], run.phases.map(([name, ...values]) =>
+      [name, ...values.map((value, place) => ({ text: shown(value, place < 2 ? "s" : "B"), number: true }))])));
+    section("cost", "Time and memory", table("What was planned and what it took", head, rows), drawn.box, details("As a table", ...tables));
+  }
+
+  function loads() {
+    if (!runs.some((run) => run.loads.length)) return;
+    const rows = beside("loads", (row) => [row ? `${row[1] ? "yes" : "no"}: ${row[2]}` : null]);
+    section("loads", "What can load it", table("Runtimes, as far as configuration and names tell", ["", ...(several ? titles : ["loads the folder"])], rows));
+  }
+
+  // --- theme ---------------------------------------------------------------------------------------------------------------
+
+  const button = document.getElementById("theme");
+  const preferred = matchMedia("(prefers-color-scheme: dark)");
+  function themed(dark) {
+    document.documentElement.dataset.theme = dark ? "dark" : "light";
+    button.setAttribute("aria-pressed", String(dark));
+    charts.forEach((one) => one.draw());
+  }
+  button.addEventListener("click", () => themed(document.documentElement.dataset.theme !== "dark"));
+  preferred.addEventListener("change", (event) => themed(event.matches));
+  document.documentElement.dataset.theme = preferred.matches ? "dark" : "light";
+
+  [summary, origin, losses, map, depth, oddities, cost, loads].forEach((part) => part());
+  themed(preferred.matches);
+  let width = innerWidth;
+  addEventListener("resize", () => {
+    if (innerWidth !== width) charts.forEach((one) => one.draw()); // a phone's bars change the height alone
+    width = innerWidth;
+  });
+}
