@@ -27,6 +27,7 @@ EXPECTED = (
     r"less than 10 GB of disk are free",
     r"peak memory is read from /proc",
     r"could not import 'lm_eval': .*",  # the extra `eval`, which brings much
+    r"no chromium on the path",
 )
 """What a machine may lack, and what no environment of the Makefile brings."""
 

@@ -17,6 +17,7 @@ from armor_recipes.cli.init import init_command
 from armor_recipes.cli.inspect import inspect_command
 from armor_recipes.cli.lock import lock_command
 from armor_recipes.cli.recipes import recipes_command
+from armor_recipes.cli.report import report_command
 from armor_recipes.cli.schema import schema_command
 from armor_recipes.cli.status import status_command
 from armor_recipes.cli.verify import verify_command
@@ -35,6 +36,7 @@ app.command("lock")(lock_command)
 app.command("status")(status_command)
 app.command("verify")(verify_command)
 app.command("diff")(diff_command)
+app.command("report")(report_command)
 app.command("schema")(schema_command)
 app.command("recipes")(recipes_command)
 app.command("convert")(convert_command)

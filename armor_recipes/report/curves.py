@@ -39,4 +39,3 @@ def thinned(count: int, most: int) -> list[int]:
         return list(range(count))
     last = count - 1
     return sorted({0, *(round(last ** (step / (most - 2))) for step in range(most - 1))})
-

@@ -31,7 +31,9 @@ def load_rows(facts: Facts, model: nn.Module) -> list[dict[str, Any]]:
         ("transformers alone", *stock),
     ]
     if not packed:
-        rows.append(("vLLM", True, "as transformers alone, where vLLM has the architecture and kernels for the formats"))
+        rows.append(
+            ("vLLM", True, "as transformers alone, where vLLM has the architecture and kernels for the formats")
+        )
     elif not facts.plan.given:
         problem = first_unservable(facts.recipe, model, facts.plan, 1)
         ways = [n for n in _WAYS if not problem and first_unservable(facts.recipe, model, facts.plan, n) is None]

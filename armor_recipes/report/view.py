@@ -22,6 +22,7 @@ _BLOCK = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 #: What was done out of the ordinary, in words, by its name in the manifest's counts.
 _COUNTS = {"gram_jitter": "damping retries", "dead_channels": "dead channels", "zero_weight": "weights of zeros alone"}
+_BY_PHASE = ("cpu_seconds_by_phase", "peak_memory_bytes_by_phase")
 Json = Mapping[str, Any]
 
 
@@ -32,7 +33,9 @@ def run_view(folder: Path, name: str | None = None) -> dict[str, Any]:
     """
     for file in (MANIFEST_FILE, "report.json"):
         if not (folder / file).is_file():
-            raise CheckpointError(f"{folder} holds no {file}: name the output folder of a run (an export has no report)")
+            raise CheckpointError(
+                f"{folder} holds no {file}: name the output folder of a run (an export has no report)"
+            )
     manifest, report = read_json(folder / MANIFEST_FILE), read_json(folder / "report.json")
     recipe = read_resolved(folder / RECIPE_FILE) if has_recipe(folder) else None
     try:
@@ -48,13 +51,13 @@ def run_view(folder: Path, name: str | None = None) -> dict[str, Any]:
 def _view(name: str, manifest: Json, report: Json, recipe: Json | None) -> dict[str, Any]:
     places = report.get("modules", {})
     modules = [_module(n, row, places.get(n, {}), report) for n, row in manifest.get("modules", {}).items()]
-    depth = report.get("depth", {})
+    depth, seeds = report.get("depth", {}), list(_seeds(recipe))
     return {
         "name": name,
         "model": str(manifest["model"]["id"]),
         "version": str(manifest["armor_recipes"]),
         "summary": list(_summary(manifest, report, modules)),
-        "origin": [*_origin(manifest, report), ["seeds", ", ".join(_seeds(recipe or {}))]],
+        "origin": [*_origin(manifest, report), *([["seeds", ", ".join(seeds)]] if seeds else [])],
         "recipe": "" if recipe is None else yaml.safe_dump(shared(recipe), sort_keys=False, allow_unicode=True),
         "modules": modules,
         "depth": [[row["block"], row["error"]] for row in depth.get("blocks", [])],
@@ -72,7 +75,7 @@ def _view(name: str, manifest: Json, report: Json, recipe: Json | None) -> dict[
         "notes": list(_notes(manifest)),
         "cost": list(_cost(report)),
         "phases": [
-            [phase, seconds, report["cpu_seconds_by_phase"].get(phase), report["peak_memory_bytes_by_phase"].get(phase)]
+            [phase, seconds, *(report.get(key, {}).get(phase) for key in _BY_PHASE)]
             for phase, seconds in report["seconds_by_phase"].items()
         ],
         "loads": [[row["runtime"], row["loads"], row["how"]] for row in report.get("loads", [])],
@@ -84,7 +87,7 @@ def _module(name: str, row: Json, place: Json, report: Json) -> dict[str, Any]:
     match = _BLOCK.match(name)
     block = place.get("block") or (match[0] if match else name)
     last = row["changes"][-1] if row.get("changes") else row
-    counts = Counter(row.get("counts", {}))
+    counts: Counter[str] = Counter(row.get("counts", {}))
     for change in row.get("changes", []):
         counts.update(change.get("counts", {}))
     before = place.get("bytes_before")
@@ -140,7 +143,7 @@ def _figure(value: Any) -> Any:
 
 def _origin(manifest: Json, report: Json) -> Iterator[list[str]]:
     """Where the run came from, as names and words."""
-    model, machine, compute = manifest["model"], manifest["machine"], manifest["compute"]
+    model, machine, compute = manifest["model"], manifest.get("machine", {}), manifest["compute"]
     yield ["model", f"{model['id']}" + (f" at {model['revision']}" if model["revision"] else "")]
     yield ["SHA-256 of its weights", model["sha256"]]
     yield ["SHA-256 of the recipe", manifest["recipe_sha256"]]
@@ -150,10 +153,10 @@ def _origin(manifest: Json, report: Json) -> Iterator[list[str]]:
         yield [f"samples of {', '.join(map(_entry, row['modifiers']))}", f"{row['samples']}{length}: {taken}"]
     yield ["started", report["started"]]
     yield ["versions", ", ".join([f"armor-recipes {manifest['armor_recipes']}", *_pairs(manifest["versions"])])]
-    cpu = " ".join(str(machine[key]) for key in ("architecture", "vendor", "level") if machine[key])
-    yield ["machine class", f"{cpu}{', ' + machine['gpu'] if 'gpu' in machine else ''}"]
+    cpu = " ".join(str(machine[key]) for key in ("architecture", "vendor", "level") if machine.get(key))
+    yield ["machine class", f"{cpu}{', ' + machine['gpu'] if 'gpu' in machine else ''}" or report["platform"]]
     yield ["computed on", f"{compute['device']} in {compute['compute_dtype']}, stored in {compute['stored_dtype']}"]
-    yield ["threads and processes", f"{report['threads']}, {report['processes']}"]
+    yield ["threads and processes", f"{report['threads']}, {report.get('processes', 1)}"]
     if "resumed" in report:
         yield ["taken from a run before", f"{report['resumed']['steps']} steps"]
 
@@ -191,7 +194,8 @@ def _notes(manifest: Json) -> Iterator[str]:
 def _cost(report: Json) -> Iterator[list[Any]]:
     """What it took against what was planned: what, planned, actual, unit."""
     yield ["time", report["seconds_estimated"], report["seconds"], "s"]
-    yield ["CPU time", report["cpu_seconds_estimated"], report["cpu_seconds"], "s"]
+    if "cpu_seconds" in report:
+        yield ["CPU time", report["cpu_seconds_estimated"], report["cpu_seconds"], "s"]
     if "peak_anonymous_memory_bytes" in report:
         yield [
             "peak memory without files",
@@ -222,5 +226,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-

@@ -1,4 +1,4 @@
-"""`--report FILE`: what report.json holds, in a file of one's own."""
+"""`--report FILE`: what report.json holds, in a file of one's own; `armor report`: the page of one run or several."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from armor_recipes.errors import RecipeError, ResourceError
 from armor_recipes.exhaustion import is_disk_full
 from armor_recipes.paths import user_path
+from armor_recipes.report.page import MARK, page, write_page
+from armor_recipes.report.view import run_view
 from armor_recipes.run.checks import check_writable
 
 _KEY = "seconds_by_phase"
@@ -45,9 +47,46 @@ def write_report(path: Path, report: Mapping[str, Any], *, output: Path) -> None
         ) from error
 
 
+def write_report_page(folders: Sequence[Path], output: Path | None) -> Path:
+    """Write the page of these runs to `output`; without one that of a single run into its folder, with report.md. Returns the file.
+
+    Raises RecipeError where `output` is missing for several, or is something else than a page of ours; CheckpointError for a folder
+    that is no run's; ResourceError for a full disk.
+    """
+    places = [user_path(folder) for folder in folders]
+    if output is None and len(places) > 1:
+        raise RecipeError("several runs make a page of their own: name it with --output FILE")
+    if output is not None:
+        check_writable(user_path(output), "--output")
+        if user_path(output).exists() and not _is_page(user_path(output)):
+            raise RecipeError(
+                f"--output {output} exists and is no page of this tool: it is not replaced; name another file"
+            )
+    file = places[0] / "report.html" if output is None else user_path(output)
+    try:
+        if output is None:
+            write_page(places[0])
+        else:
+            _write_text(file, page([run_view(place) for place in places]))
+    except OSError as error:
+        full = is_disk_full(error)
+        raise (ResourceError if full else RecipeError)(f"{file} cannot be written ({error.strerror})") from error
+    return file
+
+
+def _is_page(file: Path) -> bool:
+    try:
+        return file.is_file() and MARK.encode() in file.read_bytes()[:2000]
+    except OSError:
+        return False
+
+
 def _write(file: Path, report: Mapping[str, Any]) -> None:
+    _write_text(file, json.dumps(dict(report), indent=2) + "\n")
+
+
+def _write_text(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dict(report), indent=2) + "\n"
     if file.exists() and not file.is_file():  # a pipe, or /dev/stdout
         with contextlib.suppress(BrokenPipeError):  # whose reader is gone
             file.write_text(text, encoding="utf-8")

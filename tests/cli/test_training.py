@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from armor_recipes.checkpoint.staging import REPORT_FILES
 from armor_recipes.model.calls import LayerCall
 from armor_recipes.run import apply
 from tests.support.commands import Shell
@@ -141,7 +142,7 @@ def test_equal_runs_write_equal_bytes_on_one_thread_and_two(
         result = apply(file, output=tmp_path / str(number))
         files = {p.name: p.read_bytes() for p in result.output.iterdir()}
         written.append(
-            {n: content for n, content in files.items() if n not in ("report.json", "recipe.yaml", "README.md")}
+            {n: content for n, content in files.items() if n not in (*REPORT_FILES, "recipe.yaml", "README.md")}
         )
     assert {"armor_manifest.json", "model.safetensors"} <= written[0].keys()
     for other in written[1:]:

@@ -13,6 +13,7 @@ import yaml
 
 import armor_recipes
 from armor_recipes.checkpoint.reader import inspect, read_layers
+from armor_recipes.checkpoint.staging import REPORT_FILES
 from armor_recipes.errors import PlanError
 from armor_recipes.modifiers import FactorModifier, ModuleShape, Quantizer, modifiers
 from armor_recipes.modifiers.quantization import QuantizationConfig, QuantizationModifier
@@ -96,7 +97,7 @@ def test_equal_runs_write_equal_bytes(source: Path, tmp_path: Path) -> None:
     assert rng_states() == before
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two")]
     differ = {name for name in files[0] if files[0][name] != files[1][name]}
-    assert differ <= {"report.json", "recipe.yaml", "README.md", "armor_manifest.json"}
+    assert differ <= {*REPORT_FILES, "recipe.yaml", "README.md", "armor_manifest.json"}
     tensors = [json.loads(file["armor_manifest.json"])["tensors"] for file in files]
     assert tensors[0] == tensors[1]
 

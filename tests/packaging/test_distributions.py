@@ -15,7 +15,22 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, 'build_' + sys.argv[1])(sys.argv[2]))"
 TREE = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "tests/test_builtin.py")
-SUFFIXES = {".py", ".c", ".h", ".yaml", ".typed", ".md", ".bin", ".xz", ".json", ".safetensors"}
+SUFFIXES = {
+    ".py",
+    ".c",
+    ".h",
+    ".yaml",
+    ".typed",
+    ".md",
+    ".bin",
+    ".xz",
+    ".json",
+    ".safetensors",
+    ".html",
+    ".css",
+    ".js",
+    ".txt",
+}
 
 pytest.importorskip("setuptools", minversion="77")
 
@@ -76,4 +91,4 @@ def test_wheels_from_tree_and_sources_are_equal_and_hold_no_c_sources(
     package = {name for name in names[0] if name.startswith("armor_recipes/")}
     assert package == {name for name in package_files(tree) if not name.endswith((".c", ".h"))}
     licences = {name.split("/licenses/")[1] for name in names[0] if "/licenses/" in name}
-    assert licences == {"LICENSE", "armor_recipes/builtin/NOTICE.md"}
+    assert licences == {"LICENSE", "armor_recipes/builtin/NOTICE.md", "armor_recipes/report/page/echarts.licenses.txt"}

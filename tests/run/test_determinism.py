@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from armor_recipes.checkpoint.staging import REPORT_FILES
 from armor_recipes.run import apply
 from armor_recipes.version import release_of
 from tests.support.engine import ARMOR, ATTENTION, MLP, recipe, rng_states, save_model
@@ -32,7 +33,7 @@ def mixed(output: str, **fields: Any) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in REPORT_FILES}
 
 
 @pytest.mark.parametrize("fields", [{}, {"solver": "adam", "iterations": 4}])

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from armor_recipes.checkpoint import writer
+from armor_recipes.checkpoint.staging import REPORT_FILES
 from armor_recipes.compute import scratch
 from armor_recipes.compute.limit import limited, private_bytes
 from armor_recipes.errors import PlanError, RecipeError, ResourceError
@@ -23,7 +24,7 @@ from tests.run.test_ranks import run_by
 from tests.support.engine import ARMOR, MLP, core, make_job, make_model, recipe, save_model
 from tests.support.forks import Forks
 
-NAMED = {"recipe.yaml", "README.md", "armor_manifest.json", "report.json"}
+NAMED = {"recipe.yaml", "README.md", "armor_manifest.json", *REPORT_FILES}
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from armor_recipes.checkpoint.staging import REPORT_FILES
 from tests.support.commands import LISTEN, Done, finished, surroundings
 from tests.support.forks import Forks
 
@@ -81,5 +82,5 @@ def hashes(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "report.json"
+        if path.is_file() and path.name not in REPORT_FILES
     }

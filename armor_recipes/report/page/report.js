@@ -41,6 +41,8 @@
     return element("div", { class: tall ? "scroll tall" : "scroll", tabindex: 0, role: "region", "aria-label": caption }, made);
   }
 
+  // What stands between backticks as code.
+  const coded = (text) => element("span", {}, ...text.split("`").map((part, place) => (place % 2 ? element("code", {}, part) : part)));
   const details = (title, ...children) => element("details", {}, element("summary", {}, title), ...children);
   const note = (text) => element("p", { class: "note" }, text);
 
@@ -291,11 +293,12 @@
       parts.push(element("h3", {}, "How it accumulates"), ...line("Error of each layer's output on one calibration sample, %", "error, %", rows, !several),
         note("The mean over positions of ‖x − x̂‖ / ‖x‖, x the layer's output in the model that the run started from, x̂ in the compressed one."));
     }
-    const losses = runs.filter((run) => run.modules.length).map((run) => {
-      const blocks = unique(run.modules.map((row) => row.block));
-      return { label: several ? run.name : "mean final loss", points: blocks.map((block) => [block, mean(run.modules.filter((row) => row.block === block).map((row) => row.loss))]) };
-    });
-    if (losses.length) parts.push(element("h3", {}, "Where it comes from"), ...line("Mean final loss of the modules of each layer", "final loss", losses, false));
+    const of = (label, modules) => ({ label, points: unique(modules.map((row) => row.block))
+      .map((block) => [block, mean(modules.filter((row) => row.block === block).map((row) => row.loss))]) });
+    const losses = several ? runs.filter((run) => run.modules.length).map((run) => of(run.name, run.modules))
+      : unique(runs[0].modules.map((row) => row.kind)).map((kind) => of(kind, runs[0].modules.filter((row) => row.kind === kind)));
+    if (losses.length) parts.push(element("h3", {}, "Where it comes from"),
+      ...line(`Final loss of the modules of each layer${several ? ", their mean" : ""}`, "final loss", losses, false));
     section("depth", "Error along the depth", ...notes, ...parts);
   }
 
@@ -334,7 +337,8 @@
 
   function loads() {
     if (!runs.some((run) => run.loads.length)) return;
-    const rows = beside("loads", (row) => [row ? `${row[1] ? "yes" : "no"}: ${row[2]}` : null]);
+    const rows = beside("loads", (row) => [row ? { text: coded(`${row[1] ? "yes" : "no"}: ${row[2]}`) } : null])
+      .map(([runtime, ...cells]) => [{ text: coded(runtime) }, ...cells]);
     section("loads", "What can load it", table("Runtimes, as far as configuration and names tell", ["", ...(several ? titles : ["loads the folder"])], rows));
   }
 
