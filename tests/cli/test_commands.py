@@ -129,7 +129,7 @@ def test_plain_lines_when_there_is_no_terminal(shell: Shell, file: Path) -> None
     ]  # fmt: skip
     layers = [line for line in lines if line.startswith("  layer")]
     assert len(layers) == 2
-    assert re.fullmatch(r"  layer 2/2: 7 modules, mean loss 0\.\d{5} -> 0\.\d{5}, 0:0\d left", layers[1])
+    assert re.fullmatch(r"  layer 2/2: 7 modules, mean loss 0\.\d{5} -> 0\.\d{5}, \d+:\d\d left", layers[1])
     assert "\x1b" not in done.err + done.out
     assert "perplexity: not measured, the recipe has no `evaluation`" in done.out
     assert "14 modules in " in done.out

@@ -54,7 +54,8 @@ def test_in_a_browser(run: Path, tmp_path: Path, width: int, dark: bool) -> None
         tab.show(run / "report.html", width=width, dark=dark)
         assert tab.complaints == []
         assert tab.requests == [(run / "report.html").resolve().as_uri()]
-        assert tab.ask("document.documentElement.scrollWidth") == width
+        assert tab.ask("innerWidth") == width
+        assert tab.ask("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
         assert tab.ask("document.querySelectorAll('.chart svg').length") == 5
         assert tab.ask("document.querySelectorAll('#losses tbody tr').length") == 14
         assert tab.ask("document.documentElement.dataset.theme") == ("dark" if dark else "light")
