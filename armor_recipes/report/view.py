@@ -123,7 +123,7 @@ def _summary(manifest: Json, report: Json, modules: list[dict[str, Any]]) -> Ite
                 yield [(prefix + name).replace("_", " "), _figure(before.get(name)), _figure(value), ""]
     yield ["size on disk", report["size_before_bytes"], report["size_after_bytes"], "B"]
     totals = manifest["totals"]
-    yield [f"weights of {totals['modules']} modules", totals["bytes_before"], totals["bytes_after"], "B"]
+    yield ["weights of the modules", totals["bytes_before"], totals["bytes_after"], "B"]
     solved = [row for row in modules if row["stop"] != "as it was in the model"]
     if solved:
         yield ["mean relative loss", *(sum(row[key] for row in solved) / len(solved) for key in ("first", "loss")), ""]

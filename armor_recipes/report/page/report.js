@@ -151,7 +151,7 @@
   function summary() {
     const head = several ? ["", ...titles.flatMap((name) => [`${name}: before`, "after", "ratio"])] : ["", "before", "after", "ratio"];
     const rows = beside("summary", (row) => {
-      if (!row) return [null, null, null];
+      if (!row) return Array(3).fill({ text: null, number: true });
       const [, before, after, unit] = row;
       const ratio = plain(before) && plain(after) !== null ? plain(after) / plain(before) : null;
       return [before, after].map((value) => ({ text: shown(value, unit), number: true })).concat([{ text: ratio === null ? "–" : ratio.toFixed(3), number: true }]);
