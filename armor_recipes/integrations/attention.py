@@ -31,10 +31,10 @@ def adopt_attention(model: nn.Module) -> None:
 def _with_kernel(sdpa: Any) -> Any:
     @wraps(sdpa)
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Any:
-        if _OURS not in module.__dict__ or mask is not None or not _suits(query, key, value, options):
-            return sdpa(module, query, key, value, mask, **options)
+        if _OURS not in module.__dict__ or attention_mask is not None or not _suits(query, key, value, options):
+            return sdpa(module, query, key, value, attention_mask, **options)
         scale = options.get("scaling")
         return run_attention_kernel(query, key, value, query.shape[3] ** -0.5 if scale is None else scale), None
 

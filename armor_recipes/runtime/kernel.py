@@ -357,6 +357,8 @@ HEAD_SIZES = (64, 96, 128, 256)
 
 def attention_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `run_attention_kernel` takes these, on a path that is there."""
+    if not q.dim() == k.dim() == v.dim() == 4:
+        return False
     sequences, heads, queries, size = q.shape
     return (
         queries == 1
@@ -364,7 +366,7 @@ def attention_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and k.shape == v.shape
         and len(k) == sequences
         and k.shape[3] == size
-        and k.shape[2] > 0
+        and k.numel() > 0
         and heads % k.shape[1] == 0
         and all(x.dtype == torch.bfloat16 and x.is_cpu and x.stride(3) == 1 for x in (q, k, v))
         and has_dense()
@@ -383,7 +385,7 @@ def run_attention_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tenso
     Raises:
         TypeError: for anything else.
     """
-    if q.dim() != 4 or k.dim() != 4 or not attention_runs(q, k, v):
+    if not attention_runs(q, k, v):
         told = [(tuple(x.shape), x.dtype, x.device.type) for x in (q, k, v)]
         raise TypeError(
             "the attention kernel takes q (sequences, heads, 1, size), and k and v (sequences, heads / n, length, size), bfloat16 "

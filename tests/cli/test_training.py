@@ -31,7 +31,7 @@ LINES = {
     ),
     "DistillationModifier": (
         "DistillationModifier: trains the factors of 6 of them, all at once, on 384 tokens; bytes stay",
-        r"  model: held-out loss (0\.\d{5}) -> (0\.\d{5}) in 1 steps, 0:00 left",
+        r"  model: held-out loss (0\.\d{5}) -> (0\.\d{5}) in 1 steps, \d+:\d\d left",
         r"DistillationModifier: held-out loss (0\.\d{5}) -> (0\.\d{5}), 1 steps, 1 unit\(s\)",
     ),
 }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import armor_recipes
 from armor_recipes.integrations import attention
@@ -74,6 +76,9 @@ def test_refusals() -> None:
         (q, k[:, :, :0], k[:, :, :0]),
         (q, k.mT.contiguous().mT, k),
         (numbers(2, 4, 1, 64), k, k),
+        (q[0], k[0], k[0]),
+        (q, k[0], k[0]),
+        (q[:0], k[:0], k[:0]),
     )
     for tensors in wrong:
         assert not attention_runs(*tensors)
@@ -112,3 +117,18 @@ def test_a_loaded_model_decodes_with_it(tmp_path: Path, monkeypatch: pytest.Monk
             assert not attention._suits(*(numbers(1, 4, 1, 64) for _ in range(3)), {name: value})
     assert len(calls) == 2
     assert not hasattr(AttentionInterface()["sdpa"].__wrapped__, attention._OURS)  # two models, wrapped once
+
+
+def test_arguments_have_the_names_that_transformers_gives_them() -> None:
+    """Architectures pass them by place or by name."""
+    given = inspect.signature(attention._with_kernel(sdpa_attention_forward), follow_wrapped=False).parameters
+    asked = inspect.signature(sdpa_attention_forward).parameters
+    assert [*given][:5] == [*asked][:5]
+    q, k = numbers(1, 4, 1, 64), numbers(1, 2, 5, 64)
+    named = {"query": q, "key": k, "value": k, "attention_mask": None}
+    with torch.no_grad():
+        for is_ours in (False, True):
+            module = nn.Identity()
+            module.__dict__.update({"num_key_value_groups": 2, **({attention._OURS: True} if is_ours else {})})
+            found = attention._with_kernel(sdpa_attention_forward)(module=module, **named)[0]
+            assert float((found.double() - exact(q, k, k, 0.125)).abs().max()) < 0.02
