@@ -54,7 +54,9 @@ def markdown(run: Mapping[str, Any]) -> str:
     ]
     origin = dict(run["origin"])
     recipe, machine = origin["SHA-256 of the recipe"][:12], _cell(origin["machine class"])
-    return "\n".join([*rows, "", f"{'; '.join(took)}; on {machine}; recipe `{recipe}`.", ""])
+    return "\n".join(
+        [*rows, "", f"{len(run['modules'])} modules; {'; '.join(took)}; on {machine}; recipe `{recipe}`.", ""]
+    )
 
 
 def _cell(text: str) -> str:

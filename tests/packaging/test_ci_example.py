@@ -115,7 +115,8 @@ def test_a_lock_that_holds_and_one_that_a_token_breaks(runner: Runner) -> None:
     assert runner.outputs["names"] == {"lock": "recipe.lock.yaml", "folder": "armor-out"}
     manifest = json.loads((runner.workspace / "armor-out" / "model" / "armor_manifest.json").read_text())
     assert f"| perplexity | {manifest['evaluation']['before']['perplexity']:.3f} | " in runner.summary
-    assert "| 1 modules | " in runner.summary
+    assert "| weights of the modules | " in runner.summary
+    assert "\n1 modules; time " in runner.summary
 
     first = (runner.workspace / "armor-out" / "model" / "report.json").read_bytes()
     assert runner.run(steps, path=here, inputs=inputs) == whole  # from the cache
