@@ -16,6 +16,8 @@ MEASURES: tuple[type[Measure[Any]], ...] = (PerplexityMeasure, Fidelity, Classif
 
 
 def asked(evaluation: EvaluationSpec | None) -> list[tuple[type[Measure[Any]], Any]]:
-    """The measures that a recipe asks for, each with its section."""
-    specs = {} if evaluation is None else evaluation.measures
+    """The measures that a recipe asks for, each with its section; a bound on logits has a model without any refused at once."""
+    specs = {} if evaluation is None else dict(evaluation.measures)
+    if evaluation is not None and evaluation.max_kl_divergence is not None:
+        specs["fidelity"] = specs["fidelity"].model_copy(update={"output": "logits"})
     return [(measure, specs[measure.name]) for measure in MEASURES if measure.name in specs]

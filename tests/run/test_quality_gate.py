@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from armor_recipes import apply, load
-from armor_recipes.errors import QualityError, RecipeError
+from armor_recipes.errors import InputError, QualityError, RecipeError
 from armor_recipes.evaluation import Evaluation, Measurement, Value
+from armor_recipes.events import PhaseStarted
 from armor_recipes.modifiers import config_types
 from armor_recipes.recipe import load_recipe_mapping
 from armor_recipes.run.evaluating import check_quality
-from tests.support.engine import MLP, logits, recipe, save_model
+from tests.support.engine import MLP, logits, make_model, recipe, save_model
 from tests.support.tokenizers import byte_tokenizer
 
 RANDOM = {"dataset": "builtin:random-tokens", "samples": 2, "sequence_length": 8}
@@ -109,6 +110,20 @@ def test_a_bound_on_divergence_without_fidelity_is_refused(given: dict[str, Any]
     evaluation = {**given["evaluation"], **others, "max_kl_divergence": 1}
     with pytest.raises(RecipeError, match="evaluation: max_kl_divergence is a bound on what `fidelity` measures"):
         apply({**given, "evaluation": evaluation})
+
+
+def test_a_model_without_logits_is_refused_before_it_is_compressed(given: dict[str, Any], tmp_path: Path) -> None:
+    make_model().base_model.bfloat16().save_pretrained(tmp_path / "base")
+    evaluation = {"fidelity": RANDOM, "max_kl_divergence": 1}
+    targets = {
+        "prune_stage": {
+            "a_modifiers": {"ARMORModifier": {"targets": "preset:all-linear", "block_size": 8, "iterations": 1}}
+        }
+    }
+    phases: list[Any] = []
+    with pytest.raises(InputError, match="the model gives no output 'logits'; it gives last_hidden_state"):
+        apply({**given, **targets, "model": str(tmp_path / "base"), "evaluation": evaluation}, observer=phases.append)
+    assert PhaseStarted("compress") not in phases
 
 
 def test_a_bound_on_divergence_of_a_model_without_logits(given: dict[str, Any]) -> None:
