@@ -115,7 +115,7 @@ def estimate_run(
         peak_bytes=peak_bytes(plan, recipe, model, modifiers, beside=found.beside, itemsize=itemsize),
         seconds=round(cpu / threads, 1),
         cpu_seconds=round(cpu, 1),
-        cpu_seconds_by={name: round(each, 1) for name, each in work.items()},
+        cpu_seconds_by=work,
         threads=threads,
         probed=found.probed,
         uncounted=uncounted,

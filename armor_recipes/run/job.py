@@ -26,7 +26,7 @@ from armor_recipes.compute.ranks import agree, first
 from armor_recipes.compute.scratch import Scratch
 from armor_recipes.compute.threads import side_by_side
 from armor_recipes.errors import InputError, RecipeError, ResourceError
-from armor_recipes.events import Observer, PhaseStarted, WorkEstimated, ignore_events
+from armor_recipes.events import Observer, PhaseStarted, ignore_events
 from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.integrations.models import attention_of, load_model, load_teacher, rounded, written_dtypes
 from armor_recipes.integrations.names import left_behind
@@ -50,7 +50,7 @@ from armor_recipes.run.data import Data
 from armor_recipes.run.depth import Depth
 from armor_recipes.run.evaluating import check_quality, measured
 from armor_recipes.run.given import given_changes, run_as_stored
-from armor_recipes.run.planning import Job, estimated, prepare
+from armor_recipes.run.planning import Job, estimated, prepare, work_estimated
 from armor_recipes.run.preflight import Ready, check_disk, preflight
 from armor_recipes.run.recipe_lock import Lock, locked_facts, read_lock
 from armor_recipes.run.refusals import resource_errors
@@ -183,7 +183,7 @@ def execute(
         check_alike(job)
         first(lambda: ready.data)
         job = replace(job, estimate=estimated(job, tokens=sum(measure.tokens for measure in ready.data.measures)))
-        observer(_work(job, {measure.name: measure.tokens for measure in ready.data.measures}))
+        observer(work_estimated(job, {measure.name: measure.tokens for measure in ready.data.measures}))
         room = stack.enter_context(tried(target)) if job.recipe.is_theirs else None
         run = _Run.start(job, model, ready, target, watch, room, journal)
         facts = run.compute()
@@ -198,15 +198,6 @@ def execute(
         report=report,
         promise=None if lock is None else lock.finish(output),
     )
-
-
-def _work(job: Job, measures: Mapping[str, int]) -> WorkEstimated:
-    """The run's estimate by phases."""
-    seconds = dict(job.estimate.cpu_seconds_by)
-    ends, evaluation, measuring = (seconds.pop(name, 0.0) for name in ("ends", "evaluation", "measuring"))
-    each = evaluation / 2
-    phases = {"evaluate before": each, "measure": measuring, "compress": sum(seconds.values()), "evaluate after": each}
-    return WorkEstimated(phases, ends, measures)
 
 
 def _check_given(job: Job, model: PreTrainedModel | None, tokenizer: Any | None, lock: Lock | None) -> None:

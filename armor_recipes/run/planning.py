@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from armor_recipes.calibration.text import is_soon_read
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import PlanError, RecipeError
+from armor_recipes.events import WorkEstimated
 from armor_recipes.integrations.models import (
     ModelSource,
     load_tokenizer,
@@ -123,6 +124,15 @@ def estimated(job: Job, *, tokens: int | None = None, rates: Rates | None = None
     """The estimate once it is known how many `tokens` are evaluated, or how fast this machine is with this model."""
     size = job.source.compute_dtype.itemsize
     return estimate_run(job.plan, job.recipe, job.shapes, job.modifiers, rates=rates, evaluated=tokens, itemsize=size)
+
+
+def work_estimated(job: Job, measures: Mapping[str, int]) -> WorkEstimated:
+    """The run's estimate by phases; `measures` maps the names of evaluation's measures to their tokens."""
+    seconds = dict(job.estimate.cpu_seconds_by)
+    ends, evaluation, measuring = (seconds.pop(name, 0.0) for name in ("ends", "evaluation", "measuring"))
+    each = evaluation / 2
+    phases = {"evaluate before": each, "measure": measuring, "compress": sum(seconds.values()), "evaluate after": each}
+    return WorkEstimated(phases, ends, measures)
 
 
 def planned(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from armor_recipes.cli.view import WorkDone
+from armor_recipes.events import LayerStarted, ModuleFinished
 from armor_recipes.modifiers.distillation import modifier as distillation
 from armor_recipes.plan import Rates, estimate, estimate_run
 from armor_recipes.plan.estimate import kind_of
+from armor_recipes.plan.memory import weight_bytes
 from armor_recipes.run import Job, probing
+from armor_recipes.run.planning import work_estimated
 from armor_recipes.run.probing import probed
 from tests.support.commands import Shell, write_recipe
 from tests.support.engine import ARMOR, MLP, core, make_job, recipe, rng_states
@@ -102,7 +107,7 @@ def test_the_sums(llama: Path) -> None:
     solve = {"": 0.0, **{kind_of(row): 1e-6 for row in job.plan.modules}}
     rates = Rates(0.5, 0.25, solve, {key: 0.125}, {refiner: 2.0})
     found = estimate_run(job.plan, job.recipe, job.shapes, job.modifiers, rates=rates, evaluated=10)
-    solving = round(1e-6 * sum(row.flops for row in job.plan.modules), 1)
+    solving = sum(1e-6 * row.flops for row in job.plan.modules)
     assert found.cpu_seconds_by == {
         "passes": 60 * 3 * 0.5,
         "statistics": 60 * 0.125,
@@ -110,10 +115,22 @@ def test_the_sums(llama: Path) -> None:
         "training": 60 * 2.0,
         "evaluation": 2 * 10 * 0.75,
         "measuring": 0,
-        "ends": 1.0,
+        "ends": 1.0 + 3e-8 * weight_bytes(job.shapes),
     }
     assert found.cpu_seconds == pytest.approx(90 + 7.5 + solving + 120 + 15 + 1, abs=0.1)
     assert found.seconds == pytest.approx(found.cpu_seconds / torch.get_num_threads(), abs=0.1)
+
+
+def test_what_takes_next_to_nothing_is_not_rounded_to_nothing(llama: Path) -> None:
+    """A run's time left comes from its parts, however small they are on a fast machine."""
+    job = make_job(recipe(llama, ARMORModifier=ARMOR))
+    rates = Rates(1e-9, 1e-9, {"": 1e-15}, {entry.key: 1e-9 for entry in job.recipe.modifiers}, {})
+    work = WorkDone()
+    estimate = estimate_run(job.plan, job.recipe, job.shapes, job.modifiers, rates=rates, evaluated=0)
+    work(work_estimated(replace(job, estimate=estimate), {}))
+    work(LayerStarted("layers.0", 0, 2))
+    work(ModuleFinished("layers.0.q_proj", 1.0, 0.5, 0.1, 0.5))
+    assert work.left().endswith(" left")
 
 
 def test_what_measuring_sizes_takes_is_counted(llama: Path) -> None:
