@@ -12,6 +12,7 @@ from rich.console import Console
 
 from armor_recipes.cli.completion import complete_recipes
 from armor_recipes.cli.guard import run_command
+from armor_recipes.cli.loading import loading
 from armor_recipes.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -84,16 +85,17 @@ def apply_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary; errors only.")] = False,
 ) -> None:
     """Prune a language model as RECIPE says, and write a checkpoint that loads in transformers."""
-    from armor_recipes.cli.quiet import quiet_libraries
-    from armor_recipes.cli.tables import warning_lines
-    from armor_recipes.cli.view import progress_view
-    from armor_recipes.compute.ranks import joined
-    from armor_recipes.events import both
-    from armor_recipes.report.metrics import metrics_to
-    from armor_recipes.run import execute, follow, prepare
-    from armor_recipes.run.job import read_recipe
-    from armor_recipes.run.recipe_lock import lock_file, read_lock
-    from armor_recipes.run.report_file import check_report_file, write_report
+    with loading():
+        from armor_recipes.cli.quiet import quiet_libraries
+        from armor_recipes.cli.tables import warning_lines
+        from armor_recipes.cli.view import progress_view
+        from armor_recipes.compute.ranks import joined
+        from armor_recipes.events import both
+        from armor_recipes.report.metrics import metrics_to
+        from armor_recipes.run import execute, follow, prepare
+        from armor_recipes.run.job import read_recipe
+        from armor_recipes.run.recipe_lock import lock_file, read_lock
+        from armor_recipes.run.report_file import check_report_file, write_report
 
     quiet_libraries()
     _check_flags(plan=plan, probe=probe, every=every, locked=locked, metrics=metrics)

@@ -7,14 +7,17 @@ from typing import Annotated
 
 import typer
 
+from armor_recipes.cli.loading import loading
+
 
 def check_command(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files, each for itself.")],
 ) -> None:
     """Check recipes, and that their locks are of them, without model and data (armor check recipes/quickstart.yaml)."""
-    from armor_recipes.run.job import read_recipe
-    from armor_recipes.run.recipe_lock import check_recipe
-    from armor_recipes.run.refusals import Refusals
+    with loading():
+        from armor_recipes.run.job import read_recipe
+        from armor_recipes.run.recipe_lock import check_recipe
+        from armor_recipes.run.refusals import Refusals
 
     refused = Refusals()
     for file in recipes:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from armor_recipes.cli.loading import loading
+
 if TYPE_CHECKING:
     from armor_recipes.evaluation import Evaluation, Measured, Value
 
@@ -84,9 +86,10 @@ def eval_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Measure perplexity, or what --measure says (armor eval out/quickstart --dataset notes.txt)."""
-    from armor_recipes.cli.quiet import quiet_libraries
-    from armor_recipes.errors import RecipeError
-    from armor_recipes.run.measure import evaluate_model, evaluate_tasks
+    with loading():
+        from armor_recipes.cli.quiet import quiet_libraries
+        from armor_recipes.errors import RecipeError
+        from armor_recipes.run.measure import evaluate_model, evaluate_tasks
 
     quiet_libraries()
     flags = {

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from armor_recipes.cli.loading import loading
+
 
 class ExportFormat(StrEnum):
     """What `--to` takes: `armor_recipes.checkpoint.export.Target`, spelled out since importing that takes torch's seconds."""
@@ -31,8 +33,9 @@ def export_command(
     """Write a checkpoint in another format (armor export out/quickstart out/dense --to dense)."""
     from dataclasses import asdict
 
-    from armor_recipes.cli.quiet import quiet_libraries
-    from armor_recipes.integrations.exporting import export_folder
+    with loading():
+        from armor_recipes.cli.quiet import quiet_libraries
+        from armor_recipes.integrations.exporting import export_folder
 
     quiet_libraries()
     done = export_folder(folder, output, to=to.value, overwrite=overwrite)

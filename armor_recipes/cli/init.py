@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from armor_recipes.cli.loading import loading
+
 _FLAGS = {"model": "--model", "calibration": "--calibration", "block_size": "--block-size"}
 
 
@@ -26,9 +28,10 @@ def init_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented recipe for a model; asks for what flags leave out (armor init my.yaml --model builtin:stdlib-llama)."""
-    from armor_recipes.cli.quiet import quiet_libraries
-    from armor_recipes.errors import RecipeError
-    from armor_recipes.run.starting import check_recipe_file, look, recipe_text, write_recipe
+    with loading():
+        from armor_recipes.cli.quiet import quiet_libraries
+        from armor_recipes.errors import RecipeError
+        from armor_recipes.run.starting import check_recipe_file, look, recipe_text, write_recipe
 
     quiet_libraries()
     given = {"model": model, "calibration": calibration, "block_size": block_size}

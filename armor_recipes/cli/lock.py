@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from armor_recipes.cli.loading import loading
+
 
 def lock_command(
     recipes: Annotated[
@@ -25,11 +27,12 @@ def lock_command(
     check: Annotated[bool, typer.Option("--check", help="Write nothing: tell all that differs from the lock.")] = False,
 ) -> None:
     """Write RECIPE.lock.yaml for armor-apply --locked (armor lock quickstart --from out/quickstart)."""
-    from armor_recipes.cli.quiet import quiet_libraries
-    from armor_recipes.paths import user_path
-    from armor_recipes.run import prepare
-    from armor_recipes.run.job import read_recipe
-    from armor_recipes.run.recipe_lock import lock_file, make_lock, read_lock
+    with loading():
+        from armor_recipes.cli.quiet import quiet_libraries
+        from armor_recipes.paths import user_path
+        from armor_recipes.run import prepare
+        from armor_recipes.run.job import read_recipe
+        from armor_recipes.run.recipe_lock import lock_file, make_lock, read_lock
 
     quiet_libraries()
     file = lock_file(recipes)

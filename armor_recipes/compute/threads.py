@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -43,7 +44,7 @@ def one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
     On an error or interrupt what has not begun never does; what is under way ends first. Raises MemoryError where there is no room
     for their stacks: a thread that begins where memory has run out may never say that it did, and is waited for for ever.
     """
-    bytearray(workers * _STACK)  # asked for, and never touched
+    _reserve(workers * _STACK)
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -54,6 +55,14 @@ def one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
                 raise
     finally:  # of all threads to come: a worker's own setting is torch's default for threads that start after it
         torch.set_num_threads(threads)
+
+
+def _reserve(size: int) -> None:
+    """Ask for so many bytes, and give them back untouched. Raises MemoryError."""
+    try:
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError as error:
+        raise MemoryError(f"no room for {size} bytes of threads' stacks") from error
 
 
 @contextmanager

@@ -29,22 +29,23 @@ def in_order(jobs: Sequence[Job[T]], device: torch.device, costs: Sequence[float
     who does them, and the first rank's error is raised where several fail.
     """
     if ranks().size == 1:
-        yield from _side_by_side(jobs, device)
+        yield from _side_by_side(jobs, device, costs)
         return
     places = by_cost(costs or [1.0] * len(jobs))
-    own = [jobs[place] for place in places[ranks().rank]]
-    found = each(lambda: list(_side_by_side(own, device)))
+    own = places[ranks().rank]
+    found = each(lambda: list(_side_by_side([jobs[i] for i in own], device, [costs[i] for i in own] if costs else ())))
     results = {
         place: one for taken, rank in zip(places, found, strict=True) for place, one in zip(taken, rank, strict=True)
     }
     yield from (results[place] for place in range(len(jobs)))
 
 
-def _side_by_side(jobs: Sequence[Job[T]], device: torch.device) -> Iterator[T]:
+def _side_by_side(jobs: Sequence[Job[T]], device: torch.device, costs: Sequence[float]) -> Iterator[T]:
     """The jobs of this process.
 
-    On a CPU a solve is made of small products that gain little from a second thread; bits are the same either way. Results come up
-    to the first job that fails, in whatever order they do; then the error of the first in order.
+    On a CPU a solve is made of small products that gain little from a second thread; bits are the same either way. The dearest
+    begin first, so that none is left alone at the end. Results come up to the first job that fails, in whatever order they do;
+    then the error of the first in order.
     """
     workers = min(at_once(), len(jobs)) if device.type == "cpu" else 1
     stop = _Stop()
@@ -54,7 +55,8 @@ def _side_by_side(jobs: Sequence[Job[T]], device: torch.device) -> Iterator[T]:
     futures: list[Future[T]] = []
     with one_thread_each(workers) as pool:
         try:
-            futures.extend(pool.submit(stop.unless_failed, job) for job in jobs)
+            begun = {i: pool.submit(stop.unless_failed, jobs[i]) for i in _dearest_first(len(jobs), costs)}
+            futures.extend(begun[i] for i in range(len(jobs)))
             for future in futures:
                 wait([future])
                 if stop.event.is_set():
@@ -65,6 +67,11 @@ def _side_by_side(jobs: Sequence[Job[T]], device: torch.device) -> Iterator[T]:
             for future in futures:
                 future.cancel()
     _raise_first(futures)
+
+
+def _dearest_first(count: int, costs: Sequence[float]) -> list[int]:
+    """The order to begin in; the given one among those that cost the same."""
+    return sorted(range(count), key=lambda i: -costs[i]) if costs else list(range(count))
 
 
 class _Stop:
