@@ -28,6 +28,7 @@ EXPECTED = (
     r"peak memory is read from /proc",
     r"could not import 'lm_eval': .*",  # the extra `eval`, which brings much
     r"no chromium on the path",
+    r"transformers before 5\.18 reads images with torchvision",
 )
 """What a machine may lack, and what no environment of the Makefile brings."""
 

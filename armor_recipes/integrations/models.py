@@ -538,6 +538,8 @@ def load_processor(source: ModelSource, text: bool) -> Any:
     kind: Any = AutoProcessor if text else AutoImageProcessor
     try:
         return kind.from_pretrained(source.location, revision=source.revision, trust_remote_code=False, backend="pil")
+    except ImportError as error:
+        raise InputError("images need transformers 5.18 or later, or torchvision beside an older one") from error
     except Exception as error:  # as in `load_tokenizer`
         reason = " ".join(str(error).split())[:300]
         raise InputError(

@@ -22,6 +22,7 @@ from armor_recipes.calibration.tokens import build_inputs, has_length
 from armor_recipes.errors import InputError
 from armor_recipes.integrations.models import ModelSource, load_processor
 from armor_recipes.recipe.schema import AtMost, CalibrationSpec
+from tests.support.images import needs_processors
 from tests.support.tokenizers import byte_tokenizer
 
 Image = pytest.importorskip("PIL.Image")
@@ -82,6 +83,7 @@ def shades(found: InputSet) -> list[int]:
     return [round(255 * (float(each.mean()) * 0.5 + 0.5)) for each in found.tensors["pixel_values"]]
 
 
+@needs_processors
 def test_a_folder_of_images_is_drawn_from_by_the_seed(folder: Path, processor: Callable[[bool], Any]) -> None:
     found = build(folder, MODEL, processor, samples=3, seed=5)
     order = torch.randperm(4, generator=torch.Generator().manual_seed(5))[:3]
@@ -92,6 +94,7 @@ def test_a_folder_of_images_is_drawn_from_by_the_seed(folder: Path, processor: C
     assert build(folder, MODEL, processor, samples=3, seed=5).sha256 == found.sha256
 
 
+@needs_processors
 def test_tables_hold_bytes_or_paths(folder: Path, processor: Callable[[bool], Any], tmp_path: Path) -> None:
     rows = [{"image": {"bytes": png(60 * i), "path": None}} for i in range(4)]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
@@ -160,6 +163,7 @@ def test_a_length_counts_only_where_there_is_text(folder: Path) -> None:
     assert has_length(CalibrationSpec(dataset=str(folder), image_column="image", text_column="text"))
 
 
+@needs_processors
 def test_what_is_no_image_is_told(folder: Path, processor: Callable[[bool], Any], tmp_path: Path) -> None:
     sound = {"bytes": base64.b64encode(b"RIFF"), "path": "a.wav"}
     parquet.write_table(pa.Table.from_pylist([{"image": sound}]), tmp_path / "sound.parquet")
@@ -180,6 +184,15 @@ def test_what_is_no_image_is_told(folder: Path, processor: Callable[[bool], Any]
         build(folder, MODEL, processor, samples=1)
 
 
+class Gated:
+    """What transformers gives out where a library is missing."""
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **__: Any) -> None:
+        raise ImportError("AutoImageProcessor requires the Torchvision library\n")
+
+
+@needs_processors
 def test_processors_that_cannot_be_used_are_told(
     folder: Path, processor: Callable[[bool], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +200,9 @@ def test_processors_that_cannot_be_used_are_told(
         build(folder, MODEL, None, samples=AtMost(at_most=1))
     (tmp_path / "model" / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match=r"the processor of .* cannot be read .*preprocessor_config\.json"):
+        build(folder, MODEL, processor, samples=1)
+    monkeypatch.setattr("armor_recipes.integrations.models.AutoImageProcessor", Gated)
+    with pytest.raises(InputError, match=r"transformers 5\.18 or later, or torchvision"):
         build(folder, MODEL, processor, samples=1)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'armor-recipes\[vision\]'"):

@@ -13,6 +13,7 @@ from transformers import Dinov2Config, Dinov2Model
 from armor_recipes import apply
 from armor_recipes.errors import InputError, PlanError
 from tests.support.engine import recipe, save_model
+from tests.support.images import needs_processors
 
 
 def calibrated(folder: Path, dataset: str, **keys: object) -> dict[str, object]:
@@ -63,6 +64,7 @@ def test_a_length_says_nothing_of_files_of_tensors(tmp_path: Path) -> None:
         apply(calibrated(tmp_path, "builtin:random-inputs", sequence_length=100_000), overwrite=True)
 
 
+@needs_processors
 def test_images_of_several_sizes_go_through_a_run(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
