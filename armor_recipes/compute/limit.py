@@ -5,8 +5,8 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+from armor_recipes.compute.memory import give_back_large, held_bytes
 from armor_recipes.errors import ResourceError
 from armor_recipes.exhaustion import is_out_of_memory
 
@@ -16,9 +16,7 @@ def private_bytes() -> int:
 
     Anonymous memory is never more; mapped files that are shared are no part of it.
     """
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmData:")), 0)
+    return held_bytes("VmData")
 
 
 @contextmanager
@@ -30,6 +28,7 @@ def limited(nbytes: int | None, what: str) -> Iterator[None]:
     if nbytes is None:
         yield
         return
+    give_back_large()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     bounds = [nbytes, *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))

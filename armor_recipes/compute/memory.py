@@ -1,11 +1,22 @@
-"""Memory that was freed and that the allocator keeps."""
+"""Memory of this process: what it holds, and what was freed and the allocator keeps."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+#: M_MMAP_THRESHOLD of glibc's malloc.h, and what is large.
+_MMAP_THRESHOLD, _LARGE = -3, 4 << 20
+
+
+def held_bytes(kind: str) -> int:
+    """Of this process, by a name of /proc/self/status (RssAnon, VmData); 0 where the system does not say it (but Linux)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")), 0)
 
 
 def give_back() -> None:
@@ -17,6 +28,18 @@ def give_back() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+@cache
+def give_back_large() -> None:
+    """Let large pieces that are freed go back to the system at once, from here to the end of the process. Only glibc can be told.
+
+    Else it keeps pieces of up to 32 MiB for the next ones, and what has another size does not fit into them: solves of a model of
+    2,048 channels took 1.3 times what they held. Below 4 MiB that is worth the time it saves.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if option is not None:
+        option(_MMAP_THRESHOLD, _LARGE)
 
 
 @cache

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from armor_recipes.compute import give_back
+from armor_recipes.compute.memory import held_bytes as resident
 from armor_recipes.compute.threads import at_once
 from armor_recipes.model.experts import expert_of
 from armor_recipes.model.facts import model_facts
 from armor_recipes.modifiers import AnyModifier
 from armor_recipes.modifiers.base import Settles
 from armor_recipes.modifiers.kinds.contract import Row, calibration_tokens
+from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.plan.experts import expert_totals, held_bytes
 from armor_recipes.plan.plan import Plan
 from armor_recipes.plan.sets import CalibrationSets
@@ -51,7 +52,9 @@ def peak_bytes(
     sets, widths = CalibrationSets.of(recipe, modifiers), _Widths.of(model)
     phases = [beside, *_evaluating(recipe, plan, widths), *_going_back(plan, modifiers, sets, widths)]
     if recipe.model.memory is not None:  # weights, activations and results lie in files
-        phases += [max(_solving(plan), _passing(plan, sets, widths, itemsize)) + held_bytes(plan.rows, modifiers)]
+        phases += [
+            max(_solving(plan, itemsize), _passing(plan, sets, widths, itemsize)) + held_bytes(plan.rows, modifiers)
+        ]
         return anonymous_bytes() + max(*phases, _tensor_by_tensor(model, sets))
     compressing = estimate_peak_bytes(
         model,
@@ -144,12 +147,22 @@ def _tensor_by_tensor(model: nn.Module, sets: CalibrationSets) -> int:
     return _VALUE * max(_COPIES * largest, 2 * probe * vocabulary(model))
 
 
-def _solving(plan: Plan) -> int:
+def _solving(plan: Plan, itemsize: int = _VALUE) -> int:
     """Working memory of the layer, or of the other step, that needs most."""
-    places: dict[tuple[str, int, str], list[int]] = {}
+    places: dict[tuple[str, int, str], list[ModulePlan]] = {}
     for row in plan.modules:
-        places.setdefault((row.stage, row.layer, row.modifier), []).append(row.peak_bytes)
-    return max([0, *map(bytes_at_once, places.values()), *(_with_parts(row) for row in plan.rows if not row.takes)])
+        places.setdefault((row.stage, row.layer, row.modifier), []).append(row)
+    layers = (_in_turn(rows, itemsize) for rows in places.values())
+    return max([0, *layers, *(_with_parts(row) for row in plan.rows if not row.takes)])
+
+
+def _in_turn(rows: Sequence[ModulePlan], itemsize: int) -> int:
+    """Of one layer's solves, in the order in which they begin, while the results of those that ended wait for the last."""
+    together = at_once()
+    order = rows if together == 1 else sorted(rows, key=lambda row: -row.flops)
+    results = [row.d_out * row.d_in * itemsize + row.bytes_after for row in order]
+    last = [max(0, i + 1 - together) for i in range(len(order))]
+    return max(sum(results[:j]) + sum(row.peak_bytes for row in order[j : i + 1]) for i, j in enumerate(last))
 
 
 def _originals(plan: Plan, modifiers: Mapping[str, AnyModifier[Any]]) -> int:
@@ -199,10 +212,6 @@ def vocabulary(model: nn.Module) -> int:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file stands behind, once what is free is given back; 0 where the system does not say it (but
-    Linux).
-    """
+    """Memory of this process that no file stands behind, once what is free is given back; 0 where the system does not say it."""
     give_back()
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+    return resident("RssAnon")

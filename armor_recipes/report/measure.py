@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from typing import Any
 import torch
 
 from armor_recipes.compute import give_back
+from armor_recipes.compute.memory import held_bytes
 from armor_recipes.compute.ranks import ranks
 from armor_recipes.events import Observer, PhaseStarted
 from armor_recipes.modifiers.kinds.changes import ModuleResult
 from armor_recipes.plan import RunEstimate
+
+#: Seconds from one look at the memory to the next.
+_INTERVAL = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,30 @@ class _Now:
         return cls(time.perf_counter(), time.process_time())
 
 
+class AnonymousPeak:
+    """The most memory that no file stands behind, while it is entered; 0 where the system does not say it (but Linux).
+
+    There is no record of it: it is looked at twenty times a second.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.is_set():
+            self.bytes = max(self.bytes, held_bytes("RssAnon"))
+            self._ended.wait(_INTERVAL)
+
+
 class Stopwatch:
     """Announces phases to the observer and adds up their seconds, on the clock and of CPU time, with the peak of memory so far."""
 
@@ -44,7 +73,7 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
-        self.anonymous_peak = 0
+        self.anonymous = AnonymousPeak()
 
     def phase(self, name: str) -> None:
         """End the phase that runs and begin another, with the memory given back that the one before has freed."""
@@ -58,10 +87,7 @@ class Stopwatch:
         if name is not None:
             self.seconds[name] = self.seconds.get(name, 0.0) + now.wall - self._mark.wall
             self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + now.cpu - self._mark.cpu
-            peak = peak_memory_bytes()
-            if peak > max(self.peaks.values(), default=0):  # what files stand behind hardly changes
-                self.anonymous_peak = peak - file_bytes()
-            self.peaks[name] = peak
+            self.peaks[name] = peak_memory_bytes()
         self._mark = now
 
     def report(
@@ -83,7 +109,7 @@ class Stopwatch:
             "cpu_seconds_estimated": estimate.cpu_seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "peak_memory_bytes_by_phase": dict(self.peaks),
-            "peak_anonymous_memory_bytes": self.anonymous_peak,
+            "peak_anonymous_memory_bytes": self.anonymous.bytes,
             "peak_memory_estimated_bytes": estimate.peak_bytes,
             "size_before_bytes": None if source is None else weight_bytes(source),
             "size_after_bytes": weight_bytes(folder),
@@ -97,13 +123,6 @@ class Stopwatch:
 def weight_bytes(folder: Path) -> int:
     """Bytes of a folder's weight files."""
     return sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
-
-
-def file_bytes() -> int:
-    """Of the resident set, what files stand behind: libraries and mapped weights, which the system may drop. 0 but on Linux."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssFile:", "RssShmem:")))
 
 
 def peak_memory_bytes() -> int:

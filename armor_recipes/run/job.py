@@ -171,6 +171,7 @@ def execute(
         journaled(target, job, in_memory=model is not None, fresh=fresh) as journal,
         bounded(job),
         resource_errors(),
+        watch.anonymous,
         ExitStack() as stack,
     ):
         recover(target)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import modeling_utils
 
 from armor_recipes.checkpoint import writer
 from armor_recipes.checkpoint.staging import REPORT_FILES
@@ -73,6 +74,21 @@ def test_a_run_with_memory_writes_the_same_bytes(
     assert sum(name.endswith(".safetensors") for name in written[0]) > 1
     assert sum(all_in_files) > sum(len(one) for name, one in written[0].items() if name.endswith(".safetensors"))
     assert not list(tmp_path.glob(".armor-scratch*"))
+
+
+def test_saving_copies_nothing_that_lies_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers clones what shares a storage with something else: that would be the whole model."""
+    clean, seen = modeling_utils.remove_tied_weights_from_state_dict, []
+
+    def looked_at(state: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+        before = {name: tensor.data_ptr() for name, tensor in state.items()}
+        after = {name: tensor.data_ptr() for name, tensor in clean(state, model).items()}
+        seen.append(before == after)
+        return state
+
+    monkeypatch.setattr(modeling_utils, "remove_tied_weights_from_state_dict", looked_at)
+    apply(asked(save_model(tmp_path / "model"), tmp_path / "out", "16GiB", "auto"))
+    assert set(seen) == {True}
 
 
 @pytest.mark.parametrize("memory", ["4", "4 gib", "-1GiB", "0GiB", "4GiBs", "1e3GB", "nanGiB"])

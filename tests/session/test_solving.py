@@ -15,7 +15,7 @@ from armor_recipes.errors import NumericalError
 from armor_recipes.events import Event, ModuleFinished, SolveProgressed
 from armor_recipes.modifiers.armor import ARMORModifier
 from armor_recipes.modifiers.kinds.changes import ModuleResult
-from armor_recipes.plan.memory import bytes_at_once
+from armor_recipes.plan.memory import _in_turn, bytes_at_once
 from armor_recipes.session import Session
 from tests.support.engine import ARMOR, hook_count, make_job, make_session, recipe
 
@@ -140,6 +140,20 @@ def test_a_modifier_on_compressed_inputs_waits_and_is_waited_for(llama: Path, mo
 def test_the_plan_counts_the_memory_of_solves_that_run_together() -> None:
     assert bytes_at_once([1, 5, 3, 4]) == 12
     assert bytes_at_once([]) == 0
+
+
+def test_the_plan_counts_results_that_wait_for_the_last_solve_of_a_layer(llama: Path) -> None:
+    """Alone in the plan's order; several at once with the dearest first."""
+    plan = make_job(recipe(llama, ARMORModifier=ARMOR)).plan
+    rows = [row for row in plan.modules if row.layer == 0]
+    waits = {row.name: row.d_out * row.d_in * 2 + row.bytes_after for row in rows}
+    torch.set_num_threads(1)
+    alone = max(row.peak_bytes + sum(waits[r.name] for r in rows[:i]) for i, row in enumerate(rows))
+    assert _in_turn(rows, 2) == alone > max(row.peak_bytes for row in rows)
+    torch.set_num_threads(7)
+    assert _in_turn(rows, 2) == sum(row.peak_bytes for row in rows)
+    torch.set_num_threads(3)
+    assert bytes_at_once([row.peak_bytes for row in rows]) <= _in_turn(rows, 2) < sum(waits.values()) + alone * 3
 
 
 def test_the_observer_is_called_by_one_thread_at_a_time(llama: Path) -> None:

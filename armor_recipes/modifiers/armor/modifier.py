@@ -48,7 +48,7 @@ AUTO_SIZES = (128, 64, 32, 16)
 #: Products of (O, I) with a block-diagonal factor in one cycle of `exact` and one step of `adam`.
 _PRODUCTS = {"exact": 15, "adam": 7}
 #: Working copies of an (O, I) float32 matrix that a solve holds at its peak.
-_WORKING_COPIES = 14
+_WORKING_COPIES = 12
 #: Products of an (O, I) matrix with G in one cycle of `hessian`: for the sweep, A, B and the loss.
 _GRAM_PRODUCTS = 4
 #: (I, I) float32 matrices, a float64 one as two, until a statistic is finished: four parts, their sum, what is left of it

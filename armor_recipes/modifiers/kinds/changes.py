@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -151,12 +152,18 @@ class Changes:
         save_tensors(own, path, {"changes": json.dumps({**self._record(), "aliases": aliases})})
 
     def mapped(self, path: Path) -> dict[int, Tensor]:
-        """The tensors in the file that `save` wrote, mapped and not to be changed, by the ids of those that are held here."""
+        """The tensors in the file that `save` wrote, mapped and not to be changed, by the ids of those that are held here.
+
+        Each has a storage of its own: transformers copies what shares one before it saves.
+        """
         tensors = self._tensors()
         aliases, placed = _aliases(tensors), file_header(path)
-        whole = torch.from_file(str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8)
+        with path.open("r+b") as file:
+            whole = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED)
         return {
-            id(value): whole[info.begin : info.begin + info.nbytes].view(value.dtype).view(value.shape)
+            id(value): torch.frombuffer(whole, dtype=value.dtype, count=value.numel(), offset=info.begin).view(
+                value.shape
+            )
             for name, value in tensors.items()
             if name not in aliases and (info := placed[name]).nbytes
         }
