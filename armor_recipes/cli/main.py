@@ -20,6 +20,7 @@ from armor_recipes.cli.recipes import recipes_command
 from armor_recipes.cli.report import report_command
 from armor_recipes.cli.schema import schema_command
 from armor_recipes.cli.status import status_command
+from armor_recipes.cli.sweep import sweep_command
 from armor_recipes.cli.verify import verify_command
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
     help="Look at, measure, check and convert models and recipes. To run a recipe: armor-apply.",
 )
 app.command("eval")(eval_command)
+app.command("sweep")(sweep_command)
 app.command("inspect")(inspect_command)
 app.command("export")(export_command)
 app.command("check")(check_command)

@@ -32,6 +32,7 @@ MAX_FILES = 64
 MAX_EXTENDS = 16
 MAX_SET_KEYS = 32
 MAX_PATH = 400
+EXTENDS = "extends"
 REMOVE = "remove"
 """The key that takes keys out of the recipes that a file is laid over."""
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -61,14 +62,15 @@ class Files:
         tables = [self._load(str(path), folder=here, named_at=None, chain=()) for path in paths]
         return self._overlay([table for table in tables if table is not None])
 
-    def extend(self, table: Table, *, chain: tuple[Path, ...] = ()) -> Table:
-        """Return `table` laid over the files that its key `extends` names, relative to the file that names them."""
-        entry = table.entries.get("extends")
-        own = normalise(without(table, "extends"))
+    def extend(self, table: Table, *, key: str = EXTENDS, chain: tuple[Path, ...] = ()) -> Table:
+        """Return `table` laid over the files that its key `key` names, relative to the file that names them."""
+        entry = table.entries.get(key)
+        own = normalise(without(table, key))
         if entry is None:
             return own
         bases = [
-            self._load(name, folder=mark.folder, named_at=mark, chain=chain) for name, mark in self._names(entry.node)
+            self._load(name, folder=mark.folder, named_at=mark, chain=chain, key=key)
+            for name, mark in self._names(entry.node, key)
         ]
         return self._overlay([*(base for base in bases if base is not None), own]) or own
 
@@ -79,18 +81,20 @@ class Files:
             result = table if result is None else merge(*remove(result, table, self.problems))
         return result if isinstance(result, Table) else None
 
-    def _names(self, node: Node) -> list[tuple[str, Mark]]:
+    def _names(self, node: Node, key: str) -> list[tuple[str, Mark]]:
         nodes = node.nodes if isinstance(node, Items) else (node,)
         names = [
             (child.value, child.mark) for child in nodes if isinstance(child, Scalar) and isinstance(child.value, str)
         ]
         if len(names) != len(nodes) or not names:
             self.failed = True
-            self.problems.add(node.mark, ("extends",), "must be a recipe file or a list of recipe files")
+            self.problems.add(node.mark, (key,), "must be a recipe file or a list of recipe files")
         return names
 
-    def _load(self, name: str, *, folder: Path, named_at: Mark | None, chain: tuple[Path, ...]) -> Table | None:
-        path = self._find(name, folder, named_at)
+    def _load(
+        self, name: str, *, folder: Path, named_at: Mark | None, chain: tuple[Path, ...], key: str = EXTENDS
+    ) -> Table | None:
+        path = self._find(name, folder, named_at, key)
         table = None
         if path is not None and not self._runs_away(path, named_at, chain):
             self.opened.append(_real(path))
@@ -120,7 +124,7 @@ class Files:
             return False
         return True
 
-    def _find(self, name: str, folder: Path, named_at: Mark | None) -> Path | None:
+    def _find(self, name: str, folder: Path, named_at: Mark | None, key: str) -> Path | None:
         """Return the file that `name` means: a path wins over a built-in recipe's name."""
         path = folder / _expanded(name)
         builtin = builtin_recipes(self.builtin_dir)
@@ -130,12 +134,12 @@ class Files:
             return builtin[name]
         if _stands(path):
             return path
-        self._note_missing(name, path, named_at, list(builtin))
+        self._note_missing(name, path, named_at, key, list(builtin))
         return None
 
-    def _note_missing(self, name: str, path: Path, named_at: Mark | None, builtin: list[str]) -> None:
+    def _note_missing(self, name: str, path: Path, named_at: Mark | None, key: str, builtin: list[str]) -> None:
         mark = named_at or Mark(str(path), None, path.parent)
-        keys = () if named_at is None else ("extends",)
+        keys = () if named_at is None else (key,)
         text = "no such file" if named_at is None else f"no such file: {shorten(repr(str(path)), limit=MAX_PATH)}"
         stem = Path(name).stem if Path(name).suffix in SUFFIXES else name
         if stem in builtin:

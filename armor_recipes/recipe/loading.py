@@ -65,7 +65,7 @@ def load_recipe(
     if table is None or files.failed:
         problems.raise_if_any()
     assert table is not None, "without a table a problem was noted"
-    recipe = _finish(table, overrides, {"model": model, "output": output}, registry, problems)
+    recipe = finish(table, overrides, {"model": model, "output": output}, registry, problems)
     return replace(recipe, files=tuple(files.opened))
 
 
@@ -84,7 +84,7 @@ def load_recipe_mapping(
     table = files.extend(read_mapping(mapping, problems))
     if files.failed:
         problems.raise_if_any()
-    recipe = _finish(table, overrides, {"model": model, "output": output}, registry, problems)
+    recipe = finish(table, overrides, {"model": model, "output": output}, registry, problems)
     return replace(recipe, files=tuple(files.opened))
 
 
@@ -105,10 +105,10 @@ def load_section(
     return section
 
 
-def _finish(
+def finish(
     table: Table, overrides: Sequence[str], flags: Mapping[str, str | None], registry: Registry, problems: Problems
 ) -> Recipe:
-    """Lay overrides and flags over `table` and check the result."""
+    """Lay overrides and flags (`model`, `output`) over a merged `table`, and check the result. Raises RecipeError."""
     before = len(problems.found)
     table = apply_overrides(table, overrides, problems)
     for (section, value), key in zip(flags.items(), ("id", "path"), strict=True):

@@ -127,5 +127,8 @@ def weight_bytes(folder: Path) -> int:
 
 def peak_memory_bytes() -> int:
     """The process's largest resident set so far."""
+    peak = held_bytes("VmHWM")  # on Linux getrusage counts what a process was before it started this program
+    if peak:
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -19,6 +19,7 @@ from armor_recipes.events import EvaluationFinished, EvaluationProgressed, Obser
 from armor_recipes.model.finite import ADVICE, first_broken
 from armor_recipes.recipe import Recipe
 from armor_recipes.report.measure import Stopwatch
+from armor_recipes.report.names import without_folders
 from armor_recipes.run.refusals import Refusals
 from armor_recipes.session.journal import FRESH, FileJournal, Journal
 
@@ -147,8 +148,8 @@ def _check_divergence(recipe: Recipe, evaluations: Sequence[Evaluation]) -> None
         raise QualityError("evaluation.max_kl_divergence is a bound on logits, and the model gives none: remove it")
     if divergence.value > allowed:
         raise QualityError(
-            f"the KL divergence to the dense model on {' + '.join(found.datasets)} is {divergence.text()} nats a token, and "
-            f"evaluation.max_kl_divergence allows {allowed:g}, however well the layers' own losses did. {_ADVICE}"
+            f"the KL divergence to the dense model on {' + '.join(map(without_folders, found.datasets))} is {divergence.text()} "
+            f"nats a token, and evaluation.max_kl_divergence allows {allowed:g}, however well the layers' own losses did. {_ADVICE}"
         )
 
 
@@ -162,8 +163,9 @@ def _check_perplexity(recipe: Recipe, evaluations: Sequence[Evaluation]) -> None
     before, after = found.before.value, found.after.values[0].value
     if after > allowed * before:
         raise QualityError(
-            f"perplexity on {found.before.dataset} is {after:.4g} after and {before:.4g} before: {after / before:.4g} times as "
-            f"high, and evaluation.max_perplexity_ratio allows {allowed:g}, however well the layers' own losses did. {_ADVICE}"
+            f"perplexity on {without_folders(found.before.dataset)} is {after:.4g} after and {before:.4g} before: "
+            f"{after / before:.4g} times as high, and evaluation.max_perplexity_ratio allows {allowed:g}, however well the "
+            f"layers' own losses did. {_ADVICE}"
         )
 
 

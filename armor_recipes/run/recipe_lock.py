@@ -297,6 +297,12 @@ def locked_facts(job: Job, data: Data) -> LockFile:
     return LockFile.model_validate_json(json.dumps(found))
 
 
+def run_hash(job: Job) -> str:
+    """SHA-256, in hex, of all that the bytes of a job's result depend on, its data included, which are read. Raises InputError."""
+    held = _held(locked_facts(job, job.data()))
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
+
 def check_recipe(file: Path, recipe: Recipe) -> str:
     """Hold a recipe against its lock, if it has one; says in words what was. Neither data nor model are read.
 

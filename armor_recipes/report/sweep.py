@@ -1,0 +1,79 @@
+"""What came of a sweep: a row for each point, from its manifest and report.json, and which points no other beats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from armor_recipes.checkpoint.files import MANIFEST_FILE
+from armor_recipes.checkpoint.header import read_json
+from armor_recipes.errors import CheckpointError
+from armor_recipes.report.view import run_view
+
+Row = Mapping[str, Any]
+#: What a point costs: bytes of its weight files, and time.
+COSTS = ("size_after_bytes", "seconds")
+
+
+def point_figures(folder: Path) -> dict[str, Any]:
+    """Figures of a run from its manifest and report.json; None for what it did not measure.
+
+    Raises CheckpointError where these are not what a run writes.
+    """
+    view = run_view(folder)
+    manifest, report = read_json(folder / MANIFEST_FILE), read_json(folder / "report.json")
+    try:
+        return _figures(manifest, report, [row["loss"] for row in view["modules"]])
+    except (AttributeError, KeyError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder} does not hold what a run writes ({type(error).__name__}: {error})") from error
+
+
+def _figures(manifest: Row, report: Row, losses: Sequence[float]) -> dict[str, Any]:
+    totals, evaluation = manifest["totals"], manifest["evaluation"]
+    before, after = (evaluation[when] or {} for when in ("before", "after"))
+    agreement = (evaluation.get("fidelity") or {"after": {}})["after"].get("top1_agreement")
+    return {
+        "perplexity_before": before.get("perplexity"),
+        "perplexity_after": after.get("perplexity"),
+        "agreement": None if agreement is None else agreement["value"],
+        "loss": sum(losses) / len(losses) if losses else None,
+        "size_before_bytes": report["size_before_bytes"],
+        "size_after_bytes": report["size_after_bytes"],
+        "factor_overhead": totals["factor_bytes"] / totals["bytes_before"] if totals["bytes_before"] else None,
+        "seconds": report["seconds"],
+        "cpu_seconds": report["cpu_seconds"],
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        "peak_anonymous_memory_bytes": report["peak_anonymous_memory_bytes"],
+        "resumed": "resumed" in report,
+        "evaluation": evaluation,
+    }
+
+
+def with_fronts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows with `front`: the costs for which no other point is at least as good in both quality and cost, and better in one.
+
+    Quality is perplexity, or the mean loss of the modules where points have none. Only points that are done take part; in the
+    front of time none that went on from a journal, of which the time is not the whole.
+    """
+    quality = quality_of(rows)
+    fronts = {cost: set(_front([row for row in rows if _takes_part(row, cost)], quality, cost)) for cost in COSTS}
+    return [{**row, "front": [cost for cost in COSTS if row["name"] in fronts[cost]]} for row in rows]
+
+
+def quality_of(rows: Iterable[Row]) -> str:
+    """The key of what tells how good a point is: the lower the better."""
+    done = [row for row in rows if row["status"] == "done"]
+    return "perplexity_after" if all(row["perplexity_after"] is not None for row in done) else "loss"
+
+
+def _takes_part(row: Row, cost: str) -> bool:
+    return row["status"] == "done" and not (cost == "seconds" and row["resumed"])
+
+
+def _front(rows: Sequence[Row], quality: str, cost: str) -> Iterable[str]:
+    """Names of the rows that no other is better than in one and at least as good as in the other."""
+    found = [(row[quality], row[cost], row["name"]) for row in rows if None not in (row[quality], row[cost])]
+    for q, c, name in found:
+        if not any(x <= q and y <= c and (x, y) != (q, c) for x, y, _ in found):
+            yield name
