@@ -11,17 +11,22 @@ from armor_recipes.cli.loading import loading
 
 
 def check_command(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files, each for itself.")],
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe or sweep files, each for itself.")],
 ) -> None:
     """Check recipes, and that their locks are of them, without model and data (armor check recipes/quickstart.yaml)."""
     with loading():
+        from armor_recipes.recipe.sweep import is_sweep
         from armor_recipes.run.job import read_recipe
         from armor_recipes.run.recipe_lock import check_recipe
         from armor_recipes.run.refusals import Refusals
+        from armor_recipes.run.sweep import read_sweep
 
     refused = Refusals()
     for file in recipes:
         with refused.noted():
+            if is_sweep(file):
+                print(f"{file}: {len(read_sweep(file).points)} points, all well formed")
+                continue
             print(f"{file}: {check_recipe(file, read_recipe(file))}")
     if refused:
         refused.tell()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,6 +89,12 @@ class Sweep:
     points: tuple[Point, ...]
 
 
+def is_sweep(file: Path) -> bool:
+    """Whether a file can be read and has a key that only sweeps have."""
+    table = yaml_source.read_file(file, Problems())
+    return table is not None and not {"points", "grid"}.isdisjoint(table.entries)
+
+
 def load_sweep(
     file: Path,
     *,
@@ -169,13 +175,13 @@ def _axes(table: Table, problems: Problems) -> Iterator[list[tuple[str, Layer]]]
     grid = _layer(table, "grid", problems)
     for path, (mark, node) in grid.items():
         values = node.nodes if isinstance(node, Items) else ()
-        labels = [f"{_short(path, grid)}={_label(value)}" for value in values]
+        labels = [f"{short_key(path, grid)}={_label(value)}" for value in values]
         for label in {label for label in labels if labels.count(label) > 1}:
             problems.add(mark, ("grid", path), f"{label} is there twice; remove one")
         yield [(label, {path: Entry(value.mark, value)}) for label, value in zip(labels, values, strict=True)]
 
 
-def _short(path: str, paths: Mapping[str, object]) -> str:
+def short_key(path: str, paths: Iterable[str]) -> str:
     """As many last keys of a path as no other of `paths` ends with."""
     keys = path.split(".")
     ends = (".".join(keys[-count:]) for count in range(1, len(keys)))

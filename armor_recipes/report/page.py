@@ -27,14 +27,25 @@ def write_page(folder: Path, name: str | None = None) -> None:
 
 def page(runs: Sequence[Mapping[str, Any]]) -> str:
     """The page of one run, or of several side by side. Whatever text they hold is shown as text."""
+    title = runs[0]["model"] if len(runs) == 1 else f"{len(runs)} runs side by side"
+    return filled("report", title, list(runs), beside="report.md, report.json and armor_manifest.json beside it")
+
+
+def filled(script: str, title: str, data: Any, *, beside: str) -> str:
+    """A page that a script of ours draws from the data; `beside` names the files that say the same."""
     here = files(__package__) / "page"
     parts = {
         name: (here / file).read_text(encoding="utf-8")
-        for name, file in {"css": "report.css", "echarts": "echarts.js", "script": "report.js"}.items()
+        for name, file in {
+            "css": "page.css",
+            "echarts": "echarts.js",
+            "common": "common.js",
+            "script": f"{script}.js",
+        }.items()
     }
-    title = runs[0]["model"] if len(runs) == 1 else f"{len(runs)} runs side by side"
-    parts |= {"title": html.escape(title), "version": html.escape(__version__), "data": _in_script(list(runs))}
-    template = (here / "report.html").read_text(encoding="utf-8")
+    texts = {"title": title, "version": __version__, "beside": beside}
+    parts |= {name: html.escape(text) for name, text in texts.items()} | {"data": _in_script(data)}
+    template = (here / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
 
@@ -46,31 +57,31 @@ def _in_script(data: Any) -> str:
 
 def markdown(run: Mapping[str, Any]) -> str:
     """A table of the figures before and after and a line of what it took, for the summary of a CI job."""
-    rows = [f"| {_cell(run['model'])} | before | after |", "|---|---:|---:|"]
-    rows += [f"| {_cell(name)} | {_shown(a, unit)} | {_shown(b, unit)} |" for name, a, b, unit in run["summary"]]
+    rows = [f"| {cell(run['model'])} | before | after |", "|---|---:|---:|"]
+    rows += [f"| {cell(name)} | {shown(a, unit)} | {shown(b, unit)} |" for name, a, b, unit in run["summary"]]
     took = [
-        f"{what} {_shown(actual, unit)}" + (f" ({_shown(planned, unit)} planned)" if planned is not None else "")
+        f"{what} {shown(actual, unit)}" + (f" ({shown(planned, unit)} planned)" if planned is not None else "")
         for what, planned, actual, unit in run["cost"]
     ]
     origin = dict(run["origin"])
-    recipe, machine = origin["SHA-256 of the recipe"][:12], _cell(origin["machine class"])
+    recipe, machine = origin["SHA-256 of the recipe"][:12], cell(origin["machine class"])
     return "\n".join(
         [*rows, "", f"{len(run['modules'])} modules; {'; '.join(took)}; on {machine}; recipe `{recipe}`.", ""]
     )
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """A text in a table's cell, without a meaning in Markdown or HTML."""
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def _shown(value: Any, unit: str) -> str:
-    """A figure, with its interval if it has one."""
+def shown(value: Any, unit: str) -> str:
+    """A figure in its unit, with its interval if it has one; nothing for None."""
     match value:
         case None:
             return ""
         case [middle, low, high]:
-            return f"{_shown(middle, unit)} [{_shown(low, unit)}, {_shown(high, unit)}]"
+            return f"{shown(middle, unit)} [{shown(low, unit)}, {shown(high, unit)}]"
     if unit == "B":
         return f"{value / 1e6:.2f} MB"
     return f"{value:.0f} s" if unit == "s" else f"{value:.4g}" if abs(value) < 1 else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""What came of a sweep: a row for each point, from its manifest and report.json, and which points no other beats."""
+"""What came of a sweep: a row for each point, from its manifest and report.json, which points no other beats, page and table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from armor_recipes.checkpoint.files import MANIFEST_FILE
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.errors import CheckpointError
+from armor_recipes.recipe.sweep import short_key
+from armor_recipes.report.page import cell, filled, shown
 from armor_recipes.report.view import run_view
 
 Row = Mapping[str, Any]
@@ -77,3 +79,52 @@ def _front(rows: Sequence[Row], quality: str, cost: str) -> Iterable[str]:
     for q, c, name in found:
         if not any(x <= q and y <= c and (x, y) != (q, c) for x, y, _ in found):
             yield name
+
+
+def sweep_page(found: Row) -> str:
+    """The page of what sweep.json holds: a table, and plots of quality against bytes, time and what was varied."""
+    rows = found["points"]
+    paths = dict.fromkeys(path for row in rows for path in row["values"])
+    data = {
+        "points": [{key: value for key, value in _public(row).items() if key != "evaluation"} for row in rows],
+        "quality": quality_of(rows),
+        "keys": [[path, short_key(path, paths)] for path in paths],
+    }
+    return filled("sweep", f"{found['sweep']}: {len(rows)} points", data, beside="sweep.md and sweep.json beside it")
+
+
+def sweep_markdown(found: Row) -> str:
+    """The same as a table for a CI summary or a page of documentation."""
+    rows = [_public(row) for row in found["points"]]
+    columns = [column for column in _COLUMNS if any(row.get(column[1]) is not None for row in rows)]
+    lines = [
+        f"| {' | '.join(['point', *(name for name, *_ in columns), 'best at'])} |",
+        f"|---|{'---:|' * len(columns)}---|",
+    ]
+    for row in rows:
+        figures = [shown(None if row.get(key) is None else scale * row[key], unit) for _, key, unit, scale in columns]
+        best = " and ".join(_AT[cost] for cost in row["front"]) if row["status"] == "done" else row["status"]
+        lines.append(f"| {' | '.join([cell(row['name']), *figures, best])} |")
+    notes = [f"{cell(row['name'])}: {row['status']}: {cell(row['error'])}" for row in rows if row["error"]]
+    return "\n".join([*lines, *(f"\n{note}" for note in notes), ""])
+
+
+#: Name, key, unit, and what the figure is multiplied by.
+_COLUMNS = (
+    ("perplexity before", "perplexity_before", "", 1),
+    ("after", "perplexity_after", "", 1),
+    ("agreement", "agreement", "", 1),
+    ("mean loss", "loss", "", 1),
+    ("size", "size_after_bytes", "B", 1),
+    ("factors, % of dense", "factor_overhead", "", 100),
+    ("time", "seconds", "s", 1),
+    ("CPU time", "cpu_seconds", "s", 1),
+    ("peak memory", "peak_anonymous_memory_bytes", "B", 1),
+)
+_AT = {"size_after_bytes": "size", "seconds": "time"}
+
+
+def _public(row: Row) -> dict[str, Any]:
+    """A row that names no path of this machine, as the errors of failed points may."""
+    failed = f"exit code {row['exit_code']}; sweep.json has the message"
+    return {**row, "error": failed if row["status"] == "failed" else row["error"]}

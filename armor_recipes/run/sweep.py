@@ -24,7 +24,7 @@ from armor_recipes.plan import Plan, RunEstimate
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.sweep import Point, Sweep, load_sweep
 from armor_recipes.report.page import write_page
-from armor_recipes.report.sweep import point_figures, with_fronts
+from armor_recipes.report.sweep import point_figures, sweep_markdown, sweep_page, with_fronts
 from armor_recipes.run.checks import check_places, check_writable
 from armor_recipes.run.job import RECIPE_FILE, builtin_recipe_dir, execute
 from armor_recipes.run.planning import Job, prepare
@@ -266,6 +266,8 @@ def _written(sweep: Sweep, runs: Sequence[_Run], failed: Mapping[str, ArmorError
     found = {"armor_recipes": __version__, "sweep": sweep.name, "points": rows}
     with _disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / "sweep.html", sweep_page(found).encode())
+        write_whole(output / "sweep.md", sweep_markdown(found).encode())
         write_whole(output / RESULT_FILE, (json.dumps(found, indent=2) + "\n").encode())
     return found
 

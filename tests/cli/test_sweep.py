@@ -13,7 +13,10 @@ import yaml
 
 from armor_recipes.cli import apart
 from armor_recipes.recipe import Recipe
+from armor_recipes.recipe.sweep import SweepSpec
+from armor_recipes.report.sweep import with_fronts
 from armor_recipes.run import sweep as sweeping
+from tests.support.browser import CHROMIUM, browser
 from tests.support.commands import Shell, finished, forked
 from tests.support.engine import recipe
 from tests.support.forks import Forks
@@ -253,6 +256,70 @@ def test_the_table_fits_80_columns(
     assert head == ["point", "perplexity", "agreement", "size", "factors", "time", "memory", "best"]
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, True)])
+def test_the_page_in_a_browser(
+    llama: Path, tmp_path: Path, shell: Shell, here: list[str], width: int, dark: bool
+) -> None:
+    measured = evaluation(tmp_path, "perplexity", "fidelity")
+    points = {"<b>one</b>": {}, "gate": {"evaluation.max_perplexity_ratio": 1e-6}}
+    file = write_sweep(tmp_path, lettered(llama, tmp_path), points=points, set={"evaluation": measured})
+    assert shell("armor", "sweep", file).code == 0
+    page = tmp_path / "out" / "sweep.html"
+    assert str(tmp_path) not in page.read_text(encoding="utf-8")
+    with browser(tmp_path / "profile") as tab:
+        tab.show(page, width=width, dark=dark)
+        assert tab.complaints == []
+        assert tab.requests == [page.resolve().as_uri()]
+        assert tab.ask("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+        assert tab.ask("document.querySelectorAll('.chart svg').length") == 3
+        names = tab.ask(
+            "[...document.querySelectorAll('#points > .scroll tbody th')].map((cell) => cell.textContent).join('\\n')"
+        )
+        assert names.split("\n") == [row["name"] for row in result(tmp_path)]
+        links = tab.ask(
+            "[...document.querySelectorAll('#points tbody a')].map((link) => link.getAttribute('href')).join()"
+        )
+        assert all((tmp_path / "out" / link).is_file() for link in links.split(","))
+        assert tab.ask("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+
+
+def test_the_tables_of_the_results_say_the_same(llama: Path, tmp_path: Path, shell: Shell, here: list[str]) -> None:
+    assert shell("armor", "sweep", write_sweep(tmp_path, llama)).code == 0
+    lines = (tmp_path / "out" / "sweep.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("| point | mean loss | size | factors, % of dense | time |")
+    for row, line in zip(result(tmp_path), lines[2:], strict=True):
+        assert line.startswith(f"| {row['name']} | ".replace("_", r"\_"))
+        assert f" {row['size_after_bytes'] / 1e6:.2f} MB |" in line
+
+
+def test_fronts() -> None:
+    figures = {"a": (10.0, 5, 3.0), "b": (9.0, 5, 9.0), "c": (11.0, 4, 1.0), "d": (11.0, 9, 9.5), "e": (10.0, 5, 3.0)}
+    rows = [
+        {
+            "name": name,
+            "status": "done",
+            "resumed": False,
+            "perplexity_after": q,
+            "size_after_bytes": size,
+            "seconds": time,
+        }
+        for name, (q, size, time) in figures.items()
+    ]
+    rows.append({"name": "f", "status": "failed"})
+    found = {row["name"]: row["front"] for row in with_fronts(rows)}
+    assert found == {
+        "a": ["seconds"],
+        "b": ["size_after_bytes", "seconds"],
+        "c": ["size_after_bytes", "seconds"],
+        "d": [],
+        "e": ["seconds"],
+        "f": [],
+    }
+    found = {row["name"]: row["front"] for row in with_fronts([{**row, "resumed": row["name"] == "c"} for row in rows])}
+    assert found["c"] == ["size_after_bytes"]
+
+
 def test_an_interrupted_sweep_goes_on(llama: Path, tmp_path: Path, forks: Forks) -> None:
     adam = {"prune_stage.armor_modifiers.ARMORModifier.solver": "adam"}
     file = write_sweep(tmp_path, llama, grid={ITERATIONS: [10**7]}, set=adam)
@@ -272,6 +339,25 @@ def test_an_interrupted_sweep_goes_on(llama: Path, tmp_path: Path, forks: Forks)
     (row,) = json.loads(done.out)["points"]
     assert row["status"] == "done"
     assert row["peak_memory_bytes"] > row["peak_anonymous_memory_bytes"] > 0
+
+
+def test_check_and_schema_know_sweeps(llama: Path, tmp_path: Path, shell: Shell) -> None:
+    file = write_sweep(tmp_path, llama)
+    assert shell("armor", "check", file).out == f"{file}: 2 points, all well formed\n"
+    write_sweep(tmp_path, llama, grid={BLOCK: [8, -4]})
+    done = shell("armor", "check", file)
+    assert (done.code, done.out) == (2, "")
+    assert "sweep.yaml:5: " in done.err
+    schema = json.loads(shell("armor", "schema", "--sweep").out)
+    assert (schema["required"], list(schema["properties"])) == (["recipe", "output"], list(SweepSpec.model_fields))
+    assert all(field["title"] and field["description"] for field in schema["properties"].values())
+
+
+def test_the_page_of_the_docs_has_every_key(llama: Path, tmp_path: Path, shell: Shell, here: list[str]) -> None:
+    assert shell("armor", "sweep", write_sweep(tmp_path, llama)).code == 0
+    page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    keys = {*SweepSpec.model_fields, *result(tmp_path)[0]}
+    assert not [key for key in keys if f"`{key}`" not in page]
 
 
 SWEEPS = sorted((ROOT / "recipes" / "experiments").glob("*.yaml"))
