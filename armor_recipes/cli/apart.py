@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from armor_recipes.cli.loading import loading
 from armor_recipes.errors import ArmorError, ResourceError
 from armor_recipes.events import Event, Observer
 
@@ -30,14 +31,14 @@ class _StoppedError(BaseException):
     """The run is no longer wanted; not an Exception, so that its journal stays."""
 
 
-def run_apart(recipe: Recipe, device: str, overwrite: bool, observer: Observer) -> None:
+def run_apart(recipe: Recipe, device: str, overwrite: bool, fresh: bool, observer: Observer) -> None:
     """Run a recipe, and pass its events on. Where this process is interrupted, so is the run: it keeps its journal.
 
     Raises the run's ArmorError, ResourceError where the system ended it.
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(sender, recipe, device, overwrite))
+    process = context.Process(target=_run, args=(sender, recipe, device, overwrite, fresh))
     process.start()
     sender.close()
     ended = None
@@ -76,14 +77,15 @@ def _lost(code: int | None) -> str:
     return f"the run's process was ended {how}: the same command goes on from its journal"
 
 
-def _run(sender: Connection[Any, Any], recipe: Recipe, device: str, overwrite: bool) -> None:
+def _run(sender: Connection[Any, Any], recipe: Recipe, device: str, overwrite: bool, fresh: bool) -> None:
     """What the process does."""
     for name in ("SIGINT", "SIGHUP"):  # a terminal sends them to both; the other process says when to end
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
-    from armor_recipes.cli.quiet import quiet_libraries
-    from armor_recipes.run.sweep import work_here
+    with loading():
+        from armor_recipes.cli.quiet import quiet_libraries
+        from armor_recipes.run.sweep import work_here
 
     def observe(event: Event) -> None:
         try:
@@ -94,7 +96,7 @@ def _run(sender: Connection[Any, Any], recipe: Recipe, device: str, overwrite: b
     ended = _Ended()
     try:
         quiet_libraries()
-        work_here(recipe, device, overwrite, observe)
+        work_here(recipe, device, overwrite, fresh=fresh, observer=observe)
     except ArmorError as error:
         ended = _Ended(type(error), str(error))
     except _StoppedError:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from armor_recipes.cli.loading import loading
+
 if TYPE_CHECKING:  # importing it takes torch's seconds, which `armor --help` need not pay
     from armor_recipes.recipe import Recipe
 
@@ -28,14 +30,21 @@ def sweep_command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the result as JSON.")] = False,
     device: Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:N.")] = "cpu",
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Start points over that were cut short, in the place of going on from their journals."
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no table; errors only.")] = False,
 ) -> None:
     """Run a recipe at many points, each once, and compare them (armor sweep sweep.yaml --plan)."""
-    from armor_recipes.cli.apart import run_apart
-    from armor_recipes.cli.quiet import quiet_libraries
-    from armor_recipes.cli.sweep_tables import plan_json, plan_table, result_lines, result_table
-    from armor_recipes.cli.view import progress_view
-    from armor_recipes.run.sweep import plan_sweep, read_sweep, run_sweep
+    with loading():
+        from armor_recipes.cli.apart import run_apart
+        from armor_recipes.cli.quiet import quiet_libraries
+        from armor_recipes.cli.sweep_tables import plan_json, plan_table, result_lines, result_table
+        from armor_recipes.cli.view import progress_view
+        from armor_recipes.run.sweep import plan_sweep, read_sweep, run_sweep
 
     quiet_libraries()
     out, err = Console(), Console(stderr=True)
@@ -50,7 +59,7 @@ def sweep_command(
 
     def work(recipe: Recipe, device: str, overwrite: bool) -> None:
         with progress_view(err, quiet=quiet) as view:
-            run_apart(recipe, device, overwrite, view)
+            run_apart(recipe, device, overwrite, fresh, view)
 
     def tell(text: str) -> None:
         if not quiet:

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from armor_recipes.cli.tables import percent, size
+from armor_recipes.cli.tables import percent, size, warning_lines
 from armor_recipes.report.sweep import Row, quality_of
 from armor_recipes.run.sweep import Planned
 
@@ -45,7 +45,9 @@ def plan_table(planned: Sequence[Planned]) -> Group:
             size(estimate.peak_bytes),
         )
     cpu, seconds = (sum(getattr(each.estimate, name) for each in planned) for name in ("cpu_seconds", "seconds"))
-    notes = dict.fromkeys(note for each in planned for note in (*each.plan.notes, *each.estimate.uncounted))
+    notes = dict.fromkeys(
+        note for each in planned for note in (*each.plan.notes, *warning_lines(each.plan), *each.estimate.uncounted)
+    )
     whole = (
         f"{len(planned)} points, one after the other: {cpu:.0f} s of CPU time, {seconds:.0f} s with "
         f"{planned[0].estimate.threads} threads; memory without files"

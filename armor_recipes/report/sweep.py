@@ -28,7 +28,9 @@ def point_figures(folder: Path) -> dict[str, Any]:
     try:
         return _figures(manifest, report, [row["loss"] for row in view["modules"]])
     except (AttributeError, KeyError, TypeError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder} does not hold what a run writes ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"{folder} does not hold what a run writes ({type(error).__name__}: {error}): remove it, and it is run again"
+        ) from error
 
 
 def _figures(manifest: Row, report: Row, losses: Sequence[float]) -> dict[str, Any]:

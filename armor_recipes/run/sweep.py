@@ -19,6 +19,7 @@ from armor_recipes.errors import ArmorError, QualityError, RecipeError, Resource
 from armor_recipes.events import Observer, ignore_events
 from armor_recipes.exhaustion import is_disk_full
 from armor_recipes.modifiers import config_types
+from armor_recipes.modifiers.kinds.contract import entry_name
 from armor_recipes.paths import user_path
 from armor_recipes.plan import Plan, RunEstimate
 from armor_recipes.recipe import Recipe
@@ -71,10 +72,12 @@ def plan_sweep(sweep: Sweep, *, device: str = "cpu") -> tuple[Planned, ...]:
     return tuple(Planned(point, job.plan, job.estimate) for point, job in _of_each(sweep, lambda p: _job(p, device)))
 
 
-def work_here(recipe: Recipe, device: str, overwrite: bool, observer: Observer = ignore_events) -> None:
+def work_here(
+    recipe: Recipe, device: str, overwrite: bool, *, fresh: bool = False, observer: Observer = ignore_events
+) -> None:
     """Run a recipe in this process, whose peak of memory is then that of all runs in it."""
     try:
-        execute(prepare(recipe, device=device), overwrite=overwrite, observer=observer)
+        execute(prepare(recipe, device=device), overwrite=overwrite, fresh=fresh, observer=observer)
     except QualityError as error:
         cause: BaseException = error
         while isinstance(cause.__cause__, QualityError):  # without where the folder lies, which a sweep settles
@@ -98,7 +101,7 @@ def run_sweep(
         keep_models: leave each point's checkpoint in `OUTPUT/models`, and run again what has none there. Without it the reports
             alone are kept.
         work: runs one recipe.
-        tell: is called with a sentence as a point begins, is left out or fails.
+        tell: is called with a sentence as a point begins, is left out or fails, and with what its plan warns of.
 
     A point that fails is a row of the result, and no error; the next sweep runs it again.
 
@@ -106,10 +109,11 @@ def run_sweep(
         ArmorError: what is wrong with recipe, plan, data or output of any point before the first is run; the results cannot be
             written, or another sweep writes there.
     """
-    hashes = [digest for _, digest in _of_each(sweep, lambda point: run_hash(_job(point, device)))]
+    found_of_each = _of_each(sweep, lambda point: _hash_and_notes(_job(point, device)))
+    notes = {point.name: said for point, (_, said) in found_of_each}
     output = user_path(sweep.output).resolve()
     with locked(output):
-        runs = [_Run(point, digest, output, keep_models) for point, digest in zip(sweep.points, hashes, strict=True)]
+        runs = [_Run(point, digest, output, keep_models) for point, (digest, _) in found_of_each]
         failed: dict[str, ArmorError] = {}
         found = _written(sweep, runs, failed)
         try:
@@ -118,7 +122,8 @@ def run_sweep(
                 if run.is_done:
                     tell(f"{where}: was run before")
                     continue
-                tell(where)
+                for text in (where, *notes[run.point.name]):
+                    tell(text)
                 try:
                     run.go(device, work)
                 except ArmorError as error:
@@ -137,6 +142,12 @@ def _job(point: Point, device: str) -> Job:
     job = prepare(point.recipe, device=device)
     check_places(job.source, job.recipe)
     return job
+
+
+def _hash_and_notes(job: Job) -> tuple[str, tuple[str, ...]]:
+    """What tells its run from others, and what its plan says beside its rows."""
+    warnings = (f"warning: {entry_name(one.modifier)}: {one.text}" for one in job.plan.warnings)
+    return run_hash(job), (*job.plan.notes, *warnings)
 
 
 def _of_each(sweep: Sweep, make: Callable[[Point], T]) -> list[tuple[Point, T]]:
@@ -203,7 +214,10 @@ class _Run:
             if not self._is_whole():
                 work(recipe, device, self.model.is_dir())
         except QualityError as error:
-            self._keep(next(place for place in self.rejected if place not in before), "rejected", str(error))
+            folder = next((place for place in self.rejected if place not in before), None)
+            if folder is None:
+                raise
+            self._keep(folder, "rejected", str(error))
         else:
             self._keep(self.model, "done")
 
@@ -235,7 +249,8 @@ class _Run:
                 discard(self.reports, self.reports)
             beside.rename(self.reports)
         if not self.keeps:
-            discard(folder, folder)
+            for place in dict.fromkeys([folder, *self.rejected]):
+                discard(place, place)
             with suppress(OSError):  # something else is in it
                 self.model.parent.rmdir()
 

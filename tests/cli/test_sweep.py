@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from armor_recipes.cli import apart
+from armor_recipes.errors import ResourceError
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.sweep import SweepSpec
 from armor_recipes.report.sweep import with_fronts
@@ -33,9 +35,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs are made in this process; their names as they begin."""
     ran: list[str] = []
 
-    def run(made: Recipe, device: str, overwrite: bool, observer: Any) -> None:
+    def run(made: Recipe, device: str, overwrite: bool, fresh: bool, observer: Any) -> None:
         ran.append(str(made.modifiers[0].config.block_size))  # type: ignore[attr-defined]
-        sweeping.work_here(made, device, overwrite, observer)
+        sweeping.work_here(made, device, overwrite, fresh=fresh, observer=observer)
 
     monkeypatch.setattr(apart, "run_apart", run)
     return ran
@@ -99,15 +101,15 @@ def test_each_point_runs_once_and_is_a_row(llama: Path, tmp_path: Path, shell: S
 def test_more_points_and_other_values_run_what_is_new(
     llama: Path, tmp_path: Path, shell: Shell, here: list[str]
 ) -> None:
-    file = write_sweep(tmp_path, llama)
+    file = write_sweep(tmp_path, llama, grid={BLOCK: [8]})
     assert shell("armor", "sweep", file).code == 0
-    write_sweep(tmp_path, llama, grid={BLOCK: [8, 16, 4]})
+    write_sweep(tmp_path, llama, grid={BLOCK: [16, 8]})
     assert shell("armor", "sweep", file).code == 0
-    assert here == ["4", "8", "16"]
+    assert here == ["8", "16"]
     assert shell("armor", "sweep", file, "--set", f"{ITERATIONS}=2").code == 0
-    assert here == ["4", "8", "16", "8", "16", "4"]
+    assert here == ["8", "16", "16", "8"]
     assert shell("armor", "sweep", file).code == 0  # those of before are still known
-    assert len(here) == 6
+    assert len(here) == 4
 
 
 def test_models_are_kept_where_it_is_asked_for(llama: Path, tmp_path: Path, shell: Shell, here: list[str]) -> None:
@@ -160,7 +162,7 @@ def test_a_gate_is_a_row_and_a_failure_an_exit_code(
 
     def failing(made: Recipe, *rest: Any) -> None:
         if made.evaluation is None:
-            raise sweeping.ResourceError("no memory")
+            raise ResourceError("no memory")
         run(made, *rest)
 
     monkeypatch.setattr(apart, "run_apart", failing)
@@ -339,6 +341,25 @@ def test_an_interrupted_sweep_goes_on(llama: Path, tmp_path: Path, forks: Forks)
     (row,) = json.loads(done.out)["points"]
     assert row["status"] == "done"
     assert row["peak_memory_bytes"] > row["peak_anonymous_memory_bytes"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc: who the child is cannot be asked")
+def test_a_run_that_the_system_ends_is_a_row(llama: Path, tmp_path: Path, forks: Forks) -> None:
+    adam = {"prune_stage.armor_modifiers.ARMORModifier.solver": "adam"}
+    file = write_sweep(tmp_path, llama, grid={ITERATIONS: [10**7, 2]}, set=adam)
+    running = forked(forks, "armor", "sweep", file, cwd=tmp_path)
+    for line in running.stderr:
+        if "stage prune_stage" in line:
+            break
+    tasks = Path(f"/proc/{running.pid}/task").glob("*/children")
+    children = [child for task in tasks for child in task.read_text().split()]
+    (run,) = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    os.kill(int(run), signal.SIGKILL)
+    done = finished(running)
+    assert done.code == 7
+    assert "the run's process was ended by signal 9 (SIGKILL), as the system does where memory runs out" in done.err
+    assert [row["status"] for row in result(tmp_path)] == ["failed", "done"]
 
 
 def test_check_and_schema_know_sweeps(llama: Path, tmp_path: Path, shell: Shell) -> None:
