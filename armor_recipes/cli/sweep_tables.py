@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from armor_recipes.cli.tables import percent, size, warning_lines
-from armor_recipes.report.sweep import Row, quality_of
+from armor_recipes.report.sweep import Row, quality_of, time_of
 from armor_recipes.run.sweep import Planned
 
 
@@ -56,9 +56,10 @@ def plan_table(planned: Sequence[Planned]) -> Group:
 
 
 def result_table(rows: Sequence[Row]) -> Table:
-    """A line for each point; left out are figures that no point has, and losses where there are perplexities."""
+    """A line for each point; left out are figures that no point has, losses where there are perplexities, one of the times."""
     columns = {heading: [show(row) for row in rows] for heading, show in _COLUMNS.items()}
     columns = {heading: cells for heading, cells in columns.items() if any(cells)}
+    columns.pop("time" if time_of(rows) == "cpu_seconds" else "CPU time", None)
     if "perplexity" in columns:
         columns.pop("loss", None)
     table = _empty(*columns)
@@ -81,17 +82,18 @@ def _shown(key: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
 
 
 def _best(row: Row) -> str:
-    at = [_AT[cost] for cost in row["front"]]
-    return row["status"] if row["status"] != "done" else "both" if len(at) > 1 else "".join(at)
+    if row["status"] != "done":
+        return str(row["status"])
+    return "both" if len(row["front"]) > 1 else "".join(row["front"])
 
 
-_AT = {"size_after_bytes": "size", "seconds": "time"}
 _COLUMNS: Mapping[str, Callable[[Row], str]] = {
     "perplexity": _shown("perplexity_after", lambda value: f"{value:.3f}"),
     "agreement": _shown("agreement", lambda value: f"{value:.4f}"),
     "loss": _shown("loss", lambda value: f"{value:.4f}"),
     "size": _shown("size_after_bytes", size),
     "factors": _shown("factor_overhead", lambda value: percent(value, 1)),
+    "CPU time": _shown("cpu_seconds", lambda value: f"{value:.0f} s"),
     "time": _shown("seconds", lambda value: f"{value:.0f} s"),
     "memory": _shown("peak_anonymous_memory_bytes", size),
     "best": _best,
@@ -110,7 +112,8 @@ def result_lines(rows: Sequence[Row], output: str) -> list[str]:
         if (before, nbytes) != (None, None)
     ]
     what = "perplexity" if quality_of(rows) == "perplexity_after" else "loss"
-    lines.append(f"best: no other point has no more {what} and size (or time), and less of one")
+    clock = "CPU time" if time_of(rows) == "cpu_seconds" else "time"
+    lines.append(f"best: no other point has no more {what} and size (or {clock}), and less of one")
     lines += [f"{row['name']}: {row['status']}: {row['error']}" for row in rows if row["error"]]
     lines += [
         f"{row['name']}: went on from a journal; time is of its last process" for row in rows if row.get("resumed")

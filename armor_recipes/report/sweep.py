@@ -14,8 +14,8 @@ from armor_recipes.report.page import cell, filled, shown
 from armor_recipes.report.view import run_view
 
 Row = Mapping[str, Any]
-#: What a point costs: bytes of its weight files, and time.
-COSTS = ("size_after_bytes", "seconds")
+#: The key of what a point's weight files take.
+SIZE = "size_after_bytes"
 
 
 def point_figures(folder: Path) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def _figures(manifest: Row, report: Row, losses: Sequence[float]) -> dict[str, A
         "size_before_bytes": report["size_before_bytes"],
         "size_after_bytes": report["size_after_bytes"],
         "factor_overhead": totals["factor_bytes"] / totals["bytes_before"] if totals["bytes_before"] else None,
+        "device": manifest["compute"]["device"],
         "seconds": report["seconds"],
         "cpu_seconds": report["cpu_seconds"],
         "peak_memory_bytes": report["peak_memory_bytes"],
@@ -55,24 +56,25 @@ def _figures(manifest: Row, report: Row, losses: Sequence[float]) -> dict[str, A
 
 
 def with_fronts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows with `front`: the costs for which no other point is at least as good in both quality and cost, and better in one.
+    """The rows with `front`: `size`, `time` or both, where no other point is as good in quality and in this, and better in one.
 
-    Quality is perplexity, or the mean loss of the modules where points have none. Only points that are done take part; in the
-    front of time none that went on from a journal, of which the time is not the whole.
+    Only points that are done take part; in the front of time none that went on from a journal, of which the time is not the whole.
     """
-    quality = quality_of(rows)
-    fronts = {cost: set(_front([row for row in rows if _takes_part(row, cost)], quality, cost)) for cost in COSTS}
-    return [{**row, "front": [cost for cost in COSTS if row["name"] in fronts[cost]]} for row in rows]
+    done = [row for row in rows if row["status"] == "done"]
+    whole, quality = [row for row in done if not row["resumed"]], quality_of(rows)
+    fronts = {"size": set(_front(done, quality, SIZE)), "time": set(_front(whole, quality, time_of(rows)))}
+    return [{**row, "front": [what for what, names in fronts.items() if row["name"] in names]} for row in rows]
 
 
 def quality_of(rows: Iterable[Row]) -> str:
-    """The key of what tells how good a point is: the lower the better."""
+    """The key of what tells how good a point is, the lower the better: perplexity, or mean loss where a point has none."""
     done = [row for row in rows if row["status"] == "done"]
     return "perplexity_after" if all(row["perplexity_after"] is not None for row in done) else "loss"
 
 
-def _takes_part(row: Row, cost: str) -> bool:
-    return row["status"] == "done" and not (cost == "seconds" and row["resumed"])
+def time_of(rows: Iterable[Row]) -> str:
+    """The key of what tells how long a point takes: CPU time, which others on the machine change less, but where a GPU computes."""
+    return "seconds" if any(row["device"] != "cpu" for row in rows if row["status"] == "done") else "cpu_seconds"
 
 
 def _front(rows: Sequence[Row], quality: str, cost: str) -> Iterable[str]:
@@ -90,6 +92,7 @@ def sweep_page(found: Row) -> str:
     data = {
         "points": [{key: value for key, value in _public(row).items() if key != "evaluation"} for row in rows],
         "quality": quality_of(rows),
+        "time": time_of(rows),
         "keys": [[path, short_key(path, paths)] for path in paths],
     }
     return filled("sweep", f"{found['sweep']}: {len(rows)} points", data, beside="sweep.md and sweep.json beside it")
@@ -105,7 +108,7 @@ def sweep_markdown(found: Row) -> str:
     ]
     for row in rows:
         figures = [shown(None if row.get(key) is None else scale * row[key], unit) for _, key, unit, scale in columns]
-        best = " and ".join(_AT[cost] for cost in row["front"]) if row["status"] == "done" else row["status"]
+        best = " and ".join(row["front"]) if row["status"] == "done" else row["status"]
         lines.append(f"| {' | '.join([cell(row['name']), *figures, best])} |")
     notes = [f"{cell(row['name'])}: {row['status']}: {cell(row['error'])}" for row in rows if row["error"]]
     return "\n".join([*lines, *(f"\n{note}" for note in notes), ""])
@@ -123,7 +126,6 @@ _COLUMNS = (
     ("CPU time", "cpu_seconds", "s", 1),
     ("peak memory", "peak_anonymous_memory_bytes", "B", 1),
 )
-_AT = {"size_after_bytes": "size", "seconds": "time"}
 
 
 def _public(row: Row) -> dict[str, Any]:

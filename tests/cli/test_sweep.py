@@ -81,7 +81,7 @@ def test_each_point_runs_once_and_is_a_row(llama: Path, tmp_path: Path, shell: S
     ]
     assert rows[0]["size_after_bytes"] < rows[1]["size_after_bytes"]
     assert rows[0]["factor_overhead"] < rows[1]["factor_overhead"]
-    assert rows[0]["front"][0] == "size_after_bytes"  # the smallest
+    assert rows[0]["front"][0] == "size"  # the smallest
     for row in rows:
         folder = tmp_path / "out" / row["reports"]
         manifest, report = (json.loads((folder / name).read_text()) for name in ("armor_manifest.json", "report.json"))
@@ -255,7 +255,7 @@ def test_the_table_fits_80_columns(
         assert done.code == 0, done.err
         assert max(map(len, done.out.split("dense:")[0].splitlines())) <= 80
     head = shell("armor", "sweep", file).out.splitlines()[0].split()
-    assert head == ["point", "perplexity", "agreement", "size", "factors", "time", "memory", "best"]
+    assert head == ["point", "perplexity", "agreement", "size", "factors", "CPU", "time", "memory", "best"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")
@@ -304,22 +304,23 @@ def test_fronts() -> None:
             "resumed": False,
             "perplexity_after": q,
             "size_after_bytes": size,
-            "seconds": time,
+            "cpu_seconds": time,
+            "device": "cpu",
         }
         for name, (q, size, time) in figures.items()
     ]
     rows.append({"name": "f", "status": "failed"})
     found = {row["name"]: row["front"] for row in with_fronts(rows)}
     assert found == {
-        "a": ["seconds"],
-        "b": ["size_after_bytes", "seconds"],
-        "c": ["size_after_bytes", "seconds"],
+        "a": ["time"],
+        "b": ["size", "time"],
+        "c": ["size", "time"],
         "d": [],
-        "e": ["seconds"],
+        "e": ["time"],
         "f": [],
     }
     found = {row["name"]: row["front"] for row in with_fronts([{**row, "resumed": row["name"] == "c"} for row in rows])}
-    assert found["c"] == ["size_after_bytes"]
+    assert found["c"] == ["size"]
 
 
 def test_an_interrupted_sweep_goes_on(llama: Path, tmp_path: Path, forks: Forks) -> None:

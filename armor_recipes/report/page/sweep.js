@@ -1,7 +1,7 @@
 "use strict";
 // Draws the page of a sweep from the data in it.
 {
-  const { points, quality, keys } = JSON.parse(document.getElementById("data").textContent);
+  const { points, quality, time, keys } = JSON.parse(document.getElementById("data").textContent);
   const share = (value) => `${figure(100 * value)} %`;
   const MEASURES = [
     ["perplexity_after", "perplexity"], ["agreement", "top-1 agreement"], ["loss", "mean loss"], ["size_after_bytes", "size", "B"],
@@ -13,7 +13,6 @@
     const unit = MEASURES.find(([name]) => name === key)?.[2];
     return typeof unit === "function" && typeof value === "number" ? unit(value) : shown(value, unit);
   };
-  const AT = { size_after_bytes: "size", seconds: "time" };
   const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
   const short = new Map(keys);
   const values = (point, without) => keys.map(([path]) => path).filter((path) => path !== without && path in point.values)
@@ -27,7 +26,7 @@
     const rows = points.map((point) => [
       { text: point.reports ? element("a", { href: `${point.reports}/report.html` }, point.name) : point.name },
       ...MEASURES.map(([key]) => ({ text: said(key, point[key]), number: true })),
-      point.status === "done" ? point.front.map((cost) => AT[cost]).join(" and ") : point.status,
+      point.status === "done" ? point.front.join(" and ") : point.status,
     ]);
     const dense = unique(points.filter((point) => point.size_before_bytes || point.perplexity_before).map((point) =>
       [point.perplexity_before ? `perplexity ${figure(point.perplexity_before)}` : null, point.size_before_bytes ? shown(point.size_before_bytes, "B") : null]
@@ -35,18 +34,19 @@
     const errors = points.filter((point) => point.error).map((point) => note(`${point.name}: ${point.status}: ${point.error}`));
     const resumed = points.filter((point) => point.resumed).map((point) => note(`${point.name} went on from a journal: its time is of its last process.`));
     section("points", "Points", table("Figures of each point; its name leads to its report", ["point", ...MEASURES.map(([, name]) => name), "best at"], rows),
-      note(`Best at size or time: no other point has no more ${named(quality)} and size (or time), and less of one.`),
+      note(`Best at size or time: no other point has no more ${named(quality)} and size (or ${named(time)}), and less of one.`),
       dense.length ? note(`Dense: ${dense.join("; ")}.`) : null, ...errors, ...resumed,
       details("What was varied", table("Values by keys of the recipe", ["point", ...keys.map(([path]) => path)],
         points.map((point) => [point.name, ...keys.map(([path]) => (path in point.values ? text(point.values[path]) : null))]))));
   }
 
   // Quality against a cost: points on the front are joined.
-  function front(id, title, cost) {
+  function front(id, cost) {
+    const title = `${capital(named(quality))} against ${named(cost)}`;
     const at = (chosen) => ran.filter(chosen).sort((a, b) => a[cost] - b[cost]).map((point) => ({ value: [point[cost], point[quality]], point }));
     const groups = [
-      ["best", at((point) => point.front.includes(cost)), { symbolSize: 11 }, 0],
-      ["others", at((point) => point.status === "done" && !point.front.includes(cost)), { symbolSize: 9, lineStyle: { width: 0 } }, 5],
+      ["best", at((point) => point.front.includes(id)), { symbolSize: 11 }, 0],
+      ["others", at((point) => point.status === "done" && !point.front.includes(id)), { symbolSize: 9, lineStyle: { width: 0 } }, 5],
       ["rejected", at((point) => point.status === "rejected"), { symbolSize: 10, symbol: "triangle", lineStyle: { width: 0 } }, 1],
     ];
     if (cost === "size_after_bytes" && quality === "perplexity_after") {
@@ -72,6 +72,7 @@
     const redraw = () => drawn.draw();
     const by = choice("By", paths, redraw);
     const measure = choice("Shown", MEASURES.map(([key, name]) => [key, name]), redraw);
+    const log = tick("log scale", false, redraw);
     const drawn = chart("A figure by what was varied", () => {
       const [path, key] = [by.select.value, measure.select.value];
       const found = ran.filter((point) => path in point.values && typeof point[key] === "number");
@@ -81,16 +82,15 @@
       return {
         grid: { left: 70, right: 24, top: 40, bottom: 48 },
         legend: groups.length > 1 ? { data: groups } : undefined,
-        xAxis: axis(short.get(path), numeric ? { type: "value", scale: true, boundaryGap: ["4%", "4%"] } : { type: "category", data: unique(found.map(x)) }),
+        xAxis: axis(short.get(path), numeric ? { type: log.box.checked && found.every((point) => x(point) > 0) ? "log" : "value", scale: true } : { type: "category", data: unique(found.map(x)) }),
         yAxis: axisOf(key, { nameGap: 52 }),
         tooltip: { trigger: "item", formatter: ({ value, data }) => lines(data.point.name, `${named(key)}: ${said(key, value[1])}`) },
         series: groups.map((group) => ({ type: "line", name: group, symbol: "circle", symbolSize: 8, showAllSymbol: true,
           data: found.filter((point) => values(point, path) === group).sort((a, b) => (numeric ? x(a) - x(b) : 0)).map((point) => ({ value: [x(point), point[key]], point })) })),
       };
     });
-    section("varied", "By what was varied", element("div", { class: "controls" }, by.label, measure.label), drawn.box);
+    section("varied", "By what was varied", element("div", { class: "controls" }, by.label, measure.label, log.label), drawn.box);
   }
 
-  draw(table_, () => front("size", `${capital(named(quality))} against size`, "size_after_bytes"),
-    () => front("time", `${capital(named(quality))} against time`, "seconds"), varied);
+  draw(table_, () => front("size", "size_after_bytes"), () => front("time", time), varied);
 }
