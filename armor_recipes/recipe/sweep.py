@@ -24,10 +24,10 @@ from armor_recipes.recipe.composition import (
     set_value,
 )
 from armor_recipes.recipe.loading import Registry, finish
-from armor_recipes.recipe.problems import Mark, Problems
+from armor_recipes.recipe.problems import Mark, Problems, printable
 from armor_recipes.recipe.recipe import Recipe
 from armor_recipes.recipe.schema import Name, Strict
-from armor_recipes.recipe.tree import Entry, Items, Node, Table, is_null, merge, plain
+from armor_recipes.recipe.tree import Entry, Items, Node, Scalar, Table, is_null, merge, plain
 from armor_recipes.recipe.validation import validate
 
 MAX_POINTS = 1000
@@ -129,8 +129,13 @@ def load_sweep(
         problems.add(table.mark, (), wrong)
     problems.raise_if_any()
     combined = list(itertools.product(*axes))
+    taken = {
+        "output.path": table.entries["output"]
+        if output is None
+        else Entry(_flag(output), Scalar(output, _flag(output)))
+    }
     for each in combined:
-        _check_apart([common, *(layer for _, layer in each)], overrides, problems)
+        _check_apart([taken, common, *(layer for _, layer in each)], overrides, problems)
     problems.raise_if_any()
     points, refused = [], dict[str, None]()
     for number, each in enumerate(combined, start=1):
@@ -146,6 +151,10 @@ def load_sweep(
     if refused:
         raise RecipeError("\n".join(refused))
     return Sweep(file.name, spec.output, tuple(points))
+
+
+def _flag(output: str) -> Mark:
+    return Mark(f"--output {output}", None, Path())
 
 
 def _plain(table: Table) -> dict[str, object]:
@@ -171,7 +180,7 @@ def _axes(table: Table, problems: Problems) -> Iterator[list[tuple[str, Layer]]]
     """What is combined: the named points, and the values of each key of the grid. A label and a layer each."""
     named = table.entries["points"].node if "points" in table.entries else None
     if isinstance(named, Table):
-        yield [(name, _layer(named, name, problems)) for name in named.entries]
+        yield [(printable(name), _layer(named, name, problems)) for name in named.entries]
     grid = _layer(table, "grid", problems)
     for path, (mark, node) in grid.items():
         values = node.nodes if isinstance(node, Items) else ()

@@ -199,6 +199,8 @@ def test_a_gate_is_a_row_and_a_failure_an_exit_code(
         ({"grid": {"calibration.seed": list(range(1001))}}, ("1,001 points; a sweep has at most 1,000",)),
         ({"grid": None}, ("no point; give `grid`, `points` or both",)),
         ({"set": {BLOCK: 4}}, ("sweep.yaml:4: ", "block_size: is given at", "sweep.yaml:8, too; keep one of the two")),
+        ({"set": {"output.path": "x"}}, ("sweep.yaml:8: output.path: is given at", "sweep.yaml:6, too; keep one")),
+        ({"points": {"one": {"output": {"path": "x"}}}}, ("output.path: is given at",)),
         ({"recipe": "nowhere.yaml"}, ("sweep.yaml:1: recipe: no such file",)),
         ({"recipe": None}, ("recipe: required, but missing; name a recipe file",)),
         ({"output": None}, ("output: required, but missing",)),
