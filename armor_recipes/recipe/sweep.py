@@ -118,39 +118,43 @@ def load_sweep(
     files = Files(builtin_dir, problems)
     base = files.extend(Table({"recipe": table.entries["recipe"]}, table.mark), key="recipe")
     common = _layer(table, "set", problems)
-    axes = list(_axes(table, problems))
-    count = math.prod(map(len, axes)) if axes else 0
-    if not 0 < count <= MAX_POINTS:
-        wrong = (
-            f"{count:,} points; a sweep has at most {MAX_POINTS:,}"
-            if count
-            else "no point; give `grid`, `points` or both"
-        )
-        problems.add(table.mark, (), wrong)
-    problems.raise_if_any()
-    combined = list(itertools.product(*axes))
-    taken = {
-        "output.path": table.entries["output"]
-        if output is None
-        else Entry(_flag(output), Scalar(output, _flag(output)))
-    }
-    for each in combined:
-        _check_apart([taken, common, *(layer for _, layer in each)], overrides, problems)
+    combined = _combined(table, problems)
+    own = table.entries["output"] if output is None else Entry(_flag(output), Scalar(output, _flag(output)))
+    for layers in combined.values():
+        _check_apart([{"output.path": own}, common, *layers], overrides, problems)
     problems.raise_if_any()
     points, refused = [], dict[str, None]()
-    for number, each in enumerate(combined, start=1):
-        layers = [layer for _, layer in each]
+    for number, (name, layers) in enumerate(combined.items(), start=1):
         try:
             recipe = _recipe(base, [common, *layers], overrides, f"{spec.output}/models/{number}", registry)
         except RecipeError as error:
             refused.update(dict.fromkeys(str(error).split("\n")))
             continue
         values = {key: plain(entry.node) for layer in layers for key, entry in layer.items()}
-        recipe = replace(recipe, files=(*files.opened, file.resolve()))
-        points.append(Point(", ".join(label for label, _ in each), values, recipe))
+        points.append(Point(name, values, replace(recipe, files=(*files.opened, file.resolve()))))
     if refused:
         raise RecipeError("\n".join(refused))
     return Sweep(file.name, spec.output, tuple(points))
+
+
+def _combined(table: Table, problems: Problems) -> dict[str, list[Layer]]:
+    """The points by name, each with the layers that make it; none after noting that there are none, too many, or two of a name."""
+    axes = list(_axes(table, problems))
+    count = math.prod(map(len, axes)) if axes else 0
+    if not count:
+        problems.add(table.mark, (), "no point; give `grid`, `points` or both")
+    elif count > MAX_POINTS:
+        problems.add(table.mark, (), f"{count:,} points; a sweep has at most {MAX_POINTS:,}")
+    else:
+        named = [
+            (", ".join(label for label, _ in each), [layer for _, layer in each]) for each in itertools.product(*axes)
+        ]
+        combined = dict(named)
+        if len(combined) == count:
+            return combined
+        if not problems.found:
+            problems.add(table.mark, (), "two points have the same name; give `points` other ones")
+    return {}
 
 
 def _flag(output: str) -> Mark:
@@ -185,7 +189,7 @@ def _axes(table: Table, problems: Problems) -> Iterator[list[tuple[str, Layer]]]
     for path, (mark, node) in grid.items():
         values = node.nodes if isinstance(node, Items) else ()
         labels = [f"{short_key(path, grid)}={_label(value)}" for value in values]
-        for label in {label for label in labels if labels.count(label) > 1}:
+        for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
             problems.add(mark, ("grid", path), f"{label} is there twice; remove one")
         yield [(label, {path: Entry(value.mark, value)}) for label, value in zip(labels, values, strict=True)]
 
