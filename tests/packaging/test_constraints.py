@@ -16,16 +16,21 @@ FILES = (ROOT / "constraints.txt", *sorted((ROOT / "constraints").glob("*.txt"))
 
 
 #: Their pins are of sets of their own; of trackers there are none, since no target of the Makefile installs them.
-BY_THEMSELVES = ("llmcompressor", "eval", "tensorboard", "trackio", "wandb", "mlflow")
+BY_THEMSELVES = ("llmcompressor", "eval", "docs", "tensorboard", "trackio", "wandb", "mlflow")
+#: Sets without the package, and so without what it asks for.
+WITHOUT_PACKAGE = ("docs",)
 
 
 def allowed(*, beside: str = "") -> dict[str, Requirement]:
     """What pyproject.toml asks for, extras too but for those that are in no set but their own, by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    extras = [
-        asked for name, asked in project["optional-dependencies"].items() if name not in BY_THEMSELVES or name == beside
-    ]
-    asked = [Requirement(line) for lines in (project["dependencies"], *extras) for line in lines]
+    extras = project["optional-dependencies"]
+    if beside in WITHOUT_PACKAGE:
+        sets = [extras[beside]]
+    else:
+        sets = [project["dependencies"]]
+        sets += [lines for name, lines in extras.items() if name not in BY_THEMSELVES or name == beside]
+    asked = [Requirement(line) for lines in sets for line in lines]
     return {canonicalize_name(wanted.name): wanted for wanted in asked if wanted.name != project["name"]}
 
 
