@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, PlainSerializer
@@ -57,7 +57,8 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 def reference_markdown(registry: Mapping[str, type[ModifierConfig]]) -> str:
     """Return Markdown with one table of keys for each section, the keys that all modifiers share, and each kind's own.
 
-    The part about sections does not depend on `registry` and comes first; kinds are in alphabetical order.
+    The part about sections does not depend on `registry` and comes first; kinds are in alphabetical order, after them the
+    mappings inside values of their fields.
     """
     top = [
         _row("extends", "text or list of text", "none", EXTENDS_DESCRIPTION),
@@ -68,14 +69,32 @@ def reference_markdown(registry: Mapping[str, type[ModifierConfig]]) -> str:
     parts = [_table("Top level", "The keys beside the stages.", top)]
     parts += [_table(f"`{name}`", _summary(model), _rows(model.model_fields)) for name, model in _SECTIONS]
     parts.append(_table("Every modifier", "The keys that all modifiers share.", _rows(ModifierConfig.model_fields)))
+    inner: dict[type[Strict], dict[str, None]] = {}
     for kind, model in sorted(registry.items()):
         own = {name: field for name, field in model.model_fields.items() if name not in ModifierConfig.model_fields}
         parts.append(_table(f"`{kind}`", _summary(model), _rows(own)))
-        nested = ((name, form) for name, field in own.items() for form in _mappings(field.annotation))
-        parts += [
-            _table(f"`{kind}.{name}` (as a mapping)", _summary(form), _rows(form.model_fields)) for name, form in nested
-        ]
+        for name, field in own.items():
+            forms = _mappings(field.annotation)
+            parts += [
+                _table(f"`{kind}.{name}` (as a mapping)", _summary(form), _rows(form.model_fields)) for form in forms
+            ]
+            for form in _inside(field.annotation):
+                if form not in forms:
+                    inner.setdefault(form, {})[f"`{kind}.{name}`"] = None
+    for form, places in sorted(inner.items(), key=lambda item: item[0].__name__):
+        summary = f"{_summary(form)} In {', '.join(places)}."
+        parts.append(_table(f"`{form.__name__}` (in a modifier's fields)", summary, _rows(form.model_fields)))
     return "\n".join(parts)
+
+
+def _inside(annotation: object) -> Iterator[type[Strict]]:
+    """The models at any depth of a field's value."""
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        yield annotation
+        for field in annotation.model_fields.values():
+            yield from _inside(field.annotation)
+    for part in typing.get_args(annotation):
+        yield from _inside(part)
 
 
 def _mappings(annotation: object) -> list[type[Strict]]:
@@ -108,7 +127,7 @@ def _rows(fields: Mapping[str, FieldInfo]) -> list[str]:
 def _accepted(field: FieldInfo) -> object:
     """Return the type that a field takes, which is wider than its own where a validator converts first."""
     wider = [item.json_schema_input_type for item in field.metadata if isinstance(item, BeforeValidator)]
-    return wider[0] if wider else field.annotation
+    return next((form for form in wider if form is not PydanticUndefined), field.annotation)
 
 
 def _row(name: str, kind: str, default: str, description: str) -> str:
