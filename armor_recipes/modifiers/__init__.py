@@ -1,7 +1,7 @@
 """Methods that change linear modules: one folder each, a registry, the contract in `base`, and a file for each kind in `kinds`.
 
 What a method of one's own needs is here, errors, statistics and maths of lower rooms included: a plug-in imports this module and no
-other. CONTRIBUTING.md has two whole methods, `examples/armor-ria` is a whole package.
+other. docs/how-to/modifier.md has two whole methods, `examples/armor-ria` is a whole package.
 """
 
 from armor_recipes.calibration.split import SplitGram

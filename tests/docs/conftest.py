@@ -1,4 +1,4 @@
-"""A small generated model."""
+"""A small generated model, and a packed one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import armor_recipes
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)  # type: ignore[no-untyped-call, unused-ignore]
     return folder
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What recipes of the pages go on from: the embedded model with cores and factors, as they start."""
+    modifier = {"targets": "preset:all-linear", "block_size": 32, "iterations": 0, "propagate": "dense"}
+    recipe = {
+        "model": "builtin:stdlib-llama",
+        "calibration": {"dataset": "builtin:random-tokens", "samples": 1, "sequence_length": 16},
+        "prune_stage": {"armor_modifiers": {"ARMORModifier": modifier}},
+        "output": {"path": str(tmp_path_factory.mktemp("packed") / "out")},
+    }
+    return armor_recipes.apply(recipe).output

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's "Add a modifier", followed to the letter: packages with entry points, and runs of their recipes."""
+"""docs/how-to/modifier.md, followed to the letter: packages with entry points, and runs of their recipes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from armor_recipes.modifiers import modifiers, registry
 from armor_recipes.recipe import reference_markdown
 from tests.support.pages import ROOT, blocks
 
-PAGE = ROOT / "CONTRIBUTING.md"
+PAGE = ROOT / "docs" / "how-to" / "modifier.md"
 
 
 @pytest.fixture

@@ -14,10 +14,20 @@ from armor_recipes import errors
 from armor_recipes.cli import apply, guard, main
 from armor_recipes.run import prepare
 from armor_recipes.run.job import read_recipe
-from tests.support.pages import ROOT, blocks, commands, inline_commands, planned_model, section
+from tests.support.pages import (
+    FROM_LLM_COMPRESSOR,
+    PAGES,
+    ROOT,
+    commands,
+    first_recipe,
+    inline_commands,
+    named_recipes,
+    planned_model,
+    section,
+)
 
 PAGE = ROOT / "docs" / "cli.md"
-SHELL = inline_commands() + commands("bash", "console")
+SHELL = inline_commands() + commands()
 ARMOR = [(place, shlex.split(line)) for place, line in SHELL if line.startswith("armor")]
 ARMOR_IDS = [f"{place} {' '.join(words[:2])}" for place, words in ARMOR]
 
@@ -86,11 +96,13 @@ def test_commands_of_the_docs_parse(words: list[str]) -> None:
 
 @pytest.fixture
 def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the recipes and README's first recipe in it, and one as llm-compressor writes it beside a checkpoint."""
+    """A folder with the recipes in it, those that pages give a name, and one as llm-compressor writes it beside a checkpoint."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    (tmp_path / "first.yaml").write_text(blocks("yaml", page=ROOT / "README.md")[0].text, encoding="utf-8")
-    written = r"{NoWagModifier: {requires_calibration_data: true, targets: ['re:.*_proj$']}}"
-    (tmp_path / "recipe.yaml").write_text(f"default_stage:\n  default_modifiers: {written}\n", encoding="utf-8")
+    recipes = [named_recipes(page) for page in PAGES if page.name != "README.md"]
+    assert len({name for named in recipes for name in named}) == sum(map(len, recipes))
+    for name, text in [*(each for named in recipes for each in named.items()), ("mine.yaml", first_recipe())]:
+        (tmp_path / name).write_text(text, encoding="utf-8")  # `armor init` writes mine.yaml
+    (tmp_path / "recipe.yaml").write_text(FROM_LLM_COMPRESSOR, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -102,11 +114,11 @@ APPLY = [(place, words) for place, words in ARMOR if words[0] == "armor-apply"]
     "words", [words for _, words in APPLY], ids=[f"{place} {' '.join(w[1:3])}" for place, w in APPLY]
 )
 @pytest.mark.usefixtures("working_directory")
-def test_recipes_of_commands_plan(words: list[str], tmp_path: Path) -> None:
+def test_recipes_of_commands_plan(words: list[str], tmp_path: Path, packed: Path) -> None:
     command, given = arguments(words)
     params = command.make_context(words[0], given).params
     recipe = read_recipe(params["recipes"], overrides=params["overrides"] or (), output=params["output"])
-    model = planned_model(recipe.model.id, tmp_path / "model")
+    model = planned_model(recipe.model.id, tmp_path / "model", packed)
     recipe = read_recipe(params["recipes"], overrides=params["overrides"] or (), output=params["output"], model=model)
     assert prepare(recipe).plan.modules
 
@@ -117,8 +129,8 @@ def test_other_commands_of_the_docs_exist() -> None:
     for place, line in SHELL:
         words = shlex.split(line)
         name = Path(words[0]).name
-        known = name in ("armor", "armor-apply") or (name == "make" and words[1] in targets)
-        known = known or (name == "python" and (words[1] == "-m" or (ROOT / words[1]).is_file()))
+        known = name in ("armor", "armor-apply", "torchrun") or (name == "make" and words[1] in targets)
+        known = known or (name == "python" and (words[1] in ("-c", "-m") or (ROOT / words[1]).is_file()))
         if not known:
             missing.append(f"{place}: {line}")
     assert not missing

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import armor_recipes
-from tests.support.pages import PAGES, ROOT, blocks
+from tests.support.pages import PAGES, blocks, first_recipe
 
-#: CONTRIBUTING.md's blocks make a modifier: test_add_a_modifier.py.
-PYTHON = [page for page in PAGES if page.name != "CONTRIBUTING.md" and blocks("python", page=page)]
+#: The blocks of how-to/modifier.md make modifiers: test_add_a_modifier.py.
+PROGRAMS = [block for block in blocks("python") if block.tag is None and block.page.name != "modifier.md"]
+PYTHON = [page for page in PAGES if page in {block.page for block in PROGRAMS}]
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,15 @@ def checkpoint(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return armor_recipes.apply(recipe).output
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
 def test_blocks_run(page: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "first.yaml").write_text(blocks("yaml", page=ROOT / "README.md")[0].text, encoding="utf-8")
+    (tmp_path / "first.yaml").write_text(first_recipe(), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "page", "folder": str(checkpoint)}
-    for block in blocks("python", page=page):
+    for block in PROGRAMS:
+        if block.page != page:
+            continue
+        if "from peft import" in block.text:
+            pytest.importorskip("peft")
         exec(compile("\n" * block.line + block.text, str(block.page), "exec"), names)
