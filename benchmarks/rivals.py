@@ -67,7 +67,7 @@ from runtime import (
 )
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
-from turns import DENSE, Row, file_name, keep, origins, record_file, table, turns_in
+from turns import DENSE, Row, figures, file_name, keep, origins, record_file, table, turns_in
 
 import armor_recipes
 from armor_recipes.checkpoint.staging import staged
@@ -393,6 +393,7 @@ def main() -> int:
     parser.add_argument("--batch", default="1,8,32", help="sequences at once, separated by commas")
     parser.add_argument("--tasks", default=",".join(TOKENS), help="separated by commas")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write each table's rows here, as NAME-BATCH.json")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", help="names, separated by commas; `none` measures nothing; left out, all")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/rivals"))
@@ -435,6 +436,10 @@ def run(options: argparse.Namespace, rows: Mapping[str, Row], names: Sequence[st
             wrong |= contest.turn(number)
         turns = turns_in(folder, rows)
         shown += [table(rows, turns, absent | wrong, batch, lengths), origins(rows, turns)]
+        if options.json is not None:
+            kept = {name: [turn[name] for turn in turns.values() if name in turn] for name in rows}
+            found = [figures(rows[name], turns, own, batch, lengths) for name, own in kept.items() if own]
+            keep(options.json.with_stem(f"{options.json.stem}-{batch}"), {"rows": found})
         if any(row.engine == "llama.cpp" for row in paths):
             shown.append(contest.javascript(work))
     print("\n\n".join(part for part in shown if part))

@@ -84,18 +84,27 @@ def table(
     return "\n".join(lines)
 
 
+def figures(
+    row: Row, turns: Turns, own: Sequence[Mapping[str, Any]], batch: int, tokens: Mapping[str, int]
+) -> dict[str, Any]:
+    """A row's tokens a second with their ratios as text, by task; memory and size in MB."""
+    found: dict[str, Any] = {"name": row.name, "turns": len(own)}
+    for task, length in tokens.items():
+        seconds = [one["seconds"][task] for one in own if task in one["seconds"]]
+        found[task] = round(batch * length / statistics.median(seconds), 2) if seconds else None
+        found[f"{task}_of_dense"] = versus(turns, task, row.name, DENSE.name)
+        found[f"{task}_of_llama"] = versus(turns, task, row.name, f"llama.cpp {row.like}")
+    for kind in ("anonymous", "resident"):
+        found[f"{kind}_mb"] = round(max(one["peak_bytes"][kind] for one in own) / 1e6)
+    return found | {"weights_mb": round(own[0]["weight_bytes"] / 1e6)}
+
+
 def cells(
     row: Row, turns: Turns, own: Sequence[Mapping[str, Any]], batch: int, tokens: Mapping[str, int]
 ) -> Iterator[str]:
-    """A row's speeds with their ratios, memory and size."""
-    for task, length in tokens.items():
-        seconds = [one["seconds"][task] for one in own if task in one["seconds"]]
-        yield f"{batch * length / statistics.median(seconds):.2f}" if seconds else "-"
-        yield versus(turns, task, row.name, DENSE.name)
-        yield versus(turns, task, row.name, f"llama.cpp {row.like}")
-    for kind in ("anonymous", "resident"):
-        yield f"{max(one['peak_bytes'][kind] for one in own) / 1e6:.0f}"
-    yield f"{own[0]['weight_bytes'] / 1e6:.0f}"
+    """A row's figures as text, behind its name and turns."""
+    for name, value in list(figures(row, turns, own, batch, tokens).items())[2:]:
+        yield "-" if value is None else f"{value:.2f}" if name in tokens else str(value)
 
 
 def origins(rows: Iterable[str], turns: Turns) -> str:

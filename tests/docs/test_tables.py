@@ -37,7 +37,7 @@ WITHOUT_JSON = {
     "docs/experts.md": 1,
     "docs/llm-compressor.md": 1,
     "docs/results.md": 3,
-    "docs/runtime.md": 6,
+    "docs/runtime.md": 5,
     "docs/solver.md": 22,
 }
 

@@ -210,7 +210,8 @@ def test_it_trains_with_gradient_checkpointing(folder: Path) -> None:
 
 def test_the_example_of_the_docs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "runtime.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (block,) = (block for block in found if "import LoraConfig" in block)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "docs/runtime.md", "exec"), {"folder": str(folder)})
     assert torch.equal(
