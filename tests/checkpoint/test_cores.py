@@ -63,7 +63,7 @@ def test_every_layer_becomes_a_core_with_equal_logits(
 def test_what_is_not_2of4_or_has_no_core_stays_and_is_counted(tmp_path: Path) -> None:
     """2:4 are the MLP's layers; the first layer's have zero points, which a core has no place for; one is not quantised."""
     up = "model.layers.1.mlp.up_proj"
-    groups = {r"re:.*layers\.0\.mlp.*": {**theirs.INT4, "symmetric": False}, "Linear": theirs.INT4}
+    groups = {r"re:.*layers\.0\.mlp\..*_proj$": {**theirs.INT4, "symmetric": False}, "Linear": theirs.INT4}
     folder = theirs.save(tmp_path / "theirs", groups, sparse="mlp", ignore=("lm_head", up))
     out = tmp_path / "out"
     done = export_folder(folder, out, to="armor")

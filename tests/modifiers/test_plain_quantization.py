@@ -24,6 +24,7 @@ from armor_recipes.integrations.plain import dequantized
 from armor_recipes.modifiers.plain import quantized
 from armor_recipes.modifiers.quantization import QuantizationConfig
 from tests.support.engine import ATTENTION, MLP, make_job, recipe
+from tests.support.releases import since
 
 IDS = torch.arange(10)[None]
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -61,7 +62,17 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("scheme", FORMATS)
+def test_a_release_that_reads_no_blocks_is_told_before_anything_runs(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("armor_recipes.modifiers.kinds.quantizer.release_of", lambda _: "0.18.1")
+    with pytest.raises(
+        PlanError, match=r"compressed-tensors 0\.18\.1 does not read weights with a scale for a block.*0\.19"
+    ):
+        armor_recipes.apply(wanted(source, tmp_path / "out", QuantizationModifier={"scheme": "FP8_BLOCK"}))
+
+
+@pytest.mark.parametrize("scheme", [pytest.param(s, marks=since("0.19")) if s == "FP8_BLOCK" else s for s in FORMATS])
 def test_from_plan_to_stock_loader(source: Path, tmp_path: Path, scheme: str) -> None:
     """The run compares the folder with the model in memory bit for bit; here loaders are compared, and bytes with the plan."""
     out = tmp_path / "out"

@@ -32,6 +32,7 @@ from armor_recipes.modifiers.kinds.experts import fed
 from armor_recipes.modifiers.kinds.factor import FactorModifier
 from armor_recipes.modifiers.kinds.module import ModulePlan
 from armor_recipes.solver import relative_error
+from armor_recipes.version import release_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +287,12 @@ def _plan_plain(
         raise PlanError(
             f"{name}: its global scale is that of all modules that read the same tensor, which a window of data tells: add a "
             "top-level `calibration`"
+        )
+    installed = release_of("compressed-tensors")
+    if scheme.args.weights.strategy == "block" and tuple(map(int, installed.split(".")[:2])) < (0, 19):
+        raise PlanError(
+            f"{name}: compressed-tensors {installed} does not read weights with a scale for a block ({scheme.described}): install "
+            "0.19 or later, or take another scheme"
         )
     linear = planning.linears.modules[name]
     shape = ModuleShape(name, linear.out_features, linear.in_features, planning.itemsize)
