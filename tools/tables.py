@@ -7,8 +7,9 @@ A page says where a table comes from, and how its rows read:
     | {name} | {perplexity[handbook]:.2f} | {bytes:.1%} |
     -->
 
-The file lies under `docs`, and holds a list of rows, or a mapping with `rows`. Each row is put into the second line, as by
-`str.format`; null is a dash. What stands from there to `<!-- end table -->` is written anew. `tests/docs/test_tables.py` compares.
+The file lies under `docs`, and holds a list of rows, or a mapping with `rows` or a sweep's `points`.
+Each row is put into the second line, as by `str.format`; null is a dash.
+What stands from there to `<!-- end table -->` is written anew. `tests/docs/test_tables.py` compares.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 _TABLE = re.compile(
-    r"(?P<head><!-- table of (?P<file>\S+)\n(?P<names>\|.*\|)\n(?P<row>\|.*\|)\n-->\n).*?(?P<end><!-- end table -->)",
+    r"(?P<head><!-- table of (?P<file>\S+)\n(?P<names>\|[^\n]*\|)\n(?P<row>\|[^\n]*\|)\n-->\n).*?(?P<end><!-- end table -->)",
     re.DOTALL,
 )
 
@@ -39,7 +40,7 @@ def written(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         content = json.loads((ROOT / "docs" / match["file"]).read_text(encoding="utf-8"))
-        rows = content["rows"] if isinstance(content, dict) else content
+        rows = content["rows" if "rows" in content else "points"] if isinstance(content, dict) else content
         lines = [match["names"], "|" + "---|" * (match["names"].count("|") - 1)]
         lines += [_Cells().vformat(match["row"], (), row) for row in rows]
         return match["head"] + "\n".join(lines) + "\n" + match["end"]

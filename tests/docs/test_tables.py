@@ -89,3 +89,16 @@ def test_a_table_is_written_from_its_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert TOOL["written"](page) == f"# A\n\n{head}{wanted}<!-- end table -->\n\nend\n"
     with pytest.raises(KeyError, match="of"):
         TOOL["written"](page.replace("{name}", "{of}"))
+
+
+def test_each_table_of_a_page_is_written_from_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/a.json").write_text('[{"x": 1.5}]')
+    (tmp_path / "docs/b.json").write_text('{"points": [{"x": null, "y": {"z": [2]}}]}')
+    monkeypatch.setitem(TOOL["written"].__globals__, "ROOT", tmp_path)
+    page = "<!-- table of a.json\n| x |\n| {x} |\n-->\n<!-- end table -->\n\ntext | with | bars |\n\n"
+    page += "<!-- table of b.json\n| x | y |\n| {x} | {y[z][0]} |\n-->\n<!-- end table -->\n"
+    found = TOOL["written"](page)
+    assert [line for line in found.splitlines() if line.startswith("|")] == [
+        "| x |", "| {x} |", "| x |", "|---|", "| 1.5 |", "| x | y |", "| {x} | {y[z][0]} |", "| x | y |", "|---|---|", "| – | 2 |",
+    ]  # fmt: skip
