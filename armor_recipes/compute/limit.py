@@ -6,7 +6,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from armor_recipes.compute.memory import give_back_large, held_bytes
+from armor_recipes.compute.memory import give_back_large, process_bytes
 from armor_recipes.errors import ResourceError
 from armor_recipes.exhaustion import is_out_of_memory
 
@@ -16,7 +16,7 @@ def private_bytes() -> int:
 
     Anonymous memory is never more; mapped files that are shared are no part of it.
     """
-    return held_bytes("VmData")
+    return process_bytes("VmData")
 
 
 @contextmanager

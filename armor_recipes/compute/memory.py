@@ -12,7 +12,7 @@ from typing import Any
 _MMAP_THRESHOLD, _LARGE = -3, 4 << 20
 
 
-def held_bytes(kind: str) -> int:
+def process_bytes(kind: str) -> int:
     """Of this process, by a name of /proc/self/status (RssAnon, VmData); 0 where the system does not say it (but Linux)."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []

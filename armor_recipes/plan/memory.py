@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from armor_recipes.compute import give_back
-from armor_recipes.compute.memory import held_bytes as resident
+from armor_recipes.compute.memory import process_bytes
 from armor_recipes.compute.threads import at_once
 from armor_recipes.model.experts import expert_of
 from armor_recipes.model.facts import model_facts
@@ -214,4 +214,4 @@ def vocabulary(model: nn.Module) -> int:
 def anonymous_bytes() -> int:
     """Memory of this process that no file stands behind, once what is free is given back; 0 where the system does not say it."""
     give_back()
-    return resident("RssAnon")
+    return process_bytes("RssAnon")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from armor_recipes.compute import give_back
-from armor_recipes.compute.memory import held_bytes
+from armor_recipes.compute.memory import process_bytes
 from armor_recipes.compute.ranks import ranks
 from armor_recipes.events import Observer, PhaseStarted
 from armor_recipes.modifiers.kinds.changes import ModuleResult
@@ -58,7 +58,7 @@ class AnonymousPeak:
 
     def _watch(self) -> None:
         while not self._ended.is_set():
-            self.bytes = max(self.bytes, held_bytes("RssAnon"))
+            self.bytes = max(self.bytes, process_bytes("RssAnon"))
             self._ended.wait(_INTERVAL)
 
 
@@ -127,7 +127,7 @@ def weight_bytes(folder: Path) -> int:
 
 def peak_memory_bytes() -> int:
     """The process's largest resident set so far."""
-    peak = held_bytes("VmHWM")  # on Linux getrusage counts what a process was before it started this program
+    peak = process_bytes("VmHWM")  # on Linux getrusage counts what a process was before it started this program
     if peak:
         return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,6 +21,7 @@ from armor_recipes.calibration.inputs import TOKENS, Batch, leading
 from armor_recipes.calibration.random_inputs import draw
 from armor_recipes.calibration.text import is_soon_read
 from armor_recipes.compute import give_back, plain_torch
+from armor_recipes.compute.memory import process_bytes
 from armor_recipes.compute.threads import one_thread
 from armor_recipes.evaluation.perplexity import fitting_batch
 from armor_recipes.model.blocks import Stacks, find_stacks
@@ -153,15 +154,10 @@ def _peak() -> Iterator[list[int]]:
     give_back()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-        before = _largest_resident()
+        before = process_bytes("VmHWM")
     yield found
     if before is not None:
-        found[0] = _largest_resident() - before
-
-
-def _largest_resident() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        found[0] = process_bytes("VmHWM") - before
 
 
 def _solves(job: Job) -> tuple[dict[object, float], dict[str, float]]:

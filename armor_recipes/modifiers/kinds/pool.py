@@ -28,12 +28,13 @@ def in_order(jobs: Sequence[Job[T]], device: torch.device, costs: Sequence[float
     Ranks share them out by their costs, and have all results only when all have theirs: on several, what the jobs cost decides
     who does them, and the first rank's error is raised where several fail.
     """
+    costs = costs or [1.0] * len(jobs)
     if ranks().size == 1:
         yield from _side_by_side(jobs, device, costs)
         return
-    places = by_cost(costs or [1.0] * len(jobs))
+    places = by_cost(costs)
     own = places[ranks().rank]
-    found = each(lambda: list(_side_by_side([jobs[i] for i in own], device, [costs[i] for i in own] if costs else ())))
+    found = each(lambda: list(_side_by_side([jobs[i] for i in own], device, [costs[i] for i in own])))
     results = {
         place: one for taken, rank in zip(places, found, strict=True) for place, one in zip(taken, rank, strict=True)
     }
@@ -55,7 +56,8 @@ def _side_by_side(jobs: Sequence[Job[T]], device: torch.device, costs: Sequence[
     futures: list[Future[T]] = []
     with one_thread_each(workers) as pool:
         try:
-            begun = {i: pool.submit(stop.unless_failed, jobs[i]) for i in _dearest_first(len(jobs), costs)}
+            dearest_first = sorted(range(len(jobs)), key=lambda i: -costs[i])
+            begun = {i: pool.submit(stop.unless_failed, jobs[i]) for i in dearest_first}
             futures.extend(begun[i] for i in range(len(jobs)))
             for future in futures:
                 wait([future])
@@ -67,11 +69,6 @@ def _side_by_side(jobs: Sequence[Job[T]], device: torch.device, costs: Sequence[
             for future in futures:
                 future.cancel()
     _raise_first(futures)
-
-
-def _dearest_first(count: int, costs: Sequence[float]) -> list[int]:
-    """The order to begin in; the given one among those that cost the same."""
-    return sorted(range(count), key=lambda i: -costs[i]) if costs else list(range(count))
 
 
 class _Stop:
