@@ -44,7 +44,10 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "distil": ("DistillationModifier", {}),
     **{name: ("QuantizationModifier", {"targets": [TARGETS], **fields}) for name, fields in CORES.items()},
-    "int4 hessian": ("QuantizationModifier", {"targets": [TARGETS], **CORES["int4"], "objective": "hessian"}),
+    **{
+        f"{name} hessian": ("QuantizationModifier", {"targets": [TARGETS], **CORES[name], "objective": "hessian"})
+        for name in ("int4", "FP8_DYNAMIC")
+    },
 }
 ROWS = (
     "armor",
@@ -60,6 +63,8 @@ ROWS = (
     "armor + distil + int4 hessian + distil",
     "armor + W8A8 + distil",
     "armor + FP8_DYNAMIC + distil",
+    "armor + FP8_DYNAMIC hessian",
+    "armor + FP8_DYNAMIC hessian + distil",
 )
 
 

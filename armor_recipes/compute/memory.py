@@ -8,8 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-#: M_MMAP_THRESHOLD of glibc's malloc.h, and what is large.
-_MMAP_THRESHOLD, _LARGE = -3, 4 << 20
+#: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+#: What is free at the end of the heap stays there up to this.
+_KEPT = 64 << 20
+#: What is larger comes from the system and goes back to it at once: as much as glibc allows, and with a bound on memory.
+_LARGE, _LARGE_WHERE_BOUNDED = 32 << 20, 4 << 20
 
 
 def process_bytes(kind: str) -> int:
@@ -31,15 +35,30 @@ def give_back() -> None:
 
 
 @cache
+def keep_small() -> None:
+    """Keep what is freed, but for large pieces, for the next ones of any size. Nothing where the allocator cannot be told to.
+
+    For torch's allocator with huge pages (THP_MEM_ALLOC_ENABLE), which asks for aligned pieces: glibc's own way, a bound that
+    grows to the size of what is freed, lets each of those go back to the system and come again, page by page.
+    """
+    _set(_LARGE)
+
+
+@cache
 def give_back_large() -> None:
     """Let large pieces that are freed go back to the system at once, from here to the end of the process. Only glibc can be told.
 
     Else it keeps pieces of up to 32 MiB for the next ones, and what has another size does not fit into them: solves of a model of
     2,048 channels took 1.3 times what they held. Below 4 MiB that is worth the time it saves.
     """
+    _set(_LARGE_WHERE_BOUNDED)
+
+
+def _set(large: int) -> None:
     option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if option is not None:
-        option(_MMAP_THRESHOLD, _LARGE)
+        option(_MMAP_THRESHOLD, large)
+        option(_TRIM_THRESHOLD, _KEPT)
 
 
 @cache

@@ -21,6 +21,7 @@ from armor_recipes.checkpoint.quantized import (
 from armor_recipes.runtime.dense import is_worth, suits_kernel
 from armor_recipes.runtime.kernel import run_dense_kernel
 from armor_recipes.runtime.linear import ArmorLinear
+from armor_recipes.runtime.state import TensorState
 
 _DENSE = "_armor_dequantized"
 
@@ -116,19 +117,21 @@ class _Dense:
         return output if after is None else after(module, (given,), output)
 
     def _found(self, module: nn.Module) -> _Made:
-        device = next(x.device for x in (*module._parameters.values(), *module._buffers.values()) if x is not None)
-        if self._made is None or self._made.device != device:
-            tensors = {name: value.detach() for name, value in module.named_parameters(recurse=False) if name != "bias"}
-            tensors |= dict(module.named_buffers(recurse=False))
+        found = {**module._parameters, **module._buffers}
+        held = {name: tensor for name, tensor in found.items() if tensor is not None and name != "bias"}
+        states = tuple(TensorState(tensor) for tensor in held.values())
+        if self._made is None or self._made.states != states:
+            tensors = {name: tensor.detach() for name, tensor in held.items()}
             layer = QuantizedLinear(self.scheme, tensors)
             integers = _integers(layer) if self.kernel and self.dtype == torch.bfloat16 else None
-            self._made = _Made(device, layer, layer.activations(self.dtype), integers)
+            self._made = _Made(states, layer, layer.activations(self.dtype), integers)
         return self._made
 
 
 @dataclass(slots=True)
 class _Made:
-    device: torch.device
+    states: tuple[TensorState, ...]
+    """Of the tensors that it was made from."""
     layer: QuantizedLinear
     quantizer: ActivationQuantizer | None
     integers: tuple[Tensor, Tensor] | None

@@ -14,6 +14,7 @@ from armor_recipes.checkpoint.packing import QUANTIZED_DTYPES, FactorizationLike
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import CheckpointError, PlanError
 from armor_recipes.runtime.backends import choose_backend, environment, wants_gradients
+from armor_recipes.runtime.state import TensorState
 
 
 class ArmorLinear(nn.Linear):
@@ -237,7 +238,7 @@ class ArmorLinear(nn.Linear):
     @torch.no_grad()
     def _cached(self) -> Any:
         backend, holder = choose_backend(self.backend), self.tied_to or self
-        key = backend.name, tuple(_Version(tensor) for tensor in self._stored().values())
+        key = backend.name, tuple(TensorState(tensor) for tensor in self._stored().values())
         if holder._prepared is None or holder._prepared[0] != key:
             holder._prepared = None  # the old one is freed before the new one is made
             # What inference mode makes could not be used in a later backward pass, nor what autocast rounds.
@@ -299,8 +300,8 @@ class _Call:
     run: Callable[[Tensor], Tensor]
     backend: str | None
     environment: tuple[str | None, ...]
-    parameters: tuple[tuple[dict[str, Tensor | None], str, Tensor | None, int], ...]
-    """The dict that holds a parameter, its name, itself, and its version."""
+    parameters: tuple[tuple[dict[str, Tensor | None], str, Tensor | None, TensorState | None], ...]
+    """The dict that holds a parameter, its name, itself, and its state."""
 
     @classmethod
     def of(cls, layer: ArmorLinear, run: Callable[[Tensor], Tensor]) -> _Call:
@@ -312,32 +313,15 @@ class _Call:
             run,
             layer.backend,
             environment(),
-            tuple((place, name, tensor, _version(tensor)) for place, name, tensor in found),
+            tuple(
+                (place, name, tensor, None if tensor is None else TensorState(tensor)) for place, name, tensor in found
+            ),
         )
 
     def still_right(self, layer: ArmorLinear) -> bool:
         if layer.backend is not self.backend or environment() != self.environment:
             return False
-        for place, name, tensor, version in self.parameters:
-            if place[name] is not tensor or (tensor is not None and _version(tensor) != version):
+        for place, name, tensor, state in self.parameters:
+            if place[name] is not tensor or (state is not None and not state.holds()):
                 return False
         return True
-
-
-def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
-
-
-class _Version:
-    """One tensor in one state: equal to another only if it is the same tensor and was not changed in place since."""
-
-    __slots__ = ("count", "tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.count = _version(tensor)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Version) and self.tensor is other.tensor and self.count == other.count
-
-    __hash__ = None  # type: ignore[assignment]

@@ -139,6 +139,22 @@ def test_the_weight_of_a_quantised_layer_is_what_it_stands_for(tmp_path: Path) -
     assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("change", ["in place", "other memory", "other values"])
+def test_what_it_stands_for_follows_its_tensors(tmp_path: Path, change: str) -> None:
+    loaded: Any = armor_recipes.load(written(tmp_path, "conv1d", groups("W4A16")))
+    layer, x = loaded.transformer.h[0].mlp.c_fc, torch.randn(3, 32, dtype=torch.bfloat16)
+    before = layer(x) - layer.bias
+    with torch.no_grad():
+        if change == "in place":
+            layer.weight_scale.mul_(2)
+        elif change == "other memory":
+            layer.weight_scale.data = 2 * layer.weight_scale.data
+        else:
+            layer.load_state_dict({**layer.state_dict(), "weight_scale": 2 * layer.weight_scale})
+        layer.bias.zero_()
+    torch.testing.assert_close(layer(x), 2 * before, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_adapters_are_not_merged_into_it(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
