@@ -39,7 +39,7 @@ from armor_recipes.errors import ArmorError, CheckpointError, PlanError
 from armor_recipes.integrations.attention import adopt_attention
 from armor_recipes.integrations.caches import run_caches, without_cache
 from armor_recipes.integrations.loading import tie_packed, wrap_quantizer
-from armor_recipes.integrations.plain import lay_out_zero_point, run_plain
+from armor_recipes.integrations.plain import PlainLinear, lay_out_zero_point, run_plain
 from armor_recipes.integrations.rotations import rotation_tensors
 from armor_recipes.integrations.upstream import (
     VERSIONS,
@@ -54,8 +54,9 @@ from armor_recipes.integrations.upstream import (
 )
 from armor_recipes.paths import user_path
 from armor_recipes.runtime.backends import choose_backend
-from armor_recipes.runtime.dense import adopt_dense
+from armor_recipes.runtime.dense import DenseLinear, adopt_dense
 from armor_recipes.runtime.linear import ArmorLinear
+from armor_recipes.runtime.pages import read_each_token, to_large_pages
 from armor_recipes.runtime.slower import warn_where_slower
 
 if TYPE_CHECKING:
@@ -212,13 +213,14 @@ def load(
     run_plain(model, model.dtype, kernel=ours)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its signature
+    if ours:
+        adopt_dense(model)
+        adopt_attention(model)
+        to_large_pages(read_each_token(model, (ArmorLinear, DenseLinear, PlainLinear)))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ArmorLinear)}
     for name, layer in layers.items():
         layer.label, layer.backend = name, chosen.name
         layer.prepare()
-    if ours:
-        adopt_dense(model)
-        adopt_attention(model)
     warn_where_slower(layers)
     return model
 

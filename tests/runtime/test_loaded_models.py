@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import mmap
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import armor_recipes
-from armor_recipes.runtime import ArmorLinear, set_backend
+from armor_recipes.runtime import ArmorLinear, pages, set_backend
 from armor_recipes.runtime.auto import DenseCores, choices
 from armor_recipes.runtime.backends import choose_backend
 from armor_recipes.runtime.kernel import kernel_available
@@ -36,6 +39,36 @@ def test_auto_is_the_default_and_folds_nothing(checkpoint: Path) -> None:
         prepared = [layer._prepared for layer in layers(model)]
         assert all(made is not None and isinstance(made[1], DenseCores) and not made[1].kept for made in prepared)
     assert choices()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux alone")
+def test_large_weights_lie_in_memory_of_large_pages(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a token reads: packed values and masks, and the layers that stay dense. Its bits and the folder stay as they are."""
+    mapped = armor_recipes.load(checkpoint, dtype="auto")
+    monkeypatch.setattr(pages, "LARGE_PAGE", 1 << 9)
+    moved: list[int] = []
+
+    def copied(tensor: Tensor, advice: int) -> Tensor:
+        made = _copied(tensor, advice)
+        assert made.data_ptr() % mmap.PAGESIZE == 0
+        moved.append(made.data_ptr())
+        return made
+
+    _copied = pages._copied
+    monkeypatch.setattr(pages, "_copied", copied)
+    model = armor_recipes.load(checkpoint)
+    held = {parameter.data_ptr() for parameter in model.parameters() if parameter.nbytes >= 1 << 9}
+    assert {layer.weight.data_ptr() for layer in layers(model)} <= set(moved) <= held
+    assert torch.equal(logits(model), logits(mapped))
+    model.save_pretrained(tmp_path)
+    stored, again = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path))
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(stored[name], again[name]) for name in stored)
+    moved.clear()
+    armor_recipes.load(checkpoint, backend="folded")
+    assert not moved
 
 
 @pytest.mark.parametrize("backend", ["cpu", "auto", "reference"])
