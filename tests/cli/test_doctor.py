@@ -34,6 +34,18 @@ def test_it_fits_80_columns_and_says_the_same_as_json(shell: Shell, monkeypatch:
         assert (row["state"] == "ok") == (row["advice"] == "")
 
 
+@pytest.mark.parametrize(("held", "state"), [("always [madvise] never", "ok"), ("always madvise [never]", "less")])
+def test_huge_pages_that_are_off_are_told(
+    held: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "enabled"
+    monkeypatch.setattr(doctor, "_HUGE_PAGES", file)
+    assert "huge pages" not in {row.subject for row in doctor.examine(Path())}
+    file.write_text(held)
+    row = next(row for row in doctor.examine(Path()) if row.subject == "huge pages")
+    assert (row.state, row.found) == (state, held.partition("[")[2].partition("]")[0])
+
+
 def test_every_extra_is_told() -> None:
     assert set(doctor.EXTRAS) == set(PROJECT["optional-dependencies"]) - {"dev", "docs"}  # those of who works on it
 
