@@ -63,7 +63,11 @@ def eval_command(
         int | None, typer.Option(min=1, help="Samples of each task, from the start; left out, all.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(callback=_not_empty, help="The dense model to compare with; fidelity needs it.")
+        str | None,
+        typer.Option(
+            callback=_not_empty,
+            help="The dense model to compare with, or what --json said of it in a file NAME.json; fidelity needs it.",
+        ),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(callback=_not_empty, help="What to measure on: a file, a hub id, or builtin:NAME.")
@@ -89,6 +93,8 @@ def eval_command(
     with loading():
         from armor_recipes.cli.quiet import quiet_libraries
         from armor_recipes.errors import RecipeError
+        from armor_recipes.report.machine import machine_class
+        from armor_recipes.report.saved import saved_dict
         from armor_recipes.run.measure import evaluate_model, evaluate_tasks
 
     quiet_libraries()
@@ -119,7 +125,11 @@ def eval_command(
             against=against,
             device=device,
         )
-    print(json.dumps(_data(found, against), indent=2) if as_json else _words(found, against))
+    if as_json:
+        saved = saved_dict(found, model, machine_class(device))
+        print(json.dumps({**_data(found, against), **saved}, indent=2))
+    else:
+        print(_words(found, against))
 
 
 def _data(found: Evaluation, against: str | None) -> dict[str, Any]:

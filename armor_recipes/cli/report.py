@@ -18,8 +18,16 @@ def report_command(
             help="The page to write; without it report.html and report.md of a single folder are written anew.",
         ),
     ] = None,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="What `armor eval FOLDER --json` printed, to be shown from now on; repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Write the page of a run anew, or one of several runs side by side (armor report out/one out/two --output both.html)."""
     from armor_recipes.run.report_file import write_report_page
 
-    print(f"wrote {write_report_page(folders, output)}")
+    print(f"wrote {write_report_page(folders, output, evaluations or ())}")

@@ -117,11 +117,16 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One measure of the dense and of the compressed model; `before` is None where the dense model is what is compared with."""
+    """One measure of the dense and of the compressed model; `before` is None where the dense model is what is compared with.
+
+    `armor eval` knows the measure's `keys` with their defaults, too, and with a preset the hash of the dense weights as `origin`.
+    """
 
     name: str
     before: Measured | None
     after: Measured
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    origin: str | None = None
 
     @property
     def differences(self) -> tuple[Value, ...]:

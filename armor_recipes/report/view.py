@@ -22,6 +22,8 @@ _BLOCK = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 #: What was done out of the ordinary, in words, by its name in the manifest's counts.
 _COUNTS = {"gram_jitter": "damping retries", "dead_channels": "dead channels", "zero_weight": "weights of zeros alone"}
+#: Of report.json; a reader takes this one and earlier ones, which had no number.
+REPORT_VERSION = 1
 _BY_PHASE = ("cpu_seconds_by_phase", "peak_memory_bytes_by_phase")
 Json = Mapping[str, Any]
 
@@ -36,7 +38,7 @@ def run_view(folder: Path, name: str | None = None) -> dict[str, Any]:
             raise CheckpointError(
                 f"{folder} holds no {file}: name the output folder of a run (an export has no report)"
             )
-    manifest, report = read_json(folder / MANIFEST_FILE), read_json(folder / "report.json")
+    manifest, report = read_json(folder / MANIFEST_FILE), read_report(folder)
     recipe = read_resolved(folder / RECIPE_FILE) if has_recipe(folder) else None
     try:
         view: dict[str, Any] = _finite(_view(name or folder.resolve().name, manifest, report, recipe))
@@ -46,6 +48,18 @@ def run_view(folder: Path, name: str | None = None) -> dict[str, Any]:
             f"{folder}: {MANIFEST_FILE} and report.json do not hold what a run writes ({type(error).__name__}: {error}); restore "
             "them, or run the recipe again"
         ) from error
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """A run's report.json. Raises CheckpointError where it is none, or of a later release."""
+    report = read_json(folder / "report.json")
+    version = report.get("report_version", REPORT_VERSION)
+    if not isinstance(version, int) or version > REPORT_VERSION:
+        raise CheckpointError(
+            f"{folder / 'report.json'} is of report_version {version}, and this release reads {REPORT_VERSION}: take a later "
+            "release"
+        )
+    return report
 
 
 def _view(name: str, manifest: Json, report: Json, recipe: Json | None) -> dict[str, Any]:
@@ -121,6 +135,11 @@ def _summary(manifest: Json, report: Json, modules: list[dict[str, Any]]) -> Ite
         for name, value in after.items():
             if _is_figure(name, value):
                 yield [(prefix + name).replace("_", " "), _figure(before.get(name)), _figure(value), ""]
+    for measure, both in report.get("later", {}).items():
+        before = both["before"] or {}
+        for name, value in both["after"].items():
+            label = f"{measure} {name}" if measure not in name else name
+            yield [f"{label.replace('_', ' ')} (armor eval)", _figure(before.get(name)), _figure(value), ""]
     yield ["size on disk", report["size_before_bytes"], report["size_after_bytes"], "B"]
     totals = manifest["totals"]
     yield ["weights of the modules", totals["bytes_before"], totals["bytes_after"], "B"]

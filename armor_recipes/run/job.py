@@ -45,6 +45,7 @@ from armor_recipes.report.loads import load_rows
 from armor_recipes.report.manifest import Facts, build_manifest, calibration_rows, skipped_rows, state_hash
 from armor_recipes.report.measure import Stopwatch
 from armor_recipes.report.page import write_page
+from armor_recipes.report.view import REPORT_VERSION
 from armor_recipes.run.checks import check_output, check_weights, placed, precious_paths
 from armor_recipes.run.data import Data
 from armor_recipes.run.depth import Depth
@@ -504,6 +505,7 @@ class _Run:
         """Write what is no function of the inputs; returns it."""
         job = self.job
         report = {
+            "report_version": REPORT_VERSION,
             **self.watch.report(folder, source=job.source.folder, estimate=job.estimate, modules=facts.modules),
             "seconds_by_refinement": {f"{r.modifier} {r.unit}": round(r.seconds, 3) for r in facts.refinements},
             "modules": module_rows(facts),

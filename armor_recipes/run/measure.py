@@ -40,8 +40,10 @@ from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import load_section
-from armor_recipes.recipe.schema import DType, InputsSpec, ModelSpec
+from armor_recipes.recipe.schema import DType, InputsSpec, ModelSpec, Strict
+from armor_recipes.report.machine import machine_class
 from armor_recipes.report.manifest import state_hash
+from armor_recipes.report.saved import Saved, is_saved, read_saved
 from armor_recipes.run.evaluating import taken
 from armor_recipes.run.planning import parse_device
 from armor_recipes.run.refusals import resource_errors
@@ -69,7 +71,7 @@ def evaluate_model(
         keys: its keys there.
         preset: of `PRESETS`, whose keys lie under `keys`.
         overrides: `key=value`, laid over them.
-        against: the dense model, which is measured before.
+        against: the dense model, which is measured before; or a file `NAME.json` with what was measured of it (`read_saved`).
         device: where to compute.
 
     Raises:
@@ -89,7 +91,9 @@ def evaluate_model(
     spec = load_section(measure.spec_type, ("evaluation", name), keys, overrides=overrides)
     if measure.keeps and against is None:
         raise RecipeError(f"{name} compares a model with the dense one: name that with --against MODEL")
-    return _evaluate(model, measure, spec, against, parse_device(device), exact=preset is not None)
+    if measure.keeps and against is not None and is_saved(against):
+        raise RecipeError(f"{name} compares outputs, and {against} holds figures alone: name the dense model itself")
+    return _evaluate(model, measure, spec, against, parse_device(device), preset=preset)
 
 
 @plain_torch()
@@ -104,39 +108,78 @@ def evaluate_tasks(
 ) -> Evaluation:
     """Have lm-eval measure tasks of a model, and of the one to compare with before. Arguments and errors as `measure_tasks`."""
     on = parse_device(device)
+    keys = {"tasks": list(tasks), "include": None if include is None else str(include), "limit": limit}
+    saved = _saved(against, "tasks", keys)
 
     def take(name: str) -> Measurement:
         source = _opened(name, on)
         return measure_tasks(_loaded(name, source, on), load_tokenizer(source), tasks, include=include, limit=limit)
 
     with resource_errors():
-        before = None if against is None else take(against)
-        return Evaluation("tasks", before, take(model))
+        before = None if against is None else take(against) if saved is None else saved.after
+        after = take(model)
+        if saved is not None:
+            saved.check_data(after.sha256)
+        return Evaluation("tasks", before, after, keys)
+
+
+def _saved(against: str | None, measure: str, keys: Mapping[str, Any]) -> Saved | None:
+    """What was measured before of the model to compare with, where a file of that is named. Raises InputError and PlanError."""
+    if against is None or not is_saved(against):
+        return None
+    saved = read_saved(user_path(against))
+    saved.check(measure, keys)
+    return saved
 
 
 @plain_torch()
 def _evaluate(
-    model: str, measure: type[Measure[Any]], spec: Any, against: str | None, device: torch.device, *, exact: bool
+    model: str,
+    measure: type[Measure[Any]],
+    spec: Strict,
+    against: str | None,
+    device: torch.device,
+    *,
+    preset: str | None,
 ) -> Evaluation:
     compute = spec.compute_dtype if isinstance(spec, SpeedSpec) else None
+    keys = {**spec.model_dump(mode="json"), "preset": preset}
+    saved = _saved(against, measure.name, keys)
+    if saved is not None and measure is Speed:
+        _check_machine(saved, device)
     source = _opened(model, device, compute)
     shapes = meta_model(source)
     measure.check(shapes)
-    other = None if against is None else _opened(against, device, compute)
-    if exact:
+    other = None if against is None or saved is not None else _opened(against, device, compute)
+    if preset is not None:
         _check_positions(spec, {model: source} if against is None or other is None else {model: source, against: other})
     with resource_errors(), tempfile.TemporaryDirectory(prefix="armor-eval-") as folder:
         ready, room = measure.read(spec, _reading(source, shapes)), Room(Path(folder))
         before = None
-        if against is not None and other is not None:
+        if saved is not None:
+            saved.check_data(ready.sha256)
+            _check_origin(model, str(saved.file), saved.origin)
+            before = saved.after
+        elif against is not None and other is not None:
             _check_tokens(ready, spec, other, (model, against))
             dense = _loaded(against, other, device, timed=measure is Speed)
-            if exact:
-                _check_origin(model, against, other, dense)
+            if preset is not None:
+                _check_origin(model, against, _dense_hash(against, other, dense))
             before = taken(partial(ready.before, dense, room), dense)
             del dense  # two models need not be held
         found = _loaded(model, source, device, timed=measure is Speed)
-        return Evaluation(measure.name, before, taken(partial(ready.after, found, room), found))
+        origin = None if preset is None else _dense_hash(model, source, found)
+        return Evaluation(measure.name, before, taken(partial(ready.after, found, room), found), keys, origin)
+
+
+def _check_machine(saved: Saved, device: torch.device) -> None:
+    """Raise PlanError where times were taken on another machine class or with other threads."""
+    here = {**machine_class(str(device)), "threads": torch.get_num_threads()}
+    there = {**saved.machine, "threads": getattr(saved.after, "details", {}).get("threads")}
+    differ = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
+    if differ:
+        told = ", ".join(f"{name} {there.get(name)} and not {here.get(name)}" for name in differ)
+        raise PlanError(f"{saved.file} was timed with {told}, so that speeds do not compare: measure it anew here")
 
 
 def _check_positions(spec: Any, sources: Mapping[str, ModelSource]) -> None:
@@ -161,15 +204,22 @@ def _check_tokens(ready: Measure[Any], spec: Any, other: ModelSource, names: tup
         )
 
 
-def _check_origin(model: str, against: str, other: ModelSource, dense: PreTrainedModel) -> None:
+def _check_origin(model: str, against: str, theirs: str | None) -> None:
     """Raise PlanError where the model's manifest names another dense model than the one it is compared with, or came from."""
     own = _origin(model)
-    theirs = _origin(against) or state_hash(dense, written_dtypes(dense, other), other.stored_dtype)
-    if own is not None and own != theirs:
+    if None not in (own, theirs) and own != theirs:
         raise PlanError(
-            f"the manifest of {model} says that it was made of another dense model than {against} (sha256 {own[:12]} and "
-            f"{theirs[:12]}), so that the two do not compare: give the one that it was made of, or leave --against out"
+            f"the manifest of {model} says that it was made of another dense model than {against} (sha256 {str(own)[:12]} and "
+            f"{str(theirs)[:12]}), so that the two do not compare: give the one that it was made of, or leave --against out"
         )
+
+
+def _dense_hash(name: str, source: ModelSource, model: PreTrainedModel) -> str | None:
+    """The hash of the dense weights that a model has, or was made of; None where a compressed folder does not say."""
+    own = _origin(name)
+    if own is None and not _is_packed(name):
+        return state_hash(model, written_dtypes(model, source), source.stored_dtype)
+    return own
 
 
 def _origin(model: str) -> str | None:

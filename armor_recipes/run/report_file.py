@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from armor_recipes.errors import RecipeError, ResourceError
+from armor_recipes.checkpoint.files import MANIFEST_FILE, write_whole
+from armor_recipes.errors import InputError, RecipeError, ResourceError
 from armor_recipes.exhaustion import is_disk_full
 from armor_recipes.paths import user_path
 from armor_recipes.report.page import MARK, page, write_page
-from armor_recipes.report.view import run_view
+from armor_recipes.report.saved import Saved, later_row, manifest_hash, read_saved
+from armor_recipes.report.view import read_report, run_view
 from armor_recipes.run.checks import check_writable
 
 _KEY = "seconds_by_phase"
@@ -47,13 +49,18 @@ def write_report(path: Path, report: Mapping[str, Any], *, output: Path) -> None
         ) from error
 
 
-def write_report_page(folders: Sequence[Path], output: Path | None) -> Path:
+def write_report_page(folders: Sequence[Path], output: Path | None, evaluations: Sequence[Path] = ()) -> Path:
     """Write the page of these runs to `output`; without one that of a single run into its folder, with report.md. Returns the file.
 
-    Raises RecipeError where `output` is missing for several, or is something else than a page of ours; CheckpointError for a folder
-    that is no run's; ResourceError for a full disk.
+    What the files `evaluations`, of `armor eval --json`, say of a single run is kept in its report.json, and shown from there on.
+
+    Raises RecipeError where `output` is missing for several, or is something else than a page of ours, or `evaluations` are for
+    several; CheckpointError for a folder that is no run's; InputError for a file that is no evaluation of the folder; ResourceError
+    for a full disk.
     """
     places = [user_path(folder) for folder in folders]
+    if evaluations and len(places) > 1:
+        raise RecipeError("--eval adds figures to the report of one run: name a single folder with it")
     if output is None and len(places) > 1:
         raise RecipeError("several runs make a page of their own: name it with --output FILE")
     if output is not None:
@@ -64,6 +71,8 @@ def write_report_page(folders: Sequence[Path], output: Path | None) -> Path:
             )
     file = places[0] / "report.html" if output is None else user_path(output)
     try:
+        if evaluations:
+            _keep(places[0], [read_saved(user_path(path)) for path in evaluations])
         if output is None:
             write_page(places[0])
         else:
@@ -72,6 +81,20 @@ def write_report_page(folders: Sequence[Path], output: Path | None) -> Path:
         full = is_disk_full(error)
         raise (ResourceError if full else RecipeError)(f"{file} cannot be written ({error.strerror})") from error
     return file
+
+
+def _keep(folder: Path, evaluations: Sequence[Saved]) -> None:
+    """Put evaluations of a run's folder into its report.json, each in the place of an earlier one of its measure."""
+    run_view(folder)  # a folder of a run
+    for saved in evaluations:
+        if saved.manifest is None or saved.manifest != manifest_hash(folder):
+            raise InputError(
+                f"{saved.file} is not of {folder} as it is there (the hash of {MANIFEST_FILE} is another): "
+                f"`armor eval {folder} --json` measures it"
+            )
+    report = read_report(folder)
+    report["later"] = {**report.get("later", {}), **{saved.measure: later_row(saved) for saved in evaluations}}
+    write_whole(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
 
 
 def _is_page(file: Path) -> bool:

@@ -178,3 +178,47 @@ def test_speed_beside_the_dense_model(shell: Shell, pruned: tuple[Path, dict[str
             assert 0 < low <= found[when][name]["value"] <= high
         assert found[when]["dtype"] == "bfloat16"
     assert found["before"]["sha256"] == found["after"]["sha256"]
+
+
+def test_against_what_was_measured_before(
+    shell: Shell, pruned: tuple[Path, dict[str, object]], notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(notes)
+    exact = ("--preset", "wikitext2", *TEXT)
+    Path("dense.json").write_text(shell("armor", "eval", MODEL, *exact).out)
+    words = ("armor", "eval", pruned[0], "--against")
+    found, anew = (json.loads(shell(*words, dense, *exact).out) for dense in ("dense.json", MODEL))
+    assert found == anew
+    saved = json.loads(Path("dense.json").read_text())
+    Path("else.json").write_text(json.dumps({**saved, "origin_sha256": "0" * 64}))
+    Path("damaged.json").write_text(json.dumps({**saved, "record": {"before": None, "after": {"nll": "x"}}}))
+    Path("text.json").write_text(
+        json.dumps({**saved, "record": {"before": None, "after": {**saved["record"]["after"], "sha256": "0"}}})
+    )
+    for dense, flags, code, said in (
+        ("dense.json", TEXT, 3, "dense.json was measured with bos once and not auto, preset wikitext2 and not None"),
+        ("dense.json", (*exact, "--windows", "2"), 3, "with windows None and not 2, so that figures do not compare"),
+        ("dense.json", ("--measure", "speed"), 3, "dense.json holds perplexity and not speed"),
+        ("dense.json", ("--measure", "fidelity"), 2, "fidelity compares outputs, and dense.json holds figures alone"),
+        ("else.json", exact, 3, "made of another dense model than"),
+        ("text.json", exact, 3, "was measured on other samples (sha256 0 and "),
+        ("damaged.json", exact, 5, "damaged.json is not what `armor eval --json` prints"),
+        ("none.json", exact, 5, "no such file; `armor eval MODEL --json > none.json` makes one"),
+        (pruned[0] / "config.json", exact, 5, "is not what `armor eval --json` prints"),
+    ):
+        done = shell(*words, dense, *flags)
+        assert (done.code, done.out) == (code, ""), done.err
+        assert said in done.err
+
+
+def test_times_of_another_machine_do_not_compare(
+    shell: Shell, pruned: tuple[Path, dict[str, object]], notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(notes)
+    few = ("--measure", "speed", "--set", "turns=1", "--set", "prompt_tokens=8", "--set", "new_tokens=2")
+    saved = json.loads(shell("armor", "eval", MODEL, *few, "--json").out)
+    for machine, code in ((saved["machine"], 0), ({**saved["machine"], "level": "ABACUS"}, 3)):
+        Path("dense.json").write_text(json.dumps({**saved, "machine": machine}))
+        done = shell("armor", "eval", pruned[0], "--against", "dense.json", *few)
+        assert done.code == code, done.err
+    assert "was timed with level ABACUS and not " in done.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import armor_recipes
@@ -29,3 +31,30 @@ def test_armor_report_writes_a_run_anew_and_runs_side_by_side(llama: Path, tmp_p
         assert (done.code, done.out) == (code, ""), done.err
         assert "Traceback" not in done.err
     assert taken.read_text() == "mine"
+
+
+def test_evaluations_that_were_taken_later_are_shown_from_then_on(llama: Path, tmp_path: Path, shell: Shell) -> None:
+    run = armor_recipes.apply(recipe(llama, tmp_path / "out")).output
+    few = ("--set", "turns=2", "--set", "prompt_tokens=8", "--set", "new_tokens=2")
+    found = shell("armor", "eval", run, "--measure", "speed", "--against", llama, *few, "--json").out
+    (file := tmp_path / "speed.json").write_text(found)
+    assert str(tmp_path) not in found
+    assert shell("armor", "report", run, "--eval", file).code == 0
+    assert shell("armor", "report", run).code == 0  # and kept
+    text = (run / "report.md").read_text()
+    assert "| speed decode tokens per second (armor eval) | " in text
+    later = json.loads((run / "report.json").read_text())["later"]["speed"]
+    assert later["after"]["decode_tokens_per_second"] == json.loads(found)["after"]["decode_tokens_per_second"]
+    assert later["before"]["decode_tokens_per_second"] == json.loads(found)["before"]["decode_tokens_per_second"]
+    assert "speed decode tokens per second (armor eval)" in (run / "report.html").read_text()
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "armor_manifest.json").write_bytes((run / "armor_manifest.json").read_bytes() + b"\n")
+    for code, words in (
+        (5, (other, "--eval", file)),
+        (5, (run, "--eval", run / "report.json")),
+        (5, (run, "--eval", tmp_path / "none.json")),
+        (2, (run, run, "--eval", file, "--output", tmp_path / "both.html")),
+    ):
+        done = shell("armor", "report", *words)
+        assert (done.code, done.out) == (code, ""), done.err
+        assert "Traceback" not in done.err
