@@ -83,10 +83,26 @@ class Page:
 
     def press(self, key: str) -> None:
         """A key pressed and let go."""
-        code = {"Tab": 9, "Enter": 13}[key]
-        text = {"text": "\r"} if key == "Enter" else {}
+        code = {"Tab": 9, "Enter": 13, " ": 32, "ArrowDown": 40}[key]
+        text = {"text": {"Enter": "\r", " ": " "}[key]} if key in ("Enter", " ") else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
+
+    def until(self, expression: str) -> Any:
+        """The value of an expression as soon as it is true."""
+        look = (
+            f"const look = () => {{ const found = {expression}; found ? done(found) : setTimeout(look, 20); }}; look();"
+        )
+        return self.ask(f"new Promise((done) => {{ {look} }})")
+
+    def hover(self, selector: str, place: str) -> None:
+        """The mouse to a point of an element's first match; `place` gives it as `[x, y]` from a corner, of `box`, in JavaScript."""
+        x, y = self.ask(
+            f"(() => {{ const box = document.querySelector({json.dumps(selector)}), [x, y] = {place}; "
+            "box.scrollIntoView({ block: 'center', behavior: 'instant' }); "
+            "const at = box.getBoundingClientRect(); return [at.left + x, at.top + y]; })()"
+        )
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def picture(self, file: Path) -> None:
         """All of the page as a PNG."""

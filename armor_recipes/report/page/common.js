@@ -23,7 +23,10 @@ function table(caption, head, rows, tall = false) {
   const cell = (value, place) => {
     const given = value !== null && typeof value === "object" ? value : { text: value, number: typeof value === "number" };
     const text = given.text === null || given.text === undefined ? "–" : typeof given.text === "number" ? figure(given.text) : given.text;
-    const made = element(place ? "td" : "th", place ? {} : { scope: "row" }, text);
+    // An interval may stand below its figure, where a line is short.
+    const [figures, interval] = given.number ? text.split(/ (?=\[)/) : [text];
+    const parts = interval ? [`${figures} `, element("span", { class: "interval" }, interval)] : [figures];
+    const made = element(place ? "td" : "th", place ? {} : { scope: "row" }, ...parts);
     if (given.number) made.classList.add("number");
     if (given.differs) made.classList.add("differs");
     return made;
