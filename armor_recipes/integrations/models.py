@@ -119,6 +119,11 @@ def open_model(spec: ModelSpec, *, device: torch.device, compressed: bool = Fals
         raise InputError(
             f"model {spec.id} is a local folder, which has no revision {spec.revision!r}; remove `revision`"
         )
+    if not Path(location).exists() and (spec.id.startswith((".", "/", "~")) or spec.id.count("/") > 1):
+        raise InputError(
+            f"model {spec.id!r} cannot be read: there is no such folder (paths are relative to the working directory); give "
+            "a folder with a config.json, a hub id, or builtin:NAME"
+        )
     try:
         config = AutoConfig.from_pretrained(location, revision=spec.revision, trust_remote_code=False)
     except Exception as error:  # transformers' own validation errors share no base class
@@ -549,8 +554,10 @@ def load_processor(source: ModelSource, text: bool) -> Any:
 
 
 def _unreadable(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if not user_path(name).exists():
+        reason = f"there is no such folder, and as a hub id: {reason}"
     return (
-        f"model {name!r} cannot be read ({type(error).__name__}: {reason}); give a folder with a config.json, "
+        f"model {name!r} cannot be read ({reason}); give a folder with a config.json, "
         f"a hub id that this machine can reach, or builtin:NAME"
     )

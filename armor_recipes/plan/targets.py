@@ -21,6 +21,8 @@ from armor_recipes.recipe.schema import PRESET, ModifierConfig
 
 #: Dimensions of weights that hold those of several experts.
 _EXPERT_DIMENSIONS = 3
+#: Modules that a target is told which matches none.
+_NAMED = 8
 #: Roles of the linear modules that a preset of targets means.
 _PRESETS: Mapping[str, tuple[Role, ...]] = {
     f"{PRESET}attention": ("attention",),
@@ -182,23 +184,27 @@ def _fused(target: str, modules: Sequence[tuple[str, nn.Module]]) -> str | None:
     if not parts:
         return None
     return (
-        f"target {target!r} matches {name}, in which {len(parts)} linear modules are fused, planned by names of their own: "
+        f"target '{target}' matches {name}, in which {len(parts)} linear modules are fused, planned by names of their own: "
         f"{', '.join(parts[:3])}, …. Name those"
     )
 
 
 def _nothing_matched(target: str, modules: Sequence[tuple[str, nn.Module]]) -> str:
     if target in _PRESETS:
-        return f"target {target!r} finds no linear module in repeated layers of this model: name modules, or say `optional: true`"
+        return f"target '{target}' finds no linear module in repeated layers of this model: name modules, or say `optional: true`"
     linear = [name for name, module in modules if is_linear(module)]
     linear = list({_of_block(name): name for name in reversed(linear)}.values())[::-1]
     wanted = target.removeprefix("re:").replace("\\", "").replace(".*", "").rstrip("$")
     tails = {name.rsplit(".", 1)[-1]: name for name in reversed(linear)}
     near = difflib.get_close_matches(wanted, linear, n=3, cutoff=0.3)
     near += [tails[tail] for tail in difflib.get_close_matches(wanted.rsplit(".", 1)[-1], tails, n=3, cutoff=0.5)]
-    nearest = ", ".join(dict.fromkeys(near)) or ", ".join(linear[:3])
+    # One of each kind, the nearest first, so that the right name is among them.
+    kinds: dict[str, str] = {}
+    for name in (*near, *linear):
+        kinds.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), name)
+    nearest = ", ".join(list(kinds.values())[:_NAMED])
     return (
-        f"target {target!r} matches no linear module; nearest: {nearest}. Correct the pattern (it is matched from the start "
+        f"target '{target}' matches no linear module; nearest: {nearest}. Correct the pattern (it is matched from the start "
         "of the full name), or say `optional: true`"
     )
 

@@ -85,7 +85,7 @@ class Stages:
                     kinds.append(placed.kind)
                     yield placed
             elif key not in SECTIONS:
-                self.problems.add(entry.mark, (key,), self._unknown_section(key, entry.node))
+                self.problems.add(entry.mark, (key,), self._unknown_section(key, entry.node, recipe))
         for kind, path, fields in self.unknown:
             self._note_unknown(kind, path, fields, kinds)
 
@@ -165,14 +165,26 @@ class Stages:
         if not holds_bad(entry.node):
             self.problems.add(entry.mark, path, f"{text} (value {describe(entry.node)})")
 
-    def _unknown_section(self, key: str, node: Node) -> str:
+    def _unknown_section(self, key: str, node: Node, recipe: Table) -> str:
         if key in DROPPED:
             return f"unknown key, which llm-compressor would drop in silence; {DROPPED[key]}"
         if key.endswith(GROUP) or key == GROUP.strip("_"):
             return f"a group of modifiers stands inside a stage: write `default_stage: {{{_as_group(key)}: …}}`"
         if isinstance(node, Table) and any(name.endswith(GROUP) for name in node.entries):
             return f"unknown key; nearest valid key: {_with_suffix(key, STAGE)} (the name of a stage ends in {STAGE})"
+        places = [] if isinstance(node, Table) else list(_places(recipe, key))
+        if places:
+            return f"unknown key; it stands further in, as {' and '.join(places)}"
         return f"unknown key; {_nearest_or_rule(key, [*SECTIONS, 'extends', 'remove', 'vars'], STAGE)}"
+
+
+def _places(table: Table, key: str, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Every place below the top of a recipe where a mapping has that key, with dots between."""
+    for name, entry in table.entries.items():
+        if path and name == key:
+            yield ".".join((*path, name))
+        if isinstance(entry.node, Table):
+            yield from _places(entry.node, key, (*path, name))
 
 
 def listed_names(nodes: tuple[Node, ...]) -> Iterator[tuple[int, str, Entry | None]]:

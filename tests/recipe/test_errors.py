@@ -312,6 +312,7 @@ OVERRIDES = [
     ("calibration.samples=x", "calibration.samples: must be a whole number or a mapping (value 'x')"),
     ("calibration.samples.a=3", "calibration.samples.a: cannot be set: calibration.samples is the value 16 (at"),
     ("prune_stage.armor_modifiers.ARMORModifier.targets.0=x", "targets is a list (at"),
+    ("samples=3", "samples: unknown key; it stands further in, as calibration.samples"),
     ("calibraton.samples=3", "calibraton: unknown key; nearest valid keys: calibration"),
     ("a=1\nb: 2", "not valid YAML"),
     ("a={b: 1, b: 2}", "the key is already given"),

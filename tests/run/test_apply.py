@@ -49,8 +49,11 @@ def test_the_model_argument_replaces_the_recipes(llama: Path, tmp_path: Path) ->
     for number, model in enumerate(models):
         result = apply(mapping, model, output=tmp_path / str(number))
         assert result.plan.model == str(llama)
-    with pytest.raises(InputError, match="'nowhere' cannot be read"):
+    with pytest.raises(InputError, match=r"'nowhere' cannot be read .there is no such folder, and as a hub id: "):
         apply(mapping)
+    for name in ("./nowhere", str(tmp_path / "nowhere"), "some/where/else"):  # none of a hub
+        with pytest.raises(InputError, match=rf"'{name}' cannot be read: there is no such folder .paths are relative"):
+            apply({**mapping, "model": name})
 
 
 def test_a_model_in_memory_is_compressed_in_place(llama: Path, tmp_path: Path) -> None:

@@ -90,8 +90,16 @@ def test_rows_are_in_the_order_of_the_run(llama: Path) -> None:
 )
 def test_a_pattern_that_matches_nothing_names_the_nearest(llama: Path, target: str, near: str) -> None:
     message = refusal(recipe(llama, ARMORModifier=armor(targets=[target])))
-    assert f"target {target!r} matches no linear module" in message
+    assert f"target '{target}' matches no linear module" in message
     assert near in message.split("nearest: ")[1].split(". Correct")[0]
+
+
+def test_of_each_kind_one_module_is_named(llama: Path) -> None:
+    named = refusal(recipe(llama, ARMORModifier=armor(targets=[r"re:.*ffn\..*_proj$"])))
+    names = named.split("nearest: ")[1].split(". Correct")[0].split(", ")
+    assert sorted(name.rsplit(".", 1)[-1].removesuffix("_proj") for name in names) == [
+        *("down", "gate", "k", "lm_head", "o", "q", "up", "v")
+    ]
 
 
 def test_one_dead_pattern_among_living_ones_is_an_error(llama: Path) -> None:
