@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from armor_recipes.cli.tables import percent, size, warning_lines
+from armor_recipes.cli.tables import percent, size, threads, warning_lines
 from armor_recipes.report.sweep import Row, quality_of, time_of
 from armor_recipes.run.sweep import Planned
 
@@ -50,7 +50,7 @@ def plan_table(planned: Sequence[Planned]) -> Group:
     )
     whole = (
         f"{len(planned)} points, one after the other: {cpu:.0f} s of CPU time, {seconds:.0f} s with "
-        f"{planned[0].estimate.threads} threads; memory without files"
+        f"{threads(planned[0].estimate)}; memory without files"
     )
     return Group(table, Text("\n".join([whole, *notes])))
 

@@ -66,10 +66,15 @@ def _estimated(estimate: RunEstimate) -> list[str]:
     how = "measured here on one layer" if estimate.probed else "estimated here"
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in estimate.cpu_seconds_by.items() if seconds >= 0.5)
     lines = [
-        f"{how}: {estimate.cpu_seconds:.0f} s of CPU time, {estimate.seconds:.0f} s with {estimate.threads} threads, "
+        f"{how}: {estimate.cpu_seconds:.0f} s of CPU time, {estimate.seconds:.0f} s with {threads(estimate)}, "
         f"{size(estimate.peak_bytes)} peak memory without files"
     ]
     return [*lines, *([f"CPU time: {parts}"] if parts else []), *estimate.uncounted]
+
+
+def threads(estimate: RunEstimate) -> str:
+    """Of how many threads an estimate is, in words."""
+    return "1 thread" if estimate.threads == 1 else f"{estimate.threads} threads"
 
 
 def _before(plan: Plan) -> str:
@@ -247,7 +252,7 @@ def _stored_as(row: ModulePlan) -> str:
 def resolved_recipe(recipe: Recipe) -> tuple[Text, Text]:
     """The recipe as it was resolved, with its hash. Print it with `soft_wrap`: lines of YAML are whole on any screen."""
     yaml = recipe.resolved_yaml()
-    return Text(f"\nResolved recipe (sha256 {recipe.hash()}):"), Syntax(
+    return Text(f"\nResolved recipe\nsha256 {recipe.hash()}"), Syntax(
         yaml, "yaml", background_color="default"
     ).highlight(yaml)
 

@@ -63,7 +63,9 @@ class Capabilities:
         """Tell it, a line a fact."""
         if not self.compiled:
             return ["cpu kernel: not built (no C compiler when the package was installed); ARMOR layers run folded"]
-        told = [f"cpu kernel: {self.path} (of {', '.join(self.paths)}), {self.threads} threads"]
+        told = [
+            f"cpu kernel: {self.path} (of {', '.join(self.paths)}), {self.threads} thread{'' if self.threads == 1 else 's'}"
+        ]
         if self.rejected:
             told.append(f"cpu kernel: {', '.join(self.rejected)} gave wrong numbers in the self-check and is not used")
         return told
