@@ -58,6 +58,17 @@ def test_a_command_that_can_run_is_not_only_shown() -> None:
     assert not [f"{block}: {line}" for block, line in shown if re.match(r"(armor|armor-apply|make|python) ", line)]
 
 
+def test_commands_fit_a_terminal_of_80_columns() -> None:
+    wide = [
+        f"{block}: {line}"
+        for block in blocks("bash")
+        if block.page.parent.name != "benchmarks"  # as they were run
+        for line in block.text.splitlines()
+        if len(line) > 80
+    ]
+    assert not wide
+
+
 def test_commands_of_a_page_run_until_one_fails(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     block = "{}```bash\n{}\n```\n\n"
