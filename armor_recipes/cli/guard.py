@@ -84,6 +84,8 @@ def _guarded(command: Callable[[], object]) -> int:
     except BaseException as error:
         if hasattr(error, "format_message") and hasattr(error, "show"):
             error.show()
+            if error.format_message().startswith("No such command"):
+                return _complain("To run a recipe: armor-apply RECIPE", USAGE)
             return USAGE
         return _code_of(error)
     if code == INTERRUPTED:  # typer makes this code of it, without a word

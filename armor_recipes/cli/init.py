@@ -47,6 +47,13 @@ def init_command(
         default=start.calibration,
         err=True,
     )
-    block = block_size or typer.prompt("3. Block size", default=start.block_size, type=int, err=True)
+    sizes = {str(size.block): size.block for size in start.sizes}
+
+    def size_of(answer: str) -> int:
+        if answer not in sizes:  # is told, and asked again
+            raise typer.BadParameter(f"give one of {', '.join(sizes)}")
+        return sizes[answer]
+
+    block = block_size or typer.prompt("3. Block size", default=str(start.block_size), value_proc=size_of, err=True)
     write_recipe(place, recipe_text(start, calibration=data, block_size=block))
     print(f"{file} is written; next: armor-apply {file} --plan")

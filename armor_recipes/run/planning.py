@@ -183,5 +183,6 @@ def parse_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}; use cpu, cuda or cuda:N") from error
+        can = "cpu, cuda or cuda:N" if torch.cuda.is_available() else "cpu (`armor doctor` says why there is no GPU)"
+        raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}; use {can}") from error
     return device

@@ -121,6 +121,12 @@ def test_2_recipe_or_usage(shell: Shell, file: Path, words: tuple[str, ...]) -> 
     assert not done.out
 
 
+def test_2_says_what_would_do(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shell("armor", "apply", file).err.endswith("To run a recipe: armor-apply RECIPE\n")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "; use cpu (`armor doctor` says why there is no GPU)" in shell("armor-apply", file, "--device", "meta").err
+
+
 def test_2_all_errors_of_a_recipe_at_once(shell: Shell, file: Path) -> None:
     text = file.read_text().replace("samples: 5", "sampels: 5").replace("iterations: 3", "iterations: -3")
     file.write_text(text)
