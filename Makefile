@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := pyproject.toml setup.py $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check test-slow test-endurance modifiers test-families test-lowest test-llmcompressor test-eval test-vllm docs commands fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
+.PHONY: quickstart test check test-slow test-endurance modifiers test-families test-lowest test-llmcompressor test-eval test-vllm vllm docs commands fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -55,6 +55,9 @@ test-eval: .venv-eval/.ready
 # The vLLM plugin against vLLM itself (docs/serving.md): about 4 GB; the tests take 12 minutes on 2 cores.
 test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest -m vllm tests/serving -W 'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning'
+
+# The same environment by itself, to serve from (docs/how-to/serve.md).
+vllm: .venv-vllm/.ready
 
 # The documentation as a site, build/site, which needs no server and no network. A warning is an error.
 docs: .venv-docs/.ready
