@@ -164,7 +164,7 @@ def _extra(name: str, modules: tuple[str, ...], gives: str) -> Finding:
 
 def _server() -> Finding:
     there = importlib.util.find_spec("vllm") is not None
-    advice = "" if there else "to serve checkpoints, in an environment of its own: docs/serving.md"
+    advice = "" if there else "to serve checkpoints, in an environment of its own: docs/how-to/serve.md"
     return Finding("vllm", "ok" if there else "less", _release("vllm") if there else "not installed", advice)
 
 
