@@ -21,11 +21,26 @@ from armor_recipes.solver.result import Factors, StopReason
 #: The paper's settings.
 LEARNING_RATE = 1e-4
 _PATIENCE, _MIN_GAIN = 100, 1e-6
+#: What chooses a group in every block: from the gradients `(J, K, G, M)` of its G groups, row by row, to numbers `(J, K)` below G.
+Selection = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers `(J, K)`, drawn with probability ∝ weights `(J, K, G)` that are not negative."""
+    cumulative = weights.cumsum(-1)
+    uniform = torch.rand(*weights.shape[:-1], 1, generator=generator, device=weights.device)
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)[..., 0]
+    return drawn.clamp_(max=weights.shape[-1] - 1)
+
+
+def draw_by_l1_norm(gradient: Tensor, generator: torch.Generator) -> Tensor:
+    """The `Selection` of the paper's results: drawn with probability ∝ the L1 norm of the group's gradient."""
+    return draw(gradient.abs().sum(-1), generator)
 
 
 @dataclass(slots=True)
 class AdamProblem:
-    """Target W̄ `(O, I)`, column weights h `(I,)`, whether masks stay fixed, and the generator that draws groups.
+    """Target W̄ `(O, I)`, column weights h `(I,)`, whether masks stay fixed, the generator that draws groups, and how.
 
     B's blocks are a multiple of M wide, so that each group lies in one block.
     """
@@ -35,6 +50,7 @@ class AdamProblem:
     generator: torch.Generator
     fixed_mask: bool = False
     pattern: Pattern = TWO_OF_FOUR
+    select: Selection = draw_by_l1_norm
 
 
 @dataclass(slots=True)
@@ -125,15 +141,12 @@ def _column_blocks(x: Tensor, size: int) -> Tensor:
 
 
 def _draw(problem: AdamProblem, state: _State, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """One (row, group) in every block, with probability ∝ the L1 norm of the group's gradient; each `(J, K)`."""
+    """One (row, group) in every block, as the problem selects it; each `(J, K)`."""
     blocks_o, size_o, blocks_i, size_i = state.grid(gradient).shape
     groups = size_i // problem.pattern.group
-    norms = gradient.abs().view(blocks_o, size_o, blocks_i, groups, -1).sum(-1).transpose(1, 2)
-    cumulative = norms.reshape(blocks_o, blocks_i, size_o * groups).cumsum(-1)
-    uniform = torch.rand(blocks_o, blocks_i, 1, generator=problem.generator, device=gradient.device)
-    drawn = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)[..., 0]
-    drawn.clamp_(max=size_o * groups - 1)
-    return drawn // groups, drawn % groups
+    by_block = gradient.view(blocks_o, size_o, blocks_i, groups, -1).transpose(1, 2)
+    number = problem.select(by_block.reshape(blocks_o, blocks_i, size_o * groups, -1), problem.generator)
+    return number // groups, number % groups
 
 
 def _solve_drawn_groups(problem: AdamProblem, state: _State, drawn: tuple[Tensor, Tensor]) -> None:
