@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := pyproject.toml setup.py $(wildcard armor_recipes/solver/native/* armor_recipes/runtime/native/*)
 
-.PHONY: quickstart test check test-slow test-endurance modifiers test-families test-lowest test-llmcompressor test-eval test-vllm vllm docs commands fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
+.PHONY: quickstart test check test-slow test-endurance modifiers test-families test-lowest test-llmcompressor test-eval test-vllm vllm docs plots commands fetch-smollm2 fetch-gemma3 fetch-minilm train-vit train-embedded clean
 
 quickstart: .venv/.ready
 	.venv/bin/armor-apply recipes/quickstart.yaml --overwrite
@@ -64,6 +64,10 @@ docs: .venv-docs/.ready
 	.venv-docs/bin/python tools/site.py gather build/docs
 	.venv-docs/bin/zensical build --clean --strict
 	.venv-docs/bin/python tools/site.py check build/site
+
+# The plots of docs/experiments.md, from docs/benchmarks/experiments/*.json.
+plots: .venv-docs/.ready
+	.venv-docs/bin/python tools/plots.py
 
 # The commands of a page that no test runs, for they take hours, a GPU or a download: `make commands PAGE=docs/results.md`.
 commands: .venv-dev/.ready

@@ -17,12 +17,13 @@ from armor_recipes.errors import ResourceError
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.sweep import SweepSpec
 from armor_recipes.report.sweep import with_fronts
+from armor_recipes.run import prepare
 from armor_recipes.run import sweep as sweeping
 from tests.support.browser import CHROMIUM, browser
 from tests.support.commands import Shell, finished, forked
 from tests.support.engine import recipe
 from tests.support.forks import Forks
-from tests.support.pages import ROOT, blocks
+from tests.support.pages import ROOT, blocks, planned_model
 from tests.support.tokenizers import byte_tokenizer
 
 BLOCK = "prune_stage.armor_modifiers.ARMORModifier.block_size"
@@ -398,3 +399,13 @@ def test_the_sweep_of_the_page_is_one(tmp_path: Path) -> None:
     assert len(points) == 9
     assert points[-1].name == "NoWag-P, seed=2"
     assert [entry.kind for entry in points[-1].recipe.modifiers] == ["NoWagModifier"]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "recipes/experiments/smollm2").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_sweeps_of_smollm2_plan(file: Path, tmp_path: Path) -> None:
+    model = planned_model("fetched", tmp_path / "model")
+    points = sweeping.read_sweep(file, overrides=(f"model.id={model}",)).points
+    assert len(points) > 2
+    assert all(len({module.name for module in prepare(point.recipe).plan.modules}) == 210 for point in points)

@@ -1,0 +1,195 @@
+"""Draws the plots of the experiments from their committed JSON: `make plots`, or `python tools/plots.py [NAME...]`.
+
+`docs/assets/experiments/NAME.svg` is of `docs/benchmarks/experiments/NAME.json`, and carries that file's SHA-256
+(`tests/docs/test_plots.py` compares). Text is of a grey that can be read on white and on black; there is no background.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DATA, PLACE = ROOT / "docs" / "benchmarks" / "experiments", ROOT / "docs" / "assets" / "experiments"
+GREY, COLOURS = "#7a7f87", ("#2f81f7", "#c77d0a", "#2da44e", "#cf4f8a", "#8a63d2", "#d1483f", "#1a9ba1", "#8a7a2a")
+ARMOR = "prune_stage.armor_modifiers.ARMORModifier."
+Rows = list[dict[str, Any]]
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "armor-recipes",
+    "font.size": 10,
+    "axes.prop_cycle": "",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.3,
+    "axes.grid": True,
+    "legend.frameon": False,
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), GREY
+    ),
+}
+
+
+def fidelity(row: dict[str, Any]) -> tuple[float, float, float]:
+    """The mean KL divergence from the dense model, and how far its interval reaches below and above."""
+    found = row["evaluation"]["fidelity"]["after"]["kl_divergence"]
+    low, high = found["interval"]
+    return found["value"], found["value"] - low, high - found["value"]
+
+
+def megabytes(row: dict[str, Any]) -> float:
+    """Of the weight files."""
+    return float(row["size_after_bytes"]) / 1e6
+
+
+def name_points(axes: Any, rows: Rows, y: list[float]) -> None:
+    """The rows' names beside their points, by bytes."""
+    for row, value in zip(rows, y, strict=True):
+        axes.annotate(
+            row["name"].replace("block_size=", ""),
+            (megabytes(row), value),
+            xytext=(5, 5),
+            textcoords="offset points",
+        )
+
+
+def block_size(rows: Rows, figure: Any) -> None:
+    """Perplexity against bytes, named by the size; that of 1 is not packed."""
+    axes = figure.subplots()
+    y = [row["perplexity_after"] for row in rows]
+    packed = [
+        (megabytes(row), value) for row, value in zip(rows, y, strict=True) if row["values"][ARMOR + "block_size"] > 1
+    ]
+    axes.plot(*zip(*packed, strict=True), "-o")
+    axes.plot(megabytes(rows[0]), y[0], "o", color=COLOURS[1])
+    axes.axhline(rows[0]["perplexity_before"], color=GREY, linestyle="--", linewidth=1, label="dense")
+    name_points(axes, rows, y)
+    axes.set(xlabel="MB of the weight file", ylabel="perplexity")
+    axes.legend()
+
+
+def cores(rows: Rows, figure: Any) -> None:
+    """Divergence against bytes."""
+    axes = figure.subplots()
+    y, below, above = zip(*map(fidelity, rows), strict=True)
+    axes.errorbar([megabytes(row) for row in rows], y, (below, above), fmt="o", capsize=3)
+    name_points(axes, rows, list(y))
+    axes.set(xlabel="MB of the weight file", ylabel="KL divergence from dense, nats")
+
+
+def patterns(rows: Rows, figure: Any) -> None:
+    """Perplexity of both methods."""
+    axes = figure.subplots()
+    for method in ("ARMOR", "NoWag-P"):
+        own = {row["name"].split()[1]: row["perplexity_after"] for row in rows if row["name"].startswith(method)}
+        axes.plot(list(own), list(own.values()), "o", label=method)
+    axes.axhline(rows[0]["perplexity_before"], color=GREY, linestyle="--", linewidth=1, label="dense")
+    axes.set(
+        yscale="log", yticks=(40, 60, 80, 120), yticklabels=(40, 60, 80, 120), xlabel="pattern", ylabel="perplexity"
+    )
+    axes.minorticks_off()
+    axes.legend()
+
+
+def calibration_domain(rows: Rows, figure: Any) -> None:
+    """Each objective on each text: like the test text, and on prose."""
+    near, far = figure.subplots(1, 2)
+    for shift, method in enumerate(("diagonal", "hessian", "matched")):
+        own = [row for row in rows if row["name"].startswith(method)]
+        x = [place + 0.15 * (shift - 1) for place in range(len(own))]
+        near.plot(x, [row["perplexity_after"] for row in own], "o", label=method)
+        y, below, above = zip(*map(fidelity, own), strict=True)
+        far.errorbar(x, y, (below, above), fmt="o", capsize=3)
+        texts = [row["values"]["calibration.dataset"].removeprefix("builtin:") for row in own]
+    for axes, label in ((near, "perplexity of pydoc-heldout"), (far, "KL divergence from dense on jargon, nats")):
+        axes.set(xticks=range(len(texts)), xticklabels=texts, xlabel="calibrated on", ylabel=label)
+    near.legend()
+
+
+def calibration_samples(rows: Rows, figure: Any) -> None:
+    """Means of the seeds, and each seed."""
+    measures: dict[str, Callable[[dict[str, Any]], float]] = {
+        "perplexity": lambda row: float(row["perplexity_after"]),
+        "KL divergence from dense, nats": lambda row: fidelity(row)[0],
+    }
+    for axes, (label, of) in zip(figure.subplots(1, 2), measures.items(), strict=True):
+        by: dict[int, list[float]] = {}
+        for row in rows:
+            by.setdefault(row["values"]["calibration.samples"], []).append(of(row))
+        axes.plot(list(by), [sum(own) / len(own) for own in by.values()], "-")
+        axes.plot(
+            [size for size, own in by.items() for _ in own],
+            [y for own in by.values() for y in own],
+            "o",
+            color=COLOURS[1],
+        )
+        axes.set(xscale="log", xticks=list(by), xticklabels=list(by), xlabel="calibration windows", ylabel=label)
+        axes.minorticks_off()
+
+
+def iterations(rows: Rows, figure: Any) -> None:
+    """Loss and perplexity of both solvers against their time."""
+    for axes, key, label in zip(
+        figure.subplots(1, 2), ("loss", "perplexity_after"), ("mean loss of the modules", "perplexity"), strict=True
+    ):
+        for solver in ("adam", "exact"):
+            own = [row for row in rows if row["name"].startswith(solver)]
+            axes.plot([row["cpu_seconds"] for row in own], [row[key] for row in own], "-o", label=solver)
+            for row in own:
+                text = row["name"].removeprefix(solver).strip()
+                axes.annotate(
+                    text, (row["cpu_seconds"], row[key]), xytext=(3, 5), textcoords="offset points", fontsize=8
+                )
+        axes.set(xscale="log", xlabel="CPU seconds of the run", ylabel=label)
+        axes.legend()
+
+
+def selection(rows: Rows, figure: Any) -> None:
+    """Loss against steps."""
+    axes = figure.subplots()
+    for row in rows:
+        line = "--" if "greedy" in row["name"] else "-"
+        axes.plot(
+            [int(mark) for mark in row["losses"]], list(row["losses"].values()), line, marker="o", label=row["name"]
+        )
+    axes.set(xscale="log", xlabel="steps", ylabel="relative loss")
+    axes.legend(fontsize=8)
+
+
+PLOTS: dict[str, Callable[[Rows, Any], None]] = {
+    "block-size": block_size,
+    "calibration-domain": calibration_domain,
+    "calibration-samples": calibration_samples,
+    "cores": cores,
+    "iterations": iterations,
+    "patterns": patterns,
+    "selection": selection,
+}
+
+
+def source(name: str) -> str:
+    """What a plot says of the file that it was drawn from."""
+    return f"docs/benchmarks/experiments/{name}.json sha256:{hashlib.sha256((DATA / f'{name}.json').read_bytes()).hexdigest()}"
+
+
+def draw(name: str) -> None:
+    """Write one plot; the same bytes for the same file and release of matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    content = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
+    with matplotlib.rc_context({**STYLE, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}):
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        PLOTS[name](content.get("points") or content["rows"], figure)
+        PLACE.mkdir(parents=True, exist_ok=True)
+        about = {"Date": None, "Creator": None, "Title": name, "Source": source(name)}
+        figure.savefig(PLACE / f"{name}.svg", transparent=True, metadata=about)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or [name for name in PLOTS if (DATA / f"{name}.json").exists()]:
+        draw(name)
