@@ -386,6 +386,7 @@ def test_the_page_of_the_docs_has_every_key(llama: Path, tmp_path: Path, shell: 
 
 
 SWEEPS = sorted((ROOT / "recipes" / "experiments").glob("*.yaml"))
+LARGE = sorted((ROOT / "recipes" / "experiments").glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
@@ -401,10 +402,8 @@ def test_the_sweep_of_the_page_is_one(tmp_path: Path) -> None:
     assert [entry.kind for entry in points[-1].recipe.modifiers] == ["NoWagModifier"]
 
 
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "recipes/experiments/smollm2").glob("*.yaml")), ids=lambda file: file.stem
-)
-def test_sweeps_of_smollm2_plan(file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", LARGE, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_sweeps_of_larger_models_plan(file: Path, tmp_path: Path) -> None:
     model = planned_model("fetched", tmp_path / "model")
     points = sweeping.read_sweep(file, overrides=(f"model.id={model}",)).points
     assert len(points) > 2
