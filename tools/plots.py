@@ -67,6 +67,7 @@ def block_size(rows: Rows, figure: Any) -> None:
     axes.plot(*zip(*packed, strict=True), "-o")
     axes.plot(megabytes(rows[0]), y[0], "o", color=COLOURS[1])
     axes.axhline(rows[0]["perplexity_before"], color=GREY, linestyle="--", linewidth=1, label="dense")
+    axes.plot(rows[0]["size_before_bytes"] / 1e6, rows[0]["perplexity_before"], "s", color=GREY)
     name_points(axes, rows, y)
     axes.set(xlabel="MB of the weight file", ylabel="perplexity")
     axes.legend()
