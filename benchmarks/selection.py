@@ -1,10 +1,10 @@
 """How the sparse step of the paper's method chooses the group that it solves in each block, on modules of the embedded model.
 
-    python benchmarks/selection.py [--steps 5000] [--results benchmarks/results/selection] [--output selection.json]
+    python benchmarks/selection.py [--steps 5000] [--seeds 3] [--results benchmarks/results/selection] [--output selection.json]
 
 `random` draws a group, each as likely as another; `gradient random` draws with probability proportional to a norm of the group's
-gradient, `gradient greedy` takes the one with the largest. `masks of the start` solves for values alone. What draws runs with
-three seeds. Block 32, statistics of 64 windows of 256 tokens of builtin:pydoc, one thread. One JSON file for each module, way and
+gradient, `gradient greedy` takes the one with the largest. `masks of the start` solves for values alone. What draws runs with so
+many seeds. Block 32, statistics of 64 windows of 256 tokens of builtin:pydoc, one thread. One JSON file for each module, way and
 seed; those that exist are not run again. `--output` gets a row for each way. Its losses are geometric means of modules and seeds.
 `ratio` is the last one by that of `gradient random, L1`, the way of `solver: adam`; `lowest` and `highest` are the seeds' (of
 means of modules).
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
@@ -33,7 +34,7 @@ from armor_recipes.solver.normalize import fill_dead_channels, nowag_normalize
 from armor_recipes.solver.patterns import magnitude_mask
 
 MODULES = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
-LAYER, BLOCK, SEEDS = 1, 32, (0, 1, 2)
+LAYER, BLOCK = 1, 32
 MARKS = (100, 300, 1_000, 3_000, 5_000, 10_000, 20_000)
 OURS, START = "gradient random, L1", "masks of the start"
 
@@ -65,9 +66,9 @@ WAYS: dict[str, Selection] = {
 }
 
 
-def seeds(way: str) -> tuple[int, ...]:
+def seeds(way: str, count: int) -> range:
     """Those that a way runs with: one where nothing is drawn."""
-    return SEEDS[:1] if "greedy" in way else SEEDS
+    return range(1 if "greedy" in way else count)
 
 
 @torch.no_grad()
@@ -110,23 +111,23 @@ def run(weight: Tensor, moment: Tensor, way: str, *, seed: int, steps: int) -> d
     }
 
 
-def summary(found: dict[tuple[str, str, int], dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each way, of the runs by module, way and seed."""
+def summary(found: dict[tuple[str, str, int], dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """A row for each way, of the runs by module, way and seed, with so many seeds."""
 
-    def mean(way: str, mark: str, own: tuple[int, ...]) -> float:
+    def mean(way: str, mark: str, own: Iterable[int]) -> float:
         return geometric_mean(found[module, way, seed]["losses"][mark] for module in MODULES for seed in own)
 
     marks = list(next(iter(found.values()))["losses"])
-    usual = mean(OURS, marks[-1], seeds(OURS))
+    usual = mean(OURS, marks[-1], seeds(OURS, count))
     rows = []
     for way in WAYS:
-        runs = [found[module, way, seed] for module in MODULES for seed in seeds(way)]
-        ratios = [mean(way, marks[-1], (seed,)) / usual for seed in seeds(way)]
+        runs = [found[module, way, seed] for module in MODULES for seed in seeds(way, count)]
+        ratios = [mean(way, marks[-1], (seed,)) / usual for seed in seeds(way, count)]
         rows.append(
             {
                 "name": way,
-                "losses": {mark: mean(way, mark, seeds(way)) for mark in marks},
-                "ratio": mean(way, marks[-1], seeds(way)) / usual,
+                "losses": {mark: mean(way, mark, seeds(way, count)) for mark in marks},
+                "ratio": mean(way, marks[-1], seeds(way, count)) / usual,
                 "lowest": min(ratios),
                 "highest": max(ratios),
                 "masks_changed": fmean(run["masks_changed"] for run in runs),
@@ -141,6 +142,7 @@ def main() -> None:
     """Run what is missing, then print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5_000)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/selection"))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -148,7 +150,8 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     found = {}
     weights = cases()
-    for key in [(module, way, seed) for way in WAYS for seed in seeds(way) for module in MODULES]:
+    ways = [(seed, way) for way in WAYS for seed in seeds(way, options.seeds)]
+    for key in [(module, way, seed) for seed, way in sorted(ways, key=lambda own: own[0]) for module in MODULES]:
         module, way, seed = key
         file = options.results / f"{options.steps} {module} {way} {seed}.json".replace(" ", "-")
         if not file.exists():
@@ -156,7 +159,7 @@ def main() -> None:
             row = run(*weights[module], way, seed=seed, steps=options.steps)
             file.write_text(json.dumps(row) + "\n", encoding="utf-8")
         found[key] = json.loads(file.read_text(encoding="utf-8"))
-    rows = summary(found)
+    rows = summary(found, options.seeds)
     if options.output:
         options.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     for row in rows:
