@@ -126,7 +126,7 @@ def summary(found: dict[tuple[str, str, int], dict[str, Any]], count: int) -> li
         rows.append(
             {
                 "name": way,
-                "losses": {mark: mean(way, mark, seeds(way, count)) for mark in marks},
+                "losses": {f"{mark} steps": mean(way, mark, seeds(way, count)) for mark in marks},
                 "ratio": mean(way, marks[-1], seeds(way, count)) / usual,
                 "lowest": min(ratios),
                 "highest": max(ratios),

@@ -155,9 +155,15 @@ def selection(rows: Rows, figure: Any) -> None:
     for row in rows:
         line = "--" if "greedy" in row["name"] else "-"
         axes.plot(
-            [int(mark) for mark in row["losses"]], list(row["losses"].values()), line, marker="o", label=row["name"]
+            [int(mark.split()[0]) for mark in row["losses"]],
+            list(row["losses"].values()),
+            line,
+            marker="o",
+            label=row["name"],
         )
-    axes.set(xscale="log", xlabel="steps", ylabel="relative loss")
+    marks = [int(mark.split()[0]) for mark in rows[0]["losses"]]
+    axes.set(xscale="log", xticks=marks, xticklabels=marks, xlabel="steps", ylabel="relative loss")
+    axes.minorticks_off()
     axes.legend(fontsize=8)
 
 

@@ -56,5 +56,5 @@ def test_a_row_is_the_mean_of_modules_and_seeds(selection: ModuleType) -> None:
         for seed in range(3)
     }
     row = {row["name"]: row for row in selection.summary(found, 3)}["random"]
-    assert row["ratio"] == row["losses"]["100"] == pytest.approx(2 ** (1 / 3))
+    assert row["ratio"] == row["losses"]["100 steps"] == pytest.approx(2 ** (1 / 3))
     assert (row["lowest"], row["highest"], row["ms_per_step"]) == pytest.approx((1, 2, 10))
