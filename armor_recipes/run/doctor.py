@@ -127,7 +127,9 @@ def _huge_pages() -> list[Finding]:
     chosen = _HUGE_PAGES.read_text(encoding="ascii").partition("[")[2].partition("]")[0]
     never = chosen == "never"
     advice = (
-        f"write madvise to {_HUGE_PAGES}: solves of large layers take half the time, and tokens less" if never else ""
+        f"write madvise to {_HUGE_PAGES}: solves of layers of 4,096 channels take 0.7 of the time, and tokens less"
+        if never
+        else ""
     )
     return [Finding("huge pages", "less" if never else "ok", chosen, advice)]
 
