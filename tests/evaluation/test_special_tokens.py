@@ -139,6 +139,9 @@ def test_armor_eval_says_how_windows_begin(folder, text, model, bos, capsys):
     assert json.dumps(found.pop("figures")) == json.dumps(figures)
     assert len(figures) == 3
     keys = ("value", "nll", "tokens", "windows", "dataset", "sha256")
+    of_it = ("record", "measure", "keys", "model", "machine", "manifest_sha256", "origin_sha256")
+    saved = {name: found.pop(name) for name in of_it}
+    assert (saved["measure"], saved["keys"]["bos"]) == ("perplexity", bos.value)
     assert found == {**{key: getattr(expected, key) for key in keys}, "bos": [256] if bos is Bos.AUTO else []}
 
 
