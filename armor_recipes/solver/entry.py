@@ -13,7 +13,7 @@ from torch import Tensor
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver.adam import AdamProblem, solve_adam
-from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
+from armor_recipes.solver.blockdiag import left_multiply, right_multiply
 from armor_recipes.solver.exact import ExactProblem, Problem, solve_exact
 from armor_recipes.solver.hessian import HessianProblem, quadratic_form
 from armor_recipes.solver.normalize import Normalized, fill_dead_channels, normalized
@@ -26,6 +26,7 @@ from armor_recipes.solver.patterns import (
     parse_pattern,
 )
 from armor_recipes.solver.result import Factorization, Factors, StopReason
+from armor_recipes.solver.rows import parts, row_sums, summed
 
 SOLVERS = ("exact", "adam")
 #: Slack of the invariant loss_t ≤ loss_0: the last loss is computed afresh from the returned float32 factors.
@@ -165,7 +166,7 @@ def _dead_count(dead: int) -> dict[str, int]:
 
 def checked_finite(weight: Tensor) -> Tensor:
     """The weight itself. Raises NumericalError where a value is not finite."""
-    bad = int((~torch.isfinite(weight)).sum())
+    bad = sum(int((~torch.isfinite(weight[part])).sum()) for part in parts(weight))
     if bad:
         raise NumericalError(f"{bad} of {weight.numel()} weights are not finite")
     return weight
@@ -200,14 +201,14 @@ class _Run:
         """The loss of Ŵ = 0."""
         if self.gram is not None:
             return quadratic_form(self.target, self.gram)
-        return stable_sum(self.target.square() * self.h)
+        return summed(row_sums(self.target, lambda part: self.target[part].square() * self.h))
 
     def error(self, factors: Factors) -> float:
         """The loss of the factors."""
         error = self.target - left_multiply(factors.a, right_multiply(factors.core, factors.b))
         if self.gram is not None:
             return quadratic_form(error, self.gram)
-        return stable_sum(error.double().square() * self.h)
+        return summed(row_sums(error, lambda part: error[part].double().square() * self.h))
 
     def exact(self, start: Factors, clock: _Clock, native: bool | None) -> tuple[Factors, StopReason]:
         if self.gram is not None:

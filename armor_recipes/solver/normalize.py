@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from armor_recipes.errors import NumericalError
-from armor_recipes.solver.blockdiag import stable_sum
+from armor_recipes.solver.rows import parts, row_sums, summed
 
 NORM_EPSILON = 1e-5
 #: Of a module's largest mean square gradient: what is below counts as that, or such a row would be free to become anything.
@@ -30,14 +30,27 @@ def nowag_normalize(weight: Tensor) -> Normalized:
 
     Raises NumericalError where a norm is out of the dtype's range: W̄ would be zero.
     """
-    columns = torch.linalg.vector_norm(weight, dim=0) + NORM_EPSILON
+    columns = _column_norms(weight, weight.dtype)
+    found, rows = torch.empty_like(weight), torch.empty_like(weight[:, 0])
+    for part in parts(weight):
+        found[part], rows[part] = _rows_normalized(weight[part], columns)
+    return Normalized(weight=found, rows=rows, columns=columns)
+
+
+def _column_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `nowag_normalize` divides the columns of W `(O, I)` by, computed in `dtype`, `(I,)`."""
+    norms = [torch.linalg.vector_norm(weight[:, part].to(dtype), dim=0) for part in parts(weight.T)]
+    columns = torch.cat(norms) + NORM_EPSILON
     if not bool(torch.isfinite(columns).all()):
-        raise NumericalError(
-            f"the weight's columns have 2-norms beyond the range of {weight.dtype}: scale the weight down"
-        )
+        raise NumericalError(f"the weight's columns have 2-norms beyond the range of {dtype}: scale the weight down")
+    return columns
+
+
+def _rows_normalized(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of W, `(n, I)`, divided by the norms of the columns and then by their own; and those, `(n,)`."""
     scaled = weight / columns
     rows = torch.linalg.vector_norm(scaled, dim=1) + NORM_EPSILON
-    return Normalized(weight=scaled / rows[:, None], rows=rows, columns=columns)
+    return scaled / rows[:, None], rows
 
 
 def normalized(weight: Tensor, *, normalize: bool, row_weights: Tensor | None = None) -> Normalized:
@@ -113,9 +126,20 @@ def relative_loss(
     0 is a perfect reconstruction, 1 is Ŵ = 0. Dead channels of h `(I,)` are filled as in `fill_dead_channels`.
     """
     h = fill_dead_channels(second_moment.double())[0]
-    normal = normalized(weight.double(), normalize=normalize, row_weights=row_weights)
-    error = normal.weight - approximation.double() / normal.columns / normal.rows[:, None]
-    return share_of(stable_sum(error.square() * h), stable_sum(normal.weight.square() * h))
+    columns = _column_norms(weight, torch.float64) if normalize else torch.ones_like(h)
+    root = None if row_weights is None else row_weights.double().sqrt()
+    errors, wholes = [], []
+    for part in parts(weight):
+        normal = weight[part].double()
+        rows = torch.ones_like(normal[:, 0])
+        if normalize:
+            normal, rows = _rows_normalized(normal, columns)
+        if root is not None:
+            normal, rows = normal * root[part, None], rows / root[part]
+        error = normal - approximation[part].double() / columns / rows[:, None]
+        errors.append((error.square() * h).sum(dim=1))
+        wholes.append((normal.square() * h).sum(dim=1))
+    return share_of(summed(torch.cat(errors)), summed(torch.cat(wholes)))
 
 
 def share_of(squared_error: float, total: float) -> float:
@@ -127,5 +151,6 @@ def share_of(squared_error: float, total: float) -> float:
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """`‖W − Ŵ‖ / ‖W‖` in the Frobenius norm, for raw weights `(O, I)`; 0 for W = Ŵ = 0."""
-    total = stable_sum(weight.double().square())
-    return (stable_sum((weight - approximation).double().square()) / total) ** 0.5 if total > 0 else 0.0
+    whole = summed(row_sums(weight, lambda part: weight[part].double().square()))
+    apart = summed(row_sums(weight, lambda part: (weight[part] - approximation[part]).double().square()))
+    return (apart / whole) ** 0.5 if whole > 0 else 0.0

@@ -14,6 +14,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from armor_recipes.solver.rows import parts
+
 #: The largest group, and the largest whose masks are numbered, stored and tried one by one.
 MAX_GROUP, TABLE_GROUP = 32, 8
 
@@ -73,9 +75,12 @@ def mask_table(pattern: Pattern = TWO_OF_FOUR, device: torch.device | None = Non
 
 def magnitude_mask(scores: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
     """Keep the N largest scores of each group of M of `(O, I)`, ties to the lower index; returns bool `(O, I)`."""
-    groups = scores.unflatten(1, (-1, pattern.group))
-    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., : pattern.keep]
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, value=True).flatten(1)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for part in parts(scores):
+        groups = scores[part].unflatten(1, (-1, pattern.group))
+        order = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., : pattern.keep]
+        mask[part].unflatten(1, (-1, pattern.group)).scatter_(-1, order, value=True)
+    return mask
 
 
 def mask_to_index(mask: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
@@ -83,18 +88,27 @@ def mask_to_index(mask: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
 
     Raises ValueError if a group does not keep exactly N.
     """
-    groups = mask.unflatten(1, (-1, pattern.group))
-    if not bool((groups.sum(-1) == pattern.keep).all()):
-        raise ValueError(
-            f"mask: every group of {pattern.group} consecutive entries of a row must keep exactly {pattern.keep}"
-        )
-    bits: Tensor = (groups * _bit_values(pattern, mask.device)).sum(-1)
+    values, number_of = _bit_values(pattern, mask.device), _numbers(pattern, mask.device)
+    found = []
+    for part in parts(mask):
+        groups = mask[part].unflatten(1, (-1, pattern.group))
+        if not bool((groups.sum(-1) == pattern.keep).all()):
+            raise ValueError(
+                f"mask: every group of {pattern.group} consecutive entries of a row must keep exactly {pattern.keep}"
+            )
+        bits: Tensor = (groups * values).sum(-1)
+        found.append(bits if number_of is None else number_of[bits])
+    return torch.cat(found)
+
+
+def _numbers(pattern: Pattern, device: torch.device) -> Tensor | None:
+    """The number of a mask by its bits, uint8 `(2^M,)`; None where masks are not listed."""
     if not pattern.has_table:
-        return bits
+        return None
     number_of = torch.zeros(1 << pattern.group, dtype=torch.uint8, device="cpu")
     for number, lanes in enumerate(mask_lanes(pattern)):
         number_of[sum(1 << lane for lane in lanes)] = number
-    return number_of.to(mask.device)[bits]
+    return number_of.to(device)
 
 
 def index_to_mask(index: Tensor, pattern: Pattern = TWO_OF_FOUR) -> Tensor:
