@@ -28,10 +28,10 @@ from armor_recipes.calibration.tokens import build_tokens
 from armor_recipes.integrations.models import load_model, load_tokenizer, open_model
 from armor_recipes.recipe.schema import CalibrationSpec, ModelSpec
 from armor_recipes.solver.adam import AdamProblem, Selection, draw, draw_by_l1_norm, solve_adam
-from armor_recipes.solver.blockdiag import stable_sum
 from armor_recipes.solver.entry import nowag_start
 from armor_recipes.solver.normalize import fill_dead_channels, nowag_normalize
 from armor_recipes.solver.patterns import magnitude_mask
+from armor_recipes.solver.rows import stable_sum
 
 MODULES = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
 LAYER, BLOCK = 1, 32
@@ -51,7 +51,7 @@ def random_by(order: float) -> Selection:
 
 def greedy_by(order: float) -> Selection:
     """The largest norm, of equal ones the first."""
-    return lambda gradient, _: torch.linalg.vector_norm(gradient, order, dim=-1).argmax(-1)
+    return lambda gradient, _: torch.linalg.vector_norm(gradient, order, dim=-1).flatten(2).argmax(-1)
 
 
 WAYS: dict[str, Selection] = {

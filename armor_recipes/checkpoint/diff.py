@@ -17,8 +17,8 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.verify import RECIPE_FILE, has_recipe, read_resolved
 from armor_recipes.paths import user_path
 from armor_recipes.recipe.leaves import Differing, differing
-from armor_recipes.solver.blockdiag import stable_sum
 from armor_recipes.solver.patterns import TWO_OF_FOUR
+from armor_recipes.solver.rows import stable_sum
 
 #: Of the manifest, what a run was given and what it measured. The rest says what became of modules, as the tensors do.
 _OF_A_RUN = (

@@ -14,7 +14,6 @@ other tensors are copied as they are, and so are the files of the folder that ar
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
@@ -62,7 +61,7 @@ from armor_recipes.checkpoint.quantized import WEIGHT_PACKED, Scheme
 from armor_recipes.checkpoint.reader import BIAS, check_folder, checked_layers, plain_layers, read_layer, read_plain
 from armor_recipes.checkpoint.staging import REPORT_FILES, files_below
 from armor_recipes.checkpoint.stored import BIN_FILE, BIN_INDEX
-from armor_recipes.checkpoint.writer import file_hashes, tensor_hashes
+from armor_recipes.checkpoint.writer import file_hashes, manifest_hash, tensor_hashes
 from armor_recipes.errors import PlanError, UnfitError
 from armor_recipes.version import __version__
 
@@ -422,12 +421,10 @@ def _copy_rest(source: Source, destination: Path) -> tuple[str, ...]:
 
 
 def _write_manifest(source: Source, destination: Path, to: Target) -> None:
-    manifest = source.folder / MANIFEST_FILE
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
     content = {
         "format_version": version_of(read_config(destination).get("quantization_config")),
         "armor_recipes": __version__,
-        "export": {"to": to, "source_manifest_sha256": digest},
+        "export": {"to": to, "source_manifest_sha256": manifest_hash(source.folder)},
         "files": sorted({*files_below(destination), MANIFEST_FILE}),
         "file_hashes": file_hashes(destination),
         "tensors": tensor_hashes(destination),

@@ -259,6 +259,12 @@ def file_hash(path: Path) -> str:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
 
 
+def manifest_hash(folder: Path) -> str | None:
+    """SHA-256 in hex of a folder's manifest, by which others know it; None where there is none."""
+    manifest = folder / MANIFEST_FILE
+    return file_hash(manifest) if manifest.is_file() else None
+
+
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 in hex of a tensor's bytes."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()

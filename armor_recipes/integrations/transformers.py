@@ -175,6 +175,7 @@ def load(
 ) -> PreTrainedModel:
     """Load a checkpoint that a recipe or `armor export` wrote, or a legacy 2:4 folder, checked, in evaluation mode.
 
+    With `auto` and `cpu` weights that each token reads are copied from the mapped file into large pages, where the system has them.
     One warning names how many ARMOR layers are slower on this CPU than dense ones, where that can be felt.
 
     Unlike `from_pretrained` this checks names, shapes and dtypes of every ARMOR tensor against config.json first, then

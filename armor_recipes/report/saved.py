@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from armor_recipes.checkpoint.files import MANIFEST_FILE
 from armor_recipes.checkpoint.header import read_json
+from armor_recipes.checkpoint.writer import manifest_hash
 from armor_recipes.errors import InputError, PlanError
 from armor_recipes.evaluation import Evaluation, Measured, Measurement
 from armor_recipes.evaluation.records import from_record, to_record
@@ -69,12 +68,6 @@ def saved_dict(found: Evaluation, model: str, machine: Any) -> dict[str, Any]:
         "keys": shared(dict(found.keys)),
         "record": {"before": to_record(found.before), "after": to_record(found.after)},
     }
-
-
-def manifest_hash(folder: Path) -> str | None:
-    """SHA-256 of a folder's manifest in hex, by which an evaluation knows it; None where there is none."""
-    file = folder / MANIFEST_FILE
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def is_saved(name: str) -> bool:

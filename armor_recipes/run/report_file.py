@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from armor_recipes.checkpoint.files import MANIFEST_FILE, write_whole
+from armor_recipes.checkpoint.writer import manifest_hash
 from armor_recipes.errors import InputError, RecipeError, ResourceError
 from armor_recipes.exhaustion import is_disk_full
 from armor_recipes.paths import user_path
 from armor_recipes.report.page import MARK, page, write_page
-from armor_recipes.report.saved import Saved, later_row, manifest_hash, read_saved
+from armor_recipes.report.saved import Saved, later_row, read_saved
 from armor_recipes.report.view import read_report, run_view
 from armor_recipes.run.checks import check_writable
 

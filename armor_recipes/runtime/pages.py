@@ -13,24 +13,18 @@ from torch import Tensor, nn
 LARGE_PAGE = 2 << 20
 
 
-def to_large_pages(tensors: Iterable[Tensor]) -> int:
+def to_large_pages(tensors: Iterable[Tensor]) -> None:
     """Move the data of each tensor on the CPU that is a page and more into memory for which large pages are asked.
 
     A token reads every weight once, and in pages of 4 KiB it waits for their addresses, too. Nothing is moved where the system
     cannot be asked (but Linux). Tensors that share a storage no longer do.
-
-    Returns:
-        The number of tensors that were moved.
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    moved = 0
     for tensor in tensors:
         if advice is None or not tensor.is_cpu or not tensor.is_contiguous() or tensor.nbytes < LARGE_PAGE:
             continue
         with torch.inference_mode(False):
             tensor.data = _copied(tensor.detach(), advice)
-        moved += 1
-    return moved
 
 
 def _copied(tensor: Tensor, advice: int) -> Tensor:

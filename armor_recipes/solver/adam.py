@@ -13,24 +13,25 @@ import torch
 from torch import Tensor
 
 from armor_recipes.errors import NumericalError
-from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
+from armor_recipes.solver.blockdiag import left_multiply, right_multiply
 from armor_recipes.solver.groups import solve_group
 from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern, index_to_mask
 from armor_recipes.solver.result import Factors, StopReason
+from armor_recipes.solver.rows import stable_sum
 
 #: The paper's settings.
 LEARNING_RATE = 1e-4
 _PATIENCE, _MIN_GAIN = 100, 1e-6
-#: What chooses a group in every block: from the gradients `(J, K, G, M)` of its G groups, row by row, to numbers `(J, K)` below G.
+#: What chooses a group in every block: from the gradients `(J, K, b_o, G, M)` of G groups a row to numbers `(J, K)` below b_o·G.
 Selection = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Numbers `(J, K)`, drawn with probability ∝ weights `(J, K, G)` that are not negative."""
-    cumulative = weights.cumsum(-1)
-    uniform = torch.rand(*weights.shape[:-1], 1, generator=generator, device=weights.device)
+    """Numbers `(J, K)`, drawn with probability ∝ weights `(J, K, b_o, G)` that are not negative."""
+    cumulative = weights.flatten(2).cumsum(-1)
+    uniform = torch.rand(*weights.shape[:2], 1, generator=generator, device=weights.device)
     drawn = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)[..., 0]
-    return drawn.clamp_(max=weights.shape[-1] - 1)
+    return drawn.clamp_(max=cumulative.shape[-1] - 1)
 
 
 def draw_by_l1_norm(gradient: Tensor, generator: torch.Generator) -> Tensor:
@@ -144,8 +145,7 @@ def _draw(problem: AdamProblem, state: _State, gradient: Tensor) -> tuple[Tensor
     """One (row, group) in every block, as the problem selects it; each `(J, K)`."""
     blocks_o, size_o, blocks_i, size_i = state.grid(gradient).shape
     groups = size_i // problem.pattern.group
-    by_block = gradient.view(blocks_o, size_o, blocks_i, groups, -1).transpose(1, 2)
-    number = problem.select(by_block.reshape(blocks_o, blocks_i, size_o * groups, -1), problem.generator)
+    number = problem.select(gradient.view(blocks_o, size_o, blocks_i, groups, -1).transpose(1, 2), problem.generator)
     return number // groups, number % groups
 
 

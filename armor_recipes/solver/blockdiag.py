@@ -36,8 +36,3 @@ def apply_input_factor(x: Tensor, b: Tensor) -> Tensor:
 def apply_output_factor(y: Tensor, a: Tensor) -> Tensor:
     """`A y` for activations y `(..., O)`; returns `(..., O)`."""
     return apply_input_factor(y, a)
-
-
-def stable_sum(x: Tensor) -> float:
-    """Sum of `(O, I)` in float64, row by row: the bits do not depend on the number of threads, as those of a plain sum do."""
-    return float(x.sum(dim=1, dtype=torch.float64).cpu().sum())

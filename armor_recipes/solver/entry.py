@@ -26,7 +26,7 @@ from armor_recipes.solver.patterns import (
     parse_pattern,
 )
 from armor_recipes.solver.result import Factorization, Factors, StopReason
-from armor_recipes.solver.rows import parts, row_sums, summed
+from armor_recipes.solver.rows import parts, stable_sum
 
 SOLVERS = ("exact", "adam")
 #: Slack of the invariant loss_t ≤ loss_0: the last loss is computed afresh from the returned float32 factors.
@@ -201,14 +201,14 @@ class _Run:
         """The loss of Ŵ = 0."""
         if self.gram is not None:
             return quadratic_form(self.target, self.gram)
-        return summed(row_sums(self.target, lambda part: self.target[part].square() * self.h))
+        return stable_sum(self.target, lambda part: self.target[part].square() * self.h)
 
     def error(self, factors: Factors) -> float:
         """The loss of the factors."""
         error = self.target - left_multiply(factors.a, right_multiply(factors.core, factors.b))
         if self.gram is not None:
             return quadratic_form(error, self.gram)
-        return summed(row_sums(error, lambda part: error[part].double().square() * self.h))
+        return stable_sum(error, lambda part: error[part].double().square() * self.h)
 
     def exact(self, start: Factors, clock: _Clock, native: bool | None) -> tuple[Factors, StopReason]:
         if self.gram is not None:

@@ -19,7 +19,7 @@ from armor_recipes.errors import NumericalError
 from armor_recipes.solver.blockdiag import left_multiply, right_multiply
 from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern
 from armor_recipes.solver.result import Factors, StopReason
-from armor_recipes.solver.rows import row_sums, summed
+from armor_recipes.solver.rows import stable_sum
 from armor_recipes.solver.spd import NORMAL_EQUATIONS, cholesky
 from armor_recipes.solver.sweep import SweepProblem, join_blocks, sweep
 
@@ -141,14 +141,18 @@ def extrapolate(now: Factors, last: Factors, *, beta: float) -> Factors:
 
 def residual(problem: Problem, factors: Factors) -> Tensor:
     """`E = target − A · S · B`, `(O, I)`."""
-    product = left_multiply(factors.a, right_multiply(factors.core, factors.b))
-    return torch.sub(problem.target, product, out=product)
+    return _less(problem.target, left_multiply(factors.a, right_multiply(factors.core, factors.b)))
+
+
+def _less(target: Tensor, product: Tensor) -> Tensor:
+    """`target − product`, in the memory of the product."""
+    return torch.sub(target, product, out=product)
 
 
 def squared_error(problem: ExactProblem, factors: Factors) -> float:
     """`‖E‖²`, squared in float32 and summed in float64. Raises NumericalError where it is not finite."""
     error = residual(problem, factors)
-    return finite_loss(summed(row_sums(error, lambda part: error[part].square())))
+    return finite_loss(stable_sum(error, lambda part: error[part].square()))
 
 
 def finite_loss(value: float) -> float:
@@ -184,8 +188,7 @@ def update_a(problem: ExactProblem, factors: Factors) -> None:
     size = factors.a.shape[-1]
     t = right_multiply(factors.core, factors.b)
     t_blocks = t.reshape(-1, size, t.shape[1])
-    product = left_multiply(factors.a, t)
-    e_blocks = torch.sub(problem.target, product, out=product).reshape(t_blocks.shape)
+    e_blocks = _less(problem.target, left_multiply(factors.a, t)).reshape(t_blocks.shape)
     step = solve_normal(torch.bmm(t_blocks, t_blocks.mT), torch.bmm(t_blocks, e_blocks.mT), problem.counts)
     factors.a = factors.a + step.mT
 
@@ -194,8 +197,7 @@ def update_b(problem: ExactProblem, factors: Factors) -> None:
     """`B_k += (Σ_j U_jkᵀ U_jk + εI)⁻¹ Σ_j U_jkᵀ E_jk` with `U = A · S`."""
     size = factors.b.shape[-1]
     u = left_multiply(factors.a, factors.core)
-    product = right_multiply(u, factors.b)
-    e = torch.sub(problem.target, product, out=product)
+    e = _less(problem.target, right_multiply(u, factors.b))
     u_blocks, e_blocks = (x.reshape(x.shape[0], -1, size).permute(1, 0, 2) for x in (u, e))
     factors.b = factors.b + solve_normal(
         torch.bmm(u_blocks.mT, u_blocks), torch.bmm(u_blocks.mT, e_blocks), problem.counts

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from armor_recipes.errors import NumericalError
-from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
+from armor_recipes.solver.blockdiag import left_multiply, right_multiply
 from armor_recipes.solver.exact import factor_normal, finite_loss, from_blocks, residual, solve_normal, to_blocks
 from armor_recipes.solver.normalize import fill_dead_channels, normalized, share_of
 from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern
 from armor_recipes.solver.result import Factors
+from armor_recipes.solver.rows import stable_sum
 from armor_recipes.solver.spd import cholesky
 from armor_recipes.solver.sweep import SweepProblem, sweep
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from armor_recipes.errors import NumericalError
-from armor_recipes.solver.rows import parts, row_sums, summed
+from armor_recipes.solver.rows import parts, stable_sum, summed
 
 NORM_EPSILON = 1e-5
 #: Of a module's largest mean square gradient: what is below counts as that, or such a row would be free to become anything.
@@ -30,11 +30,7 @@ def nowag_normalize(weight: Tensor) -> Normalized:
 
     Raises NumericalError where a norm is out of the dtype's range: W̄ would be zero.
     """
-    columns = _column_norms(weight, weight.dtype)
-    found, rows = torch.empty_like(weight), torch.empty_like(weight[:, 0])
-    for part in parts(weight):
-        found[part], rows[part] = _rows_normalized(weight[part], columns)
-    return Normalized(weight=found, rows=rows, columns=columns)
+    return normalized(weight, normalize=True)
 
 
 def _column_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,11 +42,17 @@ def _column_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return columns
 
 
-def _rows_normalized(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of W, `(n, I)`, divided by the norms of the columns and then by their own; and those, `(n,)`."""
-    scaled = weight / columns
-    rows = torch.linalg.vector_norm(scaled, dim=1) + NORM_EPSILON
-    return scaled / rows[:, None], rows
+def _rows_normalized(weight: Tensor, columns: Tensor | None, root: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of W̄ `(n, I)` from those of W, and what they were divided by, `(n,)`.
+
+    `columns` `(I,)` are the norms of W's columns, None without normalisation; `root` `(n,)` is √ω, None where all rows count once.
+    """
+    rows = torch.ones_like(weight[:, 0])
+    if columns is not None:
+        scaled = weight / columns
+        rows = torch.linalg.vector_norm(scaled, dim=1) + NORM_EPSILON
+        weight = scaled / rows[:, None]
+    return (weight, rows) if root is None else (weight * root[:, None], rows / root)
 
 
 def normalized(weight: Tensor, *, normalize: bool, row_weights: Tensor | None = None) -> Normalized:
@@ -58,14 +60,12 @@ def normalized(weight: Tensor, *, normalize: bool, row_weights: Tensor | None = 
 
     With `row_weights` ω `(O,)`, all above 0, row i is multiplied by √ω_i besides, so that its squared error counts ω_i times.
     """
-    if normalize:
-        found = nowag_normalize(weight)
-    else:
-        found = Normalized(weight, rows=torch.ones_like(weight[:, 0]), columns=torch.ones_like(weight[0]))
-    if row_weights is None:
-        return found
-    root = row_weights.to(weight).sqrt()
-    return Normalized(found.weight * root[:, None], rows=found.rows / root, columns=found.columns)
+    columns = _column_norms(weight, weight.dtype) if normalize else None
+    root = None if row_weights is None else row_weights.to(weight).sqrt()
+    found, rows = torch.empty_like(weight), torch.empty_like(weight[:, 0])
+    for part in parts(weight):
+        found[part], rows[part] = _rows_normalized(weight[part], columns, None if root is None else root[part])
+    return Normalized(found, rows, torch.ones_like(weight[0]) if columns is None else columns)
 
 
 def gradient_row_weights(
@@ -126,20 +126,16 @@ def relative_loss(
     0 is a perfect reconstruction, 1 is Ŵ = 0. Dead channels of h `(I,)` are filled as in `fill_dead_channels`.
     """
     h = fill_dead_channels(second_moment.double())[0]
-    columns = _column_norms(weight, torch.float64) if normalize else torch.ones_like(h)
+    columns = _column_norms(weight, torch.float64) if normalize else None
     root = None if row_weights is None else row_weights.double().sqrt()
     errors, wholes = [], []
     for part in parts(weight):
-        normal = weight[part].double()
-        rows = torch.ones_like(normal[:, 0])
-        if normalize:
-            normal, rows = _rows_normalized(normal, columns)
-        if root is not None:
-            normal, rows = normal * root[part, None], rows / root[part]
-        error = normal - approximation[part].double() / columns / rows[:, None]
+        normal, rows = _rows_normalized(weight[part].double(), columns, None if root is None else root[part])
+        fitted = approximation[part].double()
+        error = normal - (fitted if columns is None else fitted / columns) / rows[:, None]
         errors.append((error.square() * h).sum(dim=1))
         wholes.append((normal.square() * h).sum(dim=1))
-    return share_of(summed(torch.cat(errors)), summed(torch.cat(wholes)))
+    return share_of(summed(errors), summed(wholes))
 
 
 def share_of(squared_error: float, total: float) -> float:
@@ -151,6 +147,6 @@ def share_of(squared_error: float, total: float) -> float:
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """`‖W − Ŵ‖ / ‖W‖` in the Frobenius norm, for raw weights `(O, I)`; 0 for W = Ŵ = 0."""
-    whole = summed(row_sums(weight, lambda part: weight[part].double().square()))
-    apart = summed(row_sums(weight, lambda part: (weight[part] - approximation[part]).double().square()))
+    whole = stable_sum(weight, lambda part: weight[part].double().square())
+    apart = stable_sum(weight, lambda part: (weight[part] - approximation[part]).double().square())
     return (apart / whole) ** 0.5 if whole > 0 else 0.0

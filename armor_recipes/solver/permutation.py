@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from armor_recipes.solver.blockdiag import stable_sum
 from armor_recipes.solver.entry import checked_finite
 from armor_recipes.solver.normalize import fill_dead_channels, nowag_normalize
 from armor_recipes.solver.patterns import TWO_OF_FOUR, Pattern, magnitude_mask
+from armor_recipes.solver.rows import stable_sum
 
 #: Exchanges that are scored at once: their sums stay in a core's cache, and torch does not split an operation of that few
 #: numbers over threads, which would cost more than the operation.

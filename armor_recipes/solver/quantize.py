@@ -17,13 +17,14 @@ from torch import Tensor
 
 from armor_recipes.errors import NumericalError
 from armor_recipes.solver import exact, hessian
-from armor_recipes.solver.blockdiag import left_multiply, right_multiply, stable_sum
+from armor_recipes.solver.blockdiag import left_multiply, right_multiply
 from armor_recipes.solver.exact import ExactProblem
 from armor_recipes.solver.gauge import apply_gauge, choose_gauge
 from armor_recipes.solver.hessian import HessianProblem
 from armor_recipes.solver.normalize import fill_dead_channels
 from armor_recipes.solver.result import Factors, QuantizedValues, SparseFactors
 from armor_recipes.solver.rounding import LARGEST_FLOAT8, Grid, nearest_number, update_rounded
+from armor_recipes.solver.rows import stable_sum
 from armor_recipes.solver.spd import cholesky
 
 LEVELS = {8: (-127, 127), 4: (-8, 7)}

@@ -5,7 +5,7 @@ A new matrix of thousands of channels costs more than the step that fills it: it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,11 +23,16 @@ def parts(x: Tensor) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, max(1, rows), size))
 
 
-def row_sums(x: Tensor, make: Callable[[slice], Tensor]) -> Tensor:
-    """The sum of each row of a matrix `(O, I)` in float64, float64 `(O,)`; `make` gives its rows, those of x."""
-    return torch.cat([make(part).sum(dim=1, dtype=torch.float64) for part in parts(x)])
+def stable_sum(x: Tensor, rows_of: Callable[[slice], Tensor] | None = None) -> float:
+    """Sum of `(O, I)` in float64, row by row: the bits do not depend on the number of threads, as those of a plain sum do.
+
+    With `rows_of` it is that of another matrix as large, whose rows that gives some at a time.
+    """
+    return summed(
+        [(x[part] if rows_of is None else rows_of(part)).sum(dim=1, dtype=torch.float64) for part in parts(x)]
+    )
 
 
-def summed(sums: Tensor) -> float:
-    """The sum of `row_sums`: the bits do not depend on the number of threads, as those of a plain sum do."""
-    return float(sums.cpu().sum())
+def summed(row_sums: Sequence[Tensor]) -> float:
+    """The sum of a matrix whose rows' sums these are, float64, in their order."""
+    return float(torch.cat([*row_sums]).cpu().sum())
