@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 from armor_recipes.recipe import yaml_source
-from armor_recipes.recipe.problems import Mark, Problems, nearest, shorten, show
+from armor_recipes.recipe.problems import LONGEST_VALUE, Mark, Problems, nearest, shorten, show
 from armor_recipes.recipe.tree import (
     Entry,
     Items,
@@ -142,11 +143,25 @@ class Files:
         keys = () if named_at is None else (key,)
         text = "no such file" if named_at is None else f"no such file: {shorten(repr(str(path)), limit=MAX_PATH)}"
         stem = Path(name).stem if Path(name).suffix in SUFFIXES else name
+        near = _near_files(path)
         if stem in builtin:
             text += f"; the built-in recipe of this name is called {stem!r}, without a suffix"
+        elif near:
+            close = [] if "/" in name else get_close_matches(stem[:LONGEST_VALUE], builtin)
+            text += f"; nearest in its folder: {', '.join(near)}"
+            text += f"; nearest built-in recipe: {', '.join(close)}" if close else ""
         elif "/" not in name:
             text += f", and no built-in recipe has this name; {nearest(stem, builtin, noun='built-in recipe')}"
         self.problems.add(mark, keys, f"{text}; check the path" if "/" in name else text)
+
+
+def _near_files(path: Path) -> list[str]:
+    """Names of files in the folder of `path` that are like its own, at most three, the nearest first."""
+    try:
+        names = sorted(each.name for each in path.parent.iterdir() if each.suffix in SUFFIXES and each.is_file())
+    except (OSError, ValueError):
+        return []
+    return [shorten(name) for name in get_close_matches(path.name[:LONGEST_VALUE], names)]
 
 
 def _expanded(name: str) -> str:

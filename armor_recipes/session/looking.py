@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 
 from torch import nn
 
-from armor_recipes.calibration.inputs import Batch, InputSet
+from armor_recipes.calibration.inputs import InputSet
 from armor_recipes.errors import PlanError
 from armor_recipes.model.blocks import Stacks, inner_name
 from armor_recipes.model.experts import every_expert, expert_of
@@ -33,6 +33,8 @@ def look(
 ) -> Survey:
     """Send the first sample of each dataset through the model, and all others as long as members of lists are not reached.
 
+    Where all samples are windows of tokens, whose form tells nothing apart, it is the first of them all.
+
     Raises PlanError where they never reach what is to learn from them, where the model has no logits that an entry needs, or where
     an entry that runs blocks by themselves takes weights that several blocks share; InputError where the model's own code fails.
     """
@@ -44,13 +46,15 @@ def look(
     found: dict[CalibrationSpec, Survey] = {}
     for spec in specs if first is None else dict.fromkeys([first, *specs]):
         with every_expert(model):  # one sample may not be routed to all of them
-            seen = [survey(model, stacks, names, sample, hooks, sharing) for sample in _samples(tokens[spec])]
+            begun = _begun(tokens[spec])
+            seen = [survey(model, stacks, names, tokens[spec].sample(at), hooks, sharing) for at in begun]
             found[spec] = reduce(Survey.and_also, seen)
             wanted = {name for share in learning if share.entry.config.calibration == spec for name in _observed(share)}
-            for sample in _others(tokens[spec]):
+            for at in (at for at in range(len(tokens[spec])) if at not in begun):
                 missing = _unreached(wanted, found[spec], moe)
                 if not missing or not all(_may_come(name, found[spec], stacks) for name in missing):
                     break
+                sample = tokens[spec].sample(at)
                 found[spec] = found[spec].and_also(survey(model, stacks, names, sample, hooks, sharing))
     if not found:
         return Survey({}, {}, frozenset(), logits=True)
@@ -72,17 +76,9 @@ def _names(shares: Sequence[Share]) -> list[str]:
     return list(dict.fromkeys([*taken, *(shape.name for row in rows for shape in row.observed)]))
 
 
-def _samples(inputs: InputSet) -> Iterator[Batch]:
-    """The first sample of each source."""
-    for place in dict.fromkeys(map(inputs.origins.index, inputs.origins)):
-        yield inputs.sample(place)
-
-
-def _others(inputs: InputSet) -> Iterator[Batch]:
-    """All samples but the first of each source."""
-    for place in range(len(inputs.origins)):
-        if inputs.origins.index(inputs.origins[place]) != place:
-            yield inputs.sample(place)
+def _begun(inputs: InputSet) -> list[int]:
+    """The places of samples that are looked at in any case: the first of each source that may be of another form."""
+    return [0] if inputs.is_windows else [inputs.origins.index(source) for source in dict.fromkeys(inputs.origins)]
 
 
 def _observed(share: Share) -> list[str]:

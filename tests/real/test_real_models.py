@@ -15,6 +15,7 @@ from armor_recipes.integrations.transformers import load
 from armor_recipes.recipe.schema import PerplexitySpec
 from armor_recipes.run import apply
 from armor_recipes.run.result import Result
+from tests.support.browser import CHROMIUM, browser
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -107,3 +108,31 @@ def test_armor_keeps_the_accuracy_of_a_vision_transformer(tmp_path: Path) -> Non
     lost = [dense - figure(result, "classification", "top1_accuracy") for result in (plain, armor)]
     assert dense > 0.95
     assert lost[1] <= lost[0] / 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")
+def test_the_report_of_smollm2_in_a_browser(tmp_path: Path) -> None:
+    """Every layer of it, by its own recipe made short; pictures lie beside the output, `--basetemp` keeps them."""
+    fetched("smollm2-135m-instruct", "fetch-smollm2")
+    recipe = Path(__file__).parents[2] / "recipes" / "smollm2-135m.yaml"
+    armor = "prune_stage.armor_modifiers.ARMORModifier"
+    short = (
+        f"model.id={MODELS / 'smollm2-135m-instruct'}",
+        f"{armor}.iterations=4",
+        f"{armor}.calibration.samples=4",
+        "calibration.samples=4",
+        "evaluation.perplexity.windows=4",
+        "evaluation.fidelity={dataset: builtin:pydoc-heldout, samples: 4, sequence_length: 512}",
+    )
+    output = apply(recipe, overrides=short, output=tmp_path / "out").output
+    with browser(tmp_path / "profile") as tab:
+        for width, dark in ((1280, False), (1280, True), (360, False), (360, True)):
+            tab.show(output / "report.html", width=width, dark=dark)
+            assert tab.complaints == []
+            assert tab.requests == [(output / "report.html").resolve().as_uri()]
+            assert tab.ask("innerWidth") == width
+            assert tab.ask("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+            assert tab.ask("document.querySelectorAll('.chart svg').length") == 5
+            assert tab.ask("document.querySelectorAll('#losses tbody tr').length") == 210
+            assert tab.ask("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+            tab.picture(tmp_path / f"{width}-{'dark' if dark else 'light'}.png")

@@ -392,6 +392,27 @@ def test_unknown_builtin_names(tmp_path: Path, name: str, text: str, monkeypatch
         load_recipe([name], registry=REGISTRY, builtin_dir=tmp_path / "builtin")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("frist.yaml", "no such file; nearest in its folder: first.yaml$"),
+        ("./frist.yml", "no such file; nearest in its folder: first.yaml; check the path"),
+        ("first", "no such file; nearest in its folder: first.yaml$"),
+        ("quikstart", "nearest in its folder: quick-start.json; nearest built-in recipe: quickstart$"),
+        ("zzz.yaml", "built-in recipes: quickstart$"),
+        ("there/first.yaml", "no such file; check the path"),
+    ],
+)
+def test_near_files_of_the_folder_are_named(
+    tmp_path: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("first.yaml", "quick-start.json", "first.txt", "builtin/quickstart.yaml"):
+        write((tmp_path / file).parent, VALID, Path(file).name)
+    with pytest.raises(RecipeError, match=text):
+        load_recipe([name], registry=REGISTRY, builtin_dir=tmp_path / "builtin")
+
+
 @pytest.mark.parametrize("value", ["3", "[]", "[a, 3]", "{a: b}", "null"])
 def test_wrong_extends(tmp_path: Path, value: str) -> None:
     assert any(

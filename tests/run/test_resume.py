@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from tests.support.engine import ALL, ARMOR, MLP, core, recipe
 from tests.support.forks import Forks
-from tests.support.killing import Kill, hashes, run_killed
+from tests.support.killing import Disk, Kill, hashes, run_killed
 from tests.support.stacks import TEXT, make_stacked
 
 EVERY = {**ARMOR, "targets": "preset:all-linear"}
@@ -95,14 +95,20 @@ class Runs:
             self.known[name] = hashes(folder / "out"), flushes
         return self.known[name]
 
-    def killed(self, folder: Path, name: str, *kills: Kill) -> str:
-        """Kill it at each of the moments in turn, go on, and compare; how far it was when it was killed last."""
+    def killed(self, folder: Path, name: str, *kills: Kill, share: Callable[[], float] | None = None) -> str:
+        """Kill it at each of the moments in turn, go on, and compare; how far it was when it was killed last.
+
+        With `share` the machine loses its power at these moments, and that of what was not flushed is left.
+        """
         wanted, _ = self.undisturbed(name)
         file = write(folder, self.model(name), name)
         moment = "nothing"
         for kill in kills:
-            done, _ = run_killed(self.forks, folder, file, "--quiet", "--overwrite", kill=kill)
+            disk = Disk(folder, folder.with_name(f"{folder.name}-disk")) if share else None
+            done, _ = run_killed(self.forks, folder, file, "--quiet", "--overwrite", kill=kill, disk=disk)
             assert done.code in (-9, 0), done.err
+            if disk and share:
+                disk.lose(share)
             moment = reached(folder) if done.code else "ended"
         done, _ = run_killed(self.forks, folder, file, "--quiet", "--overwrite")
         assert done.code == 0, done.err
@@ -168,6 +174,36 @@ def test_a_run_that_is_killed_once_all_is_in_place(runs: Runs, tmp_path: Path) -
     found = hashes(tmp_path / "out")
     assert {n for n in wanted if wanted[n] != found[n]} <= {"README.md", "recipe.yaml"}
     assert "mean relative loss" in done.out
+
+
+@pytest.mark.parametrize("lost", ["all", "some"])
+@pytest.mark.parametrize(("name", "at"), [("refined", 0.5), ("distilled", 0.7), ("distilled", 0.97)])
+def test_a_machine_that_loses_what_was_not_flushed(name: str, at: float, lost: str, runs: Runs, tmp_path: Path) -> None:
+    """Its power goes twice; some of what was not flushed is there nevertheless, names without what they name, say."""
+    _, flushes = runs.undisturbed(name)
+    (folder := tmp_path / "run").mkdir()
+    choose = random.Random(0)
+    share = (lambda: 0.0) if lost == "all" else lambda: choose.choice([0.0, choose.random(), 1.0, 1.0])
+    kills = Kill(round(at * flushes), 0.005), Kill(2, 0.02)
+    runs.killed(folder, name, *kills, share=share)
+
+
+@pytest.mark.endurance
+@pytest.mark.timeout(3600)
+def test_a_machine_that_loses_its_power_100_times(runs: Runs, tmp_path: Path) -> None:
+    """At moments as below, and of what was not flushed all, some or nothing is left."""
+    choose, moments = random.Random(1), Counter[str]()
+    for number in range(100):
+        name = list(RECIPES)[number % len(RECIPES)]
+        _, flushes = runs.undisturbed(name)
+        kill = Kill(choose.randint(1, flushes), choose.choice([-1.0, 0.0, choose.uniform(0.001, 0.1)]))
+        kept = choose.choice([(0.0,), (0.0, 0.5, 1.0), (0.0, 1.0), (1.0,)])
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        moments[runs.killed(folder, name, kill, share=lambda kept=kept: choose.choice(kept))] += 1  # type: ignore[misc]
+    print(*(f"{count:4d}  {moment}" for moment, count in moments.most_common()), sep="\n")
+    within = sum(count for moment, count in moments.items() if moment not in ("no journal", "no record", "ended"))
+    assert within >= 60, moments
 
 
 @pytest.mark.endurance
