@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,34 +191,18 @@ def test_a_machine_that_loses_what_was_not_flushed(name: str, at: float, lost: s
 
 @pytest.mark.endurance
 @pytest.mark.timeout(3600)
-def test_a_machine_that_loses_its_power_100_times(runs: Runs, tmp_path: Path) -> None:
-    """At moments as below, and of what was not flushed all, some or nothing is left."""
-    choose, moments = random.Random(1), Counter[str]()
+@pytest.mark.parametrize("loses", [False, True], ids=["killed", "without power"])
+def test_100_moments(runs: Runs, tmp_path: Path, loses: bool) -> None:
+    """Before a flush, after one, or some time after one, all by a seed; without power all, some or nothing is left of the rest."""
+    choose, moments = random.Random(int(loses)), Counter[str]()
     for number in range(100):
         name = list(RECIPES)[number % len(RECIPES)]
         _, flushes = runs.undisturbed(name)
         kill = Kill(choose.randint(1, flushes), choose.choice([-1.0, 0.0, choose.uniform(0.001, 0.1)]))
-        kept = choose.choice([(0.0,), (0.0, 0.5, 1.0), (0.0, 1.0), (1.0,)])
+        kept = choose.choice([(0.0,), (0.0, 0.5, 1.0), (0.0, 1.0), (1.0,)]) if loses else ()
         folder = tmp_path / str(number)
         folder.mkdir()
-        moments[runs.killed(folder, name, kill, share=lambda kept=kept: choose.choice(kept))] += 1  # type: ignore[misc]
-    print(*(f"{count:4d}  {moment}" for moment, count in moments.most_common()), sep="\n")
-    within = sum(count for moment, count in moments.items() if moment not in ("no journal", "no record", "ended"))
-    assert within >= 60, moments
-
-
-@pytest.mark.endurance
-@pytest.mark.timeout(3600)
-def test_100_moments(runs: Runs, tmp_path: Path) -> None:
-    """Before a flush, after one, or some time after one, all by a seed."""
-    choose, moments = random.Random(0), Counter[str]()
-    for number in range(100):
-        name = list(RECIPES)[number % len(RECIPES)]
-        _, flushes = runs.undisturbed(name)
-        kill = Kill(choose.randint(1, flushes), choose.choice([-1.0, 0.0, choose.uniform(0.001, 0.1)]))
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        moments[runs.killed(folder, name, kill)] += 1
+        moments[runs.killed(folder, name, kill, share=partial(choose.choice, kept) if kept else None)] += 1
     print(*(f"{count:4d}  {moment}" for moment, count in moments.most_common()), sep="\n")
     within = sum(count for moment, count in moments.items() if moment not in ("no journal", "no record", "ended"))
     assert within >= 60, moments
