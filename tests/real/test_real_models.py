@@ -15,7 +15,7 @@ from armor_recipes.integrations.transformers import load
 from armor_recipes.recipe.schema import PerplexitySpec
 from armor_recipes.run import apply
 from armor_recipes.run.result import Result
-from tests.support.browser import CHROMIUM, browser
+from tests.support.browser import CHROMIUM, browser, look
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -127,12 +127,5 @@ def test_the_report_of_smollm2_in_a_browser(tmp_path: Path) -> None:
     output = apply(recipe, overrides=short, output=tmp_path / "out").output
     with browser(tmp_path / "profile") as tab:
         for width, dark in ((1280, False), (1280, True), (360, False), (360, True)):
-            tab.show(output / "report.html", width=width, dark=dark)
-            assert tab.complaints == []
-            assert tab.requests == [(output / "report.html").resolve().as_uri()]
-            assert tab.ask("innerWidth") == width
-            assert tab.ask("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
-            assert tab.ask("document.querySelectorAll('.chart svg').length") == 5
-            assert tab.ask("document.querySelectorAll('#losses tbody tr').length") == 210
-            assert tab.ask("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+            look(tab, output / "report.html", width=width, dark=dark, modules=210)
             tab.picture(tmp_path / f"{width}-{'dark' if dark else 'light'}.png")

@@ -13,7 +13,7 @@ from armor_recipes.errors import CheckpointError
 from armor_recipes.report.curves import thinned
 from armor_recipes.report.page import page
 from armor_recipes.report.view import run_view
-from tests.support.browser import CHROMIUM, browser
+from tests.support.browser import CHROMIUM, browser, look
 from tests.support.engine import recipe, save_model
 
 
@@ -52,14 +52,7 @@ def test_curves_are_thinned_to_what_was_measured() -> None:
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, True)])
 def test_in_a_browser(run: Path, tmp_path: Path, width: int, dark: bool) -> None:
     with browser(tmp_path / "profile") as tab:
-        tab.show(run / "report.html", width=width, dark=dark)
-        assert tab.complaints == []
-        assert tab.requests == [(run / "report.html").resolve().as_uri()]
-        assert tab.ask("innerWidth") == width
-        assert tab.ask("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
-        assert tab.ask("document.querySelectorAll('.chart svg').length") == 5
-        assert tab.ask("document.querySelectorAll('#losses tbody tr').length") == 14
-        assert tab.ask("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+        look(tab, run / "report.html", width=width, dark=dark, modules=14)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")

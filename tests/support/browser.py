@@ -123,6 +123,20 @@ class Page:
         return [event["params"]["request"]["url"] for event in sent]
 
 
+def look(tab: Page, file: Path, *, width: int, dark: bool, modules: int) -> None:
+    """Open a run's report in a window of that width, and check that it is whole, quiet, and that no table of it is cut."""
+    tab.show(file, width=width, dark=dark)
+    assert tab.complaints == []
+    assert tab.requests == [file.resolve().as_uri()]
+    assert tab.ask("innerWidth") == width
+    assert tab.ask("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    assert tab.ask("document.querySelectorAll('.chart svg').length") == 5
+    assert tab.ask("document.querySelectorAll('#losses tbody tr').length") == modules
+    assert tab.ask("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+    shown = "[...document.querySelectorAll('.scroll')].filter((box) => !box.closest('details'))"
+    assert tab.ask(f"{shown}.filter((box) => box.scrollWidth > box.clientWidth).map((box) => box.innerText)") == []
+
+
 @contextmanager
 def browser(profile: Path) -> Iterator[Page]:
     """A new Chromium with one empty tab, and a profile of its own."""
