@@ -2,8 +2,8 @@
 
 `python benchmarks/memory.py MODEL OUTPUT --memory 4GiB [--processes 2]` runs `armor-apply` in a process of its own, or several by
 torchrun, with ARMOR of few iterations on random tokens. It reads their RssAnon from /proc every 20 ms and prints as a line of JSON
-the peak of the one that had most, and that of their sum. Exit code 1 where one was above the memory that was allowed, or the run
-failed.
+the peak of the one that had most, and that of their sum, beside what the run's own report says of plan and outcome. Exit code 1
+where one was above the memory that was allowed, or the run failed.
 """
 
 from __future__ import annotations
@@ -67,9 +67,20 @@ def main() -> int:
         "peak_mib": {name: value >> 20 for name, value in peaks.items()},
         "together_mib": together >> 20,
         "within": within,
+        **(planned(Path(options.output)) if process.returncode == 0 else {}),
     }
     print(json.dumps(row))
     return int(process.returncode != 0 or not within)
+
+
+def planned(output: Path) -> dict[str, int | float]:
+    """What the report of a run says that it took, and what its plan thought; memory in MiB, without what files stand behind."""
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    return {
+        "planned_mib": report["peak_memory_estimated_bytes"] >> 20,
+        "cpu_seconds": round(report["cpu_seconds"]),
+        "planned_cpu_seconds": round(report["cpu_seconds_estimated"]),
+    }
 
 
 def watch(process: subprocess.Popen[bytes]) -> tuple[dict[str, int], int]:

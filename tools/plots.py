@@ -18,7 +18,7 @@ DATA, PLACE = ROOT / "docs" / "benchmarks" / "experiments", ROOT / "docs" / "ass
 GREY, COLOURS = "#7a7f87", ("#2f81f7", "#c77d0a", "#2da44e", "#cf4f8a", "#8a63d2", "#d1483f", "#1a9ba1", "#8a7a2a")
 ARMOR = "prune_stage.armor_modifiers.ARMORModifier."
 Rows = list[dict[str, Any]]
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "armor-recipes",
     "font.size": 10,
@@ -185,11 +185,12 @@ def source(name: str) -> str:
 
 def draw(name: str) -> None:
     """Write one plot; the same bytes for the same file and release of matplotlib."""
-    import matplotlib
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
     content = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
-    with matplotlib.rc_context({**STYLE, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}):
+    with rc_context({**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         PLOTS[name](content.get("points") or content["rows"], figure)
         PLACE.mkdir(parents=True, exist_ok=True)
