@@ -50,7 +50,9 @@ def look(
             seen = [survey(model, stacks, names, tokens[spec].sample(at), hooks, sharing) for at in begun]
             found[spec] = reduce(Survey.and_also, seen)
             wanted = {name for share in learning if share.entry.config.calibration == spec for name in _observed(share)}
-            for at in (at for at in range(len(tokens[spec])) if at not in begun):
+            for at in range(len(tokens[spec])):
+                if at in begun:
+                    continue
                 missing = _unreached(wanted, found[spec], moe)
                 if not missing or not all(_may_come(name, found[spec], stacks) for name in missing):
                     break

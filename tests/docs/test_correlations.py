@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from typing import Any
 
@@ -38,3 +39,12 @@ def test_pairs_of_figures_of_the_points_that_are_done() -> None:
 def test_equal_values_share_a_rank_and_the_interval_is_fishers() -> None:
     assert TOOL["ranks"]([3.0, 1.0, 3.0, 2.0]) == [2.5, 0.0, 2.5, 1.0]
     assert TOOL["interval"](0.5, 28) == pytest.approx((0.1560, 0.7358), abs=1e-4)  # tanh(0.5493 ± 0.3920)
+
+
+def test_those_that_are_committed_are_of_the_committed_sweep() -> None:
+    folder = ROOT / "docs" / "benchmarks"
+    rows = json.loads((folder / "calibration-samples-correlations.json").read_text())["rows"]
+    found = TOOL["correlations"](
+        json.loads((folder / "experiments" / "calibration-samples.json").read_text())["points"]
+    )
+    assert rows == json.loads(json.dumps(found))
