@@ -1,7 +1,8 @@
 """Draws the plots of the experiments from their committed JSON: `make plots`, or `python tools/plots.py [NAME...]`.
 
 `docs/assets/experiments/NAME.svg` is of `docs/benchmarks/experiments/NAME.json`, and carries that file's SHA-256
-(`tests/docs/test_plots.py` compares). Text is of a grey that can be read on white and on black; there is no background.
+(`tests/docs/test_plots.py` compares). A name is an experiment's, `cores`, or that in a model's folder, `smollm2/cores`.
+Text is of a grey that can be read on white and on black; there is no background.
 """
 
 from __future__ import annotations
@@ -61,11 +62,10 @@ def block_size(rows: Rows, figure: Any) -> None:
     """Perplexity against bytes, named by the size; that of 1 is not packed."""
     axes = figure.subplots()
     y = [row["perplexity_after"] for row in rows]
-    packed = [
-        (megabytes(row), value) for row, value in zip(rows, y, strict=True) if row["values"][ARMOR + "block_size"] > 1
-    ]
-    axes.plot(*zip(*packed, strict=True), "-o")
-    axes.plot(megabytes(rows[0]), y[0], "o", color=COLOURS[1])
+    places = {row["values"][ARMOR + "block_size"]: (megabytes(row), row["perplexity_after"]) for row in rows}
+    axes.plot(*zip(*(place for size, place in places.items() if size > 1), strict=True), "-o")
+    if 1 in places:
+        axes.plot(*places[1], "o", color=COLOURS[1])
     axes.axhline(rows[0]["perplexity_before"], color=GREY, linestyle="--", linewidth=1, label="dense")
     axes.plot(rows[0]["size_before_bytes"] / 1e6, rows[0]["perplexity_before"], "s", color=GREY)
     name_points(axes, rows, y)
@@ -120,7 +120,8 @@ def calibration_samples(rows: Rows, figure: Any) -> None:
     for axes, (label, of) in zip(figure.subplots(1, 2), measures.items(), strict=True):
         by: dict[int, list[float]] = {}
         for row in rows:
-            by.setdefault(row["values"]["calibration.samples"], []).append(of(row))
+            samples = next(value for key, value in row["values"].items() if key.endswith("calibration.samples"))
+            by.setdefault(samples, []).append(of(row))
         axes.plot(list(by), [sum(own) / len(own) for own in by.values()], "-")
         axes.plot(
             [size for size, own in by.items() for _ in own],
@@ -133,12 +134,14 @@ def calibration_samples(rows: Rows, figure: Any) -> None:
 
 
 def iterations(rows: Rows, figure: Any) -> None:
-    """Loss and perplexity of both solvers against their time."""
+    """Loss and perplexity of each solver against the run's time."""
     for axes, key, label in zip(
         figure.subplots(1, 2), ("loss", "perplexity_after"), ("mean loss of the modules", "perplexity"), strict=True
     ):
         for solver in ("adam", "exact"):
             own = [row for row in rows if row["name"].startswith(solver)]
+            if not own:
+                continue
             axes.plot([row["cpu_seconds"] for row in own], [row[key] for row in own], "-o", label=solver)
             for row in own:
                 text = row["name"].removeprefix(solver).strip()
@@ -183,6 +186,11 @@ def source(name: str) -> str:
     return f"docs/benchmarks/experiments/{name}.json sha256:{hashlib.sha256((DATA / f'{name}.json').read_bytes()).hexdigest()}"
 
 
+def names() -> list[str]:
+    """Of all experiments that have figures, in order."""
+    return sorted(file.relative_to(DATA).with_suffix("").as_posix() for file in DATA.rglob("*.json"))
+
+
 def draw(name: str) -> None:
     """Write one plot; the same bytes for the same file and release of matplotlib."""
     from matplotlib import rc_context
@@ -192,12 +200,12 @@ def draw(name: str) -> None:
     content = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
     with rc_context({**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        PLOTS[name](content.get("points") or content["rows"], figure)
-        PLACE.mkdir(parents=True, exist_ok=True)
+        PLOTS[name.rpartition("/")[2]](content.get("points") or content["rows"], figure)
+        (PLACE / name).parent.mkdir(parents=True, exist_ok=True)
         about = {"Date": None, "Creator": None, "Title": name, "Source": source(name)}
         figure.savefig(PLACE / f"{name}.svg", transparent=True, metadata=about)
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or [name for name in PLOTS if (DATA / f"{name}.json").exists()]:
+    for name in sys.argv[1:] or names():
         draw(name)

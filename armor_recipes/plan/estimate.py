@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class RunEstimate:
         seconds: on so many `threads`.
         cpu_seconds: of all threads.
         cpu_seconds_by: CPU seconds by what takes them.
+        cpu_seconds_by_entry: of those the ones that an entry's rows take, by its key, passes for their statistics included.
         probed: whether it rests on a measurement of the model's own modules, and not of products alone.
         uncounted: sentences about what is not in it.
     """
@@ -62,9 +63,17 @@ class RunEstimate:
     seconds: float
     cpu_seconds: float = 0.0
     cpu_seconds_by: Mapping[str, float] = field(default_factory=dict)
+    cpu_seconds_by_entry: Mapping[str, float] = field(default_factory=dict)
     threads: int = 1
     probed: bool = False
     uncounted: tuple[str, ...] = ()
+
+    def without(self, part: str) -> RunEstimate:
+        """Of a run that is spared one part of `cpu_seconds_by`."""
+        parts = {name: seconds for name, seconds in self.cpu_seconds_by.items() if name != part}
+        cpu = sum(parts.values())
+        times: dict[str, Any] = {"seconds": round(cpu / self.threads, 1), "cpu_seconds": round(cpu, 1)}
+        return replace(self, cpu_seconds_by=parts, **times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +116,16 @@ def estimate_run(
     """
     found, sets = rates or product_rates(plan, model, modifiers), CalibrationSets.of(recipe, modifiers)
     measured, uncounted = _evaluated(recipe) if evaluated is None else (evaluated, ())
-    work = _work(plan, sets, found, measured)
+    solving, training = _solving(plan, found), _training(plan, sets, found)
+    statistics = {key: sets.tokens_of(key) * each for key, each in found.statistic.items()}
+    work = {
+        "passes": _passes(sets, found),
+        "statistics": sum(statistics.values()),
+        "solving": sum(solving.values()),
+        "training": sum(training.values()),
+        "evaluation": 2 * measured * (found.token + found.logits),
+    }
+    around = (work["passes"] + work["statistics"]) / (work["solving"] or 1.0)
     work["measuring"] = _measuring(plan, modifiers, sets, found)
     work["ends"] = _ENDS + _ENDS_BYTE * weight_bytes(model)
     cpu, threads = sum(work.values()), at_once()
@@ -116,27 +134,38 @@ def estimate_run(
         seconds=round(cpu / threads, 1),
         cpu_seconds=round(cpu, 1),
         cpu_seconds_by=work,
+        cpu_seconds_by_entry={key: each * (1 + around) for key, each in solving.items()} | training,
         threads=threads,
         probed=found.probed,
         uncounted=uncounted,
     )
 
 
-def _work(plan: Plan, sets: CalibrationSets, rates: Rates, evaluated: int) -> dict[str, float]:
-    """CPU seconds by what takes them."""
-    # A dense stream is observed as it passes, a compressed one before; gradients go forward and back.
+def _passes(sets: CalibrationSets, rates: Rates) -> float:
+    """CPU seconds of calibration's passes: a dense stream is observed as it passes, a compressed one before."""
     passed = sum(calibration_tokens(spec) * (1 if kind == "dense" else 2) for spec, kind in sets.held)
-    gradients = sum(map(calibration_tokens, sets.back))
-    solves = [(row, rates.solve[""]) for row in plan.rows if row.takes and row.section != ModulePlan.section]
-    solves += [(row, rates.solve.get(kind_of(row), rates.solve[""])) for row in plan.modules]
-    trained = {row.modifier for row in plan.rows if not row.takes and row.section == "refinements"}
-    return {
-        "passes": passed * rates.token + gradients * (2 * rates.token + rates.logits),
-        "statistics": sum(sets.tokens_of(key) * each for key, each in rates.statistic.items()),
-        "solving": sum(row.flops * each for row, each in solves),
-        "training": sum(sets.tokens_of(key) * each for key, each in rates.trained.items() if key in trained),
-        "evaluation": 2 * evaluated * (rates.token + rates.logits),
-    }
+    gradients = sum(map(calibration_tokens, sets.back))  # forward and back
+    return passed * rates.token + gradients * (2 * rates.token + rates.logits)
+
+
+def _solving(plan: Plan, rates: Rates) -> dict[str, float]:
+    """CPU seconds of all rows that change weights by themselves, by entry."""
+    found: dict[str, float] = {}
+    for row in plan.rows:
+        if isinstance(row, ModulePlan):
+            rate = rates.solve.get(kind_of(row), rates.solve[""])
+        elif row.takes:
+            rate = rates.solve[""]
+        else:
+            continue
+        found[row.modifier] = found.get(row.modifier, 0.0) + row.flops * rate
+    return found
+
+
+def _training(plan: Plan, sets: CalibrationSets, rates: Rates) -> dict[str, float]:
+    """CPU seconds of refiners, by entry."""
+    keys = dict.fromkeys(row.modifier for row in plan.refinements)
+    return {key: sets.tokens_of(key) * rates.trained[key] for key in keys if key in rates.trained}
 
 
 def _measuring(plan: Plan, modifiers: Mapping[str, AnyModifier[Any]], sets: CalibrationSets, rates: Rates) -> float:

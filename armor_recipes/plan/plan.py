@@ -106,11 +106,6 @@ class Plan:
         return self.section(CachePlan.section)
 
     @property
-    def flops(self) -> float:
-        """Work of all rows, in floating-point operations."""
-        return sum(row.flops for row in self.rows)
-
-    @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Weight shapes `(d_out, d_in)` of all modules that are changed, by name."""
         return {name: shape for row in self.rows for name, shape in row.shapes.items()}

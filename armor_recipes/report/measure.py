@@ -73,6 +73,8 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
+        self._others = 0.0
+        """CPU seconds of other processes, which `cpu_seconds` counts already."""
         self.anonymous = AnonymousPeak()
 
     def phase(self, name: str) -> None:
@@ -81,6 +83,14 @@ class Stopwatch:
         give_back()
         self._name = name
         self.observer(PhaseStarted(name))
+
+    def together(self) -> None:
+        """Count the other processes' CPU seconds of the phases until now, too; all of them call it at the same place."""
+        self._close()
+        for other in ranks().gather(dict(self.cpu_seconds))[1:]:
+            for name, seconds in other.items():
+                self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + seconds
+                self._others += seconds
 
     def _close(self) -> None:
         now, name = _Now.read(), self._name
@@ -99,7 +109,7 @@ class Stopwatch:
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(self._mark.wall - self._begin.wall, 3),
             "seconds_by_phase": {name: round(value, 3) for name, value in self.seconds.items()},
-            "cpu_seconds": round(self._mark.cpu - self._begin.cpu, 3),
+            "cpu_seconds": round(self._mark.cpu - self._begin.cpu + self._others, 3),
             "cpu_seconds_by_phase": {name: round(value, 3) for name, value in self.cpu_seconds.items()},
             "seconds_by_module": {
                 name: round(result.seconds + sum(change.seconds for change in result.changes), 3)

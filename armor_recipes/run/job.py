@@ -193,7 +193,7 @@ def execute(
     return Result(
         plan=run.job.plan,
         output=output,
-        estimate=job.estimate,
+        estimate=run.job.estimate,
         modules=facts.modules,
         results=facts.results,
         evaluations=facts.evaluations,
@@ -328,6 +328,7 @@ class _Run:
                 self.take_whole(self.room / "result")
             self.depth.after(self.model, self.probe())
             evaluations = measured_again(self.model)
+        self.watch.together()
         return Facts(
             recipe=self.job.recipe,
             plan=self.job.plan,
@@ -371,6 +372,7 @@ class _Run:
             teacher=teacher,
             journal=journal,
             scratch=self.scratch,
+            seconds=job.estimate.cpu_seconds_by_entry,
         ) as session:
             session.run()
         return session

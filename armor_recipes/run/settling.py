@@ -93,7 +93,8 @@ def settled(
     recipe = job.recipe.settled(configs)
     instances = {key: type(one)(configs.get(key, one.config)) for key, one in job.modifiers.items()}
     plan = planned(recipe, job.source, job.shapes, instances)
-    return replace(job, recipe=recipe, modifiers=instances, plan=plan), tuple(found)
+    estimate = job.estimate.without("measuring") if all(one.kept for one in found) else job.estimate
+    return replace(job, recipe=recipe, modifiers=instances, plan=plan, estimate=estimate), tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ _NUMBER, _PLACE = (int, float), {"stage": str, "stack": str, "passes": list}
 _FIELDS: Mapping[str, Mapping[str, Any]] = {
     "same": {"name": str, "value": str},
     "evaluation": {"name": str, "found": (dict, type(None)), "files": list},
-    "step": {**_PLACE, "step": str, "work": _NUMBER, "share": _NUMBER, "file": str},
+    "step": {**_PLACE, "step": str, "share": _NUMBER, "file": str},
     "block": {**_PLACE, "block": (int, type(None)), "steps": int},
     "training": {"step": str, "steps": int, "state": dict, "file": str},
     "written": {"manifest": str},
@@ -63,10 +63,9 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A recorded step: its changes; the work done by then, and its share of all; passes of the whole model, for each stream."""
+    """A recorded step: its changes; the share of all work that was done by then; passes of the whole model, for each stream."""
 
     changes: Changes
-    work: float
     share: float
     passes: tuple[int, ...]
 
@@ -272,14 +271,14 @@ class FileJournal(Journal):
             )
         changes = Changes.load(self.folder / record["file"], self.device)
         self._at += 1
-        return Done(changes, record["work"], record["share"], tuple(record["passes"]))
+        return Done(changes, record["share"], tuple(record["passes"]))
 
     def record(self, place: tuple[str, str], done: Done) -> None:
         """Add a step: its file, then the record."""
         stage, stack = place
         file = self._files.write(f"{len(self._steps):06d}.safetensors", done.changes.save)
         told = {"stage": stage, "stack": stack, "step": done.changes.step, "passes": list(done.passes)}
-        record = {"kind": "step", **told, "work": done.work, "share": done.share, **file, "time": time.time()}
+        record = {"kind": "step", **told, "share": done.share, **file, "time": time.time()}
         self._files.append(record)
         self._steps.append(record)
         self._at = len(self._steps)

@@ -28,6 +28,7 @@ from armor_recipes.modifiers.kinds.changes import Changes, ModuleResult
 from armor_recipes.modifiers.kinds.contract import (
     BlockContext,
     Original,
+    Row,
     Share,
     State,
     Statistics,
@@ -63,6 +64,7 @@ class Session:
         teacher: of a compressed model, the dense model's parameters where they differ from its own.
         scratch: where the model's weights are that lie in files; all that is kept then goes there.
         journal: what the steps are written to, and taken from where a run before has done them.
+        seconds: CPU seconds that the rows of an entry are thought to take, by its key, by which the share that is done is told.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Session:
         teacher: Mapping[str, Tensor] | None = None,
         journal: Journal | None = None,
         scratch: Scratch | None = None,
+        seconds: Mapping[str, float] | None = None,
     ) -> None:
         self.recipe = recipe
         self.plan = plan
@@ -99,7 +102,8 @@ class Session:
         self._readers: dict[str, str] = {}
         if brought is not None:
             commit(brought, self.weights, self.state)
-        self._work, self._work_done = plan.flops or 1.0, 0.0
+        self._costs = _costs(plan, seconds or {})
+        self._share = 0.0
         self._journal = Journal() if journal is None else journal
         self._place = "", ""
 
@@ -209,14 +213,14 @@ class Session:
         if done is not None:
             changes = done.changes
             commit_recorded(changes, self.weights, self.state)
-            self._work_done = done.work
+            self._share = done.share
             for stream, count in zip(counted, done.passes, strict=False):
                 stream.passes = count
         elif make is not None:
             changes = make()
             commit(changes, self.weights, self.state)
             passes = tuple(stream.passes for stream in counted)
-            self._journal.record(self._place, Done(changes, self._work_done, self._progress(0.0), passes))
+            self._journal.record(self._place, Done(changes, self._share, passes))
         else:
             return
         if self._scratch is not None:
@@ -386,9 +390,22 @@ class Session:
         numbers = [index for stack in self.stacks.all for index in stack.indices]
         return tuple(index for index in numbers if index in self._survey.blocks or not self._survey.blocks)
 
-    def _progress(self, flops: float) -> float:
-        self._work_done += flops
-        return min(1.0, self._work_done / self._work)
+    def _progress(self, row: Row) -> float:
+        self._share = min(1.0, self._share + row.flops * self._costs.get(row.modifier, 0.0))
+        return self._share
+
+
+def _costs(plan: Plan, seconds: Mapping[str, float]) -> dict[str, float]:
+    """By entry the share of all work that an operation of its rows is: by their seconds; alike where nothing takes any."""
+    counted: dict[str, float] = {}
+    for row in plan.rows:
+        counted[row.modifier] = counted.get(row.modifier, 0.0) + row.flops
+    counted = {key: flops for key, flops in counted.items() if flops}
+    taken = {key: seconds.get(key, 0.0) for key in counted}
+    if not any(taken.values()):
+        taken = counted
+    whole = sum(taken.values())
+    return {key: taken[key] / flops / whole for key, flops in counted.items()}
 
 
 def _inside(shares: Sequence[Share], stack: Stack) -> list[Share]:

@@ -10,18 +10,19 @@ import pytest
 from tests.support.pages import ROOT
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "plots.py"))
-NAMES = sorted(file.stem for file in (ROOT / "docs" / "benchmarks" / "experiments").glob("*.json"))
+NAMES = TOOL["names"]()
+PLOTS = ROOT / "docs" / "assets" / "experiments"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plot_is_of_its_json(name: str) -> None:
-    text = (ROOT / "docs" / "assets" / "experiments" / f"{name}.svg").read_text(encoding="utf-8")
+    text = (PLOTS / f"{name}.svg").read_text(encoding="utf-8")
     assert re.findall(r"<dc:source>(.*?)</dc:source>", text) == [TOOL["source"](name)]
     assert "<dc:date>" not in text  # the same bytes on another day
 
 
 def test_each_is_shown_once_with_a_text() -> None:
     page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^!\[([^\]]{40,})\]\(assets/experiments/([\w-]+)\.svg\)$", page, re.MULTILINE)
+    shown = re.findall(r"^!\[([^\]]{40,})\]\(assets/experiments/([\w/-]+)\.svg\)$", page, re.MULTILINE)
     assert sorted(name for _, name in shown) == NAMES
-    assert sorted(file.stem for file in (ROOT / "docs" / "assets" / "experiments").iterdir()) == NAMES
+    assert sorted(file.relative_to(PLOTS).with_suffix("").as_posix() for file in PLOTS.rglob("*.svg")) == NAMES

@@ -189,6 +189,9 @@ def test_a_measurement_is_kept_and_a_damaged_or_foreign_one_is_taken_again_and_t
     second = apply(budgeted(model, tmp_path / "2"))
     assert second.report["measured"][0]["kept"]
     assert second.report["measured"][0]["costs"] == first.report["measured"][0]["costs"]
+    assert first.estimate.cpu_seconds_by["measuring"] > 0
+    assert "measuring" not in second.estimate.cpu_seconds_by  # a plan is of what is run
+    assert second.report["cpu_seconds_estimated"] == round(sum(second.estimate.cpu_seconds_by.values()), 1)
     foreign, broken = json.loads(content), json.loads(content)
     foreign["of"]["model"] = "another"
     broken["costs"][next(iter(broken["costs"]))] = -1.0

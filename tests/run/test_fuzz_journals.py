@@ -149,7 +149,7 @@ class Stopped:
             assert done is not None
             weights = {name: hash_of(value) for name, value in done.changes.weights.items()}
             results = [result.record() for result in done.changes.results]
-            steps.append((key, weights, list(done.changes.modules), results, done.work, done.share, done.passes))
+            steps.append((key, weights, list(done.changes.modules), results, done.share, done.passes))
         evaluation, training = found.evaluation("fidelity"), found.found_training(self.next)
         return Taken(
             steps,

@@ -19,6 +19,9 @@ import torch
 from armor_recipes.compute import ranks
 from armor_recipes.compute.ranks import by_cost, each, in_turn, joined, share
 from armor_recipes.errors import RecipeError, ResourceError
+from armor_recipes.events import ignore_events
+from armor_recipes.plan import RunEstimate
+from armor_recipes.report.measure import Stopwatch
 from armor_recipes.run.resuming import check_alike
 from tests.run.test_resume import OTHERS, RECIPES, write
 from tests.support.commands import LISTEN, Done, finished, surroundings
@@ -103,7 +106,9 @@ def test_bytes_do_not_depend_on_the_number_of_processes(
 ) -> None:
     done = run_by(count, forks, tmp_path, write(tmp_path, llama, name), "--json")
     assert [one.code for one in done] == [0] * count, done[-1].err
-    assert json.loads(done[0].out)["report"]["processes"] == count
+    report = json.loads(done[0].out)["report"]
+    assert report["processes"] == count
+    assert report["cpu_seconds"] >= sum(report["cpu_seconds_by_phase"].values()) - 0.01
     assert not any(one.out for one in done[1:])
     assert not differing(tmp_path, alone[name])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
@@ -235,6 +240,24 @@ def test_items_and_modules_are_shared_out() -> None:
     assert by_cost([1, 2]) == [[0, 1]]
     with pytest.raises(ValueError, match="as it was"):
         each(lambda: int("as it was"))
+
+
+def test_cpu_time_is_that_of_all(tmp_path: Path) -> None:
+    """Of the phases that all ranks share; what only rank 0 does afterwards is its own."""
+    watch = Stopwatch(ignore_events)
+    watch.phase("compress")
+    torch.ones(500, 500) @ torch.ones(500, 500)
+    with pretended(0, 3):
+        watch._close()
+        own = watch.cpu_seconds["compress"]
+        watch.together()
+        counted = watch.cpu_seconds["compress"]
+    assert counted >= 3 * own > 0
+    watch.phase("save")
+    report = watch.report(tmp_path, source=None, estimate=RunEstimate(0, 0.0), modules={})
+    phases = report["cpu_seconds_by_phase"]
+    assert phases["compress"] == pytest.approx(counted, abs=0.1)
+    assert report["cpu_seconds"] >= sum(phases.values()) - 0.01
 
 
 @pytest.mark.slow

@@ -317,7 +317,7 @@ class BlockContext:
         sharing: for each module that shares its weight with others all of them, by name.
         original: the block as it was, where a modifier needs it.
         keep_factors: whether a modifier of the recipe reads factors.
-        progress: adds finished work, in operations, and returns the share that is done.
+        progress: notes that a row is done, and returns the share of all rows' work that is.
         snapshot: where a training, by its step's key, keeps its state; None where a run cannot be taken up again.
     """
 
@@ -340,7 +340,7 @@ class BlockContext:
     keep_factors: bool
     hooks: Hooks
     observer: Observer
-    progress: Callable[[float], float]
+    progress: Callable[[Row], float]
     snapshot: Callable[[str], Snapshot | None]
 
     @property

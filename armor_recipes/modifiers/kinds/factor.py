@@ -77,7 +77,7 @@ class ChangingFactors(Kind):
     def run(self, unit: Unit, context: BlockContext) -> Changes:
         """Change the factors of the unit's modules."""
         (share,) = unit.shares
-        flops = {row.name: row.flops for row in share.rows}
+        rows = {row.name: row for row in share.rows}
         tasks, below = _tasks(share, context)
         changed: list[_Changed] = []
         for found in in_order(
@@ -85,12 +85,12 @@ class ChangingFactors(Kind):
         ):
             changed += found
         for one in changed:
-            done, change = context.progress(flops[one.name]), one.change
+            done, change = context.progress(rows[one.name]), one.change
             context.observer(ModuleFinished(one.name, change.losses[0], change.stored_loss, change.seconds, done))
         names = {one.name for one in changed}
         for row in share.rows:
             if row.name not in names:
-                context.progress(row.flops)
+                context.progress(row)
         results = context.state.modules
         return Changes(
             step=unit.key,

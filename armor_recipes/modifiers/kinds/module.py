@@ -262,20 +262,20 @@ class Solving(Kind):
         """Solve the unit's modules and round them as they are stored."""
         worked = [_tasks(share, context) for share in unit.shares]
         tasks = [task for work in worked for task in work.tasks]
-        flops = {row.name: row.flops for share in unit.shares for row in share.rows}
+        rows = {row.name: row for share in unit.shares for row in share.rows}
         solved: list[_Solved] = []
-        costs = [sum(flops[shape.name] for shape in task.shapes) for task in tasks]
+        costs = [sum(rows[shape.name].flops for shape in task.shapes) for task in tasks]
         device = next(context.model.parameters()).device
         for found in in_order([partial(_solve, task, context) for task in tasks], device, costs):
             for one in found:
-                share, result = context.progress(flops[one.result.name]), one.result
+                share, result = context.progress(rows[one.result.name]), one.result
                 context.observer(
                     ModuleFinished(result.name, result.losses[0], result.stored_loss, result.seconds, share)
                 )
             solved += found
         below = tuple(one for work in worked for one in work.below)
         for left in (expert for expert in below if expert.done == "skip"):
-            context.progress(flops[left.name])
+            context.progress(rows[left.name])
         keep = context.storage.packed or context.keep_factors
         return Changes(
             step=unit.key,

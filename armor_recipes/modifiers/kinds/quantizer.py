@@ -156,7 +156,7 @@ class Quantizing(Kind):
             for row in rows
         ]
         for row in share.rows:
-            done = context.progress(row.flops)
+            done = context.progress(row)
             result = next((result for result, _, _ in solved if result.name == row.name), None)
             if result is not None:
                 context.observer(ModuleFinished(row.name, result.losses[0], result.stored_loss, result.seconds, done))

@@ -144,13 +144,13 @@ class Rearranging(Kind):
         given = fed(share, consumers, context.statistics.get(share.entry.key, {}), context)
         for row in share.rows:
             if row.chain.consumer.name in given.skipped:
-                context.progress(row.flops)
+                context.progress(row)
                 continue
             with located(share.entry, row.chain.consumer.name):
                 result = _rearrange(share, row.chain, given, context, weights, gradients)
             results.append(result)
             kept = result.kept_before, result.kept_after
-            done = context.progress(row.flops)
+            done = context.progress(row)
             context.observer(ChannelsReordered(result.consumer, *kept, result.seconds, done))
         return Changes(
             step=unit.key, weights=weights, gradients=gradients, results=(*results, *given.below), same_function=True

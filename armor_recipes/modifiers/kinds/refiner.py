@@ -238,11 +238,11 @@ class Refining(Kind):
         (row,) = share.rows
         job = _Job.of(unit.key, share, row, context)
         if not job.packed:
-            context.progress(row.flops)
+            context.progress(row)
             return Changes(unit.key, results=(UnitLeftOut(share.entry.key, row.unit, "its modules were left dense"),))
         trained = _train_model(job) if context.block is None else _train_block(job)
         changes = _rounded(trained, unit.key, context)
-        result, done = trained.result, context.progress(row.flops)
+        result, done = trained.result, context.progress(row)
         context.observer(
             UnitRefined(result.unit, result.losses[0], min(result.losses), result.steps, result.seconds, done)
         )

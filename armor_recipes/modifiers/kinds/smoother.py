@@ -175,7 +175,7 @@ class Smoothing(Kind):
         for row in share.rows:
             with located(share.entry, row.source):
                 results.append(_smooth(share, row, seen.get(row.source), before, context, weights, calls))
-            context.progress(row.flops)
+            context.progress(row)
         stored = {name: value.to(context.storage.dtype).to(value.dtype) for name, value in weights.items()}
         return Changes(unit.key, stored, results=tuple(results), same_function=True)
 
