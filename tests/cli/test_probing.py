@@ -90,6 +90,7 @@ def test_the_command_prints_it_and_wants_a_plan(shell: Shell, llama: Path, tmp_p
         "passes",
         "statistics",
         "solving",
+        "committing",
         "training",
         "evaluation",
         "measuring",
@@ -112,10 +113,11 @@ def test_the_sums(llama: Path) -> None:
         "passes": 60 * 3 * 0.5,
         "statistics": 60 * 0.125,
         "solving": solving,
+        "committing": 1.2e-8 * 4 * sum(row.d_out * row.d_in for row in job.plan.modules),
         "training": 60 * 2.0,
         "evaluation": 2 * 10 * 0.75,
         "measuring": 0,
-        "ends": 1.0 + 3e-8 * weight_bytes(job.shapes),
+        "ends": 1.0 + 1.7e-8 * weight_bytes(job.shapes),
     }
     assert found.cpu_seconds == pytest.approx(90 + 7.5 + solving + 120 + 15 + 1, abs=0.1)
     assert found.seconds == pytest.approx(found.cpu_seconds / torch.get_num_threads(), abs=0.1)

@@ -35,7 +35,9 @@ def test_a_plan_tells_the_seconds_of_each_entry(llama: Path) -> None:
     solver, refiner = (entry.key for entry in job.recipe.modifiers)
     found, parts = job.estimate.cpu_seconds_by_entry, job.estimate.cpu_seconds_by
     assert found[refiner] == pytest.approx(parts["training"])
-    assert found[solver] == pytest.approx(parts["passes"] + parts["statistics"] + parts["solving"])
+    assert found[solver] == pytest.approx(
+        sum(parts[name] for name in ("passes", "statistics", "solving", "committing"))
+    )
 
 
 def test_without_seconds_operations_count_alike(llama: Path) -> None:
