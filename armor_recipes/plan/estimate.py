@@ -151,16 +151,13 @@ def _passes(sets: CalibrationSets, rates: Rates) -> float:
 
 
 def _solving(plan: Plan, rates: Rates) -> dict[str, float]:
-    """CPU seconds of all rows that change weights by themselves, by entry."""
+    """CPU seconds of all rows but trainings, by entry."""
     found: dict[str, float] = {}
     for row in plan.rows:
-        if isinstance(row, ModulePlan):
-            rate = rates.solve.get(kind_of(row), rates.solve[""])
-        elif row.takes:
-            rate = rates.solve[""]
-        else:
+        if isinstance(row, RefinePlan):
             continue
-        found[row.modifier] = found.get(row.modifier, 0.0) + row.flops * rate
+        kind = kind_of(row) if isinstance(row, ModulePlan) else ""
+        found[row.modifier] = found.get(row.modifier, 0.0) + row.flops * rates.solve.get(kind, rates.solve[""])
     return found
 
 

@@ -64,7 +64,7 @@ class Scaling(Kind):
         (share,) = unit.shares
         (row,) = share.rows
         value = context.weights.read(row.norm) * share.modifier.config.factor
-        context.progress(row.flops)
+        context.progress(row)
         return Changes(unit.key, {row.norm: value}, results=(NormResult(row.norm, float(value.mean()), 0.0),))
 
 

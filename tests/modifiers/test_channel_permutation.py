@@ -19,7 +19,7 @@ from armor_recipes.errors import PlanError
 from armor_recipes.events import ChannelsReordered, Event
 from armor_recipes.modifiers import Chain, ModuleShape, modifiers
 from armor_recipes.modifiers.permutation import ChannelPermutationConfig, ChannelPermutationModifier
-from armor_recipes.plan import Plan
+from armor_recipes.plan import Plan, Rates, estimate_run
 from armor_recipes.run import apply
 from tests.support.engine import ALL, MLP, logits, make_job, make_model, make_session, recipe, save_model
 
@@ -299,8 +299,14 @@ def test_no_channels_are_reordered_twice(models: dict[str, Path]) -> None:
 def test_the_cost_counts(models: dict[str, Path]) -> None:
     prune = {"NoWagModifier": {"targets": [ALL]}}
     without, found = plan(models["llama"], **prune), plan(models["llama"], ChannelPermutationModifier=PERMUTE, **prune)
-    assert found.flops == without.flops + sum(row.flops for row in found.rearrangements)
-    assert found.flops > without.flops
+    assert [row.flops for row in found.modules] == [row.flops for row in without.modules]
+    job = make_job(recipe(models["llama"], ChannelPermutationModifier=PERMUTE, **prune))
+    rates = Rates(0.0, 0.0, {"": 1e-3}, {}, {})
+    estimate = estimate_run(job.plan, job.recipe, job.shapes, job.modifiers, rates=rates)
+    permutes, prunes = estimate.cpu_seconds_by_entry.values()
+    assert permutes / prunes == pytest.approx(
+        sum(row.flops for row in found.rearrangements) / sum(row.flops for row in found.modules)
+    )
     assert found.totals.bytes_after == without.totals.bytes_after
     assert len(found.to_dict()["rearrangements"]) == 4
 
