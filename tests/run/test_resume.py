@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ import torch
 import yaml
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from armor_recipes.checkpoint.journal import read_records
 from tests.support.engine import ALL, ARMOR, MLP, core, recipe
 from tests.support.forks import Forks
 from tests.support.killing import Disk, Kill, hashes, run_killed
@@ -122,12 +122,12 @@ class Runs:
 
 def reached(folder: Path) -> str:
     """The kind of the journal's last record, or where the run was else."""
-    file = folder / ".out.journal" / "records.jsonl"
-    if not file.exists():
+    journal = folder / ".out.journal"
+    if not (journal / "records.jsonl").exists():
         return "no journal"
-    lines = file.read_text().splitlines()
+    records, _, _ = read_records(journal)  # the last line may be cut
     staged = any(path.name.startswith(".out.tmp-") for path in folder.iterdir())
-    return "checkpoint" if staged and len(lines) > 3 else json.loads(lines[-1])["kind"] if lines else "no record"
+    return "checkpoint" if staged and len(records) > 3 else records[-1]["kind"] if records else "no record"
 
 
 @pytest.fixture(scope="session")
