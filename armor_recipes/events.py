@@ -47,7 +47,7 @@ class SolveProgressed:
 
 @dataclass(frozen=True, slots=True)
 class ModuleFinished:
-    """A module was solved and applied; `share` is how much of the run's estimated solving work is now done, 0 to 1."""
+    """A module was solved and applied; `share` is how much of the session's estimated work is now done, 0 to 1."""
 
     module: str
     first_loss: float

@@ -34,7 +34,7 @@ _PASS_CALLS, _TRAINING_CALLS, _STEP_CALLS, _SOLVE_CALLS = 25, 100, 300, 320
 _STEP_VALUES, _SOLVE_VALUES = 33.0, 127.0
 #: CPU seconds that a run takes to begin and end, and of those for each byte of the model: text read and tokenised, weights read,
 #: hashed, written, read again and compared. For each byte that is changed: rounded, folded and put in its place. Both were measured
-#: on a model of 13 GB with `model.memory`.
+#: on a model of 13 GB with `model.memory`, beside other work.
 _ENDS, _ENDS_BYTE, _CHANGED_BYTE = 1.0, 1.7e-8, 1.2e-8
 #: Backward passes go through the products of A, S and B again: forward, B x once more, to x, and to A and B.
 _FACTOR_PRODUCTS = 4
