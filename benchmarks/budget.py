@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses import apply_apart, bootstrap, interval, losses_of, read_texts
+from losses import Row, apply_apart, compared, keep, losses_of, markdown, read_texts
 from quality import TEXTS, dense_model, model_folder
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -149,38 +149,39 @@ def both(case: Case, model: str, work: Path, windows: int) -> tuple[Path, Path]:
     return hand, budget
 
 
-def losses(folder: Path, texts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Losses `(N,)` of a checkpoint's windows by text, kept beside it."""
+def losses(folder: Path, texts: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Losses of a checkpoint's windows by text, kept beside it."""
     file = folder.with_suffix(".losses.json")
     if not file.exists():
         model = armor_recipes.load(folder, backend="folded", dtype=torch.float32)
         file.write_text(json.dumps(losses_of(model, texts)), encoding="utf-8")
-    return {
-        name: torch.tensor(found, dtype=torch.float64)
-        for name, found in json.loads(file.read_text(encoding="utf-8")).items()
-    }
+    found: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
-def within(values: Tensor) -> str:
-    """Mean and interval."""
-    return f"{float(values.mean()):.4f} " + "[{:.4f}, {:.4f}]".format(*interval(bootstrap(values)))
-
-
-def report(folders: Mapping[str, Path], dense: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> None:
-    """Print bytes, gaps and times."""
-    gaps: dict[str, dict[str, Tensor]] = {}
+def summary(folders: Mapping[str, Path], dense: Mapping[str, list[float]], texts: Mapping[str, Tensor]) -> list[Row]:
+    """Bytes, gaps and times by the way that sizes were chosen, and what the budget's gap is less, window by window."""
+    table: list[Row] = []
     for name, folder in folders.items():
         totals, figures = (
             json.loads((folder / file).read_text(encoding="utf-8")) for file in ("armor_manifest.json", "report.json")
         )
-        totals = totals["totals"]
-        gaps[name] = {text: found - dense[text] for text, found in losses(folder, texts).items()}
-        chosen = sum(one["seconds"] for one in figures.get("measured", ()))
-        cells = ", ".join(f"{text} {within(gap)}" for text, gap in gaps[name].items())
-        print(f"{name}: {totals['bytes_after']} bytes of {totals['bytes_before']}; gap {cells}")
-        print(f"  {figures['seconds']:.1f} s, of which choosing {chosen:.1f} s")
-    for text in texts:
-        print(f"less on {text}: {within(gaps['hand'][text] - gaps['budget'][text])}")
+        own = losses(folder, texts)
+        gaps = {f"{text} gap": compared(own[text], dense[text])[1] for text in texts}
+        choosing = sum(one["seconds"] for one in figures.get("measured", ()))
+        table.append(
+            {
+                "sizes": name,
+                "bytes": totals["totals"]["bytes_after"],
+                **gaps,
+                "seconds": figures["seconds"],
+                "choosing seconds": choosing,
+            }
+        )
+    hand, budget = (losses(folder, texts) for folder in folders.values())
+    less = {f"{text} gap": compared(hand[text], budget[text])[1] for text in texts}
+    saved = table[0]["bytes"] - table[1]["bytes"]
+    return [*table, {"sizes": "less by the budget", "bytes": saved, **less, "seconds": None, "choosing seconds": None}]
 
 
 def main() -> None:
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--steps", type=int, default=550, help="of training, for models that are made")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path, help="also write the table's rows there")
     options = parser.parse_args()
     case, work = CASES[options.case], options.work / options.case
     work.mkdir(parents=True, exist_ok=True)
@@ -204,8 +206,9 @@ def main() -> None:
     file = work / "dense.losses.json"
     if not file.exists():
         file.write_text(json.dumps(losses_of(dense_model(model_folder(model), "cpu"), texts)), encoding="utf-8")
-    dense = {name: torch.tensor(found, dtype=torch.float64) for name, found in json.loads(file.read_text()).items()}
-    report({"hand": hand, "budget": budget}, dense, texts)
+    table = summary({"given": hand, "by a budget": budget}, json.loads(file.read_text(encoding="utf-8")), texts)
+    keep(table, options.json)
+    print(markdown(table, {"gap": ".4f", "bytes": ",", "seconds": ".1f"}))
 
 
 if __name__ == "__main__":

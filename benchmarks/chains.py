@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 import yaml
-from losses import apply_apart, losses_of, read_texts
-from quantized import HELD_OUT, backend_of, text_cells
+from losses import Row, apply_apart, keep, losses_of, markdown, read_texts
+from quantized import DIGITS, HELD_OUT, above_float, backend_of
 from quantizing import CORES
 from torch import Tensor
 
@@ -125,18 +125,17 @@ def file_name(row: str) -> str:
     return row.replace(" + ", "+").replace(" ", "-")
 
 
-def report(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table as Markdown."""
-    names = list(next(iter(rows.values()))["losses"]) if rows else []
-    lines = [
-        "| chain | " + " | ".join(f"{name} ppl | above float, % [95 %]" for name in names) + " | bytes | seconds |"
+def summary(rows: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """The table's rows."""
+    return [
+        {
+            "chain": name,
+            **above_float(row, rows.get(without_quantisation(name))),
+            "bytes": row["bytes"],
+            "seconds": row["seconds"],
+        }
+        for name, row in rows.items()
     ]
-    lines.append("|---" * (1 + 2 * len(names) + 2) + "|")
-    for name, row in rows.items():
-        base = rows.get(without_quantisation(name))
-        cells = [cell for text in names for cell in (text_cells(row, base, text) if base else ("-", "-"))]
-        lines.append(f"| {name} | " + " | ".join([*cells, f"{row['bytes']:.3f}", f"{row['seconds']:.0f}"]) + " |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -149,6 +148,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas; `none` only prints")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/chains"))
+    parser.add_argument("--json", type=Path, help="also write the table's rows there")
     options = parser.parse_args()
     wanted = [] if options.rows == "none" else options.rows.split(",")
     if not set(ROWS) >= set(wanted):
@@ -162,7 +162,9 @@ def main() -> None:
             found = run_row(row, options.model, options.samples, options.work, texts)
             file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     rows = {r["row"]: r for r in (json.loads(f.read_text(encoding="utf-8")) for f in options.results.glob("*.json"))}
-    print(report({name: rows[name] for name in ROWS if name in rows}))
+    table = summary({name: rows[name] for name in ROWS if name in rows})
+    keep(table, options.json)
+    print(markdown(table, DIGITS))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How many calibration tokens an expert needs before its own statistic is better for it than that of its whole layer.
 
-    python benchmarks/experts.py [--layers 1 2]
+    python benchmarks/experts.py [--layers 1 2] [--json FILE]
 
 No mixture of experts is at hand, so clusters of the embedded model's hidden states stand for the tokens of experts: spherical
 k-means with 8 clusters at the door of a layer's MLP, on 96 windows of 256 tokens. For each of four clusters with enough tokens,
@@ -13,9 +13,11 @@ does. About two minutes.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from statistics import fmean
 
 import torch
+from losses import Row, keep, markdown
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -36,16 +38,20 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2])
-    print("| module | channels | objective |", " | ".join(map(str, SIZES)), "| all of its own |")
-    print("|---" * (len(SIZES) + 4) + "|")
-    for layer in parser.parse_args().layers:
+    parser.add_argument("--json", type=Path, help="also write the table's rows there")
+    options = parser.parse_args()
+    heads = [f"{size} tokens" for size in SIZES] + ["all tokens"]
+    table: list[Row] = []
+    for layer in options.layers:
         inputs, weights = observed(layer)
         labels = clusters(inputs["gate_proj"])
         for part, x in inputs.items():
             for objective in ("diagonal", "hessian"):
                 ratios = measured(x, weights[part], labels, objective)
-                cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
-                print(f"| layer {layer} {part} | {x.shape[1]} | {objective} | {cells} |", flush=True)
+                names = {"module": f"layer {layer} {part}", "channels": x.shape[1], "objective": objective}
+                table.append({**names, **dict(zip(heads, ratios, strict=True))})
+                keep(table, options.json)
+    print(markdown(table, {"tokens": ".2f"}))
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """What plain 2:4, ARMOR and refinement leave of models that predict no text: a sentence encoder and a vision transformer.
 
     make fetch-minilm train-vit
-    python benchmarks/kinds.py --task sentences [--block 32] [--rows '2:4,armor'] [--results benchmarks/results/kinds]
-    python benchmarks/kinds.py --task digits
+    python benchmarks/kinds.py --task sentences [--block 32] [--rows '2:4,armor 32'] [--results benchmarks/results/kinds]
+    python benchmarks/kinds.py --task digits --block 8 16 32
 
 A row is one `armor-apply` run in a process of its own, and one JSON file with its recipe; rows that exist are not run again. The
 row `dense` is what a run measures before it changes anything. `lost` is the share of what plain 2:4 loses that a row loses.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses import apply_apart, bootstrap, interval
+from losses import Row, apply_apart, bootstrap, interval, keep, markdown
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
@@ -142,16 +142,15 @@ TASKS: dict[str, Task] = {
 }
 
 
-def rows(block: int) -> dict[str, Section]:
+def rows(blocks: Sequence[int]) -> dict[str, Section]:
     """The modifiers of each row; their targets are the task's."""
-    armor = {"block_size": block, "propagate": "dense"}
     refine = {"epochs": 8, "calibration": {"batch_size": 8}}
-    return {
-        "2:4 by magnitude": {"MagnitudeModifier": {}},
-        "2:4": {"NoWagModifier": {}},
-        "armor": {"ARMORModifier": armor},
-        "armor + refinement": {"ARMORModifier": armor, "BlockRefineModifier": refine},
-    }
+    found: dict[str, Section] = {"2:4 by magnitude": {"MagnitudeModifier": {}}, "2:4": {"NoWagModifier": {}}}
+    for block in blocks:
+        armor = {"block_size": block, "propagate": "dense"}
+        found[f"armor {block}"] = {"ARMORModifier": armor}
+        found[f"armor {block} + refinement"] = {"ARMORModifier": armor, "BlockRefineModifier": refine}
+    return found
 
 
 def recipe_of(task: Task, modifiers: Section, folder: Path, output: Path) -> Section:
@@ -177,27 +176,28 @@ def run_row(row: str, recipe: Section, output: Path) -> dict[str, Any]:
     return {"row": row, "recipe": recipe, **kept, "seconds": timed["seconds"]}
 
 
-def report(found: Mapping[str, Mapping[str, Any]], figure: str) -> str:
-    """The table as Markdown: each figure with its 95 % interval, and the share of what `2:4` loses that a row loses."""
+def summary(found: Mapping[str, Mapping[str, Any]], figure: str) -> list[Row]:
+    """The table's rows: each figure with its 95 % interval, and the share of what `2:4` loses that a row loses."""
     if not found:
-        return "no table yet: there is no row"
+        return []
     dense = figures(next(iter(found.values())), "before")
     values = {"dense": dense, **{name: figures(row, "after") for name, row in found.items()}}
     names = list(dict.fromkeys(name for row in values.values() for name in row))
-    head = [*(name.replace("_", " ") for name in names), f"{figure.replace('_', ' ')} lost", "cosine lost"]
-    lines = [f"| row | {' | '.join(head)} | bytes | seconds |"]
-    lines.append("|---" * (len(head) + 3) + "|")
+    table: list[Row] = []
     for row, own in values.items():
-        cells = [cell(own.get(name)) for name in names]
-        totals = found[row]["totals"] if row in found else {}
-        size = f"{totals['bytes_after'] / totals['bytes_before']:.3f}" if totals else "-"
-        seconds = f"{found[row]['seconds']:.0f}" if row in found else "-"
-        lines.append(
-            "| "
-            + " | ".join([row, *cells, *(share(values, row, name) for name in (figure, "cosine")), size, seconds])
-            + " |"
+        run = found.get(row)
+        totals = run and run["totals"]
+        table.append(
+            {
+                "row": row,
+                **{name.replace("_", " "): own.get(name) for name in names},
+                f"{figure.replace('_', ' ')} lost": share(values, row, figure),
+                "cosine lost": share(values, row, "cosine"),
+                "bytes": totals and totals["bytes_after"] / totals["bytes_before"],
+                "seconds": run and run["seconds"],
+            }
         )
-    return "\n".join(lines)
+    return table
 
 
 def figures(row: Mapping[str, Any], when: str) -> dict[str, Mapping[str, Any]]:
@@ -206,32 +206,25 @@ def figures(row: Mapping[str, Any], when: str) -> dict[str, Mapping[str, Any]]:
     return {name: value for one in measured for name, value in one.items() if isinstance(value, dict)}
 
 
-def cell(value: Mapping[str, Any] | None) -> str:
-    """A figure as the table shows it."""
-    if value is None:
-        return "-"
-    low, high = value["interval"] or (value["value"], value["value"])
-    return f"{value['value']:.4f} [{low:.4f}, {high:.4f}]"
-
-
-def share(values: Mapping[str, Mapping[str, Any]], row: str, figure: str) -> str:
+def share(values: Mapping[str, Mapping[str, Any]], row: str, figure: str) -> float | None:
     """What a row loses of the figure, of what plain 2:4 loses. Where the dense model has none, it would be 1."""
     if BASE not in values:
-        return "-"
+        return None
     dense, base, own = (float(values[name].get(figure, {"value": 1})["value"]) for name in ("dense", BASE, row))
-    return f"{(dense - own) / (dense - base):.2f}" if dense != base else "-"
+    return (dense - own) / (dense - base) if dense != base else None
 
 
 def main() -> None:
     """Run the rows that are missing, then print the table of all that exist."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--block", type=int, nargs="+", default=[32])
     parser.add_argument("--rows", help="names, separated by commas; left out, all; `none` only prints")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/kinds"))
+    parser.add_argument("--json", type=Path, help="also write the table's rows there")
     options = parser.parse_args()
     task, known = TASKS[options.task], rows(options.block)
-    folder = options.results / f"{options.task}-block{options.block}"
+    folder = options.results / options.task
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [] if options.rows == "none" else options.rows.split(",") if options.rows else list(known)
     for row in wanted:
@@ -246,7 +239,10 @@ def main() -> None:
                 found["evaluation"]["more"] = task.more(output, folder)
         file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     found = {r["row"]: r for r in (json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("*.json"))}
-    print(report({name: found[name] for name in known if name in found}, task.figure))
+    table = summary({name: found[name] for name in known if name in found}, task.figure)
+    keep(table, options.json)
+    names = {name.split()[-1] for row in table for name in row}
+    print(markdown(table, dict.fromkeys(names, ".4f") | {"lost": ".2f", "bytes": ".3f", "seconds": ".0f"}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What programs that compare recipes share: a recipe in a process of its own, losses of models on held-out text, window by window,
-and the bootstrap over windows that they are compared by.
+and the bootstrap over windows that they are compared by; tables of results, printed as Markdown and kept as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -64,3 +65,46 @@ def interval(resampled: Tensor) -> tuple[float, float]:
     """The middle 95 %."""
     low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
     return low, high
+
+
+Row = dict[str, Any]
+"""Of a table: cells by the columns' names. A figure is `{"value": x, "interval": [low, high]}`; null is a dash."""
+
+
+def compared(own: Sequence[float], base: Sequence[float]) -> tuple[float, Row, Row]:
+    """Perplexity of windows' losses, and what it is above the base's, window by window: in nats a token, and in per cent."""
+    losses = torch.tensor(own, dtype=torch.float64)
+    gap = losses - torch.tensor(base, dtype=torch.float64)
+    resampled = bootstrap(gap)
+    percent = {
+        "value": float(100 * torch.expm1(gap.mean())),
+        "interval": list(interval(100 * torch.expm1(resampled))),
+    }
+    return float(losses.mean().exp()), {"value": float(gap.mean()), "interval": list(interval(resampled))}, percent
+
+
+def markdown(rows: Sequence[Row], digits: Mapping[str, str]) -> str:
+    """A table; how a number is written is said by the last word of its column's name. Without rows it says that there is none."""
+    if not rows:
+        return "no table yet: a row that the others are compared with is missing"
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    lines += [
+        "| " + " | ".join(cell(own, digits.get(name.split()[-1], "")) for name, own in row.items()) + " |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def cell(value: Any, digits: str) -> str:
+    """A number, a figure with its interval, or a name, as a table shows it."""
+    if isinstance(value, Mapping):
+        ends = value["interval"] or (value["value"], value["value"])
+        return f"{value['value']:{digits}} [{ends[0]:{digits}}, {ends[1]:{digits}}]"
+    return "–" if value is None else value if isinstance(value, str) else f"{value:{digits}}"
+
+
+def keep(rows: Sequence[Row], file: Path | None) -> None:
+    """Write a table's rows as JSON, where `tools/tables.py` reads them."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"rows": list(rows)}, indent=1) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import yaml
-from losses import apply_apart, bootstrap, interval, losses_of, read_texts
+from losses import Row, apply_apart, bootstrap, compared, interval, keep, losses_of, markdown, read_texts
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -41,6 +41,17 @@ PAPER_CYCLES = {"attention": 46, "mlp": 21}
 TEXTS = ("builtin:pydoc", "builtin:jargon", "builtin:speeches", "builtin:rustbook")
 
 Stage = dict[str, dict[str, Any]]
+
+#: How numbers of a column are printed, by the last word of its name.
+DIGITS = {
+    "perplexity": ".2f",
+    "gap": ".4f",
+    "share": ".3f",
+    "bytes": ".3f",
+    "factors": ".1%",
+    "seconds": ".0f",
+    "MB": ".0f",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,42 +248,34 @@ def model_folder(model: str) -> str:
     return str(open_model(ModelSpec(id=model), device=torch.device("cpu")).folder or model)
 
 
-def report(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table as Markdown."""
+def summary(rows: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """The table's rows; none as long as there is no dense model to compare with."""
     dense, reference = rows.get("dense"), rows.get("paper")
     if dense is None:
-        return "no table yet: the row `dense` is missing"
-    names = list(dense["losses"])
-    head = [f"{n} ppl | gap [95 %] | of paper's [95 %]" for n in names]
-    lines = ["| row | " + " | ".join(head) + " | bytes | factors | seconds | peak MB |"]
-    lines.append("|---" * (1 + 3 * len(names) + 4) + "|")
+        return []
+    table: list[Row] = []
     for name, row in rows.items():
-        cells = [cell for text in names for cell in text_cells(row, dense, reference, text)]
-        totals = row.get("totals")
-        share = "-" if not totals else f"{100 * totals['factor_bytes'] / totals['bytes_before']:.1f} %"
-        size = "-" if not totals else f"{totals['bytes_after'] / totals['bytes_before']:.3f}"
-        seconds, peak = row.get("seconds"), row.get("peak_memory_bytes")
-        on = "" if row.get("processor", "cpu") == "cpu" else f" ({row['processor']})"
-        tail = [size, share, "-" if not seconds else f"{seconds:.0f}{on}", "-" if not peak else f"{peak / 1e6:.0f}"]
-        lines.append(f"| {name} | " + " | ".join(cells + tail) + " |")
-    return "\n".join(lines)
+        cells: Row = {"row": name}
+        for text, own in row["losses"].items():
+            perplexity, gap, _ = compared(own, dense["losses"][text])
+            cells |= {f"{text} perplexity": perplexity, f"{text} gap": gap}
+            cells[f"{text} share"] = reference and share(own, reference["losses"][text], dense["losses"][text])
+        totals, on = row.get("totals"), row.get("processor", "cpu")
+        cells["bytes"] = totals and totals["bytes_after"] / totals["bytes_before"]
+        cells["factors"] = totals and totals["factor_bytes"] / totals["bytes_before"]
+        cells["seconds"], cells["on"] = row.get("seconds"), None if row.get("seconds") is None else on
+        cells["peak MB"] = row["peak_memory_bytes"] / 1e6 if row.get("peak_memory_bytes") else None
+        table.append(cells)
+    return table
 
 
-def text_cells(
-    row: Mapping[str, Any], dense: Mapping[str, Any], reference: Mapping[str, Any] | None, text: str
-) -> list[str]:
-    """Perplexity, gap and share of the reference's gap on one text."""
-    own, base = (torch.tensor(r["losses"][text], dtype=torch.float64) for r in (row, dense))
-    gap, resampled = own - base, bootstrap(own - base)
-    cells = [
-        f"{float(own.mean().exp()):.2f}",
-        f"{float(gap.mean()):.4f} " + "[{:.4f}, {:.4f}]".format(*interval(resampled)),
-    ]
-    if reference is None:
-        return [*cells, "-"]
-    other = torch.tensor(reference["losses"][text], dtype=torch.float64) - base
-    share = float(gap.mean() / other.mean())
-    return [*cells, f"{share:.3f} " + "[{:.3f}, {:.3f}]".format(*interval(resampled / bootstrap(other)))]
+def share(own: Sequence[float], reference: Sequence[float], dense: Sequence[float]) -> Row:
+    """The gap as a part of the reference's gap, resampled together."""
+    gap, other = (
+        torch.tensor(losses, dtype=torch.float64) - torch.tensor(dense, dtype=torch.float64)
+        for losses in (own, reference)
+    )
+    return {"value": float(gap.mean() / other.mean()), "interval": list(interval(bootstrap(gap) / bootstrap(other)))}
 
 
 def main() -> None:
@@ -290,6 +293,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas; `none` only prints")
     parser.add_argument("--checkpoint", type=Path, help="measure this folder as the one row given, without a run")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quality"))
+    parser.add_argument("--json", type=Path, help="also write the table's rows there")
     options = parser.parse_args()
     setting = Setting(
         options.model,
@@ -311,7 +315,9 @@ def main() -> None:
             found = run_row(row, setting, texts) if at is None else measure_row(row, at, texts, setting.device)
             file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     rows = {r["row"]: r for r in (json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("*.json"))}
-    print(report({name: rows[name] for name in ROWS if name in rows}))
+    table = summary({name: rows[name] for name in ROWS if name in rows})
+    keep(table, options.json)
+    print(markdown(table, DIGITS))
 
 
 def split_rows(text: str) -> list[str]:

@@ -1,7 +1,7 @@
 """What rounded values of S cost: perplexity of one ARMOR checkpoint with a float core and with cores of 8 and 4 bits.
 
     python benchmarks/quantized.py --checkpoint out/smollm2-135m-armor --work FOLDER \\
-        [--text handbook=handbook.txt] [--samples 64] [--rows float,int8] [--results benchmarks/results/quantized]
+        [--text handbook=handbook.txt] [--samples 64] [--rows float,int8] [--results benchmarks/results/quantized] [--json FILE]
 
 Every row but `float` is a run of `QuantizationModifier` on the factors that the checkpoint stores, with the calibration of the
 recipe that made it (`--samples`: fewer windows of it). Folders are kept in `--work` under the row's name, and a row is one JSON
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses import bootstrap, interval, losses_of, read_texts
+from losses import Row, compared, keep, losses_of, markdown, read_texts
 from quantizing import CORES, calibration_of, quantise
 from torch import Tensor
 
@@ -38,6 +38,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "int8 without re-solve": {**CORES["int8"], "resolve": False, "rounding": "nearest"},
     "int4": CORES["int4"],
     "int4 hessian": {**CORES["int4"], "objective": "hessian"},
+    "int4 hessian gptq": {**CORES["int4"], "objective": "hessian", "rounding": "gptq"},
     "int4 nearest": {**CORES["int4"], "rounding": "nearest"},
     "int4 nearest without gauge": {**CORES["int4"], "rounding": "nearest", "gauge": False},
     "int4 without re-solve": {**CORES["int4"], "resolve": False, "rounding": "nearest", "gauge": False},
@@ -45,6 +46,8 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "W8A8 without gauge": {**CORES["W8A8"], "gauge": False},
     "FP8_DYNAMIC": CORES["FP8_DYNAMIC"],
 }
+#: How numbers of a column are printed, by the last word of its name.
+DIGITS = {"perplexity": ".2f", "percent": ".2f", "bytes": ".3f", "loss": ".2e", "seconds": ".0f"}
 HELD_OUT = "pydoc-heldout=builtin:pydoc-heldout"
 
 
@@ -79,26 +82,22 @@ def file_name(row: str) -> str:
     return row.replace(" ", "-")
 
 
-def report(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table as Markdown."""
-    base = rows.get(BASE)
-    if base is None:
-        return f"no table yet: the row `{BASE}` is missing"
-    head = [f"{name} ppl | above float, % [95 %]" for name in base["losses"]]
-    lines = ["| core | " + " | ".join(head) + " | linear bytes, of dense | loss |"]
-    lines.append("|---" * (1 + 2 * len(head) + 2) + "|")
-    for name, row in rows.items():
-        cells = [cell for text in base["losses"] for cell in text_cells(row, base, text)]
-        lines.append(f"| {name} | " + " | ".join([*cells, f"{row['bytes']:.3f}", f"{row['mean_loss']:.2e}"]) + " |")
-    return "\n".join(lines)
+def summary(rows: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """The table's rows; none as long as there is no float core to compare with."""
+    return [
+        {"core": name, **above_float(row, rows[BASE]), "bytes": row["bytes"], "loss": row["mean_loss"]}
+        for name, row in rows.items()
+        if BASE in rows
+    ]
 
 
-def text_cells(row: Mapping[str, Any], base: Mapping[str, Any], text: str) -> list[str]:
-    """Perplexity on one text, and by how many per cent it is above the base's."""
-    own, other = (torch.tensor(r["losses"][text], dtype=torch.float64) for r in (row, base))
-    cost = 100 * torch.expm1((own - other).mean())
-    ends = interval(100 * torch.expm1(bootstrap(own - other)))
-    return [f"{float(own.mean().exp()):.2f}", f"{float(cost):.2f} " + "[{:.2f}, {:.2f}]".format(*ends)]
+def above_float(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> Row:
+    """Cells of the texts: perplexity, and by how many per cent it is above the base's."""
+    cells: Row = {}
+    for text, own in row["losses"].items():
+        perplexity, _, percent = compared(own, own if base is None else base["losses"][text])
+        cells |= {f"{text} perplexity": perplexity, f"{text} percent": None if base in (None, row) else percent}
+    return cells
 
 
 def main() -> None:
@@ -112,6 +111,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas; `none` only prints")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quantized"))
+    parser.add_argument("--json", type=Path, help="also write the table's rows there")
     options = parser.parse_args()
     wanted = [] if options.rows == "none" else options.rows.split(",")
     if not ROWS.keys() >= set(wanted):
@@ -126,7 +126,9 @@ def main() -> None:
             found = run_row(row, options.checkpoint, options.work, options.samples, texts)
             file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     rows = {r["row"]: r for r in (json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("*.json"))}
-    print(report({name: rows[name] for name in ROWS if name in rows}))
+    table = summary({name: rows[name] for name in ROWS if name in rows})
+    keep(table, options.json)
+    print(markdown(table, DIGITS))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from losses import Row, keep, markdown
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -162,30 +163,35 @@ def compare(adam: Factorization, exact: Factorization, checkpoint: int) -> dict[
     return {**row, "exact_cycles": reached, "exact_seconds": seconds, "ratio": adam.seconds[at] / seconds}
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    """The table of the README, as Markdown."""
-    lines = [
-        "| weight | adam: ms/iteration (bare products) | exact: ms/cycle | loss 0 | adam at 20,000 | exact, end | "
-        + " | ".join(f"sooner at {c:,}" for c in CHECKPOINTS)
-        + " |",
-        "|" + "---|" * (6 + len(CHECKPOINTS)),
+def summary(rows: Sequence[dict[str, Any]]) -> list[Row]:
+    """The table's rows; `sooner` is null where `exact` did not reach the loss."""
+    return [
+        {
+            "weight": f"{row['case']} {row['shape'][0]}x{row['shape'][1]}",
+            "adam ms": row["adam"]["ms_per_iteration"],
+            "bare products ms": row["bare_products_ms"],
+            "exact ms": row["exact"]["ms_per_iteration"],
+            "first loss": row["exact"]["first_loss"],
+            "adam loss": row["adam"]["last_loss"],
+            "adam seconds": row["adam"]["seconds"],
+            "exact loss": row["exact"]["last_loss"],
+            "exact seconds": row["exact"]["seconds"],
+            **{f"at {checkpoint} sooner": at["ratio"] for checkpoint, at in zip(CHECKPOINTS, row["at"], strict=False)},
+        }
+        for row in rows
     ]
-    for row in rows:
-        ratios = [f"{at['ratio']:.0f}x" if at["ratio"] else "not reached" for at in row["at"]]
-        lines.append(
-            f"| {row['case']} {row['shape'][0]}x{row['shape'][1]} | {row['adam']['ms_per_iteration']:.1f} "
-            f"({row['bare_products_ms']:.1f}) | {row['exact']['ms_per_iteration']:.1f} | {row['exact']['first_loss']:.6f} | "
-            f"{row['adam']['last_loss']:.6f} ({row['adam']['seconds']:.0f} s) | {row['exact']['last_loss']:.6f} "
-            f"({row['exact']['seconds']:.1f} s) | " + " | ".join(ratios) + " |"
-        )
+
+
+def mean_line(rows: Sequence[dict[str, Any]]) -> str:
+    """How much sooner at the last checkpoint, over the weights that got there."""
     last = [row["at"][-1]["ratio"] for row in rows if row["at"]]
     reached = [ratio for ratio in last if ratio]
-    if reached:
-        lines.append(
-            f"\nAt the last checkpoint: reached on {len(reached)} of {len(last)} weights, "
-            f"{statistics.geometric_mean(reached):.0f}x sooner there by geometric mean."
-        )
-    return "\n".join(lines)
+    return (
+        f"At the last checkpoint: reached on {len(reached)} of {len(last)} weights, "
+        f"{statistics.geometric_mean(reached):.0f}x sooner there by geometric mean."
+        if reached
+        else "The last checkpoint was not reached."
+    )
 
 
 def main() -> None:
@@ -193,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/solver"))
+    parser.add_argument("--json", type=Path, help="also write the table's rows there")
     parser.add_argument("--adam-iterations", type=int, default=20_000)
     parser.add_argument("--exact-iterations", type=int, default=100)
     options = parser.parse_args()
@@ -206,7 +213,9 @@ def main() -> None:
             row = run_case(case, adam_iterations=options.adam_iterations, exact_iterations=options.exact_iterations)
             file.write_text(json.dumps(row) + "\n", encoding="utf-8")
         rows.append(json.loads(file.read_text(encoding="utf-8")))
-    print(report(rows))
+    keep(summary(rows), options.json)
+    digits = {"ms": ".1f", "loss": ".6f", "seconds": ".1f", "sooner": ".0f"}
+    print(markdown(summary(rows), digits), mean_line(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a cycle of `solver: exact` costs against the number of columns, both objectives, one thread, random matrices.
 
-    python benchmarks/solver_cost.py [512 1024 2048] [--rows 512] [--block 64] [--repeat 5]
+    python benchmarks/solver_cost.py [512 1024 2048] [--rows 512] [--block 64] [--repeat 5] [--json FILE]
 
 Prints the median milliseconds of a cycle (sweep, A, B) with the loss after it; masks change as they do in the first cycles.
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import torch
+from losses import Row, keep, markdown
 
 from armor_recipes.solver.entry import nowag_start
 from armor_recipes.solver.exact import ExactProblem, Problem
@@ -56,15 +58,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the table's rows there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"torch {torch.__version__}, {capability}, one thread, compiled sweep: {native_available()}; ms a cycle")
-    print(f"{'O x I':>12} {'diagonal':>10} {'hessian':>10}")
+    table: list[Row] = []
     for columns in args.columns:
         found = problems(args.rows, columns, args.block)
-        times = [cycle_ms(problem, factors, repeat=args.repeat) for problem, factors in found.values()]
-        print(f"{args.rows:>5} x {columns:<5}" + "".join(f"{t:>11.1f}" for t in times), flush=True)
+        times = {
+            f"{name} ms": cycle_ms(problem, factors, repeat=args.repeat) for name, (problem, factors) in found.items()
+        }
+        table.append({"shape": f"{args.rows}x{columns}", **times})
+    keep(table, args.json)
+    print(markdown(table, {"ms": ".1f"}))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from losses import apply_apart, bootstrap, interval, losses_of, read_texts
+from losses import Row, apply_apart, compared, keep, losses_of, markdown, read_texts
 from torch import Tensor
 
 import armor_recipes
@@ -52,21 +53,17 @@ def run_row(stride: int | None, samples: int, texts: dict[str, Tensor]) -> dict[
     return {"stride": stride, "losses": losses, "seconds": seconds}
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    names = list(next(iter(rows.values()))["losses"])
-    lines = [
-        "| logits at | " + " | ".join(f"{name} nats | more than at every token" for name in names) + " | seconds |"
-    ]
-    lines.append("|---" * (2 + 2 * len(names)) + "|")
-    for label, row in rows.items():
-        cells = [label]
-        for name in names:
-            own, base = (torch.tensor(r["losses"][name], dtype=torch.float64) for r in (row, rows["every token"]))
-            low, high = interval(bootstrap(own - base))
-            cells += [f"{own.mean():.4f}", f"{(own - base).mean():.4f} [{low:.4f}, {high:.4f}]"]
-        lines.append("| " + " | ".join([*cells, f"{row['seconds']:.0f}"]) + " |")
-    return "\n".join(lines)
+def summary(rows: dict[str, dict[str, Any]]) -> list[Row]:
+    """The table's rows."""
+    table: list[Row] = []
+    for name, row in rows.items():
+        cells: Row = {"logits compared at": name}
+        for text, own in row["losses"].items():
+            base = rows["every token"]
+            cells[f"{text} loss"] = fmean(own)
+            cells[f"{text} more"] = None if row is base else compared(own, base["losses"][text])[1]
+        table.append({**cells, "seconds": row["seconds"]})
+    return table
 
 
 def main() -> None:
@@ -77,6 +74,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="windows to calibrate and to distil on")
     parser.add_argument("--strides", default="1,2,4,8", help="the first is 1")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/strides"))
+    parser.add_argument("--json", type=Path, help="also write the table's rows there")
     options = parser.parse_args()
     source = open_model(ModelSpec(id=MODEL), device=torch.device("cpu"))
     texts = read_texts(options.text, str(source.folder), windows=options.windows, length=LENGTH)
@@ -89,7 +87,8 @@ def main() -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(run_row(stride, options.samples, texts)), encoding="utf-8")
         rows[labels.get(stride, f"every {stride}th")] = json.loads(file.read_text(encoding="utf-8"))
-    print(table(rows))
+    keep(summary(rows), options.json)
+    print(markdown(summary(rows), {"loss": ".4f", "more": ".4f", "seconds": ".0f"}))
 
 
 if __name__ == "__main__":

@@ -96,6 +96,18 @@ def patterns(rows: Rows, figure: Any) -> None:
     axes.legend()
 
 
+def by_name(rows: Rows, figure: Any) -> None:
+    """Divergence of each, one below the other."""
+    axes = figure.subplots()
+    y, below, above = zip(*map(fidelity, rows), strict=True)
+    axes.errorbar(y, range(len(rows)), xerr=(below, above), fmt="o", capsize=3)
+    ticks = [tick for tick in (0.0001, 0.001, 0.01, 0.03, 0.1, 0.2) if min(y) / 1.2 < tick < 1.2 * max(y)]
+    axes.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in rows])
+    axes.set(xscale="log", xticks=ticks, xticklabels=ticks, xlabel="KL divergence from dense, nats")
+    axes.minorticks_off()
+    axes.invert_yaxis()
+
+
 def calibration_domain(rows: Rows, figure: Any) -> None:
     """Each objective on each text: like the test text, and on prose."""
     near, far = figure.subplots(1, 2)
@@ -177,6 +189,8 @@ PLOTS: dict[str, Callable[[Rows, Any], None]] = {
     "cores": cores,
     "iterations": iterations,
     "patterns": patterns,
+    "permutation": by_name,
+    "quantised-weights": by_name,
     "selection": selection,
 }
 

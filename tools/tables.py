@@ -8,7 +8,7 @@ A page says where a table comes from, and how its rows read:
     -->
 
 The file lies under `docs`, and holds a list of rows, or a mapping with `rows` or a sweep's `points`.
-Each row is put into the second line, as by `str.format`; null is a dash.
+Each row is put into the second line, as by `str.format`; null is a dash, and `{"value": x, "interval": [low, high]}` all three.
 What stands from there to `<!-- end table -->` is written anew. `tests/docs/test_tables.py` compares.
 """
 
@@ -29,9 +29,12 @@ _TABLE = re.compile(
 
 
 class _Cells(string.Formatter):
-    """`str.format` with a dash for null."""
+    """`str.format` with a dash for null, and with the interval of a figure that has one: `0.12 [0.10, 0.14]`."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
+        if isinstance(value, dict):
+            ends = ", ".join(self.format_field(end, format_spec) for end in value["interval"] or 2 * [value["value"]])
+            return f"{self.format_field(value['value'], format_spec)} [{ends}]"
         return "–" if value is None else str(super().format_field(value, format_spec))
 
 

@@ -50,7 +50,7 @@ def sweep_command(
     out, err = Console(), Console(stderr=True)
     read = read_sweep(sweep, overrides=overrides or (), output=output)
     if plan:
-        planned = plan_sweep(read, device=device)
+        planned = plan_sweep(read, device=device, keep_models=keep_models)
         if as_json:
             print(json.dumps(plan_json(planned), indent=2))
         else:

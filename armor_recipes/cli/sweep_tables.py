@@ -25,14 +25,15 @@ def plan_json(planned: Sequence[Planned]) -> dict[str, Any]:
             "values": each.point.values,
             "totals": asdict(each.plan.totals),
             "estimate": asdict(each.estimate),
+            "done": each.done,
         }
         for each in planned
     ]
-    return {"points": rows, "cpu_seconds": sum(each.estimate.cpu_seconds for each in planned)}
+    return {"points": rows, "cpu_seconds": sum(each.estimate.cpu_seconds for each in planned if not each.done)}
 
 
 def plan_table(planned: Sequence[Planned]) -> Group:
-    """A line for each point: what the modules of its plan take, and the run."""
+    """A line for each point: what the modules of its plan take, and the run, where it was not run before."""
     table = _empty("modules", "factors", "CPU time", "time", "memory")
     for each in planned:
         totals, estimate = each.plan.totals, each.estimate
@@ -40,16 +41,20 @@ def plan_table(planned: Sequence[Planned]) -> Group:
             Text(each.point.name),
             size(totals.bytes_after),
             percent(totals.factor_bytes, totals.bytes_before),
-            f"{estimate.cpu_seconds:.0f} s",
-            f"{estimate.seconds:.0f} s",
-            size(estimate.peak_bytes),
+            *(
+                ("done", "", "")
+                if each.done
+                else (f"{estimate.cpu_seconds:.0f} s", f"{estimate.seconds:.0f} s", size(estimate.peak_bytes))
+            ),
         )
-    cpu, seconds = (sum(getattr(each.estimate, name) for each in planned) for name in ("cpu_seconds", "seconds"))
+    left = [each.estimate for each in planned if not each.done]
+    cpu, seconds = (sum(getattr(estimate, name) for estimate in left) for name in ("cpu_seconds", "seconds"))
+    points = f"{len(left)} points" if len(left) == len(planned) else f"{len(left)} of {len(planned)} points"
     notes = dict.fromkeys(
         note for each in planned for note in (*each.plan.notes, *warning_lines(each.plan), *each.estimate.uncounted)
     )
     whole = (
-        f"{len(planned)} points, one after the other: {cpu:.0f} s of CPU time, {seconds:.0f} s with "
+        f"{points}, one after the other: {cpu:.0f} s of CPU time, {seconds:.0f} s with "
         f"{threads(planned[0].estimate)}; memory without files"
     )
     return Group(table, Text("\n".join([whole, *notes])))

@@ -38,6 +38,7 @@ RESULT_FILE = "sweep.json"
 #: What tells, in the folder of a point's reports, which run it is.
 _POINT_FILE = "point.json"
 _SHORT = 12
+_RUNS = "runs"
 _REPORTS = (MANIFEST_FILE, "report.json", RECIPE_FILE)
 
 #: Runs a recipe, on a device, over an output that is there or not. Raises ArmorError.
@@ -46,11 +47,12 @@ Work = Callable[[Recipe, str, bool], None]
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A point that can be run: its plan, and what that is thought to take."""
+    """A point that can be run: its plan, what that is thought to take, and whether it was run before."""
 
     point: Point
     plan: Plan
     estimate: RunEstimate
+    done: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,21 @@ def read_sweep(file: str | Path, *, overrides: Sequence[str] = (), output: str |
     return load_sweep(user_path(file), overrides=overrides, output=output, **options)
 
 
-def plan_sweep(sweep: Sweep, *, device: str = "cpu") -> tuple[Planned, ...]:
-    """Plan every point; neither data nor weights are read. Raises what is wrong with any of them as one error."""
-    return tuple(Planned(point, job.plan, job.estimate) for point, job in _of_each(sweep, lambda p: _job(p, device)))
+def plan_sweep(sweep: Sweep, *, device: str = "cpu", keep_models: bool = False) -> tuple[Planned, ...]:
+    """Plan every point. Raises what is wrong with any of them as one error.
+
+    Neither data nor weights are read, but where the output holds runs already: then they are, to tell which points those are of.
+    With `keep_models` a point whose model is not there counts as not run, as in `run_sweep`.
+    """
+    output = user_path(sweep.output).resolve()
+    has_runs = (output / _RUNS).is_dir()
+
+    def planned(point: Point) -> Planned:
+        job = _job(point, device)
+        done = has_runs and _Run(point, run_hash(job), output, keep_models).is_done
+        return Planned(point, job.plan, job.estimate, done)
+
+    return tuple(found for _, found in _of_each(sweep, planned))
 
 
 def work_here(
@@ -183,7 +197,7 @@ class _Run:
 
     @property
     def reports(self) -> Path:
-        return self.output / "runs" / self.digest[:_SHORT]
+        return self.output / _RUNS / self.digest[:_SHORT]
 
     @property
     def model(self) -> Path:

@@ -105,6 +105,15 @@ def test_more_points_and_other_values_run_what_is_new(
     file = write_sweep(tmp_path, llama, grid={BLOCK: [8]})
     assert shell("armor", "sweep", file).code == 0
     write_sweep(tmp_path, llama, grid={BLOCK: [16, 8]})
+    planned = shell("armor", "sweep", file, "--plan")
+    rows = {line.split()[0]: "done" in line for line in planned.out.splitlines() if "block_size=" in line}
+    assert rows == {"block_size=16": False, "block_size=8": True}, planned.out
+    assert "1 of 2 points, one after the other" in planned.out
+    points = json.loads(shell("armor", "sweep", file, "--plan", "--json").out)
+    assert [point["done"] for point in points["points"]] == [False, True]
+    assert points["cpu_seconds"] == points["points"][0]["estimate"]["cpu_seconds"]
+    kept = json.loads(shell("armor", "sweep", file, "--plan", "--json", "--keep-models").out)
+    assert [point["done"] for point in kept["points"]] == [False, False]
     assert shell("armor", "sweep", file).code == 0
     assert here == ["8", "16"]
     assert shell("armor", "sweep", file, "--set", f"{ITERATIONS}=2").code == 0
