@@ -79,7 +79,7 @@ def main() -> None:
     source = open_model(ModelSpec(id=MODEL), device=torch.device("cpu"))
     texts = read_texts(options.text, str(source.folder), windows=options.windows, length=LENGTH)
     strides = [int(part) for part in options.strides.split(",")]
-    labels = {1: "every token", None: "no distillation"}
+    labels = {1: "every token", 2: "every 2nd", None: "no distillation"}
     rows = {}
     for stride in (*strides, None):
         file = options.results / f"{stride}-{options.samples}.json"

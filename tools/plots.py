@@ -160,7 +160,9 @@ def iterations(rows: Rows, figure: Any) -> None:
                 axes.annotate(
                     text, (row["cpu_seconds"], row[key]), xytext=(3, 5), textcoords="offset points", fontsize=8
                 )
-        axes.set(xscale="log", xlabel="CPU seconds of the run", ylabel=label)
+        seconds = [row["cpu_seconds"] for row in rows]
+        scale = "log" if max(seconds) > 10 * min(seconds) else "linear"
+        axes.set(xscale=scale, xlabel="CPU seconds of the run", ylabel=label)
         axes.legend()
 
 

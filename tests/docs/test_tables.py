@@ -30,7 +30,6 @@ WITHOUT_JSON = {
     "docs/benchmarks/h100.md": 2,
     "docs/benchmarks/h200.md": 3,
     "docs/benchmarks/other-models.md": 4,
-    "docs/benchmarks/quality-embedded.md": 1,
     "docs/benchmarks/quality-smollm2.md": 3,
     "docs/calibration.md": 1,
     "docs/llm-compressor.md": 1,
