@@ -29,11 +29,11 @@ WITHOUT_JSON = {
     "docs/benchmarks/gpu.md": 1,
     "docs/benchmarks/h100.md": 2,
     "docs/benchmarks/h200.md": 3,
-    "docs/benchmarks/other-models.md": 4,
+    "docs/benchmarks/other-models.md": 2,
     "docs/benchmarks/quality-smollm2.md": 3,
     "docs/calibration.md": 1,
     "docs/llm-compressor.md": 1,
-    "docs/results.md": 3,
+    "docs/results.md": 2,
     "docs/runtime.md": 4,
     "docs/solver.md": 2,
 }
