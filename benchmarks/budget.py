@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses import Row, apply_apart, compared, keep, losses_of, markdown, read_texts
+from losses import Row, apply_apart, compared, losses_of, read_texts, show
 from quality import TEXTS, dense_model, model_folder
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -207,8 +207,7 @@ def main() -> None:
     if not file.exists():
         file.write_text(json.dumps(losses_of(dense_model(model_folder(model), "cpu"), texts)), encoding="utf-8")
     table = summary({"given": hand, "by a budget": budget}, json.loads(file.read_text(encoding="utf-8")), texts)
-    keep(table, options.json)
-    print(markdown(table, {"gap": ".4f", "bytes": ",", "seconds": ".1f"}))
+    show(table, {"gap": ".4f", "bytes": ",", "seconds": ".1f"}, options.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import yaml
-from losses import Row, apply_apart, keep, losses_of, markdown, read_texts
+from losses import Row, apply_apart, losses_of, read_texts, show
 from quantized import DIGITS, HELD_OUT, above_float, backend_of
 from quantizing import CORES
 from torch import Tensor
@@ -162,9 +162,7 @@ def main() -> None:
             found = run_row(row, options.model, options.samples, options.work, texts)
             file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     rows = {r["row"]: r for r in (json.loads(f.read_text(encoding="utf-8")) for f in options.results.glob("*.json"))}
-    table = summary({name: rows[name] for name in ROWS if name in rows})
-    keep(table, options.json)
-    print(markdown(table, DIGITS))
+    show(summary({name: rows[name] for name in ROWS if name in rows}), DIGITS, options.json)
 
 
 if __name__ == "__main__":

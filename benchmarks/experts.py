@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from losses import Row, keep, markdown
+from losses import Row, show
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -50,8 +50,7 @@ def main() -> None:
                 ratios = measured(x, weights[part], labels, objective)
                 names = {"module": f"layer {layer} {part}", "channels": x.shape[1], "objective": objective}
                 table.append({**names, **dict(zip(heads, ratios, strict=True))})
-                keep(table, options.json)
-    print(markdown(table, {"tokens": ".2f"}))
+    show(table, {"tokens": ".2f"}, options.json)
 
 
 @torch.no_grad()

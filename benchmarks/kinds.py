@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses import Row, apply_apart, bootstrap, interval, keep, markdown
+from losses import Row, apply_apart, bootstrap, interval, show
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
@@ -240,9 +240,9 @@ def main() -> None:
         file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     found = {r["row"]: r for r in (json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("*.json"))}
     table = summary({name: found[name] for name in known if name in found}, task.figure)
-    keep(table, options.json)
     names = {name.split()[-1] for row in table for name in row}
-    print(markdown(table, dict.fromkeys(names, ".4f") | {"lost": ".2f", "bytes": ".3f", "seconds": ".0f"}))
+    digits = dict.fromkeys(names, ".4f") | {"lost": ".2f", "bytes": ".3f", "seconds": ".0f"}
+    show(table, digits, options.json)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ and the bootstrap over windows that they are compared by; tables of results, pri
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 from transformers import AutoTokenizer
+from turns import keep
 
 from armor_recipes.evaluation import evaluation_windows
 from armor_recipes.evaluation.perplexity import window_losses
@@ -103,8 +103,8 @@ def cell(value: Any, digits: str) -> str:
     return "–" if value is None else value if isinstance(value, str) else f"{value:{digits}}"
 
 
-def keep(rows: Sequence[Row], file: Path | None) -> None:
-    """Write a table's rows as JSON, where `tools/tables.py` reads them."""
+def show(rows: Sequence[Row], digits: Mapping[str, str], file: Path | None) -> None:
+    """Print a table, and write its rows as JSON where `tools/tables.py` reads them, if a file is given."""
+    print(markdown(rows, digits))
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"rows": list(rows)}, indent=1) + "\n", encoding="utf-8")
+        keep(file, {"rows": list(rows)})

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import yaml
-from losses import Row, apply_apart, bootstrap, compared, interval, keep, losses_of, markdown, read_texts
+from losses import Row, apply_apart, bootstrap, compared, interval, losses_of, read_texts, show
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -315,9 +315,7 @@ def main() -> None:
             found = run_row(row, setting, texts) if at is None else measure_row(row, at, texts, setting.device)
             file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     rows = {r["row"]: r for r in (json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("*.json"))}
-    table = summary({name: rows[name] for name in ROWS if name in rows})
-    keep(table, options.json)
-    print(markdown(table, DIGITS))
+    show(summary({name: rows[name] for name in ROWS if name in rows}), DIGITS, options.json)
 
 
 def split_rows(text: str) -> list[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses import Row, compared, keep, losses_of, markdown, read_texts
+from losses import Row, compared, losses_of, read_texts, show
 from quantizing import CORES, calibration_of, quantise
 from torch import Tensor
 
@@ -126,9 +126,7 @@ def main() -> None:
             found = run_row(row, options.checkpoint, options.work, options.samples, texts)
             file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     rows = {r["row"]: r for r in (json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("*.json"))}
-    table = summary({name: rows[name] for name in ROWS if name in rows})
-    keep(table, options.json)
-    print(markdown(table, DIGITS))
+    show(summary({name: rows[name] for name in ROWS if name in rows}), DIGITS, options.json)
 
 
 if __name__ == "__main__":

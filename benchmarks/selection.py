@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from turns import keep
 
 from armor_recipes.calibration.statistics import InputSecondMoment
 from armor_recipes.calibration.tokens import build_tokens
@@ -161,7 +162,7 @@ def main() -> None:
         found[key] = json.loads(file.read_text(encoding="utf-8"))
     rows = summary(found, options.seeds)
     if options.output:
-        options.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        keep(options.output, {"rows": rows})
     for row in rows:
         print(f"{row['name']:20}", *(f"{loss:.6f}" for loss in row["losses"].values()), f"{row['ratio']:.4f}")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses import Row, keep, markdown
+from losses import Row, show
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -213,9 +213,8 @@ def main() -> None:
             row = run_case(case, adam_iterations=options.adam_iterations, exact_iterations=options.exact_iterations)
             file.write_text(json.dumps(row) + "\n", encoding="utf-8")
         rows.append(json.loads(file.read_text(encoding="utf-8")))
-    keep(summary(rows), options.json)
-    digits = {"ms": ".1f", "loss": ".6f", "seconds": ".1f", "sooner": ".0f"}
-    print(markdown(summary(rows), digits), mean_line(rows), sep="\n\n")
+    show(summary(rows), {"ms": ".1f", "loss": ".6f", "seconds": ".1f", "sooner": ".0f"}, options.json)
+    print(f"\n{mean_line(rows)}")
 
 
 if __name__ == "__main__":

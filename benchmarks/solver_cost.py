@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from losses import Row, keep, markdown
+from losses import Row, show
 
 from armor_recipes.solver.entry import nowag_start
 from armor_recipes.solver.exact import ExactProblem, Problem
@@ -70,8 +70,7 @@ def main() -> None:
             f"{name} ms": cycle_ms(problem, factors, repeat=args.repeat) for name, (problem, factors) in found.items()
         }
         table.append({"shape": f"{args.rows}x{columns}", **times})
-    keep(table, args.json)
-    print(markdown(table, {"ms": ".1f"}))
+    show(table, {"ms": ".1f"}, args.json)
 
 
 if __name__ == "__main__":

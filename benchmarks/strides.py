@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from losses import Row, apply_apart, compared, keep, losses_of, markdown, read_texts
+from losses import Row, apply_apart, compared, losses_of, read_texts, show
 from torch import Tensor
 
 import armor_recipes
@@ -87,8 +87,7 @@ def main() -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(run_row(stride, options.samples, texts)), encoding="utf-8")
         rows[labels.get(stride, f"every {stride}th")] = json.loads(file.read_text(encoding="utf-8"))
-    keep(summary(rows), options.json)
-    print(markdown(summary(rows), {"loss": ".4f", "more": ".4f", "seconds": ".0f"}))
+    show(summary(rows), {"loss": ".4f", "more": ".4f", "seconds": ".0f"}, options.json)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,6 @@ def test_a_table_is_printed_and_kept(losses: ModuleType, tmp_path: Path) -> None
         "| ours | 33.00 | 0.148 [0.100, 0.200] |",
     ]
     assert "no table yet" in losses.markdown([], {})
-    losses.keep(rows, tmp_path / "new" / "rows.json")
+    losses.show(rows, {}, tmp_path / "new" / "rows.json")
     assert json.loads((tmp_path / "new" / "rows.json").read_text()) == {"rows": rows}
-    losses.keep(rows, None)
+    losses.show(rows, {}, None)

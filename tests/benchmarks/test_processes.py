@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.benchmarks.test_rivals import benchmark
 from tests.support.engine import ARMOR, recipe
 from tests.support.pages import ROOT
 
@@ -36,9 +36,8 @@ def test_each_is_run_once_and_both_write_the_same(llama: Path, tmp_path: Path) -
     assert again.stdout == done.stdout  # what exists is not run again
 
 
-def test_other_bytes_are_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(PROGRAM.parent))
-    compared = runpy.run_path(str(PROGRAM))["compared"]
+def test_other_bytes_are_no_comparison() -> None:
+    compared = benchmark("processes").compared
     rows = [{"processes": count, "seconds": 2.0, "work_seconds": 1.0, "manifest_sha256": "a"} for count in (1, 2)]
     assert [one["times_seconds"] for one in compared(rows)] == [1.0, 1.0]
     with pytest.raises(ValueError, match="2 processes wrote other bytes than 1"):
