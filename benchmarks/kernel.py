@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import shutil
 import statistics
 import subprocess
@@ -26,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from losses import markdown
 from torch import Tensor
+from turns import keep
 
 from armor_recipes.checkpoint.packing import PackedLinear, pack_int4
 from armor_recipes.runtime import capabilities
@@ -135,13 +136,18 @@ def report(row: Row) -> None:
     )
 
 
-def summarise(rows: Sequence[Row]) -> None:
-    for core in dict.fromkeys(row.core for row in rows):
-        mine = [row for row in rows if row.core == core]
-        ratios = [statistics.median(getattr(r, f"{name}_over_ours") for r in mine) for name in ("torch", "dense")]
-        print(
-            f"median of the shapes, {mine[0].tokens} tokens, {core}: torch/ours {ratios[0]:.2f}, dense/ours {ratios[1]:.2f}"
-        )
+def summaries(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """By tokens and core, the median of the shapes' ratios, with the least and the most of them in `interval`."""
+    found = []
+    for tokens, core in dict.fromkeys((row.tokens, row.core) for row in rows):
+        mine = [row for row in rows if (row.tokens, row.core) == (tokens, core)]
+        ratios = {name: [getattr(row, f"{name}_over_ours") for row in mine] for name in ("torch", "dense")}
+        figures = {
+            f"{name} / ours": {"value": statistics.median(values), "interval": [min(values), max(values)]}
+            for name, values in ratios.items()
+        }
+        found.append({"tokens": tokens, "core": core, **figures})
+    return found
 
 
 def main() -> None:
@@ -158,17 +164,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         dense = dense_kernel(Path(folder))
         for tokens in options.tokens:
-            mine = []
             for shape in SHAPES:
                 rows = measure(shape, tokens, options.core, options.repeats, dense)
                 for row in rows:
                     report(row)
-                mine += rows
-            summarise(mine)
-            found += mine
+                found += rows
+    table = summaries(found)
+    print(markdown(table, {"ours": ".2f"}))
     if options.json is not None:
-        content = {"path": capabilities().path, "rows": [asdict(row) for row in found]}
-        options.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        keep(options.json, {"path": capabilities().path, "rows": table, "shapes": [asdict(row) for row in found]})
 
 
 if __name__ == "__main__":

@@ -32,9 +32,11 @@ from typing import Any, Literal
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from losses import Row, show
 from quantizing import CORES, calibration_of, quantise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from turns import interval
 
 import armor_recipes
 from armor_recipes.checkpoint.packing import PackedLinear
@@ -58,6 +60,8 @@ INTEGERS = {core: CORES[core] for core in ("int8", "int4")}
 ROWS = ("dense", "folded", "bf16 core", "int8 core", "int4 core")
 Task = Literal["load", "prepare", "decode", "prefill", "choices"]
 TOKENS: dict[Task, int] = {"decode": NEW, "prefill": PROMPT}
+#: How numbers of a column are printed, by the last word of its name.
+DIGITS = {"tok/s": ".2f", "dense": ".2f", "MB": ".0f"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,28 +378,25 @@ def given_model(checkpoint: Path, dense: Path, work: Path) -> Model:
     return Model(name, dense, with_cores(checkpoint, work / name, make))
 
 
-def speed_table(model: Model, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Tokens per second, memory and disk of one model as Markdown, each as a ratio to the dense model's, too."""
-    measures = ("decode tok/s", "prefill tok/s", "anonymous MB", "resident MB", "disk MB")
-    head = [model.name, "runs", *(cell for measure in measures for cell in (measure, "of dense")), "cpu load"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, row in rows.items():
-        peaks = row.get("cpu_load_peak_bytes", {}).values()
-        load = ", ".join(f"{peak / row['own']['disk_bytes']:.2f}" for peak in peaks) or "-"
-        lines.append("| " + " | ".join([name, runs_on(row), *cells(row["own"], row["dense"]), load]) + " |")
-    return "\n".join(lines)
+def speed_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """Tokens per second, memory and disk of one model's rows, each as a ratio to the dense model's, too."""
+    return [{"row": name, "runs": runs_on(row), **sizes_and_speeds(row)} for name, row in rows.items()]
 
 
-def cells(own: Mapping[str, Any], dense: Mapping[str, Any]) -> Iterator[str]:
-    """Speed, memory and disk, each followed by its ratio to the dense model's."""
+def sizes_and_speeds(row: Mapping[str, Any]) -> Row:
+    """A row's figures by their columns' names; ratios are medians within turns with 95 % intervals of the turns resampled."""
+    own, dense, found = row["own"], row["dense"], Row()
     for work, tokens in TOKENS.items():
         mine, theirs = own["seconds"][work], dense["seconds"][work]
-        yield f"{tokens / statistics.median(mine):.2f}"
-        yield f"{statistics.median(d / m for m, d in zip(mine, theirs, strict=True)):.2f}"
-    sizes = [(*side["peak_bytes"].values(), side["disk_bytes"]) for side in (own, dense)]
-    for mine, theirs in zip(*sizes, strict=True):
-        yield f"{mine / 1e6:.0f}"
-        yield f"{mine / theirs:.2f}"
+        ratios = [d / m for m, d in zip(mine, theirs, strict=True)]
+        found[f"{work} tok/s"] = tokens / statistics.median(mine)
+        found[f"{work} of dense"] = {"value": statistics.median(ratios), "interval": list(interval(ratios))}
+    sizes = [{**side["peak_bytes"], "disk": side["disk_bytes"]} for side in (own, dense)]
+    for kind, mine in sizes[0].items():
+        found[f"{kind} MB"] = mine / 1e6
+        found[f"{kind} of dense"] = mine / sizes[1][kind]
+    peaks = row.get("cpu_load_peak_bytes", {}).values()
+    return found | {"cpu load": ", ".join(f"{peak / own['disk_bytes']:.2f}" for peak in peaks) or None}
 
 
 def runs_on(row: Mapping[str, Any]) -> str:
@@ -420,9 +421,14 @@ def size_table(models: Sequence[Model]) -> str:
     return "\n".join(lines)
 
 
+def plain_name(model: Model) -> str:
+    """A model's name for a file."""
+    return "-".join(re.findall(r"[\w.-]+", model.name))
+
+
 def measured(model: Model, names: Iterable[str], results: Path, *, turns: int, threads: int) -> dict[str, Any]:
     """Rows by name: those named are measured unless their file exists, all that exist are returned."""
-    folder = results / "-".join(re.findall(r"[\w.-]+", model.name))
+    folder = results / plain_name(model)
     folder.mkdir(parents=True, exist_ok=True)
     contenders, rows = model.contenders(), {}
     for name, contender in contenders.items():
@@ -449,6 +455,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas; `none` measures nothing")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/runtime"))
+    parser.add_argument("--json", type=Path, help="also write each table's rows here, as NAME-MODEL.json")
     options = parser.parse_args()
     wanted = [] if options.rows == "none" else options.rows.split(",")
     if not set(ROWS) >= set(wanted):
@@ -463,11 +470,16 @@ def main() -> None:
     if options.layers:
         models.append(generated_model(options.work, options.layers, 64))
         sizes.append(generated_model(options.work, 1, 128))  # sizes of all layers are alike
-    tables = [
-        speed_table(model, measured(model, wanted, options.results, turns=options.turns, threads=options.threads))
-        for model in models
-    ]
-    print("\n\n".join([*tables, size_table([*models, *sizes])]))
+    for model in models:
+        rows = measured(model, wanted, options.results, turns=options.turns, threads=options.threads)
+        print(f"{model.name}\n")
+        show(
+            speed_rows(rows),
+            DIGITS,
+            options.json and options.json.with_stem(f"{options.json.stem}-{plain_name(model)}"),
+        )
+        print()
+    print(size_table([*models, *sizes]))
 
 
 if __name__ == "__main__":

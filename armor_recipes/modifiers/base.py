@@ -395,6 +395,10 @@ class AnyModifier(ABC, Generic[C]):
         """
         return ""
 
+    def poor_on(self, datasets: int) -> str:  # noqa: ARG002 - for those that have a figure
+        """As `poor_after`, where its calibration is of so many datasets."""
+        return ""
+
     @property
     def needs(self) -> Needs:
         """What it asks of the engine."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -206,7 +206,17 @@ def _warnings(recipe: Recipe, subject: _Subject, rows: Sequence[Row], modifiers:
     vain = [
         PlanWarning(entry.key, text) for entry in recipe.modifiers for text in vain_ignores(subject.tree, entry.config)
     ]
-    return (*vain, *order_warnings(recipe, rows, modifiers))
+    return (*vain, *order_warnings(recipe, rows, modifiers), *_narrow(recipe, rows, modifiers))
+
+
+def _narrow(recipe: Recipe, rows: Sequence[Row], modifiers: Modifiers) -> Iterator[PlanWarning]:
+    """What was measured to be poor on calibration of so few datasets."""
+    taking = {row.modifier for row in rows}
+    for entry in recipe.modifiers:
+        spec = entry.config.calibration
+        text = modifiers[entry.key].poor_on(len(spec.datasets)) if spec is not None and entry.key in taking else ""
+        if text:
+            yield PlanWarning(entry.key, text)
 
 
 def _in_order(recipe: Recipe, rows: Sequence[Row]) -> tuple[Row, ...]:

@@ -159,6 +159,23 @@ def test_integer_activations_without_a_gauge_are_warned_of(llama: Path, scheme: 
     assert all(figure in warning.text for warning in told)
 
 
+@pytest.mark.parametrize(
+    ("fields", "figure"),
+    [
+        ({"objective": "hessian"}, "`objective: hessian` calibrated on one kind of text was 4 %"),
+        ({"propagate": "matched"}, "`propagate: matched` calibrated on one kind of text was 5 %"),
+        ({}, ""),
+    ],
+)
+def test_what_fits_its_text_is_warned_of_with_one_dataset(llama: Path, fields: dict[str, Any], figure: str) -> None:
+    mapping = recipe(llama, ARMORModifier={"targets": [MLP], "block_size": 8, **fields})
+    told = make_job(mapping).plan.warnings
+    assert [warning.text.startswith(figure) for warning in told] == [True] * bool(figure)
+    texts = (mapping["calibration"]["dataset"], "builtin:jargon")
+    mapping["calibration"]["dataset"] = [{"dataset": text, "weight": 1} for text in texts]
+    assert make_job(mapping).plan.warnings == ()
+
+
 def test_an_ignore_that_matches_nothing_is_a_warning_that_is_counted(llama: Path, tmp_path: Path) -> None:
     fields = {
         "targets": [MLP],
