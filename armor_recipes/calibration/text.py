@@ -172,7 +172,7 @@ def _plain(cell: Cell) -> str:
         raise InputError(
             f"{cell.where}: the text column holds {shown(cell.value)} ({kind}), not text; name another `text_column`"
         )
-    return _encodable(cell.value, cell.where)
+    return encodable(cell.value, cell.where)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, cell: Cell) -> str:
@@ -191,7 +191,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, cell: Cell) -> str:
             f"{cell.where}: the chat template writes {shown(written)}, without a word of the messages, as one for images and text "
             "does with plain text; give the tokenizer a template for text, or use `text_column`"
         )
-    return _encodable(written, cell.where)
+    return encodable(written, cell.where)
 
 
 def _with_template(tokenizer: PreTrainedTokenizerBase | None, column: Column) -> PreTrainedTokenizerBase:
@@ -203,7 +203,8 @@ def _with_template(tokenizer: PreTrainedTokenizerBase | None, column: Column) ->
     return tokenizer
 
 
-def _encodable(text: str, where: str) -> str:
+def encodable(text: str, where: str) -> str:
+    """The text. Raises InputError where it holds half of a surrogate pair, which no tokenizer takes."""
     if not text.isascii() and (found := _SURROGATE.search(text)):  # JSON can spell half of a surrogate pair
         raise InputError(
             f"{where}: character {found.start()} is a lone surrogate, which is not text; correct or remove it"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from armor_recipes.cli.flags import not_empty
 from armor_recipes.cli.loading import loading
 
 if TYPE_CHECKING:
@@ -21,12 +22,6 @@ _DATASETS = {
     "fidelity": {"dataset": "builtin:pydoc-heldout"},
     "multiple_choice": {"dataset": "builtin:continuations"},
 }
-
-
-def _not_empty(value: str | None) -> str | None:
-    if value == "":
-        raise typer.BadParameter("must not be empty")
-    return value
 
 
 class Preset(StrEnum):
@@ -46,7 +41,7 @@ class Bos(StrEnum):
 
 def eval_command(
     model: Annotated[
-        str, typer.Argument(callback=_not_empty, help="A checkpoint folder, a model folder, a hub id, or builtin:NAME.")
+        str, typer.Argument(callback=not_empty, help="A checkpoint folder, a model folder, a hub id, or builtin:NAME.")
     ],
     measure: Annotated[
         str, typer.Option(help="perplexity, fidelity, classification, retrieval, multiple_choice or speed.")
@@ -56,7 +51,7 @@ def eval_command(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(callback=_not_empty, help="Tasks of lm-eval, between commas, in the place of a measure."),
+        typer.Option(callback=not_empty, help="Tasks of lm-eval, between commas, in the place of a measure."),
     ] = None,
     include: Annotated[Path | None, typer.Option(help="A folder of tasks of your own, for --tasks.")] = None,
     limit: Annotated[
@@ -65,15 +60,15 @@ def eval_command(
     against: Annotated[
         str | None,
         typer.Option(
-            callback=_not_empty,
+            callback=not_empty,
             help="The dense model to compare with, or what --json said of it in a file NAME.json; fidelity needs it.",
         ),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(callback=_not_empty, help="What to measure on: a file, a hub id, or builtin:NAME.")
+        str | None, typer.Option(callback=not_empty, help="What to measure on: a file, a hub id, or builtin:NAME.")
     ] = None,
-    split: Annotated[str | None, typer.Option(callback=_not_empty, help="Split of a hub dataset.")] = None,
-    text_column: Annotated[str | None, typer.Option(callback=_not_empty, help="Column that holds the text.")] = None,
+    split: Annotated[str | None, typer.Option(callback=not_empty, help="Split of a hub dataset.")] = None,
+    text_column: Annotated[str | None, typer.Option(callback=not_empty, help="Column that holds the text.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="Tokens in a window or text.")] = None,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens from one window to the next; left out, windows do not overlap.")

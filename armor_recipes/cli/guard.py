@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import typer
 
 from armor_recipes.cli.streams import flush, patient_output
-from armor_recipes.errors import ArmorError, ResourceError
+from armor_recipes.errors import ArmorError, InputError, ResourceError
 from armor_recipes.exhaustion import what_ran_out
+from armor_recipes.paths import no_path
 
 INTERRUPTED, TERMINATED, HUNG_UP, BUG, USAGE = 130, 143, 129, 1, 2
 
@@ -81,6 +82,8 @@ def _guarded(command: Callable[[], object]) -> int:
         return _code_of(KeyboardInterrupt())
     except SystemExit as ended:  # of typer's own: completion was shown or installed
         return ended.code if isinstance(ended.code, int) else 0
+    except OSError as error:  # of typer's own, which writes a shell's completion: errors of commands are kept from it
+        return _complain(f"error: {error.filename or 'a file'} cannot be used ({error.strerror})", USAGE)
     except BaseException as error:
         if hasattr(error, "format_message") and hasattr(error, "show"):
             error.show()
@@ -112,6 +115,9 @@ def _code_of(error: BaseException) -> int:
     what = what_ran_out(error)
     if what:
         return _complain(f"error: {what} (see {ResourceError.page()})", ResourceError.exit_code)
+    what = no_path(error)
+    if what:
+        return _complain(f"error: {what} (see {InputError.page()})", InputError.exit_code)
     traceback.print_exception(error)
     return _complain(f"this is a bug in armor-recipes ({type(error).__name__}); please report it with the recipe", BUG)
 

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from armor_recipes.cli.flags import not_empty
 from armor_recipes.cli.loading import loading
 
 _FLAGS = {"model": "--model", "calibration": "--calibration", "block_size": "--block-size"}
 
 
+def _ask(question: str, **options: Any) -> Any:
+    """The answer to a question on the terminal. Raises KeyboardInterrupt, and RecipeError where the input ends."""
+    from armor_recipes.errors import RecipeError
+
+    try:
+        return typer.prompt(question, err=True, **options)
+    except typer.Abort as error:  # typer's word for both ends
+        if isinstance(error.__context__, EOFError):
+            raise RecipeError(
+                f"the input ended before all was answered: give {', '.join(_FLAGS.values())} in the place of answers"
+            ) from error
+        raise KeyboardInterrupt from error
+
+
 def init_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The recipe to write.")] = Path("recipe.yaml"),
-    model: Annotated[str | None, typer.Option("--model", help="A folder, a hub id, or builtin:NAME.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", callback=not_empty, help="A folder, a hub id, or builtin:NAME.")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            "--calibration", metavar="TEXT", help="A file, a hub id, builtin:NAME, or mix: the package's texts."
+            "--calibration",
+            metavar="TEXT",
+            callback=not_empty,
+            help="A file, a hub id, builtin:NAME, or mix: the package's texts.",
         ),
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option("--block-size", metavar="N", help="Size of the blocks of A and B.")
+        int | None, typer.Option("--block-size", metavar="N", min=1, help="Size of the blocks of A and B.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
@@ -31,7 +52,7 @@ def init_command(
     with loading():
         from armor_recipes.cli.quiet import quiet_libraries
         from armor_recipes.errors import RecipeError
-        from armor_recipes.run.starting import check_recipe_file, look, recipe_text, write_recipe
+        from armor_recipes.run.starting import check_recipe_file, dataset_for, look, recipe_text, write_recipe
 
     quiet_libraries()
     given = {"model": model, "calibration": calibration, "block_size": block_size}
@@ -39,13 +60,16 @@ def init_command(
     if missing and not sys.stdin.isatty():
         raise RecipeError(f"standard input is no terminal that could be asked: give {', '.join(missing)}, too")
     place = check_recipe_file(file, overwrite=overwrite)
-    start = look(model or typer.prompt("1. Model (a folder, a hub id, or builtin:NAME)", err=True))
+    start = look(_ask("1. Model (a folder, a hub id, or builtin:NAME)") if model is None else model)
     if missing:
         typer.echo("\n".join(f"   {line}" for line in start.lines()), err=True)
-    data = calibration or typer.prompt(
-        "2. Calibrate on (a file, a hub id, builtin:NAME, or mix: the package's texts)",
-        default=start.calibration,
-        err=True,
+    data = (
+        calibration
+        if calibration is not None
+        else _ask(
+            "2. Calibrate on (a file, a hub id, builtin:NAME, or mix: the package's texts)",
+            default=start.calibration,
+        )
     )
     sizes = {str(size.block): size.block for size in start.sizes}
 
@@ -54,6 +78,6 @@ def init_command(
             raise typer.BadParameter(f"give one of {', '.join(sizes)}")
         return sizes[answer]
 
-    block = block_size or typer.prompt("3. Block size", default=str(start.block_size), value_proc=size_of, err=True)
-    write_recipe(place, recipe_text(start, calibration=data, block_size=block))
-    print(f"{file} is written; next: armor-apply {file} --plan")
+    block = block_size or _ask("3. Block size", default=str(start.block_size), value_proc=size_of)
+    write_recipe(place, recipe_text(start, calibration=dataset_for(place, data), block_size=block))
+    print(f"{file} is written; next: armor-apply {shlex.quote(str(file))} --plan")

@@ -18,7 +18,7 @@ from torch.nn import functional
 from armor_recipes.calibration.encoding import encoded
 from armor_recipes.calibration.files import Cell, Column, Columns
 from armor_recipes.calibration.inputs import TOKENS
-from armor_recipes.calibration.text import cells
+from armor_recipes.calibration.text import cells, encodable
 from armor_recipes.calibration.windows import check_vocabulary, window_prefix
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import InputError, NumericalError, PlanError
@@ -119,9 +119,14 @@ class MultipleChoice(Measure[MultipleChoiceSpec]):
             (self.spec.dataset,),
             len(self.questions),
             self.sha256,
-            {"choices": len(self.texts), "texts_cut": self.texts.cut},
+            {"choices": len(self.texts), "texts_cut": self.texts.cut, **self._repeated()},
             {name: tuple(row) for name, row in hits.items()},
         )
+
+    def _repeated(self) -> dict[str, int]:
+        """How many right answers stand among their choices twice, which no model can then tell apart; nothing for none."""
+        count = sum(each.choices.count(each.choices[each.answer]) > 1 for each in self.questions)
+        return {"answers_that_stand_twice": count} if count else {}
 
     def _scores(self, model: nn.Module, room: Room) -> Tensor:
         """The log-likelihood of every choice in nats, float64 `(N,)` on the CPU."""
@@ -164,6 +169,8 @@ def question_of(row: Cell) -> Question:
         raise InputError(
             f"{row.where}: the answer is {answer!r:.80}, not the number of one of {len(choices)} choices, from 0; correct it"
         )
+    for text in (context, *choices):
+        encodable(text, row.where)
     return Question(context, tuple(choices), answer)
 
 

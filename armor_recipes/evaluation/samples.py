@@ -12,7 +12,7 @@ import torch
 
 from armor_recipes.calibration.files import Cell, Column
 from armor_recipes.calibration.inputs import TOKENS, Batch, hash_inputs, leading, some_of
-from armor_recipes.calibration.text import cells, is_empty
+from armor_recipes.calibration.text import cells, encodable, is_empty
 from armor_recipes.calibration.windows import check_vocabulary
 from armor_recipes.errors import InputError
 from armor_recipes.evaluation.contract import Reading
@@ -127,8 +127,10 @@ def column(dataset: str, split: str, name: str, key: str, at_most: int | None) -
 def first_rows(dataset: str, rows: Iterable[Cell], at_most: int | None) -> list[Cell]:
     """The first rows (None: all) of a dataset. Raises InputError where there are fewer."""
     found = list(islice(rows, at_most))
-    if not found or (at_most is not None and len(found) < at_most):
-        raise InputError(f"{dataset} has {len(found)} rows, but {at_most or 'some'} are asked for; lower `samples`")
+    if not found:
+        raise InputError(f"{dataset} has no rows; name another dataset")
+    if at_most is not None and len(found) < at_most:
+        raise InputError(f"{dataset} has {len(found)} rows, but {at_most} are asked for; lower `samples`")
     return found
 
 
@@ -138,7 +140,7 @@ def text_of(cell: Cell, key: str) -> str:
         raise InputError(f"{cell.where}: `{key}` holds {cell.value!r:.80}, not text; correct or remove the row")
     if is_empty(cell.value):
         raise InputError(f"{cell.where}: `{key}` holds an empty text; correct or remove the row")
-    return cell.value
+    return encodable(cell.value, cell.where)
 
 
 def label_of(cell: Cell, reading: Reading, said: str = "`label_column` holds") -> int:

@@ -108,6 +108,8 @@ def load_sweep(
     Raises RecipeError with the problems of all points, one a line: `file:line: path.to.key: what`.
     """
     problems = Problems()
+    if output == "":
+        raise RecipeError("--output must not be empty: name a folder, or leave it out")
     table = yaml_source.read_file(file, problems)
     problems.raise_if_any()
     assert table is not None, "without a table a problem was noted"
@@ -189,9 +191,16 @@ def _axes(table: Table, problems: Problems) -> Iterator[list[tuple[str, Layer]]]
     for path, (mark, node) in grid.items():
         values = node.nodes if isinstance(node, Items) else ()
         labels = [f"{short_key(path, grid)}={_label(value)}" for value in values]
-        for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
+        same = [_same_value(plain(value)) for value in values]
+        for label in dict.fromkeys(label for label, one in zip(labels, same, strict=True) if same.count(one) > 1):
             problems.add(mark, ("grid", path), f"{label} is there twice; remove one")
         yield [(label, {path: Entry(value.mark, value)}) for label, value in zip(labels, values, strict=True)]
+
+
+def _same_value(value: object) -> str:
+    """A text that equal values have in common: 2 and 2.0 have, 1 and true have not."""
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    return json.dumps(whole, ensure_ascii=False, sort_keys=True)
 
 
 def short_key(path: str, paths: Iterable[str]) -> str:

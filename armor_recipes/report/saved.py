@@ -12,7 +12,7 @@ import numpy as np
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.writer import manifest_hash
 from armor_recipes.errors import InputError, PlanError
-from armor_recipes.evaluation import Evaluation, Measured, Measurement
+from armor_recipes.evaluation import Evaluation, Measured, Measurement, Perplexity
 from armor_recipes.evaluation.records import from_record, to_record
 from armor_recipes.paths import user_path
 from armor_recipes.report.names import shared, without_folders
@@ -50,6 +50,12 @@ class Saved:
                 f"{self.file} was measured on other samples (sha256 {self.sha256[:12]} and {sha256[:12]}): data or "
                 "tokenizer differ, so that figures do not compare; measure it anew"
             )
+
+    def check_rows(self, after: Measured) -> None:
+        """Raise InputError where it has no values of samples that what was measured now has, so that no difference is known."""
+        missing = sorted(set(getattr(after, "rows", ())) - set(getattr(self.after, "rows", ())))
+        if missing:
+            raise InputError(f"{self.file} has no {missing[0]} of each sample, and is not compared: measure it anew")
 
     @property
     def sha256(self) -> str:
@@ -108,9 +114,18 @@ def _check_numbers(found: Measured | None) -> None:
     if found is None:
         return
     "".join([*found.datasets, found.size, *(value.name + value.text() for value in found.figures)])
+    numbers = [number for value in found.figures for number in (value.value, *(value.interval or ()))]
     if isinstance(found, Measurement):
-        for row in found.rows.values():
-            np.asarray(row, dtype=np.float64)
+        for name, row in found.rows.items():
+            if len(row) != found.samples:
+                raise ValueError(f"{len(row)} values of {name} for {found.samples} samples")
+            numbers += row
+    elif isinstance(found, Perplexity):
+        numbers += [found.nll, *found.losses]
+        if not found.value > 0:
+            raise ValueError(f"a perplexity of {found.value}")
+    if not np.isfinite(np.asarray(numbers, dtype=np.float64)).all():
+        raise ValueError("a number that is not finite")
 
 
 def later_row(saved: Saved) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,19 @@ def point_figures(folder: Path) -> dict[str, Any]:
 
     Raises CheckpointError where these are not what a run writes.
     """
-    view = run_view(folder)
-    manifest, report = read_json(folder / MANIFEST_FILE), read_json(folder / "report.json")
     try:
-        return _figures(manifest, report, [row["loss"] for row in view["modules"]])
-    except (AttributeError, KeyError, TypeError, ArithmeticError) as error:
+        view = run_view(folder)
+        manifest, report = read_json(folder / MANIFEST_FILE), read_json(folder / "report.json")
+        found = _figures(manifest, report, [row["loss"] for row in view["modules"]])
+        for name, value in found.items():
+            if name not in ("device", "resumed", "evaluation") and not (value is None or math.isfinite(value)):
+                raise ValueError(f"{name} {value!r}")
+    except (CheckpointError, AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        said = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{folder} does not hold what a run writes ({type(error).__name__}: {error}): remove it, and it is run again"
+            f"{folder} does not hold what a run writes ({said}): remove it, and it is run again"
         ) from error
+    return found
 
 
 def _figures(manifest: Row, report: Row, losses: Sequence[float]) -> dict[str, Any]:

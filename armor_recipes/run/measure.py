@@ -14,13 +14,14 @@ import torch
 from transformers import PreTrainedModel
 
 from armor_recipes.calibration.inputs import InputSet
-from armor_recipes.calibration.tokens import build_inputs
+from armor_recipes.calibration.tokens import build_inputs, has_length
 from armor_recipes.checkpoint.files import MANIFEST_FILE
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.reader import read_config
 from armor_recipes.compute import plain_torch
 from armor_recipes.errors import PlanError, RecipeError
 from armor_recipes.evaluation import MEASURES, Evaluation, Measure, Measurement, Reading, Room
+from armor_recipes.evaluation.fidelity import Fidelity
 from armor_recipes.evaluation.multiple_choice import MultipleChoice
 from armor_recipes.evaluation.perplexity import PerplexityMeasure
 from armor_recipes.evaluation.presets import PRESETS
@@ -50,7 +51,7 @@ from armor_recipes.run.refusals import resource_errors
 from armor_recipes.runtime.backends import BACKEND_VARIABLE
 
 #: Of these a figure is of tokens, or of texts as tokens: two models must have the same.
-_OF_TOKENS = (PerplexityMeasure, MultipleChoice)
+_OF_TOKENS = (PerplexityMeasure, MultipleChoice, Fidelity)
 
 
 def evaluate_model(
@@ -149,10 +150,11 @@ def _evaluate(
         _check_machine(saved, device)
     source = _opened(model, device, compute)
     shapes = meta_model(source)
-    measure.check(shapes)
     other = None if against is None or saved is not None else _opened(against, device, compute)
-    if preset is not None:
-        _check_positions(spec, {model: source} if against is None or other is None else {model: source, against: other})
+    sources = {model: source} if against is None or other is None else {model: source, against: other}
+    for name, one in sources.items():
+        _check_measured(measure, name, shapes if one is source else meta_model(one))
+        _check_positions(spec, name, one)
     with resource_errors(), tempfile.TemporaryDirectory(prefix="armor-eval-") as folder:
         ready, room = measure.read(spec, _reading(source, shapes)), Room(Path(folder))
         before = None
@@ -169,7 +171,18 @@ def _evaluate(
             del dense  # two models need not be held
         found = _loaded(model, source, device, timed=measure is Speed)
         origin = None if preset is None else _dense_hash(model, source, found)
-        return Evaluation(measure.name, before, taken(partial(ready.after, found, room), found), keys, origin)
+        after = taken(partial(ready.after, found, room), found)
+        if saved is not None:
+            saved.check_rows(after)
+        return Evaluation(measure.name, before, after, keys, origin)
+
+
+def _check_measured(measure: type[Measure[Any]], name: str, shapes: PreTrainedModel) -> None:
+    """Raise PlanError, with the model's name before it, where the measure cannot be taken of it."""
+    try:
+        measure.check(shapes)
+    except PlanError as error:
+        raise PlanError(f"{name}: {error}") from error
 
 
 def _check_machine(saved: Saved, device: torch.device) -> None:
@@ -182,15 +195,21 @@ def _check_machine(saved: Saved, device: torch.device) -> None:
         raise PlanError(f"{saved.file} was timed with {told}, so that speeds do not compare: measure it anew here")
 
 
-def _check_positions(spec: Any, sources: Mapping[str, ModelSource]) -> None:
-    """Raise PlanError where windows are longer than the context of a model: its figure would be of another length."""
-    for name, source in sources.items():
-        longest = source.facts.positions
-        if longest is not None and spec.sequence_length > longest:
-            raise PlanError(
-                f"sequence_length {spec.sequence_length} is longer than the {longest} positions of {name}; lower it with "
-                "--sequence-length, for all models that are compared"
-            )
+def _check_positions(spec: Any, name: str, source: ModelSource) -> None:
+    """Raise PlanError where windows are longer than the context of a model: it never learned to read such."""
+    longest = source.facts.positions
+    if longest is None:
+        return
+    if isinstance(spec, SpeedSpec) and spec.prompt_tokens + spec.new_tokens > longest:
+        raise PlanError(
+            f"prompt_tokens {spec.prompt_tokens} and new_tokens {spec.new_tokens} are more than the {longest} positions of {name}; "
+            "lower them with --set, for all models that are compared"
+        )
+    if has_length(spec) and spec.sequence_length > longest:
+        raise PlanError(
+            f"sequence_length {spec.sequence_length} is longer than the {longest} positions of {name}; lower it with "
+            "--sequence-length, for all models that are compared"
+        )
 
 
 def _check_tokens(ready: Measure[Any], spec: Any, other: ModelSource, names: tuple[str, str]) -> None:
@@ -198,9 +217,14 @@ def _check_tokens(ready: Measure[Any], spec: Any, other: ModelSource, names: tup
     if not isinstance(ready, _OF_TOKENS) or load_tokenizer(other) is None:
         return
     if type(ready).read(spec, _reading(other, meta_model(other))).sha256 != ready.sha256:
+        advice = (
+            "name the dense model that the other was made of"
+            if ready.keeps
+            else "measure each without --against, and compare byte_perplexity"
+        )
         raise PlanError(
             f"the tokenizers of {names[0]} and {names[1]} write the text in different tokens, so that figures do not compare: "
-            "measure each without --against, and compare byte_perplexity"
+            f"{advice}"
         )
 
 

@@ -15,7 +15,7 @@ from armor_recipes.checkpoint.writer import manifest_hash
 from armor_recipes.errors import InputError, RecipeError, ResourceError
 from armor_recipes.exhaustion import is_disk_full
 from armor_recipes.paths import user_path
-from armor_recipes.report.page import MARK, page, write_page
+from armor_recipes.report.page import MARK, checked_view, page, write_page
 from armor_recipes.report.saved import Saved, later_row, read_saved
 from armor_recipes.report.view import read_report, run_view
 from armor_recipes.run.checks import check_writable
@@ -77,11 +77,24 @@ def write_report_page(folders: Sequence[Path], output: Path | None, evaluations:
         if output is None:
             write_page(places[0])
         else:
-            _write_text(file, page([run_view(place) for place in places]))
+            _write_text(
+                file, page([checked_view(place, name) for place, name in zip(places, _names(places), strict=True)])
+            )
     except OSError as error:
         full = is_disk_full(error)
         raise (ResourceError if full else RecipeError)(f"{file} cannot be written ({error.strerror})") from error
     return file
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """As many last parts of each path as tell it from the others; of one that is named twice all, with its number."""
+    paths = [place.resolve() for place in places]
+    names = []
+    for number, path in enumerate(paths, start=1):
+        ends = ["/".join(path.parts[-count:]) for count in range(1, len(path.parts))]
+        alone = (end for end in ends if sum(f"/{end}" == other.as_posix()[-len(end) - 1 :] for other in paths) == 1)
+        names.append(next(alone, f"{path.name} ({number})"))
+    return names
 
 
 def _keep(folder: Path, evaluations: Sequence[Saved]) -> None:

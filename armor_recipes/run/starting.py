@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from armor_recipes.calibration.text import BUILTIN, check_there, local_path
 from armor_recipes.checkpoint.files import write_whole
-from armor_recipes.errors import RecipeError
+from armor_recipes.errors import RecipeError, ResourceError
+from armor_recipes.exhaustion import is_disk_full
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.model.ties import tied_output
 from armor_recipes.paths import user_path
@@ -176,18 +179,39 @@ def _evaluation_lines(start: Start) -> list[str]:
     return [f"evaluation: {{perplexity: {spec}}}  # before and after"]
 
 
+def dataset_for(file: Path, named: str) -> str:
+    """A dataset as the recipe `file` has to name it: a local path is relative to the file there, and to the working directory here.
+
+    Raises InputError where nothing is there, or `named` can be no dataset.
+    """
+    if named == "mix":
+        return named
+    check_there(named)
+    path = None if named.startswith(BUILTIN) else local_path(named)
+    if path is None or path.is_absolute():
+        return named
+    found = os.path.relpath(path.resolve(), file.parent)
+    return found if path.is_file() or found.startswith(".") else f"./{found}"  # a folder is known by that
+
+
 def check_recipe_file(path: Path, *, overwrite: bool) -> Path:
     """The file to write. Raises RecipeError where it cannot be, or is there already without `overwrite`."""
     file = user_path(path)
     check_writable(file, "recipe")
     if file.is_dir():
         raise RecipeError(f"recipe {path} is a folder: name a file")
+    if file.exists() and not file.is_file():
+        raise RecipeError(f"recipe {path} exists and is no regular file: it is not replaced; name another file")
     if file.exists() and not overwrite:
         raise RecipeError(f"recipe {path} exists: pass --overwrite to replace it, or name another file")
-    return file
+    return file.resolve()  # the file itself, where a link leads to it
 
 
 def write_recipe(file: Path, text: str) -> None:
-    """Write it whole, or leave what is there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, text.encode())
+    """Write it whole, or leave what is there. Raises RecipeError where it cannot be written, ResourceError for a full disk."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, text.encode())
+    except OSError as error:
+        kind = ResourceError if is_disk_full(error) else RecipeError
+        raise kind(f"recipe {file} cannot be written ({error.strerror}): name another file") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from armor_recipes.checkpoint.files import MANIFEST_FILE
+from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.journal import RECORDS_FILE, journal_folder, read_records
 from armor_recipes.checkpoint.lock import holder
 from armor_recipes.errors import InputError
@@ -49,7 +50,10 @@ class Status:
 
 
 def status(output: str | Path) -> Status:
-    """How far the run on an output is. Raises InputError where there is neither a run nor a checkpoint, or it cannot be read."""
+    """How far the run on an output is.
+
+    Raises InputError where there is neither a run nor a checkpoint, or it cannot be read; CheckpointError for a broken manifest.
+    """
     target = user_path(output).resolve()
     owner = holder(target)
     folder = journal_folder(target)
@@ -62,6 +66,7 @@ def status(output: str | Path) -> Status:
             raise InputError(
                 f"{output}: no run is writing there, none was cut short, and there is no checkpoint of a run"
             )
+        read_json(target / MANIFEST_FILE)
         return Status("finished", str(target))
     steps = [record for record in records if record.get("kind") == "step"]
     last = steps[-1] if steps else {}

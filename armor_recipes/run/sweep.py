@@ -38,7 +38,8 @@ RESULT_FILE = "sweep.json"
 #: What tells, in the folder of a point's reports, which run it is.
 _POINT_FILE = "point.json"
 _SHORT = 12
-_RUNS = "runs"
+_ENDED = ("done", "rejected")
+_RUNS, _MODELS = "runs", "models"
 _REPORTS = (MANIFEST_FILE, "report.json", RECIPE_FILE)
 
 #: Runs a recipe, on a device, over an output that is there or not. Raises ArmorError.
@@ -182,8 +183,21 @@ def _check_output(sweep: Sweep) -> None:
     check_writable(output, "output")
     if output.exists() and not output.is_dir():
         raise RecipeError(f"output {sweep.output} exists and is not a folder: choose another path")
-    if output.is_dir() and any(output.iterdir()) and not (output / RESULT_FILE).is_file():
-        raise RecipeError(f"output {sweep.output} exists and is of no sweep (no {RESULT_FILE}): choose another path")
+    if output.is_dir() and any(output.iterdir()) and not _is_result(output / RESULT_FILE):
+        raise RecipeError(
+            f"output {sweep.output} exists and is of no sweep (no {RESULT_FILE} with results): choose another path"
+        )
+    for place in (output / _RUNS, output / _MODELS):
+        if place.exists() and not place.is_dir():
+            raise RecipeError(f"{place} exists and is not a folder: remove it, or choose another output")
+
+
+def _is_result(file: Path) -> bool:
+    """Whether a file holds results, and not a sweep or something else of that name."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(file.read_bytes())
+        return isinstance(found, dict) and {"armor_recipes", "sweep", "points"} <= found.keys()
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,22 +215,24 @@ class _Run:
 
     @property
     def model(self) -> Path:
-        return self.output / "models" / self.digest[:_SHORT]
+        return self.output / _MODELS / self.digest[:_SHORT]
 
     @property
     def record(self) -> dict[str, Any]:
         """What is known of a run that has ended; empty where none has."""
         with suppress(OSError, ValueError):
             found = json.loads((self.reports / _POINT_FILE).read_bytes())
-            if isinstance(found, dict) and found.get("sha256") == self.digest:
+            if isinstance(found, dict) and found.get("sha256") == self.digest and found.get("status") in _ENDED:
                 return found
         return {}
 
     @property
     def is_done(self) -> bool:
-        """Whether all is there that is asked for; what a quality gate rejected has no model to keep."""
+        """Whether all is there that is asked for: with `keeps` the whole model, too, or what a quality gate rejected of it."""
         status = self.record.get("status")
-        return status == "rejected" or (status == "done" and (not self.keeps or self.model.is_dir()))
+        if status is None or not self.keeps:
+            return status is not None
+        return self._is_whole() if status == "done" else bool(self.rejected)
 
     def go(self, device: str, work: Work) -> None:
         """Run it, and keep its reports; a model that a gate rejects counts as run. Raises ArmorError."""

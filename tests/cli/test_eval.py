@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from armor_recipes import apply, builtin
 from tests.cli.test_exit_codes import fail_with
@@ -93,6 +93,12 @@ def test_retrieval_before_and_after(shell: Shell, tmp_path: Path, pruned: tuple[
             "sequence_length 2048 is longer than the 1024 positions of",
         ),
         (("--set", "documents=rolling", "--stride", "3"), 2, "`documents: rolling` has windows of its own"),
+        (("--sequence-length", "2000"), 3, "sequence_length 2000 is longer than the 1024 positions of"),
+        (
+            ("--measure", "speed", "--set", "prompt_tokens=1000", "--set", "new_tokens=30"),
+            3,
+            "prompt_tokens 1000 and new_tokens 30 are more than the 1024 positions of",
+        ),
     ],
 )
 def test_what_is_refused(
@@ -162,11 +168,30 @@ def test_what_does_not_compare(
         (copy / "armor_manifest.json").write_text(json.dumps({**manifest, "model": said}))
         assert shell("armor", "eval", copy, "--against", "other", "--preset", "wikitext2", *TEXT).code == 0
     byte_tokenizer().save_pretrained("other")
-    for measure in ("perplexity", "multiple_choice"):
-        words = ("--set", "samples=2") if measure == "multiple_choice" else TEXT
+    few = ("--set", "samples=2")
+    for measure, words in (("perplexity", TEXT), ("multiple_choice", few), ("fidelity", (*TEXT, *few))):
         done = shell("armor", "eval", MODEL, "--against", "other", "--measure", measure, *words)
         assert (done.code, done.out) == (3, "")
         assert f"the tokenizers of {MODEL} and other write the text in different tokens" in done.err
+
+
+def test_the_model_to_compare_with_is_checked_as_the_first(
+    shell: Shell, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(notes)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    LlamaForSequenceClassification(LlamaConfig(**sizes, max_position_embeddings=64)).save_pretrained("classes")
+    for words in (TEXT, ("--measure", "speed", "--set", "prompt_tokens=4", "--set", "new_tokens=2")):
+        done = shell("armor", "eval", MODEL, "--against", "classes", *words)
+        assert (done.code, done.out) == (3, "")
+        assert "classes: " in done.err
+        assert "LlamaForSequenceClassification" in done.err
 
 
 def test_speed_beside_the_dense_model(shell: Shell, pruned: tuple[Path, dict[str, object]]) -> None:
@@ -192,6 +217,11 @@ def test_against_what_was_measured_before(
     saved = json.loads(Path("dense.json").read_text())
     Path("else.json").write_text(json.dumps({**saved, "origin_sha256": "0" * 64}))
     Path("damaged.json").write_text(json.dumps({**saved, "record": {"before": None, "after": {"nll": "x"}}}))
+    after = saved["record"]["after"]
+    for name, changed in (("nan", {"value": float("nan")}), ("zero", {"value": 0.0}), ("word", {"value": "abc"})):
+        Path(f"{name}.json").write_text(
+            json.dumps({**saved, "record": {"before": None, "after": {**after, **changed}}})
+        )
     Path("text.json").write_text(
         json.dumps({**saved, "record": {"before": None, "after": {**saved["record"]["after"], "sha256": "0"}}})
     )
@@ -203,6 +233,9 @@ def test_against_what_was_measured_before(
         ("else.json", exact, 3, "made of another dense model than"),
         ("text.json", exact, 3, "was measured on other samples (sha256 0 and "),
         ("damaged.json", exact, 5, "damaged.json is not what `armor eval --json` prints"),
+        ("nan.json", exact, 5, "nan.json is not what"),
+        ("zero.json", exact, 5, "zero.json is not what"),
+        ("word.json", exact, 5, "word.json is not what"),
         ("none.json", exact, 5, "no such file; `armor eval MODEL --json > none.json` makes one"),
         (pruned[0] / "config.json", exact, 5, "is not what `armor eval --json` prints"),
     ):

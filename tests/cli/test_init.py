@@ -50,6 +50,7 @@ def test_sides_that_no_size_divides_stay_dense(shell: Shell, tmp_path: Path) -> 
     sizes = {"hidden_size": 240, "intermediate_size": 601, "num_hidden_layers": 2, "vocab_size": 64}
     heads = {"num_attention_heads": 5, "num_key_value_heads": 5}
     LlamaConfig(**sizes, **heads, tie_word_embeddings=False, dtype="float32").save_pretrained(tmp_path / "odd")
+    (tmp_path / "notes.txt").write_text("A text.")
     done = shell("armor", "init", "--model", "odd", "--calibration", "notes.txt", "--block-size", "24")
     assert done.code == 0, done.err
     text = (tmp_path / "recipe.yaml").read_text()
@@ -79,10 +80,53 @@ def test_what_cannot_be_is_told_and_nothing_is_written(shell: Shell, tmp_path: P
         ),
         ((), 2, "give --model, --calibration, --block-size, too"),
         (("--model", "builtin:stdlib-llama", "--block-size", "32"), 2, "give --calibration, too"),
+        (("--model", "builtin:stdlib-llama", "--calibration", "none.txt", "--block-size", "32"), 5, "none.txt"),
+        (("--model", "builtin:stdlib-llama", "--calibration", "builtin:x", "--block-size", "32"), 5, "x"),
+        (("--model", "", *FLAGS), 2, "must not be empty"),
+        (("--model", "builtin:stdlib-llama", "--calibration", "mix", "--block-size", "0"), 2, "--block-size"),
+        (("/proc/a.yaml", "--model", "builtin:stdlib-llama", *FLAGS), 2, "recipe /proc/a.yaml cannot be written"),
+        (("/dev/null", "--overwrite", "--model", "builtin:stdlib-llama", *FLAGS), 2, "is no regular file"),
     ):
         shell.monkeypatch.setattr("sys.stdin", io.StringIO())
         done = shell("armor", "init", *words)
         assert (done.code, says in done.err) == (code, True), done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_goes_on_leading_to_the_file(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "r.yaml").write_text("mine")
+    (tmp_path / "r.yaml").symlink_to("there/r.yaml")
+    assert shell("armor", "init", "r.yaml", "--overwrite", "--model", "builtin:stdlib-llama", *FLAGS).code == 0
+    assert (tmp_path / "r.yaml").is_symlink()
+    assert yaml.safe_load((tmp_path / "there" / "r.yaml").read_text())["model"] == "builtin:stdlib-llama"
+
+
+def test_a_file_of_data_is_named_from_the_recipe(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("A text. " * 20_000)
+    words = ("--model", "builtin:stdlib-llama", "--calibration", "notes.txt", "--block-size", "32")
+    assert shell("armor", "init", "deep/r.yaml", *words).code == 0
+    assert yaml.safe_load((tmp_path / "deep" / "r.yaml").read_text())["calibration"]["dataset"] == "../notes.txt"
+    assert shell("armor-apply", "deep/r.yaml", "--plan").code == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"), [(EOFError, 2, "the input ended"), (KeyboardInterrupt, 130, "interrupted")]
+)
+def test_a_question_may_be_left_unanswered(
+    shell: Shell, tmp_path: Path, end: type[BaseException], code: int, said: str
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def readline(self, *_: object) -> str:
+            raise end
+
+    shell.monkeypatch.setattr("sys.stdin", Terminal())
+    done = shell("armor", "init")
+    assert (done.code, said in done.err) == (code, True), done.err
+    assert "Traceback" not in done.err
     assert not list(tmp_path.iterdir())
 
 

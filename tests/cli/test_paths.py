@@ -44,6 +44,23 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_taken(shell: Shell, home:
     assert "~nobody-of-this-name" in failed.err
 
 
+def test_what_the_system_takes_for_no_path_is_told(shell: Shell, home: Path) -> None:
+    Path("loop").symlink_to("loop")
+    long = "x" * 300
+    for words in (
+        ("verify", long),
+        ("inspect", long),
+        ("eval", long),
+        ("status", "loop"),
+        ("init", f"{long}.yaml", "--model", "~/model", "--calibration", "mix", "--block-size", "8"),
+        ("init", "loop", "--model", "~/model", "--calibration", "mix", "--block-size", "8"),
+    ):
+        done = shell("armor", *words)
+        assert done.code in (2, 5), (words, done.err)
+        assert "Traceback" not in done.err, words
+        assert "loop" in done.err or "x" * 70 in done.err
+
+
 def test_a_project_folder_is_never_replaced(shell: Shell, home: Path) -> None:
     project = Path.cwd()
     shutil.copytree(home / "model", project, dirs_exist_ok=True)  # a model, and the recipe beside it

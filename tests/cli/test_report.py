@@ -31,6 +31,21 @@ def test_armor_report_writes_a_run_anew_and_runs_side_by_side(llama: Path, tmp_p
         assert (done.code, done.out) == (code, ""), done.err
         assert "Traceback" not in done.err
     assert taken.read_text() == "mine"
+    names = [run, shutil.copytree(run, tmp_path / "a" / "out"), shutil.copytree(run, tmp_path / "b" / "out")]
+    assert shell("armor", "report", *names, "--output", file).code == 0
+    assert [f'"name":"{name}"' in file.read_text() for name in (f"{tmp_path.name}/out", "a/out", "b/out")] == [True] * 3
+
+
+def test_a_damaged_report_changes_nothing(llama: Path, tmp_path: Path, shell: Shell) -> None:
+    run = armor_recipes.apply(recipe(llama, tmp_path / "out")).output
+    report, before = json.loads((run / "report.json").read_text()), (run / "report.html").read_bytes()
+    for key in ("cpu_seconds", "size_after_bytes", "peak_memory_bytes"):
+        (run / "report.json").write_text(json.dumps({**report, key: "12 s"}))
+        for words in ((run,), (run, run, "--output", tmp_path / "both.html")):
+            done = shell("armor", "report", *words)
+            assert (done.code, "Traceback" in done.err) == (5, False), done.err
+        assert (run / "report.html").read_bytes() == before
+    assert not (tmp_path / "both.html").exists()
 
 
 def test_evaluations_that_were_taken_later_are_shown_from_then_on(llama: Path, tmp_path: Path, shell: Shell) -> None:

@@ -131,6 +131,10 @@ def test_models_are_kept_where_it_is_asked_for(llama: Path, tmp_path: Path, shel
     assert len(here) == 4
     for row in result(tmp_path):
         assert shell("armor", "verify", tmp_path / "out" / row["model"]).code == 0
+    (tmp_path / "out" / result(tmp_path)[0]["model"] / "model.safetensors").unlink()
+    assert shell("armor", "sweep", file, "--keep-models").code == 0
+    assert here[4:] == ["4"]
+    del here[4:]
     shutil.rmtree(tmp_path / "out" / "runs")  # as a kill leaves it before the reports are kept
     assert shell("armor", "sweep", file, "--keep-models").code == 0
     assert len(here) == 4
@@ -205,6 +209,7 @@ def test_a_gate_is_a_row_and_a_failure_an_exit_code(
         ),
         ({"grid": {BLOCK: 8}}, ("sweep.yaml:3: grid", "must be a list (value 8)")),
         ({"grid": {BLOCK: [8, 8]}}, ("sweep.yaml:3: grid", "block_size=8 is there twice")),
+        ({"grid": {"evaluation.max_perplexity_ratio": [2, 2.0]}}, ("max_perplexity_ratio=2.0 is there twice",)),
         ({"grid": {"a..b": [8]}}, ("a..b: is no key of a recipe",)),
         ({"grid": {"calibration.seed": list(range(1001))}}, ("1,001 points; a sweep has at most 1,000",)),
         ({"grid": None}, ("no point; give `grid`, `points` or both",)),
@@ -253,7 +258,36 @@ def test_a_folder_of_something_else_is_left_alone(llama: Path, tmp_path: Path, s
     done = shell("armor", "sweep", write_sweep(tmp_path, llama))
     assert (done.code, here) == (2, [])
     assert "is of no sweep" in done.err
+    (tmp_path / "out" / "sweep.json").write_text('{"mine": 1}')
+    assert shell("armor", "sweep", tmp_path / "sweep.yaml").code == 2
+    assert (tmp_path / "out" / "sweep.json").read_text() == '{"mine": 1}'
     assert shell("armor", "sweep", tmp_path / "sweep.yaml", "--output", tmp_path / "sweep.yaml").code == 2
+    assert shell("armor", "sweep", tmp_path / "sweep.yaml", "--output", "").code == 2
+
+
+def test_a_sweep_is_not_written_over_by_its_results(llama: Path, tmp_path: Path, shell: Shell, here: list[str]) -> None:
+    file = write_sweep(tmp_path, llama, output=".").rename(tmp_path / "sweep.json")
+    text = file.read_text()
+    done = shell("armor", "sweep", file)
+    assert (done.code, here, file.read_text()) == (2, [], text), done.err
+
+
+def test_what_was_kept_and_is_damaged_is_told(llama: Path, tmp_path: Path, shell: Shell, here: list[str]) -> None:
+    file = write_sweep(tmp_path, llama)
+    assert shell("armor", "sweep", file).code == 0
+    folder = tmp_path / "out" / result(tmp_path)[0]["reports"]
+    report = json.loads((folder / "report.json").read_text())
+    for seconds in ("12 s", float("nan")):
+        (folder / "report.json").write_text(json.dumps({**report, "cpu_seconds": seconds}))
+        done = shell("armor", "sweep", file)
+        assert (done.code, "Traceback" in done.err) == (5, False), done.err
+        assert f"{folder} does not hold what a run writes" in done.err
+        assert "remove it, and it is run again" in done.err
+    (folder / "report.json").unlink()
+    assert shell("armor", "sweep", file).code == 5
+    (folder / "point.json").write_text(json.dumps({**json.loads((folder / "point.json").read_text()), "status": ["x"]}))
+    assert shell("armor", "sweep", file).code == 0  # a record that says nothing is none
+    assert here == ["4", "8", "4"]
 
 
 def test_the_table_fits_80_columns(

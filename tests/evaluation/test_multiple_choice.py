@@ -79,7 +79,7 @@ def test_accuracy_by_hand(tmp_path: Path) -> None:
     assert found.rows == {"accuracy": (1.0, 0.0, 1.0, 0.0), "accuracy_by_bytes": (1.0, 1.0, 0.0, 0.0)}
     assert (found["accuracy"].value, found["accuracy_by_bytes"].value) == (0.5, 0.5)
     assert found["accuracy"].interval == pytest.approx((0.1500, 0.8500), abs=1e-4)
-    assert (found.samples, found.details) == (4, {"choices": 8, "texts_cut": 0})
+    assert (found.samples, found.details) == (4, {"choices": 8, "texts_cut": 0, "answers_that_stand_twice": 1})
     assert seen[-1] == (8, 8)
     scores = measure._scores(model, Room(tmp_path))
     assert scores[:2].tolist() == pytest.approx([sums["a"], sums["bb"]], rel=1e-6)
@@ -120,6 +120,8 @@ def test_without_a_context_a_text_begins(tmp_path: Path) -> None:
     ("wrong", "said"),
     [
         (row("a", ["b"]), r"rows\.jsonl:1: the choices are \['b'\], not two texts or more"),
+        (row("a", ["b", "\ud800"]), r"rows\.jsonl:1: character 0 is a lone surrogate"),
+        (row("a\ud800", ["b", "c"]), r"rows\.jsonl:1: character 1 is a lone surrogate"),
         (row("a", ["b", ""]), "not two texts or more"),
         (row("a", ["b", "c"], 2), "the answer is 2, not the number of one of 2 choices, from 0"),
         ({**row("a", ["b", "c"]), "answer": True}, "the answer is True"),
