@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from armor_recipes.checkpoint.export import Source
-from armor_recipes.checkpoint.files import MANIFEST_FILE, read_tensor
+from armor_recipes.checkpoint.files import MANIFEST_FILE, read_config, read_tensor
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.verify import RECIPE_FILE, has_recipe, read_resolved
+from armor_recipes.errors import CheckpointError
 from armor_recipes.paths import user_path
 from armor_recipes.recipe.leaves import Differing, differing
 from armor_recipes.solver.patterns import TWO_OF_FOUR
@@ -32,6 +33,8 @@ _OF_A_RUN = (
     "calibration",
 )
 _MEASURED = "evaluation"
+#: The key of config.json by which equal tensors are read as other layers.
+_LOADED_BY = "quantization_config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +96,15 @@ def diff(first: Path, second: Path) -> Diff:
     """Compare two checkpoint folders; manifests and recipes where both have them or one does.
 
     Raises:
-        CheckpointError: where a folder or its manifest is damaged.
+        CheckpointError: where a folder, its manifest or its recipe is damaged.
     """
     folders = user_path(first), user_path(second)
     manifests = [read_json(f / MANIFEST_FILE) if (f / MANIFEST_FILE).exists() else {} for f in folders]
     told = [{key: each.get(key) for key in _OF_A_RUN} for each in manifests]
     one, two = map(Source.open, folders)
+    if one.tensors.keys() == two.tensors.keys():  # else they tell it
+        for each, folder in zip(told, folders, strict=True):
+            each[_LOADED_BY] = read_config(folder).get(_LOADED_BY)
     layers = dict.fromkeys(sorted({*one.specs, *one.plain, *two.specs, *two.plain}))
     others = [name for name in sorted({*one.tensors, *two.tensors}) if _owner(name) not in layers]
     modules = [found for name in layers for found in _module(name, one, two)]
@@ -116,7 +122,9 @@ def diff(first: Path, second: Path) -> Diff:
 
 def _recipe(folder: Path) -> dict[str, Any]:
     """The resolved recipe without what it says of itself and where the output goes; empty without one."""
-    found = (read_resolved(folder / RECIPE_FILE) if has_recipe(folder) else None) or {}
+    found = read_resolved(folder / RECIPE_FILE) if has_recipe(folder) else {}
+    if found is None:
+        raise CheckpointError(f"{folder / RECIPE_FILE} holds no recipe: restore it, or remove it to leave it out")
     output = found.get("output")
     kept = {key: value for key, value in found.items() if key != "metadata"}
     return {**kept, "output": {k: v for k, v in output.items() if k != "path"}} if isinstance(output, dict) else kept

@@ -99,6 +99,8 @@ def _content(file: Path) -> bytes:
 
 def _entries(file: Path) -> tuple[dict[str, Any], int]:
     """The header of a file as it stands there, and the number of bytes behind it."""
+    if not file.parent.exists():
+        raise CheckpointError(f"{file.parent}: no such folder; check the path")
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: the checkpoint is incomplete, copy or download it again")
     try:

@@ -106,10 +106,16 @@ def has_ended(process: int) -> bool:
 
 def _acquired(file: Path) -> int:
     """A descriptor of the file that has this name, with the lock on it and its owner's name in it."""
+    missing: OSError | None = None
     for _ in range(_TRIES):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             _make_folder(file.parent)
             descriptor = _open(file)
+        except FileNotFoundError as error:
+            missing = error
+            continue
+        missing = None
+        with contextlib.suppress(FileNotFoundError):
             try:
                 _lock(file, descriptor)
             except BaseException:
@@ -123,6 +129,8 @@ def _acquired(file: Path) -> int:
                 _release(file, descriptor)
                 raise
             os.close(descriptor)
+    if missing is not None:
+        raise missing
     raise LockedError(f"other runs begin and end at {file} all the time: choose another output.path")
 
 

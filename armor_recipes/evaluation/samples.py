@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from armor_recipes.calibration.files import Cell, Column
+from armor_recipes.calibration.files import Cell, Column, shown
 from armor_recipes.calibration.inputs import TOKENS, Batch, hash_inputs, leading, some_of
 from armor_recipes.calibration.text import cells, encodable, is_empty
 from armor_recipes.calibration.windows import check_vocabulary
@@ -149,7 +149,7 @@ def label_of(cell: Cell, reading: Reading, said: str = "`label_column` holds") -
     if isinstance(value, str):
         if value not in known:
             raise InputError(
-                f"{cell.where}: {said} {value!r}, no class of the model; {nearest(value, known, noun='class')}"
+                f"{cell.where}: {said} {shown(value)}, no class of the model; {nearest(value, known, noun='class')}"
             )
         return known[value]
     if isinstance(value, bool) or not isinstance(value, int):

@@ -119,6 +119,11 @@ def load_sweep(
     assert spec is not None, "without a spec a problem was noted"
     files = Files(builtin_dir, problems)
     base = files.extend(Table({"recipe": table.entries["recipe"]}, table.mark), key="recipe")
+    if not {"points", "grid"}.isdisjoint(base.entries):
+        problems.add(
+            table.entries["recipe"].mark, ("recipe",), "is a sweep, and no recipe; name the recipe that it varies"
+        )
+        problems.raise_if_any()
     common = _layer(table, "set", problems)
     combined = _combined(table, problems)
     own = table.entries["output"] if output is None else Entry(_flag(output), Scalar(output, _flag(output)))

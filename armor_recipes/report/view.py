@@ -40,6 +40,10 @@ def run_view(folder: Path, name: str | None = None) -> dict[str, Any]:
             )
     manifest, report = read_json(folder / MANIFEST_FILE), read_report(folder)
     recipe = read_resolved(folder / RECIPE_FILE) if has_recipe(folder) else None
+    if recipe is None:
+        raise CheckpointError(
+            f"{folder / RECIPE_FILE} is missing or holds no recipe: restore it, or run the recipe again"
+        )
     try:
         view: dict[str, Any] = _finite(_view(name or folder.resolve().name, manifest, report, recipe))
         return view

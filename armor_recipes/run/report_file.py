@@ -71,9 +71,10 @@ def write_report_page(folders: Sequence[Path], output: Path | None, evaluations:
                 f"--output {output} exists and is no page of this tool: it is not replaced; name another file"
             )
     file = places[0] / "report.html" if output is None else user_path(output)
+    saved = [read_saved(user_path(path)) for path in evaluations]
     try:
-        if evaluations:
-            _keep(places[0], [read_saved(user_path(path)) for path in evaluations])
+        if saved:
+            _keep(places[0], saved)
         if output is None:
             write_page(places[0])
         else:

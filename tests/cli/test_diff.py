@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,22 @@ def test_a_folder_without_a_manifest_and_one_that_is_none(shell: Shell, made: Pa
     assert shell("armor", "diff", "out", "nowhere").code == 5
     with pytest.raises(CheckpointError):
         diff(tmp_path, made)
+
+
+def test_a_config_that_reads_equal_tensors_otherwise_differs(shell: Shell, made: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(made, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    del config["quantization_config"]
+    (other / "config.json").write_text(json.dumps(config))
+    done = shell("armor", "diff", made, other)
+    assert (done.code, "quantization_config" in done.out) == (6, True), done.out
+
+
+def test_a_recipe_that_is_none_is_told(shell: Shell, made: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(made, tmp_path / "other")
+    (other / "recipe.yaml").write_text("{a: [")
+    done = shell("armor", "diff", made, other)
+    assert (done.code, "recipe.yaml holds no recipe" in done.err) == (5, True), done.err
 
 
 def test_a_recipe_that_is_a_link_out_of_the_folder_is_not_read(made: Path, tmp_path: Path) -> None:

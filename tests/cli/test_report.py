@@ -46,6 +46,11 @@ def test_a_damaged_report_changes_nothing(llama: Path, tmp_path: Path, shell: Sh
             assert (done.code, "Traceback" in done.err) == (5, False), done.err
         assert (run / "report.html").read_bytes() == before
     assert not (tmp_path / "both.html").exists()
+    (run / "report.json").write_text(json.dumps(report))
+    for text in ("{a: [", None):
+        (run / "recipe.yaml").unlink() if text is None else (run / "recipe.yaml").write_text(text)
+        done = shell("armor", "report", run)
+        assert (done.code, "recipe.yaml is missing or holds no recipe" in done.err) == (5, True), done.err
 
 
 def test_evaluations_that_were_taken_later_are_shown_from_then_on(llama: Path, tmp_path: Path, shell: Shell) -> None:

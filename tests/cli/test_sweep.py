@@ -217,6 +217,7 @@ def test_a_gate_is_a_row_and_a_failure_an_exit_code(
         ({"set": {"output.path": "x"}}, ("sweep.yaml:8: output.path: is given at", "sweep.yaml:6, too; keep one")),
         ({"points": {"one": {"output": {"path": "x"}}}}, ("output.path: is given at",)),
         ({"recipe": "nowhere.yaml"}, ("sweep.yaml:1: recipe: no such file",)),
+        ({"recipe": "sweep.yaml"}, ("sweep.yaml:1: recipe: is a sweep, and no recipe",)),
         ({"recipe": None}, ("recipe: required, but missing; name a recipe file",)),
         ({"output": None}, ("output: required, but missing",)),
         ({"grids": {}}, ("grids: unknown key; nearest valid key: grid",)),
@@ -263,6 +264,8 @@ def test_a_folder_of_something_else_is_left_alone(llama: Path, tmp_path: Path, s
     assert (tmp_path / "out" / "sweep.json").read_text() == '{"mine": 1}'
     assert shell("armor", "sweep", tmp_path / "sweep.yaml", "--output", tmp_path / "sweep.yaml").code == 2
     assert shell("armor", "sweep", tmp_path / "sweep.yaml", "--output", "").code == 2
+    done = shell("armor", "sweep", tmp_path / "sweep.yaml", "--output", "/proc/x")
+    assert (done.code, "/proc" in done.err, "end at" in done.err) == (2, True, False), done.err
 
 
 def test_a_sweep_is_not_written_over_by_its_results(llama: Path, tmp_path: Path, shell: Shell, here: list[str]) -> None:
