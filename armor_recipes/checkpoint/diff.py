@@ -103,8 +103,9 @@ def diff(first: Path, second: Path) -> Diff:
     told = [{key: each.get(key) for key in _OF_A_RUN} for each in manifests]
     one, two = map(Source.open, folders)
     if one.tensors.keys() == two.tensors.keys():  # else they tell it
-        for each, folder in zip(told, folders, strict=True):
-            each[_LOADED_BY] = read_config(folder).get(_LOADED_BY)
+        loaded = [read_config(folder).get(_LOADED_BY) for folder in folders]
+        for each, found in zip(told, loaded, strict=True):
+            each[_LOADED_BY] = found if all(loaded) else "some" if found else None  # of one alone that it is there
     layers = dict.fromkeys(sorted({*one.specs, *one.plain, *two.specs, *two.plain}))
     others = [name for name in sorted({*one.tensors, *two.tensors}) if _owner(name) not in layers]
     modules = [found for name in layers for found in _module(name, one, two)]

@@ -171,7 +171,7 @@ def test_a_config_that_reads_equal_tensors_otherwise_differs(shell: Shell, made:
     del config["quantization_config"]
     (other / "config.json").write_text(json.dumps(config))
     done = shell("armor", "diff", made, other)
-    assert (done.code, "quantization_config" in done.out) == (6, True), done.out
+    assert (done.code, done.out.count("quantization_config")) == (6, 1), done.out
 
 
 def test_a_recipe_that_is_none_is_told(shell: Shell, made: Path, tmp_path: Path) -> None:
