@@ -245,7 +245,7 @@ def test_folder_without_config(copied: Path) -> None:
     (copied / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config.json is missing"):
         check_folder(copied)
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         check_folder(copied / "nowhere")
 
 

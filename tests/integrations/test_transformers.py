@@ -181,7 +181,7 @@ def test_names_that_execute_files_are_refused(copied: Path, tmp_path: Path) -> N
 
 
 def test_load_explains_what_is_wrong(copied: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is missing"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         armor_recipes.load(tmp_path / "nowhere")
     with pytest.raises(RecipeError, match="unknown"):
         armor_recipes.load(copied, backend="fast")
