@@ -149,7 +149,7 @@ def label_of(cell: Cell, reading: Reading, said: str = "`label_column` holds") -
     if isinstance(value, str):
         if value not in known:
             raise InputError(
-                f"{cell.where}: {said} {shown(value)}, no class of the model; {nearest(value, known, noun='class')}"
+                f"{cell.where}: {said} {shown(value)}, no class of the model; {nearest(value, known, noun='label')}"
             )
         return known[value]
     if isinstance(value, bool) or not isinstance(value, int):

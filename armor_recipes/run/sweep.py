@@ -309,11 +309,16 @@ def _written(sweep: Sweep, runs: Sequence[_Run], failed: Mapping[str, ArmorError
     output = runs[0].output
     rows = with_fronts([run.row(failed.get(run.point.name)) for run in runs])
     found = {"armor_recipes": __version__, "sweep": sweep.name, "points": rows}
+    # The result first: by it the folder is known as a sweep's.
+    texts = {
+        RESULT_FILE: json.dumps(found, indent=2) + "\n",
+        "sweep.html": sweep_page(found),
+        "sweep.md": sweep_markdown(found),
+    }
     with _disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "sweep.html", sweep_page(found).encode())
-        write_whole(output / "sweep.md", sweep_markdown(found).encode())
-        write_whole(output / RESULT_FILE, (json.dumps(found, indent=2) + "\n").encode())
+        for name, text in texts.items():
+            write_whole(output / name, text.encode())
     return found
 
 

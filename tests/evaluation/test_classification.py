@@ -159,7 +159,11 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "keys", "said"),
     [
-        ({"text": "a", "label": "klass 3"}, {}, ":1: `label_column` holds 'klass 3', no class of the model; nearest"),
+        (
+            {"text": "a", "label": "klass 3"},
+            {},
+            ":1: `label_column` holds 'klass 3', no class of the model; nearest labels: class",
+        ),
         ({"text": "a", "label": 7}, {}, "holds 7; the model's classes are 0 to 6"),
         ({"text": "a", "label": -1}, {}, "holds -1"),
         ({"text": "a", "label": 1.0}, {}, "holds 1.0, neither a class's number nor its name"),
