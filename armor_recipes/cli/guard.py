@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import typer
 
 from armor_recipes.cli.streams import flush, patient_output
-from armor_recipes.errors import ArmorError, InputError, ResourceError
+from armor_recipes.errors import ArmorError, InputError, RecipeError, ResourceError
 from armor_recipes.exhaustion import what_ran_out
 from armor_recipes.paths import no_path
 
@@ -49,7 +49,12 @@ def run_command(app: typer.Typer, *, name: str) -> NoReturn:
 
 def _run(app: typer.Typer, name: str) -> object:
     with _ends_as_exceptions():
-        code = _command(app).main(prog_name=name, standalone_mode=False)
+        try:
+            code = _command(app).main(prog_name=name, standalone_mode=False)
+        except (
+            OSError
+        ) as error:  # of typer's own, which writes a shell's completion: those of commands are kept from it
+            raise RecipeError(f"{error.filename or 'a file'} cannot be used ({error.strerror})") from error
         flush(sys.stdout)  # here, where results that cannot be written are still our business
         return code
 
@@ -82,8 +87,6 @@ def _guarded(command: Callable[[], object]) -> int:
         return _code_of(KeyboardInterrupt())
     except SystemExit as ended:  # of typer's own: completion was shown or installed
         return ended.code if isinstance(ended.code, int) else 0
-    except OSError as error:  # of typer's own, which writes a shell's completion: errors of commands are kept from it
-        return _complain(f"error: {error.filename or 'a file'} cannot be used ({error.strerror})", USAGE)
     except BaseException as error:
         if hasattr(error, "format_message") and hasattr(error, "show"):
             error.show()

@@ -60,16 +60,11 @@ def init_command(
     if missing and not sys.stdin.isatty():
         raise RecipeError(f"standard input is no terminal that could be asked: give {', '.join(missing)}, too")
     place = check_recipe_file(file, overwrite=overwrite)
-    start = look(_ask("1. Model (a folder, a hub id, or builtin:NAME)") if model is None else model)
+    start = look(model or _ask("1. Model (a folder, a hub id, or builtin:NAME)"))
     if missing:
         typer.echo("\n".join(f"   {line}" for line in start.lines()), err=True)
-    data = (
-        calibration
-        if calibration is not None
-        else _ask(
-            "2. Calibrate on (a file, a hub id, builtin:NAME, or mix: the package's texts)",
-            default=start.calibration,
-        )
+    data = calibration or _ask(
+        "2. Calibrate on (a file, a hub id, builtin:NAME, or mix: the package's texts)", default=start.calibration
     )
     sizes = {str(size.block): size.block for size in start.sizes}
 

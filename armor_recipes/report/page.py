@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from armor_recipes.checkpoint.files import write_whole
-from armor_recipes.errors import CheckpointError
 from armor_recipes.report.view import run_view
 from armor_recipes.version import __version__
 
@@ -21,22 +20,9 @@ MARK = '<meta name="generator" content="armor-recipes report">'
 
 def write_page(folder: Path, name: str | None = None) -> None:
     """Write report.html and report.md of a run's folder beside what they are made from. Raises CheckpointError as `run_view`."""
-    run = checked_view(folder, name)
+    run = run_view(folder, name)
     write_whole(folder / "report.html", page([run]).encode())
     write_whole(folder / "report.md", markdown(run).encode())
-
-
-def checked_view(folder: Path, name: str | None = None) -> dict[str, Any]:
-    """`run_view`, all of whose figures can be shown. Raises CheckpointError as that, and where one is no number."""
-    run = run_view(folder, name)
-    try:
-        markdown(run)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: armor_manifest.json and report.json do not hold what a run writes ({type(error).__name__}: {error}); "
-            "restore them, or run the recipe again"
-        ) from error
-    return run
 
 
 def page(runs: Sequence[Mapping[str, Any]]) -> str:

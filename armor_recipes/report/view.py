@@ -46,12 +46,25 @@ def run_view(folder: Path, name: str | None = None) -> dict[str, Any]:
         )
     try:
         view: dict[str, Any] = _finite(_view(name or folder.resolve().name, manifest, report, recipe))
+        _check_shown(view)
         return view
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
             f"{folder}: {MANIFEST_FILE} and report.json do not hold what a run writes ({type(error).__name__}: {error}); restore "
             "them, or run the recipe again"
         ) from error
+
+
+def _check_shown(view: Json) -> None:
+    """Raise TypeError where a figure is no number, or what is said of the run's origin no text."""
+    for what, *values, _unit in (*view["summary"], *view["cost"]):
+        for value in values:
+            for number in value if isinstance(value, list) else (value,):
+                if not isinstance(number, int | float | None):
+                    raise TypeError(f"{what} {number!r} is no number")
+    for what, text in view["origin"]:
+        if not isinstance(text, str):
+            raise TypeError(f"{what} {text!r} is no text")
 
 
 def read_report(folder: Path) -> dict[str, Any]:

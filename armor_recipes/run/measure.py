@@ -148,13 +148,8 @@ def _evaluate(
     saved = _saved(against, measure.name, keys)
     if saved is not None and measure is Speed:
         _check_machine(saved, device)
-    source = _opened(model, device, compute)
-    shapes = meta_model(source)
-    other = None if against is None or saved is not None else _opened(against, device, compute)
-    sources = {model: source} if against is None or other is None else {model: source, against: other}
-    for name, one in sources.items():
-        _check_measured(measure, name, shapes if one is source else meta_model(one))
-        _check_positions(spec, name, one)
+    source, shapes = _checked(model, measure, spec, device, compute)
+    other = None if against is None or saved is not None else _checked(against, measure, spec, device, compute)
     with resource_errors(), tempfile.TemporaryDirectory(prefix="armor-eval-") as folder:
         ready, room = measure.read(spec, _reading(source, shapes)), Room(Path(folder))
         before = None
@@ -164,9 +159,9 @@ def _evaluate(
             before = saved.after
         elif against is not None and other is not None:
             _check_tokens(ready, spec, other, (model, against))
-            dense = _loaded(against, other, device, timed=measure is Speed)
+            dense = _loaded(against, other[0], device, timed=measure is Speed)
             if preset is not None:
-                _check_origin(model, against, _dense_hash(against, other, dense))
+                _check_origin(model, against, _dense_hash(against, other[0], dense))
             before = taken(partial(ready.before, dense, room), dense)
             del dense  # two models need not be held
         found = _loaded(model, source, device, timed=measure is Speed)
@@ -177,12 +172,18 @@ def _evaluate(
         return Evaluation(measure.name, before, after, keys, origin)
 
 
-def _check_measured(measure: type[Measure[Any]], name: str, shapes: PreTrainedModel) -> None:
-    """Raise PlanError, with the model's name before it, where the measure cannot be taken of it."""
+def _checked(
+    model: str, measure: type[Measure[Any]], spec: Strict, device: torch.device, compute: DType | None
+) -> tuple[ModelSource, PreTrainedModel]:
+    """A model's configuration and its shapes. Raises PlanError, with its name, where the measure cannot be taken of it."""
+    source = _opened(model, device, compute)
+    shapes = meta_model(source)
     try:
         measure.check(shapes)
     except PlanError as error:
-        raise PlanError(f"{name}: {error}") from error
+        raise PlanError(f"{model}: {error}") from error
+    _check_positions(spec, model, source)
+    return source, shapes
 
 
 def _check_machine(saved: Saved, device: torch.device) -> None:
@@ -212,11 +213,13 @@ def _check_positions(spec: Any, name: str, source: ModelSource) -> None:
         )
 
 
-def _check_tokens(ready: Measure[Any], spec: Any, other: ModelSource, names: tuple[str, str]) -> None:
+def _check_tokens(
+    ready: Measure[Any], spec: Any, other: tuple[ModelSource, PreTrainedModel], names: tuple[str, str]
+) -> None:
     """Raise PlanError where the tokenizer of the other model, the second by name, writes the text in other tokens."""
-    if not isinstance(ready, _OF_TOKENS) or load_tokenizer(other) is None:
+    if not isinstance(ready, _OF_TOKENS) or load_tokenizer(other[0]) is None:
         return
-    if type(ready).read(spec, _reading(other, meta_model(other))).sha256 != ready.sha256:
+    if type(ready).read(spec, _reading(*other)).sha256 != ready.sha256:
         advice = (
             "name the dense model that the other was made of"
             if ready.keeps

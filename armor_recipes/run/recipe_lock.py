@@ -22,7 +22,6 @@ from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.staging import files_below
 from armor_recipes.checkpoint.writer import file_hash
 from armor_recipes.errors import InputError, RecipeError, ResourceError, VerificationError
-from armor_recipes.exhaustion import is_disk_full
 from armor_recipes.integrations.models import ModelSource, fetch_files
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import Recipe
@@ -38,6 +37,7 @@ from armor_recipes.report.names import without_folders
 from armor_recipes.run.data import Data
 from armor_recipes.run.planning import Job
 from armor_recipes.run.settling import is_settled
+from armor_recipes.run.writing import writing
 from armor_recipes.version import release_of
 
 LOCK_VERSION = 1
@@ -171,14 +171,10 @@ class Lock:
 
     def write(self) -> None:
         """Write the file, in one step. Raises RecipeError or ResourceError where that cannot be, or what is there is no lock."""
-        try:
+        with writing(self.file):
             if self.file.exists() and not self.file.read_bytes().startswith(_HEAD.encode()):
                 raise RecipeError(f"{self.file} exists and was not written by `armor lock`: move it away")
             write_whole(self.file, self.text().encode())
-        except OSError as error:
-            raise (ResourceError if is_disk_full(error) else RecipeError)(
-                f"{self.file} cannot be written ({error.strerror})"
-            ) from error
 
     def _place(self, path: Sequence[str]) -> str:
         """File and line of what stands at a path, or of what it would stand in."""

@@ -12,13 +12,13 @@ from typing import Any
 
 from armor_recipes.checkpoint.files import MANIFEST_FILE, write_whole
 from armor_recipes.checkpoint.writer import manifest_hash
-from armor_recipes.errors import InputError, RecipeError, ResourceError
-from armor_recipes.exhaustion import is_disk_full
+from armor_recipes.errors import InputError, RecipeError
 from armor_recipes.paths import user_path
-from armor_recipes.report.page import MARK, checked_view, page, write_page
+from armor_recipes.report.page import MARK, page, write_page
 from armor_recipes.report.saved import Saved, later_row, read_saved
 from armor_recipes.report.view import read_report, run_view
 from armor_recipes.run.checks import check_writable
+from armor_recipes.run.writing import writing
 
 _KEY = "seconds_by_phase"
 
@@ -40,14 +40,8 @@ def write_report(path: Path, report: Mapping[str, Any], *, output: Path) -> None
 
     Raises ResourceError for a full disk, RecipeError for whatever else has come between; both name the checkpoint, which is there.
     """
-    try:
+    with writing(f"--report {path}", f"; the checkpoint is complete in {output}, and its report.json says the same"):
         _write(user_path(path), report)
-    except OSError as error:
-        full = is_disk_full(error)
-        raise (ResourceError if full else RecipeError)(
-            f"--report {path} cannot be written ({error.strerror}); the checkpoint is complete in {output}, and its report.json "
-            "says the same"
-        ) from error
 
 
 def write_report_page(folders: Sequence[Path], output: Path | None, evaluations: Sequence[Path] = ()) -> Path:
@@ -72,18 +66,13 @@ def write_report_page(folders: Sequence[Path], output: Path | None, evaluations:
             )
     file = places[0] / "report.html" if output is None else user_path(output)
     saved = [read_saved(user_path(path)) for path in evaluations]
-    try:
+    with writing(file):
         if saved:
             _keep(places[0], saved)
         if output is None:
             write_page(places[0])
         else:
-            _write_text(
-                file, page([checked_view(place, name) for place, name in zip(places, _names(places), strict=True)])
-            )
-    except OSError as error:
-        full = is_disk_full(error)
-        raise (ResourceError if full else RecipeError)(f"{file} cannot be written ({error.strerror})") from error
+            _write_text(file, page([run_view(place, name) for place, name in zip(places, _names(places), strict=True)]))
     return file
 
 

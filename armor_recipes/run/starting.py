@@ -12,13 +12,13 @@ import yaml
 
 from armor_recipes.calibration.text import BUILTIN, check_there, local_path
 from armor_recipes.checkpoint.files import write_whole
-from armor_recipes.errors import RecipeError, ResourceError
-from armor_recipes.exhaustion import is_disk_full
+from armor_recipes.errors import RecipeError
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.model.ties import tied_output
 from armor_recipes.paths import user_path
 from armor_recipes.run.checks import check_writable
 from armor_recipes.run.job import prepare, read_recipe
+from armor_recipes.run.writing import writing
 
 #: The texts of the package, four kinds.
 MIX = ("builtin:pydoc", "builtin:jargon", "builtin:speeches", "builtin:rustbook")
@@ -209,9 +209,6 @@ def check_recipe_file(path: Path, *, overwrite: bool) -> Path:
 
 def write_recipe(file: Path, text: str) -> None:
     """Write it whole, or leave what is there. Raises RecipeError where it cannot be written, ResourceError for a full disk."""
-    try:
+    with writing(f"recipe {file}", ": name another file"):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, text.encode())
-    except OSError as error:
-        kind = ResourceError if is_disk_full(error) else RecipeError
-        raise kind(f"recipe {file} cannot be written ({error.strerror}): name another file") from error

@@ -12,7 +12,7 @@ from armor_recipes.checkpoint.files import MANIFEST_FILE
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.journal import RECORDS_FILE, journal_folder, read_records
 from armor_recipes.checkpoint.lock import holder
-from armor_recipes.errors import InputError
+from armor_recipes.errors import CheckpointError, InputError
 from armor_recipes.paths import user_path
 from armor_recipes.session.journal import in_place
 
@@ -66,7 +66,10 @@ def status(output: str | Path) -> Status:
             raise InputError(
                 f"{output}: no run is writing there, none was cut short, and there is no checkpoint of a run"
             )
-        read_json(target / MANIFEST_FILE)
+        if "armor_recipes" not in read_json(target / MANIFEST_FILE):
+            raise CheckpointError(
+                f"{target / MANIFEST_FILE} is no manifest of a run: restore it, or run the recipe again"
+            )
         return Status("finished", str(target))
     steps = [record for record in records if record.get("kind") == "step"]
     last = steps[-1] if steps else {}

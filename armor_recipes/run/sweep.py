@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from armor_recipes.checkpoint.files import MANIFEST_FILE, write_whole
+from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.journal import journal_folder
 from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.staging import discard
 from armor_recipes.checkpoint.verify import verify
-from armor_recipes.errors import ArmorError, QualityError, RecipeError, ResourceError
+from armor_recipes.errors import ArmorError, QualityError, RecipeError
 from armor_recipes.events import Observer, ignore_events
-from armor_recipes.exhaustion import is_disk_full
 from armor_recipes.modifiers import config_types
 from armor_recipes.modifiers.kinds.contract import entry_name
 from armor_recipes.paths import user_path
@@ -31,6 +31,7 @@ from armor_recipes.run.job import RECIPE_FILE, builtin_recipe_dir, execute
 from armor_recipes.run.planning import Job, prepare
 from armor_recipes.run.recipe_lock import run_hash
 from armor_recipes.run.refusals import Refusals
+from armor_recipes.run.writing import writing
 from armor_recipes.version import __version__
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ RESULT_FILE = "sweep.json"
 _POINT_FILE = "point.json"
 _SHORT = 12
 _ENDED = ("done", "rejected")
+_KEPT = ": what was computed is kept, and the same command goes on"
 _RUNS, _MODELS = "runs", "models"
 _REPORTS = (MANIFEST_FILE, "report.json", RECIPE_FILE)
 
@@ -232,7 +234,14 @@ class _Run:
         status = self.record.get("status")
         if status is None or not self.keeps:
             return status is not None
-        return self._is_whole() if status == "done" else bool(self.rejected)
+        return self._has_files() if status == "done" else bool(self.rejected)
+
+    def _has_files(self) -> bool:
+        """Whether the output has all files that its manifest lists; their content is not read."""
+        with suppress(ArmorError):
+            listed = read_json(self.model / MANIFEST_FILE).get("files")
+            return isinstance(listed, list) and all((self.model / str(name)).exists() for name in listed)
+        return False
 
     def go(self, device: str, work: Work) -> None:
         """Run it, and keep its reports; a model that a gate rejects counts as run. Raises ArmorError."""
@@ -268,7 +277,7 @@ class _Run:
         """Keep the reports of an output in one step, and the output itself only where it is asked for."""
         record = {"sha256": self.digest, "status": status, "error": error}
         beside = self.reports.with_name(f".{self.reports.name}.new")
-        with _disk_errors(self.reports):
+        with writing(self.reports, _KEPT):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             for name in _REPORTS:
@@ -315,20 +324,8 @@ def _written(sweep: Sweep, runs: Sequence[_Run], failed: Mapping[str, ArmorError
         "sweep.html": sweep_page(found),
         "sweep.md": sweep_markdown(found),
     }
-    with _disk_errors(output):
+    with writing(output, _KEPT):
         output.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             write_whole(output / name, text.encode())
     return found
-
-
-@contextmanager
-def _disk_errors(place: Path) -> Iterator[None]:
-    """What keeps results from being written, as an error of our own."""
-    try:
-        yield
-    except OSError as error:
-        kind = ResourceError if is_disk_full(error) else RecipeError
-        raise kind(
-            f"{place} cannot be written ({error.strerror}): what was computed is kept, and the same command goes on"
-        ) from error

@@ -58,3 +58,17 @@ def test_the_script_is_shown_and_installed(name: str, tmp_path: Path) -> None:
     done = ask(name, "--install-completion", "bash", cwd=tmp_path, **where)
     assert (done.returncode, done.stderr) == (0, "")
     assert os.listdir(tmp_path / ".bash_completions") == [f"{name}.sh"]  # noqa: PTH208
+
+
+def test_a_home_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    done = ask(
+        "armor",
+        "--install-completion",
+        "bash",
+        cwd=tmp_path,
+        HOME="/proc",
+        _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1",
+    )
+    assert done.returncode == 2, done.stderr
+    assert "/proc/" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -47,6 +47,10 @@ def test_a_damaged_report_changes_nothing(llama: Path, tmp_path: Path, shell: Sh
         assert (run / "report.html").read_bytes() == before
     assert not (tmp_path / "both.html").exists()
     (run / "report.json").write_text(json.dumps(report))
+    manifest = (run / "armor_manifest.json").read_text()
+    (run / "armor_manifest.json").write_text(json.dumps({**json.loads(manifest), "recipe_sha256": None}))
+    assert shell("armor", "report", run).code == 5
+    (run / "armor_manifest.json").write_text(manifest)
     for text in ("{a: [", None):
         (run / "recipe.yaml").unlink() if text is None else (run / "recipe.yaml").write_text(text)
         done = shell("armor", "report", run)

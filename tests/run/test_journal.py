@@ -18,7 +18,7 @@ from armor_recipes.checkpoint import journal as files
 from armor_recipes.checkpoint.journal import JournalFiles, read_records
 from armor_recipes.checkpoint.lock import locked
 from armor_recipes.checkpoint.writer import tensor_hashes
-from armor_recipes.errors import ArmorError, InputError, RecipeError, ResourceError
+from armor_recipes.errors import ArmorError, CheckpointError, InputError, RecipeError, ResourceError
 from armor_recipes.evaluation.fidelity import Fidelity
 from armor_recipes.events import Event, LayerStarted, PhaseStarted, UnitRefined
 from armor_recipes.run import apply
@@ -385,6 +385,10 @@ def test_status_of_runs(llama: Path, tmp_path: Path) -> None:
         assert (status(out).state, status(out).process) == ("running", os.getpid())
     apply(recipe(llama, out, **REFINED))
     assert status(out).state == "finished"
+    for text in ("", "{}"):
+        (out / "armor_manifest.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"armor_manifest\.json"):
+            status(out)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
