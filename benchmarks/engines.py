@@ -174,7 +174,7 @@ def load(engine: str, path: Path, form: str, threads: int) -> Engine:
     match engine:
         case "transformers":
             return Torch(path, threads, backend=None)
-        case "ARMOR" | "plain 2:4":
+        case "ARMOR" | "plain 2:4" | "dense by our kernels":
             return Torch(path, threads, backend="auto")
         case "CTranslate2":
             return CTranslate2(path, form, threads)

@@ -5,7 +5,8 @@
         --text pydoc=builtin:pydoc-heldout --text handbook=handbook.txt --windows 24 --length 512 --passages 300
 
 A row is one JSON file, `RESULTS/MODEL/ROW.json`; rows that exist are not run again. `RESULTS/MODEL.json` is the table of all rows,
-with a reason in the place of figures where there is none yet.
+with a reason in the place of figures where there is none yet. In the place of a recipe `--recipe` takes the folder that one wrote:
+it is measured as it is, and rows with another core are made from the factors that it holds.
 
 Every row changes the linear layers of the decoder layers, all of them; embeddings and output layer stay as they are, in bf16. What
 calibrates does so by the `calibration` of the recipe `ARMOR` (Wanda and NoWag-P by that of its first step, if it has one of its
@@ -41,7 +42,8 @@ import torch
 import yaml
 from losses import read_texts
 from quantized import backend_of
-from safetensors.torch import save_file
+from quantizing import quantise
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,8 +64,9 @@ from armor_recipes.run.job import read_recipe
 
 ALL = {"targets": "preset:all-linear"}
 THEIRS = {"ignore": ["re:.*lm_head"]}
-#: The recipes of ours that `--recipe` may name; what is not named is the recipe `ARMOR` with a core quantised after it.
+#: The row whose recipe gives the calibration of all that calibrate, and which rows with another core are made after.
 BASE = "ARMOR"
+OURS = "armor-recipes"
 
 
 def core(bits: int, **weights: Any) -> dict[str, Any]:
@@ -85,17 +88,25 @@ class Setting:
     """What rows are made of: the model, recipes by row, and a Python with llm-compressor."""
 
     folder: Path
-    recipes: Mapping[str, str]
+    recipes: Mapping[str, Path]
     python: str | None
     shapes: Mapping[str, tuple[int, int]]
     """Of all linear layers of the decoder layers, `(O, I)` by name."""
 
     def recipe(self, row: str) -> dict[str, Any]:
-        """The row's recipe for this model, without what it evaluates."""
-        text = Path(self.recipes[row]).read_text(encoding="utf-8")
+        """The row's recipe for this model, without what it evaluates; of a folder the one that wrote it."""
+        given = self.recipes[row]
+        text = (given / "recipe.yaml" if given.is_dir() else given).read_text(encoding="utf-8")
         found: dict[str, Any] = yaml.safe_load(text)
         found.pop("evaluation", None)
         return {**found, "model": str(self.folder)}
+
+    def first_calibration(self) -> dict[str, Any]:
+        """That of the first step of the recipe `ARMOR`."""
+        recipe = self.recipe(BASE)
+        (stage, *_) = (stage for key, stage in recipe.items() if key.endswith("_stage"))
+        first = next(iter(next(iter(stage.values())).values()))
+        return {**recipe["calibration"], **first.get("calibration", {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +154,7 @@ def ours(fields: Callable[[Setting], dict[str, Any]], *, pack: bool = False) -> 
         recipe = {**fields(setting), "model": str(setting.folder), "output": {"path": str(work / "made")}}
         armor_recipes.apply(recipe)
         gc.collect()
-        return read(setting, packed(work) if pack else work / "made", by="armor-recipes", recipe=recipe)
+        return read(setting, packed(work) if pack else work / "made", by=OURS, recipe=recipe)
 
     return make
 
@@ -153,25 +164,28 @@ def one(kind: str, **options: Any) -> Callable[[Setting], dict[str, Any]]:
     means = options.pop("means", False)
 
     def fields(setting: Setting) -> dict[str, Any]:
-        recipe = setting.recipe(BASE)
-        (stage, *_) = (stage for key, stage in recipe.items() if key.endswith("_stage"))
-        first = next(iter(next(iter(stage.values())).values()))
-        own = {"calibration": first["calibration"]} if means and "calibration" in first else {}
-        return {"calibration": recipe["calibration"], "one_stage": {"one_modifiers": {kind: {**ALL, **options, **own}}}}
+        calibration = setting.first_calibration() if means else setting.recipe(BASE)["calibration"]
+        return {"calibration": calibration, "one_stage": {"one_modifiers": {kind: {**ALL, **options}}}}
 
     return fields
 
 
-def armor(row: str) -> Callable[[Setting], dict[str, Any]]:
-    """The row's own recipe, or the recipe `ARMOR` and then a core of integers."""
+def armor(row: str) -> Callable[[Setting, Path], Made]:
+    """The row's own recipe, or the recipe `ARMOR` and then a core of integers; what a folder holds is not made again."""
 
-    def fields(setting: Setting) -> dict[str, Any]:
-        if row in setting.recipes:
-            return setting.recipe(row)
-        quantised = {"core_stage": {"core_modifiers": {"QuantizationModifier": {**ALL, **CORES[row][0]}}}}
-        return {**setting.recipe(BASE), **quantised}
+    def make(setting: Setting, work: Path) -> Made:
+        own, base = setting.recipes.get(row), setting.recipes[BASE]
+        recipe = setting.recipe(BASE if own is None else row)
+        if own is not None and own.is_dir():
+            return read(setting, own, by=OURS, recipe=recipe)
+        if own is None:
+            recipe["core_stage"] = {"core_modifiers": {"QuantizationModifier": {**ALL, **CORES[row][0]}}}
+        if own is not None or not base.is_dir():
+            return ours(lambda _: recipe)(setting, work)
+        quantise(base, work / "made", CORES[row][0], setting.first_calibration())
+        return read(setting, work / "made", by=OURS, recipe=recipe)
 
-    return fields
+    return make
 
 
 def theirs(kind: str, *, pack: bool = False, **options: Any) -> Callable[[Setting, Path], Made]:
@@ -248,8 +262,8 @@ ROWS: dict[str, Row] = {
     "int4 of 128, GPTQ": Row(theirs("GPTQModifier", targets=["Linear"], scheme="W4A16"), group=128, llmcompressor=True),
     "Q8_0": Row(llama_cpp("Q8_0"), group=32, needs="gguf"),
     "Q4_0": Row(llama_cpp("Q4_0"), group=32, needs="gguf"),
-    BASE: Row(ours(armor(BASE))),
-    **{name: Row(ours(armor(name)), group=group) for name, (_, group) in CORES.items()},
+    BASE: Row(armor(BASE)),
+    **{name: Row(armor(name), group=group) for name, (_, group) in CORES.items()},
 }
 
 
@@ -271,12 +285,33 @@ def read(setting: Setting, folder: Path, *, by: str, recipe: Mapping[str, Any] |
     return Made(model.eval(), own, sum(sizes.values()), by, kept)
 
 
+def logits_of(model: nn.Module, window: Tensor) -> Tensor:
+    """Of one window `(L,)`: `(L, V)`."""
+    found: Tensor = model(input_ids=window[None], use_cache=False).logits[0]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The dense model's logits of windows, computed once and kept in files in `folder` for the rows after."""
+
+    model: nn.Module
+    folder: Path
+
+    def __call__(self, window: Tensor) -> Tensor:
+        """Of one window `(L,)`: `(L, V)` in float32."""
+        file = self.folder / hashlib.sha256(window.numpy().tobytes()).hexdigest()
+        if not file.exists():
+            save_file({"logits": logits_of(self.model, window).contiguous()}, file)
+        return load_file(file)["logits"]
+
+
 @torch.inference_mode()
-def side_by_side(model: nn.Module, dense_model: nn.Module, ids: Tensor) -> dict[str, list[float]]:
+def side_by_side(model: nn.Module, dense_logits: Callable[[Tensor], Tensor], ids: Tensor) -> dict[str, list[float]]:
     """Of each window of `ids` `(N, L)` the loss in nats a token, the mean divergence from the dense model, and the agreement."""
     found: dict[str, list[float]] = {"loss": [], "kl_divergence": [], "top1_agreement": []}
     for window in ids:
-        y, x = (m(input_ids=window[None], use_cache=False).logits[0] for m in (dense_model, model))
+        y, x = dense_logits(window), logits_of(model, window)
         losses = functional.cross_entropy(x[:-1].float(), window[1:], reduction="none").double()
         near = likeness(y, x, logits=True)
         for figures, value in zip(found.values(), (losses.mean(), near.divergence, near.agreement), strict=True):
@@ -294,7 +329,7 @@ class Data:
     identity: Mapping[str, Any]
 
 
-def run_row(name: str, setting: Setting, base: nn.Module, data: Data) -> dict[str, Any]:
+def run_row(name: str, setting: Setting, base: Kept, data: Data) -> dict[str, Any]:
     """Make the row's model, measure it, and throw it away."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
@@ -380,7 +415,8 @@ def told(value: float, spread: tuple[float, float] | None, form: str) -> str:
 
 def given(model: str, recipes: Sequence[str], python: str | None) -> tuple[Setting, nn.Module]:
     """The model's folder with what makes rows of it, and the dense model in float32. Raises ValueError for an unknown row."""
-    named = {BASE: "recipes/quickstart.yaml"} | dict(each.rsplit("=", 1) for each in recipes)
+    split = (each.rsplit("=", 1) for each in recipes)
+    named = {BASE: Path("recipes/quickstart.yaml")} | {row: Path(path) for row, path in split}
     if not named.keys() <= {BASE, *CORES}:
         raise ValueError(f"--recipe is of {', '.join((BASE, *CORES))}; got {', '.join(named)}")
     folder = Path(str(open_model(ModelSpec(id=model), device=torch.device("cpu")).folder or model))
@@ -427,18 +463,19 @@ def main() -> None:
     others = sorted(name for name, row in rows.items() if row["data"] != data.identity)
     if others:
         parser.error(f"{folder} has rows of other windows or passages, which do not compare: {'; '.join(others)}")
-    for name in wanted:
-        reason = ROWS[name].reason(setting)
-        if name not in rows and reason is not None:
-            print(f"{name}: not run, {reason}", flush=True)
-        elif name not in rows:
-            print(f"{name} …", flush=True)
-            rows[name] = run_row(name, setting, base, data)
-            file = folder / f"{name.replace(',', '').replace(':', '-').replace(' ', '-')}.json"
-            file.write_text(json.dumps(rows[name]) + "\n", encoding="utf-8")
-        if "dense" in rows:
-            found = {"model": options.model, "data": data.identity, "rows": table(rows, setting)}
-            folder.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as place:
+        for name in wanted:
+            reason = ROWS[name].reason(setting)
+            if name not in rows and reason is not None:
+                print(f"{name}: not run, {reason}", flush=True)
+            elif name not in rows:
+                print(f"{name} …", flush=True)
+                rows[name] = run_row(name, setting, Kept(base, Path(place)), data)
+                file = folder / f"{name.replace(',', '').replace(':', '-').replace(' ', '-')}.json"
+                file.write_text(json.dumps(rows[name]) + "\n", encoding="utf-8")
+            if "dense" in rows:
+                found = {"model": options.model, "data": data.identity, "rows": table(rows, setting)}
+                folder.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ What differs, since the rivals do: the head has 8 bits in our integer rows, in Q
 integers; of a checkpoint given it is as it was. A scale is of 64 columns in our int4 and OpenVINO's, of 32 in Q4_0. OpenVINO's
 f16 computes in bf16 where the processor can; it keeps keys and values in 8 bits and rounds activations of integer layers, which
 llama.cpp does, too. No rival has a product with 2:4 weights for CPUs without AMX: `plain 2:4` is ours without A and B, pruned by
-magnitude. llama.cpp is called from JavaScript; what that costs at most is measured with a model of one tiny layer, and told below
+magnitude. `dense by our kernels` is the dense folder by `armor_recipes.load`, so that what a row of ours is above it is by 2:4.
+llama.cpp is called from JavaScript; what that costs at most is measured with a model of one tiny layer, and told below
 the table.
 """
 
@@ -67,7 +68,7 @@ from runtime import (
 )
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
-from turns import DENSE, Row, figures, file_name, keep, origins, record_file, table, turns_in
+from turns import DENSE, KERNELS, Row, figures, file_name, keep, origins, record_file, table, turns_in
 
 import armor_recipes
 from armor_recipes.checkpoint.staging import staged
@@ -90,6 +91,7 @@ def rows_of(blocks: Sequence[int | None]) -> dict[str, Row]:
     """All rows by name, in the table's order; `blocks` are ARMOR's sizes, None for a checkpoint given."""
     rows = [
         DENSE,
+        KERNELS,
         *(Row("ARMOR", core, like, block) for block in blocks for core, like in LIKE.items()),
         Row("plain 2:4", "bf16", "BF16"),
         *(Row("llama.cpp", like, like) for like in LIKE.values()),
@@ -134,7 +136,7 @@ class Forms:
 
     def path(self, row: Row) -> Path:
         """What the row's engine loads."""
-        if row == DENSE:
+        if row in (DENSE, KERNELS):
             return self.dense
         if row.engine == "ARMOR":
             return Path(alone(self._armor, row))

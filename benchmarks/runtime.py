@@ -6,6 +6,8 @@ Two models: the checkpoint given, and a Llama with the shapes of the 7B (hidden 
 32,000, a head of its own, `--layers` layers) with generated weights, factored by a recipe with one cycle at block 64; and one
 layer of it at block 128, for its size. Models that are missing in `--work` are made first (12 GB).
 
+`dense by our kernels` is the dense folder by `armor_recipes.load(folder, backend="auto")`, whose plain layers and attention run by
+kernels of this package, too: what a row of ours is above that is by 2:4, and not by them.
 A row has a process of its own, and so has the dense model that it is compared with: the two take turns, and a ratio is the median
 of the ratios within turns. `decode` is 64 new tokens one by one after a context of 128, `prefill` one pass over 512 tokens with the
 logits of the last. `anonymous` is the most anonymous memory that the process had at any time, above what it had after its imports,
@@ -57,7 +59,7 @@ FEW_TOKENS = {"dataset": "builtin:random-tokens", "samples": 2, "sequence_length
 FACTORED = {"targets": [r"re:.*(self_attn|mlp)\..*_proj$"], "iterations": 1, "propagate": "dense"}
 #: Cores beside bf16: weights alone, which the compiled kernel runs.
 INTEGERS = {core: CORES[core] for core in ("int8", "int4")}
-ROWS = ("dense", "folded", "bf16 core", "int8 core", "int4 core")
+ROWS = ("dense", "dense by our kernels", "folded", "bf16 core", "int8 core", "int4 core")
 Task = Literal["load", "prepare", "decode", "prefill", "choices"]
 TOKENS: dict[Task, int] = {"decode": NEW, "prefill": PROMPT}
 #: How numbers of a column are printed, by the last word of its name.
@@ -249,7 +251,8 @@ class Model:
     def contenders(self) -> dict[str, Contender]:
         """Those of ROWS, by name."""
         packed = [Contender(folder, "auto") for folder in self.cores.values()]
-        found = [Contender(self.dense, None), Contender(self.cores["bf16"], "folded"), *packed]
+        dense = [Contender(self.dense, backend) for backend in (None, "auto")]
+        found = [*dense, Contender(self.cores["bf16"], "folded"), *packed]
         return dict(zip(ROWS, found, strict=True))
 
 
@@ -400,9 +403,9 @@ def sizes_and_speeds(row: Mapping[str, Any]) -> Row:
 
 
 def runs_on(row: Mapping[str, Any]) -> str:
-    """The backend, and what `auto` took; a layer that gave it no choice runs folded."""
+    """The backend, and what `auto` took of ARMOR layers; one that gave it no choice runs folded."""
     backend: str = row["own"]["backend"]
-    if backend != "auto":
+    if backend != "auto" or row["own"]["folder"] == row["dense"]["folder"]:
         return backend
     took = [f"{work} {names}" for work, names in row["choices"].items()]
     return f"auto: {'; '.join(took) or 'folded'}"

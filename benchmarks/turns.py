@@ -30,6 +30,8 @@ class Row:
 
 
 DENSE = Row("transformers", "bf16", "BF16")
+#: The dense folder by `armor_recipes.load`: kernels for heads, plain layers and attention, but no 2:4.
+KERNELS = Row("dense by our kernels", "bf16", "BF16")
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:
@@ -70,7 +72,7 @@ def table(
     """
     head = [f"batch {batch}", "turns"]
     for task in tokens:
-        head += [f"{task} tok/s", "of dense [95 %]", "of llama.cpp's [95 %]"]
+        head += [f"{task} tok/s", "of dense [95 %]", "of dense by our kernels [95 %]", "of llama.cpp's [95 %]"]
     head += ["anonymous MB", "resident MB", "weights MB"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, row in rows.items():
@@ -93,6 +95,7 @@ def figures(
         seconds = [one["seconds"][task] for one in own if task in one["seconds"]]
         found[task] = round(batch * length / statistics.median(seconds), 2) if seconds else None
         found[f"{task}_of_dense"] = versus(turns, task, row.name, DENSE.name)
+        found[f"{task}_of_kernels"] = versus(turns, task, row.name, KERNELS.name)
         found[f"{task}_of_llama"] = versus(turns, task, row.name, f"llama.cpp {row.like}")
     for kind in ("anonymous", "resident"):
         found[f"{kind}_mb"] = round(max(one["peak_bytes"][kind] for one in own) / 1e6)

@@ -37,8 +37,9 @@ from armor_recipes.model.facts import model_facts
 from armor_recipes.model.finite import is_finite
 from armor_recipes.recipe.schema import FidelitySpec, Strict
 
-#: Values of one output that are compared at once, in float64.
-_AT_ONCE = 1 << 22
+#: Values of one output that are compared at once, in float64: few enough that a core's own cache holds them. 2^22 took 2.5 to 4
+#: times as long over vocabularies of 49,152 and 262,144.
+_AT_ONCE = 1 << 17
 _LOGITS = "logits"
 
 
@@ -217,9 +218,9 @@ def divergences(dense: Tensor, found: Tensor) -> Tensor:
     which nothing cancels.
     """
     p, q = (logits.double().log_softmax(-1) for logits in (dense, found))
-    d = p - q
+    d, probabilities = p - q, p.exp()
     near = d.abs() < 1
-    terms = torch.where(near, p.exp() * (d + torch.expm1(-d.clamp(-1, 1))), p.exp() * (d - 1) + q.exp())
+    terms = torch.where(near, probabilities * (d + torch.expm1(-d.clamp(-1, 1))), probabilities * (d - 1) + q.exp())
     return torch.from_numpy(terms.clamp(min=0).numpy().sum(-1))
 
 

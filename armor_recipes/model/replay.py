@@ -228,7 +228,7 @@ def probe_stack(model: nn.Module, stack: Stack, inputs: Batch, hooks: Hooks) -> 
     if not difference <= REPLAY_TOLERANCE:
         return StackProbe(same=False, problem=f"{len(calls)} calls, relative difference {difference:.3g}")
     same = all(calls[0].same_arguments(call) for call in calls[1:])
-    if not same and _carry(calls, _watch(model, stack, sample, hooks, nudge=True).calls):
+    if not same and _carry(calls, _watch(model, stack, sample, hooks, blocks=len(calls), nudge=True).calls):
         return StackProbe(
             same=False, problem="a block is called with what an earlier one gave besides its hidden states"
         )
@@ -247,12 +247,13 @@ def open_stream(
 ) -> Stream:
     """Take the first block's inputs for every batch, and the other blocks' arguments unless all have the `same`.
 
-    Samples of a group are of one shape. The model's forward pass is stopped at the last of them. `keep` says where activations go.
+    Samples of a group are of one shape. The model's forward pass is stopped at the door of the last block asked: neither that block
+    nor the head behind it is computed. `keep` says where activations go.
     """
     batches = batches_of(model, groups, batch_size)
     calls = []
     for batch in batches:
-        seen = _watch(model, stack, batch, hooks, blocks=1 if same else None)
+        seen = _watch(model, stack, batch, hooks, blocks=1 if same else len(stack.modules))
         calls.append(
             [
                 replace(call, hidden=_NOTHING if place else keep(call.hidden))

@@ -44,6 +44,10 @@ _CALLED = 100
 _TOKENS = 512
 #: Times that each logit is looked at by a loss, that of a distillation among them: two softmaxes, their exponentials, the gradient.
 _LOOKS = 4
+#: How many numbers through a softmax comparing one logit with the dense model's costs, in float64. Measured over 262,144 tokens.
+_COMPARED = 60.0
+#: Logits that a measurement takes at most: more than caches hold, as those of a pass are.
+_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ class Rates:
         trained: one token in all units and epochs of a refiner, by its key.
         beside: bytes that the most of any work was measured to take beside the model.
         probed: whether the model's own modules were measured.
+        likeness: comparing one token's logits with the dense model's.
     """
 
     token: float
@@ -98,6 +103,7 @@ class Rates:
     trained: Mapping[str, float]
     beside: int = 0
     probed: bool = False
+    likeness: float = 0.0
 
 
 def estimate_run(
@@ -125,7 +131,7 @@ def estimate_run(
         "solving": sum(solving.values()),
         "committing": _CHANGED_BYTE * sum(4 * d_out * d_in for d_out, d_in in plan.shapes.values()),
         "training": sum(training.values()),
-        "evaluation": 2 * measured * (found.token + found.logits),
+        "evaluation": 2 * measured * (found.token + found.logits) + _compared(recipe) * found.likeness,
     }
     around = sum(work[name] for name in ("passes", "statistics", "committing")) / (work["solving"] or 1.0)
     work["measuring"] = _measuring(plan, modifiers, sets, found)
@@ -188,20 +194,32 @@ def _evaluated(recipe: Recipe) -> tuple[int, tuple[str, ...]]:
     """Tokens of one round of the measures, as the recipe names them, and what it does not name."""
     tokens, unknown = 0, []
     for name, spec in ({} if recipe.evaluation is None else recipe.evaluation.measures).items():
-        count = getattr(spec, "windows", None) or getattr(spec, "samples", None)
-        if isinstance(count, int):
-            tokens += count * int(getattr(spec, "sequence_length", 0))
-        else:
+        found = _tokens_of(spec)
+        if found is None:
             unknown.append(name)
+        else:
+            tokens += found
     text = "the evaluation of {} is not counted: how long the data are shows once they are read"
     return tokens, (text.format(" and ".join(unknown)),) if unknown else ()
 
 
+def _compared(recipe: Recipe) -> int:
+    """Tokens whose logits are compared with the dense model's."""
+    spec = None if recipe.evaluation is None else recipe.evaluation.fidelity
+    return (_tokens_of(spec) or 0) if spec is not None else 0
+
+
+def _tokens_of(spec: object) -> int | None:
+    """Of one round of a measure; None where its section does not say."""
+    count = getattr(spec, "windows", None) or getattr(spec, "samples", None)
+    return count * int(getattr(spec, "sequence_length", 0)) if isinstance(count, int) else None
+
+
 def product_rates(plan: Plan, model: nn.Module, modifiers: Mapping[str, AnyModifier[Any]]) -> Rates:
     """Rates by counted operations, at the speed of products that are measured here and now."""
-    speeds = _Speeds.measured()
-    inside = [m for m in model.modules() if isinstance(m, nn.Linear)]
     head = vocabulary(model)
+    speeds = _Speeds.measured(head)
+    inside = [m for m in model.modules() if isinstance(m, nn.Linear)]
     hidden = model_facts(model).hidden_size or 0
     parameters = sum(m.weight.numel() for m in inside) - (
         head * hidden if any(m.out_features == head for m in inside) else 0
@@ -209,7 +227,7 @@ def product_rates(plan: Plan, model: nn.Module, modifiers: Mapping[str, AnyModif
     around = sum(m.in_features + m.out_features for m in inside if m.out_features != head)
     token = 2.0 * parameters / speeds.product + _AROUND * around / speeds.value
     token += _PASS_CALLS * len(inside) * speeds.call / _pass_tokens(modifiers)
-    logits = 2.0 * head * hidden / speeds.product + _LOOKS * head / speeds.value
+    logits = 2.0 * head * hidden / speeds.product + _LOOKS * head / speeds.logit
     trained: dict[str, float] = {}
     for row in plan.rows:
         if not isinstance(row, RefinePlan):
@@ -219,9 +237,9 @@ def product_rates(plan: Plan, model: nn.Module, modifiers: Mapping[str, AnyModif
         stored = [plan.stored[name] for name in row.modules if name in plan.stored]
         factors = sum(m.d_out * m.block_size[0] + m.d_in * m.block_size[1] for m in stored if m.block_size is not None)
         values = _AROUND_TRAINING * sum(m.d_out + m.d_in for m in stored)
-        looks = _LOOKS * head / row.logit_stride if row.layer is None else 0.0
+        looks = _LOOKS * head / row.logit_stride / speeds.logit if row.layer is None else 0.0
         each = row.flops / row.tokens / (speeds.bfloat16() if half else speeds.product)
-        each += refiner.epochs * (2.0 * _FACTOR_PRODUCTS * factors / speeds.solve + (values + looks) / speeds.value)
+        each += refiner.epochs * (2.0 * _FACTOR_PRODUCTS * factors / speeds.solve + values / speeds.value + looks)
         each += refiner.epochs * _TRAINING_CALLS * len(stored) * speeds.call / _pass_tokens({row.modifier: refiner})
         trained[row.modifier] = trained.get(row.modifier, 0.0) + each
     statistic = {}
@@ -232,7 +250,7 @@ def product_rates(plan: Plan, model: nn.Module, modifiers: Mapping[str, AnyModif
     for row in plan.modules:
         if row.flops and kind_of(row) not in solve:
             solve[kind_of(row)] = 1 / speeds.solve + speeds.around(row, modifiers[row.modifier].steps) / row.flops
-    return Rates(token, logits, solve, statistic, trained)
+    return Rates(token, logits, solve, statistic, trained, likeness=_COMPARED * head / speeds.value)
 
 
 def _pass_tokens(modifiers: Mapping[str, AnyModifier[Any]]) -> int:
@@ -276,22 +294,27 @@ def _is_gram(modifier: AnyModifier[Any], rows: Sequence[ModulePlan], d_in: int) 
 
 @dataclass(frozen=True, slots=True)
 class _Speeds:
-    """Of one thread, in operations (`value`: in numbers through a softmax) a second of CPU time; `call`: seconds of a call."""
+    """Of one thread, in operations a second of CPU time; `value` and `logit` in numbers through a softmax, of few and of as many as
+    a pass has logits; `call` in seconds of a call.
+    """
 
     solve: float
     product: float
     value: float
     call: float
+    logit: float
 
     @classmethod
-    def measured(cls) -> _Speeds:
+    def measured(cls, vocabulary: int) -> _Speeds:
         """Blocks as solves multiply them, a product as passes have it, and rows of logits."""
         left, right = (torch.ones(16, rows, 64, dtype=torch.float32, device="cpu") for rows in (512, 64))
         rows, one = torch.ones(64, 8192, dtype=torch.float32, device="cpu"), torch.ones(1, device="cpu")
+        logits = torch.ones(max(1, min(_TOKENS, _LOGITS // max(1, vocabulary))), max(1, vocabulary), device="cpu")
         return cls(
             solve=_rate(lambda: torch.bmm(left, right), 2.0 * 16 * 512 * 64 * 64),
             product=_product_speed(torch.float32),
             value=_rate(lambda: rows.log_softmax(-1), float(rows.numel())),
+            logit=_rate(lambda: logits.log_softmax(-1), float(logits.numel())),
             call=1 / _rate(lambda: [one.add(1.0) for _ in range(_CALLED)], float(_CALLED)),
         )
 

@@ -65,16 +65,22 @@ def test_the_interval_holds_the_median_and_is_the_same_each_time(turns: ModuleTy
 def test_a_row_that_could_not_be_measured_tells_why(turns: ModuleType) -> None:
     rows = {
         row.name: row
-        for row in (turns.DENSE, turns.Row("llama.cpp", "Q8_0", "Q8_0"), turns.Row("ARMOR", "int8", "Q8_0", 64))
+        for row in (
+            turns.DENSE,
+            turns.KERNELS,
+            turns.Row("llama.cpp", "Q8_0", "Q8_0"),
+            turns.Row("ARMOR", "int8", "Q8_0", 64),
+        )
     }
-    records = {1: {"transformers bf16": record(2.0, 4.0), "ARMOR 64 int8": record(1.0, 2.0, megabytes=5)}}
+    dense = {"transformers bf16": record(2.0, 4.0), "dense by our kernels bf16": record(1.5)}
+    records = {1: {**dense, "ARMOR 64 int8": record(1.0, 2.0, megabytes=5)}}
     head, _, *lines = turns.table(rows, records, {"llama.cpp Q8_0": "not installed"}, 8, TOKENS).splitlines()
     cells = {line.split(" | ")[0].strip("| "): [cell.strip("| ") for cell in line.split(" | ")[1:]] for line in lines}
     assert head.startswith("| batch 8 |")
     assert cells["llama.cpp Q8_0"][:2] == ["0", "not installed"]
     assert cells["ARMOR 64 int8"] == [
-        *("1", "512.00", "2.00 [2.00, 2.00]", "-"),
-        *("2048.00", "2.00 [2.00, 2.00]", "-", "5", "15", "2"),
+        *("1", "512.00", "2.00 [2.00, 2.00]", "1.50 [1.50, 1.50]", "-"),
+        *("2048.00", "2.00 [2.00, 2.00]", "-", "-", "5", "15", "2"),
     ]
     assert {line.count("|") for line in (head, *lines)} == {head.count("|")}
 
@@ -108,7 +114,9 @@ def test_the_program_tells_what_is_missing_beside_what_was_measured(turns: Modul
         done.stdout,
         re.MULTILINE,
     )
-    assert "| llama.cpp Q8_0 | 1 | 32.00 | 2.00 [2.00, 2.00] | - | 512.00 | 2.00 [2.00, 2.00] | - |" in done.stdout
+    assert (
+        "| llama.cpp Q8_0 | 1 | 32.00 | 2.00 [2.00, 2.00] | - | - | 512.00 | 2.00 [2.00, 2.00] | - | - |" in done.stdout
+    )
     assert "- llama.cpp Q8_0: version of yesterday; load average 0.5 to 0.5" in done.stdout
     assert not list((tmp_path / "work").iterdir())
 

@@ -9,10 +9,11 @@ import pytest
 from tests.benchmarks.test_rivals import benchmark
 
 
-def side(seconds: float, megabytes: int) -> dict[str, Any]:
+def side(folder: str, seconds: float, megabytes: int) -> dict[str, Any]:
     """What one process measured, in three turns of which the second was slowed to half."""
     turns = [seconds, 2 * seconds, seconds]
     return {
+        "folder": folder,
         "backend": "auto",
         "seconds": {"decode": turns, "prefill": turns},
         "peak_bytes": {"anonymous": megabytes * 10**6, "resident": megabytes * 10**6},
@@ -22,8 +23,8 @@ def side(seconds: float, megabytes: int) -> dict[str, Any]:
 
 def test_speed_is_compared_within_turns() -> None:
     row = {
-        "own": side(0.5, 60),
-        "dense": side(1.0, 80),
+        "own": side("packed", 0.5, 60),
+        "dense": side("dense", 1.0, 80),
         "choices": {},
         "cpu_load_peak_bytes": {"resident": 90 * 10**6},
     }
@@ -32,6 +33,8 @@ def test_speed_is_compared_within_turns() -> None:
     assert found["decode of dense"] == {"value": 2.0, "interval": [2.0, 2.0]}  # a slow turn slows both
     assert (found["disk MB"], found["resident of dense"], found["cpu load"]) == (60, 0.75, "1.50")
     assert found["runs"] == "auto: folded"
+    (dense,) = benchmark("runtime").speed_rows({"dense by our kernels": {**row, "own": side("dense", 0.5, 80)}})
+    assert dense["runs"] == "auto"
 
 
 def test_a_ratio_of_kernels_is_the_median_of_shapes_between_the_least_and_the_most() -> None:

@@ -149,8 +149,8 @@ def test_what_measuring_sizes_takes_is_counted(llama: Path) -> None:
 
 def test_small_models_cost_what_does_not_depend_on_their_size(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call for each module and step, and numbers of a weight that are looked at, beside the products."""
-    speeds = estimate._Speeds(solve=1e6, product=math.inf, value=1e3, call=2.0)
-    monkeypatch.setattr(estimate._Speeds, "measured", lambda: speeds)
+    speeds = estimate._Speeds(solve=1e6, product=math.inf, value=1e3, call=2.0, logit=500.0)
+    monkeypatch.setattr(estimate._Speeds, "measured", lambda _: speeds)
     job = make_job(recipe(llama, ARMORModifier=ARMOR))
     rates = estimate.product_rates(job.plan, job.shapes, job.modifiers)
     for row in job.plan.modules:
@@ -158,6 +158,16 @@ def test_small_models_cost_what_does_not_depend_on_their_size(llama: Path, monke
         assert rates.solve[kind_of(row)] * row.flops == pytest.approx(row.flops / 1e6 + beside)
     widths = 2 * (4 * 64 + 3 * 96)
     assert rates.token == pytest.approx(4 * widths / 1e3 + 25 * 15 * 2.0 / 24)
+    assert rates.logits == pytest.approx(4 * 96 / 500.0)  # numbers that no cache holds
+    assert rates.likeness == pytest.approx(60 * 96 / 1e3)
+
+
+def test_comparing_with_the_dense_model_counts_once(llama: Path) -> None:
+    fields = {"dataset": "builtin:pydoc-heldout", "sequence_length": 12, "samples": 5}
+    job = make_job({**recipe(llama, ARMORModifier=ARMOR), "evaluation": {"fidelity": fields}})
+    rates = Rates(0.5, 0.25, {"": 0.0}, {}, {}, likeness=2.0)
+    found = estimate_run(job.plan, job.recipe, job.shapes, job.modifiers, rates=rates, evaluated=60)
+    assert found.cpu_seconds_by["evaluation"] == pytest.approx(2 * 60 * 0.75 + 60 * 2.0)
 
 
 def test_products_of_a_training_count_in_their_own_dtype(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

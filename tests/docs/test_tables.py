@@ -34,7 +34,7 @@ WITHOUT_JSON = {
     "docs/calibration.md": 1,
     "docs/llm-compressor.md": 1,
     "docs/results.md": 2,
-    "docs/runtime.md": 4,
+    "docs/runtime.md": 2,
     "docs/solver.md": 2,
 }
 

@@ -57,14 +57,24 @@ def test_arguments_are_kept_for_each_layer_only_where_they_differ(kind: str, dif
     assert {len(batch) for batch in stream._calls} == {len(layers.modules) if differ else 1}
 
 
-def test_the_first_pass_stops_at_the_first_layer() -> None:
-    model = make_model()
+@pytest.mark.parametrize(("kind", "first_alone"), [("llama", True), ("gemma3", False)])
+def test_the_first_pass_stops_at_the_door_of_the_last_layer_that_is_asked(kind: str, first_alone: bool) -> None:
+    model = make_model(kind)
     layers = find_stacks(model).all[0]
-    passes = []
-    model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    runs = {"first": 0, "last": 0, "head": 0}
+
+    def count(name: str) -> Any:
+        return lambda *_: runs.update({name: runs[name] + 1})
+
+    for name, module in {"first": layers.modules[0], "last": layers.modules[-1], "head": model.lm_head}.items():
+        module.register_forward_hook(count(name))
     with torch.no_grad():
         capture_stream(model, layers, INPUTS, batch_size=2, hooks=Hooks())
-    assert len(passes) == 1  # the probe's, with one window
+    # With one window each: the probe's pass, two replays, and where layers' arguments differ a pass with one output changed.
+    windows = {"first": 3, "last": 3, "head": 1}
+    if not first_alone:
+        windows["first"] += 1 + 3  # and one of each batch
+    assert runs == windows
 
 
 def test_observing_leaves_the_stream_where_it_is() -> None:
