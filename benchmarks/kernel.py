@@ -1,6 +1,6 @@
 """The cpu kernel, A and B included, against torch's bf16 `F.linear` and our own dense bf16 kernel, measured side by side.
 
-    python benchmarks/kernel.py [--core bf16 int8 int4] [--tokens 1 8] [--repeats 30] [--threads 1] [--json FILE]
+    python benchmarks/kernel.py [--core bf16 int8 int4] [--tokens 1 8] [--block 64] [--repeats 30] [--threads 1] [--json FILE]
 
 The core is stored as bf16, as int8 with a scale a row, or as int4 with a scale for each 32 kept values; factors and activations are
 bf16. All contenders take turns in every repeat, so that what else the machine does meets all of them; a ratio is the median of
@@ -56,11 +56,11 @@ class Row:
     dense_over_ours: float
 
 
-def made_up_layer(rows: int, columns: int, core: str, generator: torch.Generator) -> PackedLinear:
+def made_up_layer(rows: int, columns: int, core: str, generator: torch.Generator, block: int = BLOCK) -> PackedLinear:
     masks = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8)
     halves = masks[torch.randint(6, (rows, columns // 8, 2), generator=generator)]
     a, b = (
-        (torch.eye(BLOCK) + 0.1 * torch.randn(side // BLOCK, BLOCK, BLOCK, generator=generator)).bfloat16()
+        (torch.eye(block) + 0.1 * torch.randn(side // block, block, block, generator=generator)).bfloat16()
         for side in (rows, columns)
     )
     bitmask = halves[..., 0] | halves[..., 1] << 4
@@ -103,10 +103,15 @@ def seconds(run: Callable[[], Tensor]) -> float:
 
 
 def measure(
-    shape: tuple[int, int], tokens: int, cores: Sequence[str], repeats: int, dense: Callable[[Tensor, Tensor], Tensor]
+    shape: tuple[int, int],
+    tokens: int,
+    cores: Sequence[str],
+    repeats: int,
+    dense: Callable[[Tensor, Tensor], Tensor],
+    block: int,
 ) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
-    layers = [made_up_layer(*shape, core, generator) for core in cores]
+    layers = [made_up_layer(*shape, core, generator, block) for core in cores]
     weight = torch.randn(shape, generator=generator).bfloat16()
     x = torch.randn(tokens, shape[1], generator=generator).bfloat16()
     product = torch.nn.functional.linear(x, weight)
@@ -154,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--core", nargs="+", choices=CORES, default=list(CORES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--block", type=int, default=BLOCK, help="of A and B")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="of torch and of ours; the dense kernel has one")
     parser.add_argument("--json", type=Path)
@@ -165,14 +171,15 @@ def main() -> None:
         dense = dense_kernel(Path(folder))
         for tokens in options.tokens:
             for shape in SHAPES:
-                rows = measure(shape, tokens, options.core, options.repeats, dense)
+                rows = measure(shape, tokens, options.core, options.repeats, dense, options.block)
                 for row in rows:
                     report(row)
                 found += rows
     table = summaries(found)
     print(markdown(table, {"ours": ".2f"}))
     if options.json is not None:
-        keep(options.json, {"path": capabilities().path, "rows": table, "shapes": [asdict(row) for row in found]})
+        made = {"path": capabilities().path, "block": options.block, "threads": options.threads}
+        keep(options.json, {**made, "rows": table, "shapes": [asdict(row) for row in found]})
 
 
 if __name__ == "__main__":
