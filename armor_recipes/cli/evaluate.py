@@ -114,7 +114,8 @@ def eval_command(
         found = evaluate_model(
             model,
             measure,
-            {**default, **keys},
+            default,
+            flags=keys,
             preset=None if preset is None else preset.value,
             overrides=overrides or (),
             against=against,

@@ -11,7 +11,7 @@ from armor_recipes.errors import RecipeError
 from armor_recipes.recipe.composition import REMOVE, Files, apply_overrides, passable, set_value
 from armor_recipes.recipe.dialect import Dialect
 from armor_recipes.recipe.problems import Mark, Problems
-from armor_recipes.recipe.python_source import read_mapping
+from armor_recipes.recipe.python_source import SOURCE, read_mapping
 from armor_recipes.recipe.recipe import ModifierEntry, Recipe
 from armor_recipes.recipe.schema import ModifierConfig, MoeSpec, Sections
 from armor_recipes.recipe.stages import SECTIONS, STAGE, Placed, Stages, listed_names
@@ -89,14 +89,24 @@ def load_recipe_mapping(
 
 
 def load_section(
-    model: type[Model], path: tuple[str, ...], mapping: Mapping[str, object], *, overrides: Sequence[str] = ()
+    model: type[Model],
+    path: tuple[str, ...],
+    mapping: Mapping[str, object],
+    *,
+    flags: Mapping[str, object] | None = None,
+    overrides: Sequence[str] = (),
 ) -> Model:
-    """Return one section by itself, checked: what stands at `path` in a recipe, with `key=value` overrides laid over `mapping`.
+    """Return one section by itself, checked: what stands at `path` in a recipe.
 
+    Laid over `mapping` are `flags`, keys that `armor eval` was given and that are named as there, and `key=value` overrides.
     Raises RecipeError with all problems at once.
     """
     problems = Problems()
-    table = apply_overrides(read_mapping(mapping, problems), overrides, problems)
+    table = read_mapping(mapping, problems, source=SOURCE if flags is None else f"--measure {path[-1]}")
+    for key, value in (flags or {}).items():
+        given = read_mapping({key: value}, problems, source=f"--{key.replace('_', '-')} {value}")
+        table = set_value(table, (key,), given.entries[key].node, given.mark)
+    table = apply_overrides(table, overrides, problems)
     missing: dict[tuple[str, ...], str] = {("dataset",): "name it with --dataset"}
     data = typed_data(table)
     section = validate(model, table, data=data, path=path, problems=problems, mark=table.mark, missing=missing)

@@ -14,12 +14,12 @@ from armor_recipes.recipe.yaml_source import MAX_DEPTH, MAX_INT, UNENCODABLE
 SOURCE = "the recipe mapping"
 
 
-def read_mapping(mapping: Mapping[str, object], problems: Problems) -> Table:
+def read_mapping(mapping: Mapping[str, object], problems: Problems, *, source: str = SOURCE) -> Table:
     """Return the tree of `mapping`: text, numbers, paths, None, lists or tuples, and mappings with text keys.
 
-    Relative data files and `extends` in it are relative to the working directory.
+    Relative data files and `extends` in it are relative to the working directory. Problems are said to be at `source`.
     """
-    mark = Mark(SOURCE, None, Path())
+    mark = Mark(source, None, Path())
     node = _build(mapping, (), mark, problems)
     if isinstance(node, Table):
         return node

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from armor_recipes import paths
+from armor_recipes.errors import RecipeError
 from armor_recipes.report.machine import machine_class
 from armor_recipes.runtime import capabilities
 from armor_recipes.solver.sweep import native_available
@@ -76,15 +77,10 @@ def _processor() -> list[Finding]:
     level = str(here["level"])
     slow = "" if level.startswith("AVX512") or "aarch" in here["architecture"] else "AVX-512 runs ARMOR layers faster"
     compiler = "install a C compiler, and armor-recipes again"
-    found = capabilities()
-    state: State = "broken" if found.rejected else "ok" if found.compiled else "less"
-    wrong = f"{', '.join(found.rejected)} fail the self-check: please report it with this output"
     sweep = native_available()
     return [
         Finding("processor", "less" if slow else "ok", f"{here['vendor'] or here['architecture']}, {level}", slow),
-        Finding(
-            "kernels", state, "; ".join(found.lines()), wrong if found.rejected else "" if found.compiled else compiler
-        ),
+        _kernels(compiler),
         Finding(
             "solver",
             "ok" if sweep else "less",
@@ -98,6 +94,20 @@ def _processor() -> list[Finding]:
             "where `armor lock` names the same",
         ),
     ]
+
+
+def _kernels(compiler: str) -> Finding:
+    """The CPU kernel's paths; `compiler` is what to do where they were not built."""
+    try:
+        found = capabilities()
+    except RecipeError as error:  # a variable of the environment names no path
+        problem, _, advice = str(error).partition("; ")
+        return Finding("kernels", "broken", problem, advice)
+    state: State = "broken" if found.rejected else "ok" if found.compiled else "less"
+    wrong = f"{', '.join(found.rejected)} fail the self-check: please report it with this output"
+    return Finding(
+        "kernels", state, "; ".join(found.lines()), wrong if found.rejected else "" if found.compiled else compiler
+    )
 
 
 def _threads() -> Finding:

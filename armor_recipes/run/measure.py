@@ -60,6 +60,7 @@ def evaluate_model(
     keys: Mapping[str, object],
     *,
     preset: str | None = None,
+    flags: Mapping[str, object] | None = None,
     overrides: Sequence[str] = (),
     against: str | None = None,
     device: str = "cpu",
@@ -71,7 +72,8 @@ def evaluate_model(
         name: of the measure, as in a recipe's `evaluation`; or `speed`, which is taken in the stored dtype.
         keys: its keys there.
         preset: of `PRESETS`, whose keys lie under `keys`.
-        overrides: `key=value`, laid over them.
+        flags: keys laid over them, which messages call `--key`.
+        overrides: `key=value`, laid over both.
         against: the dense model, which is measured before; or a file `NAME.json` with what was measured of it (`read_saved`).
         device: where to compute.
 
@@ -89,7 +91,7 @@ def evaluate_model(
         raise RecipeError(f"--preset {preset} is of perplexity, and does not go with --measure {name}; leave one out")
     measure = known[name]
     keys = {**({} if preset is None else PRESETS[preset]), **keys}
-    spec = load_section(measure.spec_type, ("evaluation", name), keys, overrides=overrides)
+    spec = load_section(measure.spec_type, ("evaluation", name), keys, flags=flags, overrides=overrides)
     if measure.keeps and against is None:
         raise RecipeError(f"{name} compares a model with the dense one: name that with --against MODEL")
     if measure.keeps and against is not None and is_saved(against):

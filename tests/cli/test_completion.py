@@ -72,3 +72,13 @@ def test_a_home_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert "/proc/" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, {"COMP_WORDS": "armor ins"}, {"COMP_WORDS": "armor ins", "COMP_CWORD": "one"}]
+)
+def test_a_shell_that_does_not_say_what_to_complete_is_told(variables: dict[str, str], tmp_path: Path) -> None:
+    done = ask("armor", cwd=tmp_path, _ARMOR_COMPLETE="complete_bash", **variables)
+    assert done.returncode == 2, done.stderr
+    assert "COMP_CWORD" in done.stderr
+    assert "Traceback" not in done.stderr

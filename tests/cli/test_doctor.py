@@ -34,6 +34,15 @@ def test_it_fits_80_columns_and_says_the_same_as_json(shell: Shell, monkeypatch:
         assert (row["state"] == "ok") == (row["advice"] == "")
 
 
+def test_a_path_of_the_kernel_that_is_none_is_a_row(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARMOR_CPU_PATH", "sse")
+    done = shell("armor", "doctor", "--json")
+    row = json.loads(done.out)["findings"]["kernels"]
+    assert (done.code, row["state"]) == (1, "broken")
+    assert "ARMOR_CPU_PATH 'sse'" in row["found"]
+    assert "avx2" in row["advice"]
+
+
 @pytest.mark.parametrize(("held", "state"), [("always [madvise] never", "ok"), ("always madvise [never]", "less")])
 def test_huge_pages_that_are_off_are_told(
     held: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -69,7 +69,16 @@ def test_retrieval_before_and_after(shell: Shell, tmp_path: Path, pruned: tuple[
             "there is no such measure; give one of perplexity, fidelity, classification, retrieval, multiple_choice, speed",
         ),
         (("--measure", "fidelity"), 2, "fidelity compares a model with the dense one: name that with --against MODEL"),
-        (("--measure", "retrieval"), 2, "evaluation.retrieval.dataset: required, but missing; name it with --dataset"),
+        (
+            ("--measure", "retrieval"),
+            2,
+            "--measure retrieval: evaluation.retrieval.dataset: required, but missing; name it with --dataset",
+        ),
+        (
+            ("--measure", "speed", "--sequence-length", "9"),
+            2,
+            "--sequence-length 9: evaluation.speed.sequence_length: unknown key",
+        ),
         (
             ("--set", "window=3"),
             2,
