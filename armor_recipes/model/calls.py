@@ -86,6 +86,11 @@ class LayerCall:
         """The tensors among the arguments, besides the hidden states."""
         yield from _tensors((self.args, self.kwargs))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its arguments are tensors, numbers, texts and tuples of those alone, in which a block can leave nothing."""
+        return _is_plain((self.args, tuple(self.kwargs.values())))
+
     def without(self, names: Collection[str]) -> LayerCall:
         """The call without some of its named arguments."""
         return replace(self, kwargs={name: value for name, value in self.kwargs.items() if name not in names})
@@ -120,6 +125,12 @@ def relative_difference(found: Tensor, wanted: Tensor) -> float:
     size = float(wanted.float().norm())
     error = float((found - wanted).float().norm())
     return error / size if size else error
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -248,21 +248,42 @@ def open_stream(
     """Take the first block's inputs for every batch, and the other blocks' arguments unless all have the `same`.
 
     Samples of a group are of one shape. The model's forward pass is stopped at the door of the last block asked: neither that block
-    nor the head behind it is computed. `keep` says where activations go.
+    nor the head behind it is computed. Where arguments differ from block to block, but the first two batches show that they do not
+    depend on what the tokens are, only the first block is asked from there on. `keep` says where activations go.
     """
     batches = batches_of(model, groups, batch_size)
-    calls = []
+    calls: list[list[LayerCall]] = []
+    usual: list[LayerCall] = []
     for batch in batches:
-        seen = _watch(model, stack, batch, hooks, blocks=1 if same else len(stack.modules))
-        calls.append(
-            [
-                replace(call, hidden=_NOTHING if place else keep(call.hidden))
-                for place, (_, call) in enumerate(seen.calls)
-            ]
-        )
+        known = bool(usual) and _alike(batch, batches[0])
+        seen = _calls(model, stack, batch, hooks, blocks=1 if same or known else None)
+        if known and not seen[0].same_arguments(usual[0]):
+            seen, known = _calls(model, stack, batch, hooks), False
+        first = replace(seen[0], hidden=keep(seen[0].hidden))
+        calls.append([first, *(usual[1:] if known else seen[1:])])
+        if len(calls) == 2 and not same and _depends_on_shape_alone(batches, calls):
+            usual = calls[0]
     reads = reads_of(model, stack.names[0], groups[0])
     paddings = [padding_of(batch, reads, first[0]) for batch, first in zip(batches, calls, strict=True)]
     return Stream(calls, stack, batches, paddings, keep)
+
+
+def _calls(model: nn.Module, stack: Stack, batch: Batch, hooks: Hooks, *, blocks: int | None = None) -> list[LayerCall]:
+    """The calls of the first so many blocks, or of all; hidden states of the first alone."""
+    return [call for _, call in _watch(model, stack, batch, hooks, blocks=blocks or len(stack.modules)).calls]
+
+
+def _alike(batch: Batch, other: Batch) -> bool:
+    """Whether two batches are tokens alone, without a mask, in one shape."""
+    return batch.keys() == other.keys() == {TOKENS} and batch[TOKENS].shape == other[TOKENS].shape
+
+
+def _depends_on_shape_alone(batches: Sequence[Batch], calls: Sequence[Sequence[LayerCall]]) -> bool:
+    """Whether all blocks are called with the same arguments for the first two batches, which are of other tokens in one shape."""
+    one, other = batches[:2]
+    if not _alike(one, other) or torch.equal(one[TOKENS], other[TOKENS]):
+        return False
+    return all(a.is_plain and a.same_arguments(b) for a, b in zip(*calls, strict=True))
 
 
 def capture_stream(model: nn.Module, stack: Stack, inputs: Batch, *, batch_size: int, hooks: Hooks) -> Stream:

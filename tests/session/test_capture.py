@@ -18,14 +18,14 @@ IDS = torch.randint(0, 96, (5, 12), generator=torch.Generator().manual_seed(3))
 INPUTS = {"input_ids": IDS}
 
 
-def layer_outputs(model: nn.Module, ids: Tensor) -> list[list[Tensor]]:
+def layer_outputs(model: nn.Module, ids: Tensor, size: int) -> list[list[Tensor]]:
     """By layer and batch, from plain forward passes."""
     seen: list[list[Tensor]] = []
     for layer in find_stacks(model).all[0].modules:
         outputs: list[Tensor] = []
         seen.append(outputs)
         layer.register_forward_hook(lambda _, __, out, o=outputs: o.append(out[0] if isinstance(out, tuple) else out))
-    for batch in ids.split(2):
+    for batch in ids.split(size):
         model(input_ids=batch)
     for layer in find_stacks(model).all[0].modules:
         layer._forward_hooks.clear()
@@ -33,14 +33,14 @@ def layer_outputs(model: nn.Module, ids: Tensor) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_replay_is_the_model(kind: str, attention: str) -> None:
+@pytest.mark.parametrize(("attention", "size"), [("sdpa", 1), ("sdpa", 2), ("eager", 2)])
+def test_replay_is_the_model(kind: str, attention: str, size: int) -> None:
     model, hooks = make_model(kind), Hooks()
     model.set_attn_implementation(attention)
     layers = find_stacks(model).all[0]
     with torch.no_grad():
-        wanted = layer_outputs(model, IDS)
-        stream = capture_stream(model, layers, INPUTS, batch_size=2, hooks=hooks)
+        wanted = layer_outputs(model, IDS, size)
+        stream = capture_stream(model, layers, INPUTS, batch_size=size, hooks=hooks)
         for index in range(len(layers.modules)):
             stream.advance(index)
             for found, output in zip(stream.hidden, wanted[index], strict=True):
@@ -57,8 +57,16 @@ def test_arguments_are_kept_for_each_layer_only_where_they_differ(kind: str, dif
     assert {len(batch) for batch in stream._calls} == {len(layers.modules) if differ else 1}
 
 
-@pytest.mark.parametrize(("kind", "first_alone"), [("llama", True), ("gemma3", False)])
-def test_the_first_pass_stops_at_the_door_of_the_last_layer_that_is_asked(kind: str, first_alone: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "size", "opened"),
+    [
+        ("llama", 2, 0),
+        ("gemma3", 2, 3),  # of the three batches the last has another shape than the first
+        ("gemma3", 1, 2),  # two batches show that arguments are those of the shape
+    ],
+)
+def test_the_first_pass_stops_at_the_door_of_the_last_layer_that_is_asked(kind: str, size: int, opened: int) -> None:
+    """`opened`: batches that pass the first layer when the stream is opened."""
     model = make_model(kind)
     layers = find_stacks(model).all[0]
     runs = {"first": 0, "last": 0, "head": 0}
@@ -69,12 +77,47 @@ def test_the_first_pass_stops_at_the_door_of_the_last_layer_that_is_asked(kind: 
     for name, module in {"first": layers.modules[0], "last": layers.modules[-1], "head": model.lm_head}.items():
         module.register_forward_hook(count(name))
     with torch.no_grad():
-        capture_stream(model, layers, INPUTS, batch_size=2, hooks=Hooks())
-    # With one window each: the probe's pass, two replays, and where layers' arguments differ a pass with one output changed.
-    windows = {"first": 3, "last": 3, "head": 1}
-    if not first_alone:
-        windows["first"] += 1 + 3  # and one of each batch
-    assert runs == windows
+        capture_stream(model, layers, INPUTS, batch_size=size, hooks=Hooks())
+    # Before, with one window each: the probe's pass, two replays, where layers' arguments differ a pass with one output changed.
+    assert runs == {"first": 3 + (opened > 0) + opened, "last": 3, "head": 1}
+
+
+class Positions(nn.Module):
+    """Calls its two layers with arguments of their own: the first's are of the shape, the second's of the `asked` tokens, too."""
+
+    def __init__(self, asked: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 32)
+        self.layers = nn.ModuleList(Scaled() for _ in range(2))
+        self.asked = asked
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden: Tensor = self.embed(input_ids)
+        for number, layer in enumerate(self.layers):
+            of_ids = input_ids[..., None] / 96 if self.asked and number else torch.zeros(())
+            hidden = layer(hidden, scale=of_ids + number)
+        return hidden
+
+
+class Scaled(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(32, 32)
+
+    def forward(self, hidden: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(hidden) * scale
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("ids", [IDS, torch.cat([IDS[:1], IDS])], ids=["other tokens", "two equal windows first"])
+def test_arguments_of_the_tokens_are_taken_from_each_batch(asked: bool, ids: Tensor) -> None:
+    model = Positions(asked)
+    stack = Stack("layers", (model.layers[0], model.layers[1]))
+    with torch.no_grad():
+        stream = capture_stream(model, stack, {"input_ids": ids}, batch_size=1, hooks=Hooks())
+        for index in range(2):
+            stream.advance(index)
+        for found, window in zip(stream.hidden, ids, strict=True):
+            assert torch.equal(found, model(window[None]))
 
 
 def test_observing_leaves_the_stream_where_it_is() -> None:
