@@ -7,7 +7,7 @@ its plan and for the steps of a run.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
@@ -283,6 +283,11 @@ class Needs:
     dense: Literal["", "block", "outputs", "model"] = ""
     ahead: bool = False
     because: str = "it"
+
+    def streams_for(self, rows: Iterable[Any]) -> tuple[StreamKind, ...]:
+        """The streams that these rows of a plan take: none where what the engine feeds is all, and they look at nothing."""
+        idle = self.feeds is not None and self.when == "in turn" and not any(row.observed or row.taps for row in rows)
+        return () if idle else self.streams
 
 
 def fed_with_inputs(config: ModifierConfig, **others: Any) -> Needs:

@@ -121,7 +121,7 @@ def estimate_run(
     `model` may be on the meta device. `evaluated` are the tokens of the recipe's measures where they are known; else those that the
     recipe names. `itemsize` are the bytes of a value that is computed with, see `peak_bytes`.
     """
-    found, sets = rates or product_rates(plan, model, modifiers), CalibrationSets.of(recipe, modifiers)
+    found, sets = rates or product_rates(plan, model, modifiers), CalibrationSets.of(recipe, modifiers, plan.rows)
     measured, uncounted = _evaluated(recipe) if evaluated is None else (evaluated, ())
     solving, training = _solving(plan, found), _training(plan, sets, found)
     statistics = {key: sets.tokens_of(key) * each for key, each in found.statistic.items()}

@@ -49,7 +49,7 @@ def peak_bytes(
     """Of the whole run, with `beside` what any work was measured to take beside the model. A value of a pass within
     `model.memory` takes `itemsize` bytes.
     """
-    sets, widths = CalibrationSets.of(recipe, modifiers), _Widths.of(model)
+    sets, widths = CalibrationSets.of(recipe, modifiers, plan.rows), _Widths.of(model)
     phases = [beside, *_evaluating(recipe, plan, widths), *_going_back(plan, modifiers, sets, widths)]
     if recipe.model.memory is not None:  # weights, activations and results lie in files
         phases += [
@@ -69,13 +69,14 @@ def peak_bytes(
 
 
 def activation_bytes(
+    plan: Plan,
     recipe: Recipe,
     model: nn.Module,
     modifiers: Mapping[str, AnyModifier[Any]],
     samples: Mapping[CalibrationSpec, int] | None = None,
 ) -> int:
     """Of all activations at the door of a block that a run holds at once, of so many samples where they were read."""
-    sets = CalibrationSets.of(recipe, modifiers)
+    sets = CalibrationSets.of(recipe, modifiers, plan.rows)
     read = samples or {}
     tokens = sets.held_tokens if samples is None else sum(read.get(s, 0) * s.sequence_length for s, _ in sets.held)
     return _VALUE * (model_facts(model).hidden_size or 0) * tokens

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 from armor_recipes.modifiers import AnyModifier
-from armor_recipes.modifiers.kinds.contract import calibration_tokens
+from armor_recipes.modifiers.kinds.contract import Row, calibration_tokens
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.schema import CalibrationSpec
 
@@ -23,11 +23,16 @@ class CalibrationSets:
     back: Set[CalibrationSpec]
 
     @classmethod
-    def of(cls, recipe: Recipe, modifiers: Mapping[str, AnyModifier[Any]]) -> CalibrationSets:
-        """By what the modifiers need."""
+    def of(cls, recipe: Recipe, modifiers: Mapping[str, AnyModifier[Any]], rows: Iterable[Row]) -> CalibrationSets:
+        """By what the modifiers need for the rows that they planned."""
         specs = {e.key: e.config.calibration for e in recipe.modifiers if e.config.calibration is not None}
         needs = {key: modifiers[key].needs for key in specs}
-        held: set[tuple[CalibrationSpec, str]] = {(specs[key], kind) for key in specs for kind in needs[key].streams}
+        planned: dict[str, list[Row]] = {key: [] for key in specs}
+        for row in rows:
+            planned.get(row.modifier, []).append(row)
+        held: set[tuple[CalibrationSpec, str]] = {
+            (specs[key], kind) for key in specs for kind in needs[key].streams_for(planned[key])
+        }
         held |= {(specs[key], "inputs of the dense block") for key in specs if needs[key].dense == "block"}
         return cls(specs, held, {specs[key] for key in specs if needs[key].gradients})
 

@@ -224,7 +224,9 @@ def scratch_bytes(job: Job, written: int, samples: Mapping[CalibrationSpec, int]
     weights = sum(parameter.numel() for parameter in job.shapes.parameters()) * compute.itemsize
     computed_with = ranks().size > 1 or any(modifier.needs.factors for modifier in job.modifiers.values())
     factors = sum(row.bytes_after for row in job.plan.stored.values() if row.stored_as == "packed") * computed_with
-    held = activation_bytes(job.recipe, job.shapes, job.modifiers, samples) + (written if compute != stored else 0)
+    held = activation_bytes(job.plan, job.recipe, job.shapes, job.modifiers, samples) + (
+        written if compute != stored else 0
+    )
     return ranks().size * (weights + factors) + held
 
 

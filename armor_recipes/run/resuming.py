@@ -97,7 +97,7 @@ def journal_bytes(job: Job, output: Path, samples: Mapping[CalibrationSpec, int]
     if job.recipe.steps:
         return 0
     trained = max((_trained(job, row) for row in job.plan.refinements), default=0)
-    replaced = activation_bytes(job.recipe, job.shapes, job.modifiers, samples) + 4 * _STATES * trained
+    replaced = activation_bytes(job.plan, job.recipe, job.shapes, job.modifiers, samples) + 4 * _STATES * trained
     folder = journal_folder(output)
     there = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
     return max(0, sum(_step_bytes(job)) + 2 * replaced - there)

@@ -120,7 +120,7 @@ class Opening:
 
 def stream_keys(shares: Sequence[Share]) -> tuple[StreamKey, ...]:
     """The streams that the shares ask for, each once."""
-    return tuple(dict.fromkeys(share.stream_key(kind) for share in shares for kind in share.modifier.needs.streams))
+    return tuple(dict.fromkeys(share.stream_key(kind) for share in shares for kind in share.streams))
 
 
 def original_of(

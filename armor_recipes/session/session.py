@@ -367,7 +367,7 @@ class Session:
         """The context with the statistics of a turn that no pass before has taken."""
         (first, *others) = turn
         feeds = first.modifier.needs.feeds
-        if others or feeds is None or context.statistics.get(first.entry.key):
+        if others or feeds is None or not first.streams or context.statistics.get(first.entry.key):
             return context
         found = observe(context.stream(first, feeds), [first], context, advance=False)
         return self._context(context.stack, context.block, context.streams, found, context.original)

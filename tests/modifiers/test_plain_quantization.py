@@ -92,6 +92,26 @@ def test_from_plan_to_stock_loader(source: Path, tmp_path: Path, scheme: str) ->
     assert all(torch.equal(again[name].view(torch.uint8), tensors[name].view(torch.uint8)) for name in tensors)
 
 
+def test_no_window_passes_where_nothing_is_looked_at(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*_: Any, **__: Any) -> None:
+        raise AssertionError("a stream was opened")
+
+    free = wanted(source, tmp_path / "free", QuantizationModifier={"scheme": "W4A16", "ignore": ["lm_head"]})
+    plain = {key: value for key, value in free.items() if key != "calibration"}
+    armor_recipes.apply(plain, output=tmp_path / "plain")
+    monkeypatch.setattr("armor_recipes.session.observing.open_stream", opened)
+    armor_recipes.apply(free)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("free", "plain")]
+    assert files[0] == files[1]
+    observing = wanted(source, tmp_path / "other", GPTQModifier={"scheme": "W4A16", "ignore": ["lm_head"]})
+    passes = [make_job(one).estimate.cpu_seconds_by["passes"] for one in (free, plain, observing)]
+    assert passes[:2] == [0, 0] < passes[2:]
+    with pytest.raises(AssertionError, match="a stream was opened"):
+        armor_recipes.apply(observing)
+
+
 def test_packed_and_plain_layers_in_one_folder(source: Path, tmp_path: Path) -> None:
     armor = {"targets": [ATTENTION], "block_size": 8, "iterations": 2}
     plain = {"scheme": "W8A8", "targets": [MLP]}

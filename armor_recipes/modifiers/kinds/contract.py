@@ -226,6 +226,11 @@ class Share:
         return {name for row in self.rows for name in row.takes}
 
     @property
+    def streams(self) -> tuple[StreamKind, ...]:
+        """The models whose activations its rows take."""
+        return self.modifier.needs.streams_for(self.rows)
+
+    @property
     def every_expert(self) -> bool:
         """Whether every expert is calibrated on all tokens."""
         spec = self.entry.config.calibration
