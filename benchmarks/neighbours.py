@@ -174,16 +174,16 @@ def armor(row: str) -> Callable[[Setting, Path], Made]:
     """The row's own recipe, or the recipe `ARMOR` and then a core of integers; what a folder holds is not made again."""
 
     def make(setting: Setting, work: Path) -> Made:
-        own, base = setting.recipes.get(row), setting.recipes[BASE]
-        recipe = setting.recipe(BASE if own is None else row)
-        if own is not None and own.is_dir():
-            return read(setting, own, by=OURS, recipe=recipe)
+        own = setting.recipes.get(row)
+        base, recipe = own or setting.recipes[BASE], setting.recipe(BASE if own is None else row)
         if own is None:
-            recipe["core_stage"] = {"core_modifiers": {"QuantizationModifier": {**ALL, **CORES[row][0]}}}
-        if own is not None or not base.is_dir():
+            fields = {**ALL, **CORES[row][0], "calibration": setting.first_calibration()}
+            recipe["core_stage"] = {"core_modifiers": {"QuantizationModifier": fields}}
+        if not base.is_dir():
             return ours(lambda _: recipe)(setting, work)
-        quantise(base, work / "made", CORES[row][0], setting.first_calibration())
-        return read(setting, work / "made", by=OURS, recipe=recipe)
+        if own is None:
+            quantise(base, work / "made", CORES[row][0], setting.first_calibration())
+        return read(setting, work / "made" if own is None else base, by=OURS, recipe=recipe)
 
     return make
 

@@ -55,11 +55,10 @@ def _run(app: typer.Typer, name: str) -> object:
             OSError
         ) as error:  # of typer's own, which writes a shell's completion: those of commands are kept from it
             raise RecipeError(f"{error.filename or 'a file'} cannot be used ({error.strerror})") from error
-        except (
-            KeyError,
-            ValueError,
-        ) as error:  # of typer's own, too: of variables by which a shell asks for completions
-            raise RecipeError(
+        except (KeyError, ValueError) as error:
+            if f"_{name.upper().replace('-', '_')}_COMPLETE" not in os.environ:
+                raise
+            raise RecipeError(  # typer's own, too: what it was asked to complete stands in variables
                 f"environment variables COMP_WORDS and COMP_CWORD: completion needs both, the second a number ({error}); let the "
                 f"shell ask for it, see `{name} --install-completion`"
             ) from error

@@ -244,6 +244,8 @@ def product_rates(plan: Plan, model: nn.Module, modifiers: Mapping[str, AnyModif
         trained[row.modifier] = trained.get(row.modifier, 0.0) + each
     statistic = {}
     for key, rows in by_entry(plan).items():
+        if not modifiers[key].needs.streams_for(rows):
+            continue
         grams = sum(d_in**2 for d_in in _read(rows) if _is_gram(modifiers[key], rows, d_in))
         statistic[key] = 2.0 * grams / speeds.product + sum(_read(rows)) / speeds.value
     solve: dict[object, float] = {"": 1 / speeds.solve}

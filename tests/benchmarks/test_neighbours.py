@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import gguf
@@ -11,7 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import armor_recipes
 from armor_recipes.builtin import model_folder
+from armor_recipes.checkpoint.reader import inspect
 from armor_recipes.run.measure import evaluate_model
 from tests.support.forks import Forks
 from tests.support.pages import ROOT
@@ -100,3 +103,28 @@ def test_what_exists_is_not_run_again_and_other_windows_are_refused(forks: Forks
     assert run(forks, place, "--rows", "dense;Q4_0") == ""
     assert run(forks, place, "--rows", "dense", windows=3) == "exit 2\n"
     assert run(forks, place, "--rows", "dense;Q5_0") == "exit 2\n"
+
+
+@pytest.mark.slow
+def test_a_folder_is_measured_as_it_is_and_its_factors_get_another_core(
+    forks: Forks, place: Path, tmp_path: Path
+) -> None:
+    calibration = {"dataset": "builtin:pydoc", "samples": 4, "sequence_length": LENGTH}
+    solved = {"targets": "preset:all-linear", "block_size": 32, "iterations": 1}
+    out = tmp_path / "armor"
+    stage = {"armor_modifiers": {"ARMORModifier": solved}}
+    armor_recipes.apply(
+        {"model": MODEL, "calibration": calibration, "prune_stage": stage, "output": {"path": str(out)}}
+    )
+    run(forks, place, "--recipe", f"ARMOR={out}", "--rows", "ARMOR;ARMOR, int8 core")
+    found, whole, core = (
+        json.loads((place / "results" / "builtin-stdlib-llama" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("dense", "ARMOR", "ARMOR-int8-core")
+    )
+    assert whole["weight_bytes"] == sum(layer.nbytes for layer in inspect(out).layers)
+    assert whole["recipe"]["prune_stage"] == core["recipe"]["prune_stage"] == stage
+    assert core["recipe"]["core_stage"]["core_modifiers"]["QuantizationModifier"]["calibration"] == calibration
+    assert core["weight_bytes"] < whole["weight_bytes"] < found["weight_bytes"]
+    losses = [fmean(row["texts"]["notes"]["kl_divergence"]) for row in (found, whole, core)]
+    assert losses[0] == 0 < losses[1]
+    assert losses[2] == pytest.approx(losses[1], rel=0.2)
