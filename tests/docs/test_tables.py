@@ -31,11 +31,8 @@ WITHOUT_JSON = {
     "docs/benchmarks/h200.md": 3,
     "docs/benchmarks/other-models.md": 2,
     "docs/benchmarks/quality-smollm2.md": 3,
-    "docs/calibration.md": 1,
-    "docs/llm-compressor.md": 1,
     "docs/results.md": 2,
-    "docs/runtime.md": 2,
-    "docs/solver.md": 2,
+    "docs/solver.md": 1,
 }
 
 

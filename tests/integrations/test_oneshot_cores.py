@@ -205,7 +205,7 @@ def test_four_bits_are_warned_of_and_eight_are_not() -> None:
         scheme.targets = ["re:.*down_proj$"]
         by_bits[bits] = checked(fake("QuantizationModifier", ["re:.*down_proj$"], quantizes=True, scheme=scheme))
     assert by_bits[8] == []
-    assert "perplexity 42.4 from 39.5" in by_bits[4][0]
+    assert "perplexity 41.5 from 39.4" in by_bits[4][0]
 
 
 def test_other_layers_may_be_quantised_beside_them_and_keys_and_values_not() -> None:
