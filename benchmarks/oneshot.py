@@ -51,7 +51,7 @@ def run_row(name: str, modifiers: dict[str, Any], folder: Path) -> Row:
     """Prune the embedded model by the row's recipe, save it into `folder`, and load it again."""
     import llmcompressor  # an optional neighbour's
 
-    import armor_recipes.integrations.llmcompressor
+    import armor_recipes.integrations.llmcompressor  # registers our modifiers
 
     source = model_folder("stdlib-llama")
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -68,7 +68,8 @@ def run_row(name: str, modifiers: dict[str, Any], folder: Path) -> Row:
         windows = CalibrationSpec(dataset="builtin:pydoc", samples=SAMPLES, sequence_length=LENGTH)
         ids = build_tokens(windows, tokenizer=tokenizer, vocab_size=len(tokenizer)).ids
         recipe = yaml.safe_dump({"one_stage": {"one_modifiers": modifiers}}, sort_keys=False)
-        loader = DataLoader([{"input_ids": window} for window in ids], batch_size=1)
+        samples: Any = [{"input_ids": window} for window in ids]
+        loader: Any = DataLoader(samples, batch_size=1)
         llmcompressor.oneshot(
             model=model, recipe=recipe, dataset=loader, tokenizer=tokenizer, num_calibration_samples=SAMPLES
         )
