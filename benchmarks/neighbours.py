@@ -239,7 +239,8 @@ def llama_cpp(form: str) -> Callable[[Setting, Path], Made]:
     return make
 
 
-#: Symmetric integers of 4 bits with a scale for 64 columns, in the words of compressed-tensors.
+#: Symmetric integers, in the words of compressed-tensors: of 8 bits with a scale a row, of 4 bits with one for 64 columns.
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
 
 
@@ -251,7 +252,7 @@ ROWS: dict[str, Row] = {
     ),
     "Wanda 2:4": Row(ours(one("WandaPruningModifier", pattern="2:4", means=True), pack=True)),
     "NoWag-P 2:4": Row(ours(one("NoWagModifier", means=True), pack=True)),
-    "int8 by channel": Row(ours(one("QuantizationModifier", scheme="W8A16"))),
+    "int8 by channel": Row(ours(one("QuantizationModifier", config_groups={"linear": {"weights": INT8}}))),
     "int4 of 64, RTN": Row(ours(one("QuantizationModifier", config_groups={"linear": {"weights": INT4}})), group=64),
     "int4 of 64, GPTQ": Row(
         theirs("GPTQModifier", config_groups={"linear": {"targets": ["Linear"], "weights": INT4}}),
