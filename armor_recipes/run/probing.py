@@ -71,9 +71,10 @@ def probed(job: Job) -> RunEstimate:
         evaluated = draw(inputs, size, generator)
         with forward_errors(model, evaluated), torch.no_grad():
             _passes(model, evaluated)
-        measured = token, logits, *_solves(job), _trained(job, model, inputs)
+        counted = product_rates(job.plan, job.shapes, job.modifiers)
+        measured = token, logits, *_solves(job, counted), _trained(job, model, inputs)
         del model
-    rates = Rates(*measured, beside=max(0, peak[0] - weights), probed=True)
+    rates = Rates(*measured, beside=max(0, peak[0] - weights), probed=True, likeness=counted.likeness)
     return estimated(job, tokens=read, rates=rates)
 
 
@@ -160,12 +161,11 @@ def _peak() -> Iterator[list[int]]:
         found[0] = process_bytes("VmHWM") - before
 
 
-def _solves(job: Job) -> tuple[dict[object, float], dict[str, float]]:
+def _solves(job: Job, counted: Rates) -> tuple[dict[object, float], dict[str, float]]:
     """CPU seconds for an operation of a solve, by entry and shape, and for one token in an entry's statistics.
 
-    Of each entry and shape the module with the most to do is tried; what has no trial is counted.
+    Of each entry and shape the module with the most to do is tried; what has no trial is as `counted`.
     """
-    counted = product_rates(job.plan, job.shapes, job.modifiers)
     solve: dict[object, float] = {}
     statistic = dict(counted.statistic)
     for key, rows in by_entry(job.plan).items():

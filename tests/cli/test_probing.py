@@ -58,6 +58,7 @@ def test_every_kind_of_work_is_measured(name: str, llama: Path, monkeypatch: pyt
     rates = rates_of(job, monkeypatch)
     assert rng_states() == before
     assert rates.token > 0
+    assert rates.likeness > 0
     assert rates.logits > 0
     solved = {row.modifier for row in job.plan.modules}
     assert solved == rates.statistic.keys()
@@ -159,7 +160,7 @@ def test_small_models_cost_what_does_not_depend_on_their_size(llama: Path, monke
     widths = 2 * (4 * 64 + 3 * 96)
     assert rates.token == pytest.approx(4 * widths / 1e3 + 25 * 15 * 2.0 / 24)
     assert rates.logits == pytest.approx(4 * 96 / 500.0)  # numbers that no cache holds
-    assert rates.likeness == pytest.approx(60 * 96 / 1e3)
+    assert rates.likeness == pytest.approx((60 + 25) * 96 / 1e3)  # compared, and kept before that
 
 
 def test_comparing_with_the_dense_model_counts_once(llama: Path) -> None:
