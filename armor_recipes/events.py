@@ -37,12 +37,16 @@ class LayerStarted:
 
 @dataclass(frozen=True, slots=True)
 class SolveProgressed:
-    """A module's solve went on, or a unit's training: iterations done and at most, best loss so far."""
+    """A module's solve went on, or a unit's training: iterations done and at most, best loss so far.
+
+    `share` is how much of the session's estimated work is now done, 0 to 1; None of a solve, beside which others may run.
+    """
 
     module: str
     done: int
     at_most: int
     loss: float
+    share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

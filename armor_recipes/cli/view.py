@@ -23,6 +23,9 @@ from armor_recipes.events import (
     ignore_events,
 )
 
+#: Seconds without a line after which a plain view tells how far what is going on has come.
+_QUIET = 60.0
+
 
 class View(Protocol):
     """Takes events of a run."""
@@ -86,10 +89,11 @@ class LiveView:
 
 
 class PlainView:
-    """One line a phase, and one a layer with its losses and the time left."""
+    """One line a phase, one a layer with its losses and the time left, and one where nothing was told for a minute."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.told = time.monotonic()
         self.work = WorkDone()
         self.losses: list[tuple[float, float]] = []
         self.layer = ""
@@ -109,6 +113,10 @@ class PlainView:
             case UnitRefined(unit, first, last, steps):
                 self._finish_layer()
                 self._line(f"  {unit}: held-out loss {first:.5f} -> {last:.5f} in {steps} steps, {self.work.left()}")
+            case SolveProgressed(module, done, at_most, loss):
+                self._after_a_minute(f"  {module}: {done} of {at_most}, loss {loss:.5f}")
+            case EvaluationProgressed(done, total, measure):
+                self._after_a_minute(f"  {measure}: {done} of {total}")
 
     def _finish_layer(self) -> None:
         if self.losses:
@@ -117,7 +125,12 @@ class PlainView:
             self._line(f"{self.layer}: {note}, {self.work.left()}")
         self.losses = []
 
+    def _after_a_minute(self, text: str) -> None:
+        if time.monotonic() - self.told >= _QUIET:
+            self._line(", ".join(filter(None, (text, self.work.left()))))
+
     def _line(self, text: str) -> None:
+        self.told = time.monotonic()
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -145,7 +158,12 @@ class WorkDone:
                 self._begin()
             case EvaluationProgressed(done, total, measure):
                 self._evaluated(measure, done / max(total, 1))
-            case ModuleFinished(share=share) | UnitRefined(share=share) | ChannelsReordered(share=share):
+            case (
+                SolveProgressed(share=float(share))
+                | ModuleFinished(share=share)
+                | UnitRefined(share=share)
+                | ChannelsReordered(share=share)
+            ):
                 self.done["compress"] = share
         return self.share != before
 

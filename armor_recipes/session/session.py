@@ -335,6 +335,7 @@ class Session:
             hooks=self.hooks,
             observer=self.observer,
             progress=self._progress,
+            reached=self._share_with,
             snapshot=self._journal.snapshot,
         )
 
@@ -391,8 +392,11 @@ class Session:
         return tuple(index for index in numbers if index in self._survey.blocks or not self._survey.blocks)
 
     def _progress(self, row: Row) -> float:
-        self._share = min(1.0, self._share + row.flops * self._costs.get(row.modifier, 0.0))
+        self._share = self._share_with(row, 1.0)
         return self._share
+
+    def _share_with(self, row: Row, part: float) -> float:
+        return min(1.0, self._share + part * row.flops * self._costs.get(row.modifier, 0.0))
 
 
 def _costs(plan: Plan, seconds: Mapping[str, float]) -> dict[str, float]:

@@ -337,6 +337,30 @@ def test_views_take_every_event(terminal: bool, tmp_path: Path) -> None:
         assert "  layer 2/2: 1 modules" in text
 
 
+def test_a_plain_view_is_not_silent_for_more_than_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("armor_recipes.cli.view.time.monotonic", lambda: clock[0])
+    events: list[tuple[float, Event]] = [
+        (0, WorkEstimated({"compress": 100.0}, 0.0, {})),
+        (0, PhaseStarted("compress")),
+        (59, SolveProgressed("model", 1, 10, 0.5, 0.1)),
+        (61, SolveProgressed("model", 2, 10, 0.25, 0.2)),
+        (62, SolveProgressed("model", 3, 10, 0.125, 0.3)),
+        (200, EvaluationProgressed(1, 2, "perplexity")),
+    ]
+    with (
+        (tmp_path / "screen").open("w") as screen,
+        progress_view(Console(file=screen, force_terminal=False), quiet=False) as view,
+    ):
+        for clock[0], event in events:
+            view(event)
+    assert (tmp_path / "screen").read_text().splitlines() == [
+        "compress",
+        "  model: 2 of 10, loss 0.25000, 4:04 left",
+        "  perplexity: 1 of 2, 7:46 left",
+    ]
+
+
 def test_the_live_view_names_the_phase_that_trains(tmp_path: Path) -> None:
     with (tmp_path / "screen").open("w") as screen:
         console = Console(file=screen, force_terminal=True, width=120)
@@ -412,6 +436,8 @@ def test_the_whole_bar_counts_evaluation_and_ends() -> None:
         (EvaluationProgressed(1, 4, "fidelity"), 10 / 3 + 20 * (3 / 4 + 1 / 16)),
         (PhaseStarted("compress"), 10 / 3 + 20),
         (ModuleFinished("m", 0.3, 0.1, 0.1, 0.5), 10 / 3 + 20 + 25),
+        (SolveProgressed("n", 2, 3, 0.1), 10 / 3 + 20 + 25),
+        (SolveProgressed("model", 1, 2, 0.1, 0.75), 10 / 3 + 20 + 37.5),
         (PhaseStarted("evaluate after"), 10 / 3 + 20 + 50),
         (EvaluationProgressed(2, 2, "perplexity"), 10 / 3 + 20 + 50 + 15),
         (PhaseStarted("save"), 10 / 3 + 90),

@@ -15,6 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForC
 from armor_recipes.calibration.inputs import some_of
 from armor_recipes.checkpoint.reader import read_header
 from armor_recipes.errors import PlanError
+from armor_recipes.events import Event, ModuleFinished, SolveProgressed, UnitRefined
 from armor_recipes.model.blocks import find_stacks
 from armor_recipes.model.hooks import Hooks
 from armor_recipes.model.replay import capture_stream
@@ -51,6 +52,22 @@ REFINERS = ["BlockRefineModifier", "DistillationModifier"]
 def with_refiner(model: Path | str, *names: str, output: Path | str = "out", **fields: Any) -> dict[str, Any]:
     """ARMOR everywhere, then refiners."""
     return recipe(model, output, ARMORModifier=ARMOR, **{name: {"learning_rate": 0.003, **fields} for name in names})
+
+
+@pytest.mark.parametrize("refiner", REFINERS)
+def test_steps_of_a_training_count_as_they_are_done(refiner: str, llama: Path) -> None:
+    seen: list[Event] = []
+    make_session(make_job(with_refiner(llama, refiner, epochs=2)), observer=seen.append).run()
+    shares = [
+        event.share
+        for event in seen
+        if isinstance(event, ModuleFinished | UnitRefined) or (isinstance(event, SolveProgressed) and event.share)
+    ]
+    trained = [event for event in seen if isinstance(event, SolveProgressed) and event.share is not None]
+    assert {event.module for event in trained} == {event.unit for event in seen if isinstance(event, UnitRefined)}
+    assert len({event.share for event in trained}) == len(trained) > 1
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
 
 
 # --- the dense model ---------------------------------------------------------------------------------------------------------

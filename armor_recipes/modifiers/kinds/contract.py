@@ -323,6 +323,7 @@ class BlockContext:
         original: the block as it was, where a modifier needs it.
         keep_factors: whether a modifier of the recipe reads factors.
         progress: notes that a row is done, and returns the share of all rows' work that is.
+        reached: that share once a part, 0 to 1, of the row that is worked on now is done.
         snapshot: where a training, by its step's key, keeps its state; None where a run cannot be taken up again.
     """
 
@@ -346,6 +347,7 @@ class BlockContext:
     hooks: Hooks
     observer: Observer
     progress: Callable[[Row], float]
+    reached: Callable[[Row, float], float]
     snapshot: Callable[[str], Snapshot | None]
 
     @property
@@ -394,11 +396,12 @@ class BlockContext:
             statistic.expect(self.tokens[spec].origins, first)
         return statistic
 
-    def told(self, name: str) -> SolveProgress:
-        """What tells the observer of steps on the way."""
+    def told(self, name: str, row: Row | None = None) -> SolveProgress:
+        """What tells the observer of steps on the way, and where nothing runs beside this `row` how much is done by then."""
 
         def progress(done: int, at_most: int, loss: float) -> None:
-            self.observer(SolveProgressed(name, done, at_most, loss))
+            share = None if row is None else self.reached(row, done / max(at_most, 1))
+            self.observer(SolveProgressed(name, done, at_most, loss, share))
 
         return progress
 

@@ -366,13 +366,12 @@ class _Job:
     """
 
     share: Share
+    row: RefinePlan
     refiner: Refiner[Any]
     packed: Mapping[str, PackedLinear]
     key: str
-    unit: str
     module: nn.Module
     context: BlockContext
-    logit_stride: int
 
     @classmethod
     def of(cls, key: str, share: Share, row: RefinePlan, context: BlockContext) -> _Job:
@@ -380,12 +379,12 @@ class _Job:
         without = left_alone(context.state)
         packed = {name: context.state.factors[name] for name in row.modules if name not in without}
         module = context.model if context.block is None else context.module
-        return cls(share, refiner, packed, key, row.unit, module, context, row.logit_stride)
+        return cls(share, row, refiner, packed, key, module, context)
 
     @property
     def prefix(self) -> str:
         """What full names begin with that the module's own do not."""
-        return "" if self.context.block is None else f"{self.unit}."
+        return "" if self.context.block is None else f"{self.row.unit}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,11 +463,11 @@ def _train_model(job: _Job) -> _Trained:
     factors, vectors = _trainables(job, model, "", products_of(compute))
     names = [context.stacks.block_name(index) for index in context.blocks]
     task, compared = model_task(
-        job.refiner, model, dense, factors, vectors, batches, names=names, stride=job.logit_stride
+        job.refiner, model, dense, factors, vectors, batches, names=names, stride=job.row.logit_stride
     )
     trained = _train(job, task, tokens=sum(leading(batch).numel() for batch in batches), compute=compute)
     outputs = "" if compared == {("logits",)} else ", ".join(sorted({name for names in compared for name in names}))
-    stride = 1 if outputs else job.logit_stride
+    stride = 1 if outputs else job.row.logit_stride
     return replace(trained, result=replace(trained.result, outputs=outputs, logit_stride=stride))
 
 
@@ -557,9 +556,9 @@ def _train(job: _Job, task: RefineTask, *, tokens: int, compute: torch.dtype) ->
     task = replace(task, snapshot=context.snapshot(job.key))
     # The factors stand for these weights while they are trained, and make them anew in the end.
     own = [f"{name}.weight" for name in task.factors]
-    with located(job.share.entry, job.unit):
+    with located(job.share.entry, job.row.unit):
         with frozen(module), context.weights.lent(own):
-            outcome = job.refiner.refine(task, context.told(job.unit))
+            outcome = job.refiner.refine(task, context.told(job.row.unit, job.row))
         packed = {
             name: _packed(name, factors, job.packed[name], context.storage.factor_dtype)
             for name, factors in task.factors.items()
@@ -571,7 +570,7 @@ def _train(job: _Job, task: RefineTask, *, tokens: int, compute: torch.dtype) ->
     }
     result = RefineResult(
         modifier=job.share.entry.key,
-        unit=job.unit,
+        unit=job.row.unit,
         losses=outcome.losses,
         steps=outcome.steps,
         clipped=outcome.clipped,
