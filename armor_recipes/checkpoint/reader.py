@@ -215,12 +215,23 @@ def inspect(folder: Path) -> CheckpointSize:
             shape, floats = _weight_shape(tensors[f"{name}.{VALUES}"], spec), _float_dtype(name, spec, tensors)
             found.append(_layer_size(name, tensors, spec, stored_names(spec), shape, floats))
         layers = tuple(found)
-        itemsize = getattr(torch, str(config.get("dtype", "bfloat16"))).itemsize
+        itemsize = _dtype(folder, config).itemsize
         schemes = plain_layers(folder, quantization, tensors)
         plain = tuple(_plain_size(name, scheme, tensors, itemsize) for name, scheme in schemes.items())
     total = sum(info.nbytes for info in tensors.values())
     own = sum(layer.nbytes for layer in layers) + sum(layer.nbytes for layer in plain)
     return CheckpointSize(layers, total - own, kind, plain)
+
+
+def _dtype(folder: Path, config: Mapping[str, Any]) -> torch.dtype:
+    """That of the weights that no quantisation takes. Raises CheckpointError."""
+    named = config.get("dtype") or "bfloat16"
+    found = getattr(torch, named, None) if isinstance(named, str) else None
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: dtype is {named!r:.80}, which torch does not have; correct it"
+        )
+    return found
 
 
 def check_folder(folder: Path) -> None:

@@ -205,6 +205,10 @@ def check_destination(path: Path, *, overwrite: bool, precious: Mapping[str, Pat
     for what, place in places.items():
         if place.resolve().is_relative_to(target):
             raise RecipeError(f"output.path {path} is or holds {what}: it is never replaced; choose another path")
+    if os.path.ismount(target):
+        raise RecipeError(
+            f"output.path {path} is the root of a mounted file system, in whose place no folder can be put: name a folder inside it"
+        )
     if not any(target.iterdir()):
         return
     if not overwrite:
@@ -286,10 +290,17 @@ def _replace(staging: Path, target: Path, *, overwrite: bool, precious: Mapping[
     """Put `staging` in the place of `target`; whatever was there ends up at `staging`, or is removed."""
     # A folder that appeared while this run worked is as precious as one that was there before.
     check_destination(target, overwrite=overwrite, precious=precious)
-    if not target.exists() or not any(target.iterdir()):
-        staging.rename(target)
-    elif not _exchange(staging, target):
-        _replace_in_two_steps(staging, target)
+    try:
+        if not target.exists() or not any(target.iterdir()):
+            staging.rename(target)
+        elif not _exchange(staging, target):
+            _replace_in_two_steps(staging, target)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise RecipeError(
+            f"output.path {target} cannot be put in place ({error.strerror}): choose another path, or free this one"
+        ) from error
     sync(target.parent)
 
 

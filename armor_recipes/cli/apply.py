@@ -98,7 +98,7 @@ def apply_command(
         from armor_recipes.run.report_file import check_report_file, write_report
 
     quiet_libraries()
-    _check_flags(plan=plan, probe=probe, every=every, locked=locked, metrics=metrics)
+    _check_flags(plan=plan, probe=probe, every=every, locked=locked, metrics=metrics, report=report)
     out, err = Console(), Console(stderr=True)
     lock = read_lock(lock_file(recipes)) if locked else None
     job = prepare(read_recipe(recipes, overrides=overrides or (), output=output), device=device)
@@ -122,7 +122,9 @@ def apply_command(
     _print_result(result, out, as_json=as_json, quiet=quiet)
 
 
-def _check_flags(*, plan: bool, probe: bool, every: bool, locked: bool, metrics: list[str] | None) -> None:
+def _check_flags(
+    *, plan: bool, probe: bool, every: bool, locked: bool, metrics: list[str] | None, report: Path | None
+) -> None:
     """Raise RecipeError for flags that do not go together."""
     if probe and not plan:
         raise RecipeError("--probe measures for a plan: give --plan, too")
@@ -130,6 +132,8 @@ def _check_flags(*, plan: bool, probe: bool, every: bool, locked: bool, metrics:
         raise RecipeError("--all lists the modules of a plan: give --plan, too")
     if plan and metrics:
         raise RecipeError("--metrics is of a run, and --plan of none: leave one of them out")
+    if plan and report is not None:
+        raise RecipeError("--report is of a run, and --plan of none: leave one of them out")
     if plan and locked:
         raise RecipeError(
             "--locked is of a run, and --plan of none: `armor lock RECIPE --check` compares without a run"

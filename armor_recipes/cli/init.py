@@ -75,4 +75,5 @@ def init_command(
 
     block = block_size or _ask("3. Block size", default=str(start.block_size), value_proc=size_of)
     write_recipe(place, recipe_text(start, calibration=dataset_for(place, data), block_size=block))
-    print(f"{file} is written; next: armor-apply {shlex.quote(str(file))} --plan")
+    named = f"./{file}" if str(file).startswith("-") else str(file)  # or it would be read as a flag
+    print(f"{file} is written; next: armor-apply {shlex.quote(named)} --plan")

@@ -19,7 +19,7 @@ from armor_recipes.evaluation.contract import Measure, Measurement, Reading, Roo
 from armor_recipes.evaluation.images import labelled, read_pictures
 from armor_recipes.evaluation.intervals import wilson
 from armor_recipes.evaluation.outputs import inference, outputs
-from armor_recipes.evaluation.samples import Rows, Samples, Texts, column, label_of, text_of, tokenised
+from armor_recipes.evaluation.samples import Rows, Samples, Texts, column, hash_with, label_of, text_of, tokenised
 from armor_recipes.recipe.schema import ClassificationSpec, Strict
 
 _CLASSIFIER = re.compile("For(?!Token)[A-Za-z]*Classification")
@@ -70,8 +70,8 @@ class Classification(Measure[ClassificationSpec]):
 
     @property
     def sha256(self) -> str:
-        """Of the samples, labels apart."""
-        return self.samples.hash()
+        """Of the samples and their labels."""
+        return hash_with(self.samples.hash(), *self.labels.tolist())
 
     @classmethod
     def _of_images(cls, spec: ClassificationSpec, image_column: str, reading: Reading) -> Self:

@@ -26,7 +26,7 @@ from armor_recipes.evaluation.classification import rate
 from armor_recipes.evaluation.contract import Measure, Measurement, Reading, Room
 from armor_recipes.evaluation.outputs import inference, outputs, vocabulary
 from armor_recipes.evaluation.perplexity import fitting_batch, why_none
-from armor_recipes.evaluation.samples import Texts, first_rows
+from armor_recipes.evaluation.samples import Texts, first_rows, hash_with
 from armor_recipes.recipe.schema import MultipleChoiceSpec, Strict
 
 
@@ -94,8 +94,9 @@ class MultipleChoice(Measure[MultipleChoiceSpec]):
 
     @property
     def sha256(self) -> str:
-        """Of contexts with choices."""
-        return self.texts.hash()
+        """Of contexts with choices, where each begins, how many a question has, and which are right."""
+        right = [(len(question.choices), question.answer) for question in self.questions]
+        return hash_with(self.texts.hash(), *self.ends, *(number for pair in right for number in pair))
 
     @property
     def tokens(self) -> int:

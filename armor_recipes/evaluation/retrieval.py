@@ -6,7 +6,6 @@ ranked for every query; documents with equal text are one, and a document that i
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -20,7 +19,7 @@ from armor_recipes.evaluation.classification import rate
 from armor_recipes.evaluation.contract import Measure, Measurement, Reading, Room, Value
 from armor_recipes.evaluation.intervals import bootstrap
 from armor_recipes.evaluation.outputs import inference, outputs
-from armor_recipes.evaluation.samples import Texts, column, text_of, tokenised
+from armor_recipes.evaluation.samples import Texts, column, hash_with, text_of, tokenised
 from armor_recipes.model.facts import model_facts
 from armor_recipes.model.replay import parameters_of
 from armor_recipes.recipe.schema import RetrievalSpec, Strict
@@ -69,8 +68,8 @@ class Retrieval(Measure[RetrievalSpec]):
 
     @property
     def sha256(self) -> str:
-        """Of queries and documents."""
-        return hashlib.sha256(f"{self.queries.hash()} {self.documents.hash()}".encode()).hexdigest()
+        """Of queries and documents, and which of these each query asks for."""
+        return hash_with(f"{self.queries.hash()} {self.documents.hash()}", *self.relevant.tolist())
 
     @plain_torch()
     def after(self, model: nn.Module, room: Room) -> Measurement:

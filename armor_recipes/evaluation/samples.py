@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from armor_recipes.calibration.files import Cell, Column, shown
+from armor_recipes.calibration.files import Cell, Column, Columns, shown
 from armor_recipes.calibration.inputs import TOKENS, Batch, hash_inputs, leading, some_of
 from armor_recipes.calibration.text import cells, encodable, is_empty
 from armor_recipes.calibration.windows import check_vocabulary
@@ -119,9 +119,20 @@ def _tokens(encoding: Any) -> list[dict[str, list[int]]]:
     return [{name: values[place] for name, values in encoding.items()} for place in range(len(encoding[TOKENS]))]
 
 
+def hash_with(samples: str, *numbers: int) -> str:
+    """sha256 in hex of the samples' own, and of what is right of them."""
+    return hashlib.sha256(" ".join((samples, *map(str, numbers))).encode()).hexdigest()
+
+
 def column(dataset: str, split: str, name: str, key: str, at_most: int | None) -> list[Cell]:
-    """The first values of a dataset's column (None: all), which the recipe's key `key` names. Raises InputError."""
-    return first_rows(dataset, cells(dataset, split, Column(name, key)), at_most)
+    """The first values of a dataset's column (None: all), which the recipe's key `key` names. Raises InputError.
+
+    Plain text has no columns: a measure takes several of one table.
+    """
+    return [
+        Cell(row.value[0], row.where)  # type: ignore[index]
+        for row in first_rows(dataset, cells(dataset, split, Columns((Column(name, key),))), at_most)
+    ]
 
 
 def first_rows(dataset: str, rows: Iterable[Cell], at_most: int | None) -> list[Cell]:

@@ -124,6 +124,9 @@ def _check_numbers(found: Measured | None) -> None:
         numbers += [found.nll, *found.losses]
         if not found.value > 0:
             raise ValueError(f"a perplexity of {found.value}")
+        for name, row in (("losses", found.losses), ("targets", found.targets)):
+            if len(row) != found.windows:
+                raise ValueError(f"{len(row)} {name} of {found.windows} windows")
     if not np.isfinite(np.asarray(numbers, dtype=np.float64)).all():
         raise ValueError("a number that is not finite")
 

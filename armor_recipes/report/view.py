@@ -59,9 +59,12 @@ def _check_shown(view: Json) -> None:
     """Raise TypeError where a figure is no number, or what is said of the run's origin no text."""
     for what, *values, _unit in (*view["summary"], *view["cost"]):
         for value in values:
+            if isinstance(value, list) and len(value) != 3:
+                raise TypeError(f"{what} {value!r:.80} is no figure with its interval")
             for number in value if isinstance(value, list) else (value,):
                 if not isinstance(number, int | float | None):
-                    raise TypeError(f"{what} {number!r} is no number")
+                    raise TypeError(f"{what} {number!r:.80} is no number")
+                float(number or 0)  # an integer may be larger than any
     for what, text in view["origin"]:
         if not isinstance(text, str):
             raise TypeError(f"{what} {text!r} is no text")

@@ -90,7 +90,13 @@ def _names(places: Sequence[Path]) -> list[str]:
 def _keep(folder: Path, evaluations: Sequence[Saved]) -> None:
     """Put evaluations of a run's folder into its report.json, each in the place of an earlier one of its measure."""
     run_view(folder)  # a folder of a run
+    first: dict[str, Saved] = {}
     for saved in evaluations:
+        other = first.setdefault(saved.measure, saved)
+        if other is not saved:
+            raise RecipeError(
+                f"--eval {other.file} and {saved.file} are both of {saved.measure}, of which a report shows one: leave one out"
+            )
         if saved.manifest is None or saved.manifest != manifest_hash(folder):
             raise InputError(
                 f"{saved.file} is not of {folder} as it is there (the hash of {MANIFEST_FILE} is another): "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import yaml
 from armor_recipes.calibration.text import BUILTIN, check_there, local_path
 from armor_recipes.checkpoint.files import write_whole
 from armor_recipes.errors import RecipeError
+from armor_recipes.evaluation.perplexity import why_none
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.model.ties import tied_output
 from armor_recipes.paths import user_path
@@ -53,6 +54,7 @@ class Start:
     length: int
     generates: bool
     reads_text: bool
+    predicts_text: bool
     sizes: tuple[Size, ...]
 
     @property
@@ -93,7 +95,8 @@ def look(model: str) -> Start:
         tied=tied_output(job.shapes) is not None,
         length=min(_LENGTH, facts.positions or _LENGTH),
         generates=job.shapes.can_generate(),
-        reads_text=inputs.vocab_size is not None and "input_ids" in inputs.arguments,
+        reads_text=inputs.vocab_size is not None and "input_ids" in inputs.arguments and not inputs.encoder_decoder,
+        predicts_text=not why_none(job.shapes),
         sizes=_sizes(shapes, job.source.stored_dtype.itemsize),
     )
 
@@ -134,7 +137,7 @@ def recipe_text(start: Start, *, calibration: str, block_size: int) -> str:
 
 
 def _lines(start: Start, calibration: str, size: Size) -> list[str]:
-    name = Path(start.model.rpartition(":")[2]).name
+    name = Path(start.model.removeprefix(BUILTIN)).name
     others = ", ".join(f"{other.block} ({other.percent:.0f} %)" for other in start.sizes if other != size)
     skipped = start.weights - size.fits
     return [
@@ -142,7 +145,7 @@ def _lines(start: Start, calibration: str, size: Size) -> list[str]:
         "#",
         *(f"# {line}." for line in start.lines()[:-1]),
         "# All keys: docs/recipe.md. What it will do and take: armor-apply FILE --plan. To run it: armor-apply FILE.",
-        f"model: {json.dumps(start.model)}",
+        f"model: {_quoted(start.model)}",
         "calibration:",
         *_dataset_lines(calibration),
         f"  samples: {_SAMPLES}  # more cost time and memory, and help a little",
@@ -159,7 +162,7 @@ def _lines(start: Start, calibration: str, size: Size) -> list[str]:
             else []
         ),
         "    # DistillationModifier: {}  # trains A and B against the dense model afterwards: better, and several times as long",
-        f"output: {{path: {json.dumps(f'out/{name}-armor')}}}",
+        f"output: {{path: {_quoted(f'out/{name}-armor')}}}",
         *_evaluation_lines(start),
     ]
 
@@ -167,13 +170,19 @@ def _lines(start: Start, calibration: str, size: Size) -> list[str]:
 def _dataset_lines(calibration: str) -> list[str]:
     if calibration == "mix":
         told = "  dataset:  # texts of the package, four kinds; text like yours is better: a file, JSONL, a hub id"
-        return [told, *(f"    - {{dataset: {json.dumps(one)}, weight: 1}}" for one in MIX)]
+        return [told, *(f"    - {{dataset: {_quoted(one)}, weight: 1}}" for one in MIX)]
     note = "  # drawn by a seed: inputs like yours are better" if calibration == RANDOM else ""
-    return [f"  dataset: {json.dumps(calibration)}{note}"]
+    return [f"  dataset: {_quoted(calibration)}{note}"]
+
+
+def _quoted(text: str) -> str:
+    """As YAML on one line, whatever characters it has."""
+    dumped: str = yaml.safe_dump(text, default_style='"', allow_unicode=True, width=math.inf)
+    return dumped.strip()
 
 
 def _evaluation_lines(start: Start) -> list[str]:
-    if not (start.generates and start.reads_text):
+    if not start.predicts_text:
         return ["# evaluation: what is measured before and after, see docs/evaluation.md"]
     spec = f"{{dataset: builtin:pydoc-heldout, sequence_length: {start.length}, windows: 32}}"
     return [f"evaluation: {{perplexity: {spec}}}  # before and after"]

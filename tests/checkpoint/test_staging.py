@@ -86,6 +86,18 @@ def test_another_users_folder_where_only_owners_may_rename(tmp_path: Path, monke
     check_destination(tmp_path / "model", overwrite=True)
 
 
+def test_the_root_of_a_file_system_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "mounted"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    for overwrite in (False, True):
+        with pytest.raises(RecipeError, match=r"root of a mounted file system.*name a folder inside it"):
+            check_destination(out, overwrite=overwrite)
+    check_destination(out / "model", overwrite=False)
+
+
 def test_empty_folder_is_filled(tmp_path: Path) -> None:
     out = tmp_path / "model"
     out.mkdir()
@@ -172,13 +184,13 @@ def test_failing_second_rename_puts_the_old_folder_back(tmp_path: Path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_for_staging)
-    with pytest.raises(OSError, match="I/O error") as raised:
+    with pytest.raises(RecipeError, match=r"cannot be put in place \(I/O error\): choose another path") as raised:
         write(out, "two", overwrite=True)
     assert read(out) == ("one", "one")
     (kept,) = neighbours(out)  # which could not be renamed either
     assert read(tmp_path / kept) == ("two", "two")
-    assert str(tmp_path / kept) in raised.value.__notes__[0]
-    assert "move that away before the next run" in raised.value.__notes__[0]
+    assert str(tmp_path / kept) in str(raised.value)
+    assert "move that away before the next run" in str(raised.value)
 
 
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"

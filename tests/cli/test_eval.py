@@ -227,7 +227,12 @@ def test_against_what_was_measured_before(
     Path("else.json").write_text(json.dumps({**saved, "origin_sha256": "0" * 64}))
     Path("damaged.json").write_text(json.dumps({**saved, "record": {"before": None, "after": {"nll": "x"}}}))
     after = saved["record"]["after"]
-    for name, changed in (("nan", {"value": float("nan")}), ("zero", {"value": 0.0}), ("word", {"value": "abc"})):
+    for name, changed in (
+        ("nan", {"value": float("nan")}),
+        ("zero", {"value": 0.0}),
+        ("word", {"value": "abc"}),
+        ("short", {"losses": after["losses"][1:]}),
+    ):
         Path(f"{name}.json").write_text(
             json.dumps({**saved, "record": {"before": None, "after": {**after, **changed}}})
         )
@@ -245,6 +250,7 @@ def test_against_what_was_measured_before(
         ("nan.json", exact, 5, "nan.json is not what"),
         ("zero.json", exact, 5, "zero.json is not what"),
         ("word.json", exact, 5, "word.json is not what"),
+        ("short.json", exact, 5, "short.json is not what"),
         ("none.json", exact, 5, "no such file; `armor eval MODEL --json > none.json` makes one"),
         (pruned[0] / "config.json", exact, 5, "is not what `armor eval --json` prints"),
     ):

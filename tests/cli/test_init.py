@@ -44,6 +44,34 @@ def test_a_run_of_it(shell: Shell, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "stdlib-llama-armor" / "model.safetensors").exists()
 
 
+def test_names_of_any_characters(shell: Shell, tmp_path: Path) -> None:
+    model = planned_model("smollm2", tmp_path / "mödel 🎉: v1 #2")
+    (tmp_path / "🎉 é.txt").write_text("A text.")
+    words = ("--model", model, "--calibration", "🎉 é.txt", "--block-size", "32")
+    done = shell("armor", "init", "--", "-my.yaml", *words)
+    assert done.code == 2  # flags come before the dashes
+    done = shell("armor", "init", *words, "--", "-my.yaml")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.endswith("next: armor-apply ./-my.yaml --plan\n")
+    text = (tmp_path / "-my.yaml").read_text()
+    found = yaml.safe_load(text)
+    assert found["calibration"]["dataset"] == "🎉 é.txt"
+    assert found["output"]["path"] == "out/mödel 🎉: v1 #2-armor"
+    assert "mödel 🎉" in text
+    assert shell("armor", "check", "./-my.yaml").code == 0
+
+
+def test_a_model_that_writes_a_text_for_a_text(shell: Shell, tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, vocab_size=64).save_pretrained(tmp_path / "t5")
+    words = ("armor", "init", "--model", "t5", "--block-size", "8", "--calibration")
+    done = shell(*words, "builtin:random-inputs")
+    assert (done.code, done.err) == (0, "")
+    assert "# evaluation: what is measured" in (tmp_path / "recipe.yaml").read_text()
+    assert shell("armor-apply", "recipe.yaml", "--plan", "--quiet").code == 0
+
+
 def test_sides_that_no_size_divides_stay_dense(shell: Shell, tmp_path: Path) -> None:
     from transformers import LlamaConfig
 

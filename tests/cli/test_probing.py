@@ -97,6 +97,8 @@ def test_the_command_prints_it_and_wants_a_plan(shell: Shell, llama: Path, tmp_p
         "measuring",
         "ends",
     }
+    done = shell("armor-apply", file, "--plan", "--report", tmp_path / "r.json")
+    assert (done.code, done.out, "--report is of a run, and --plan of none" in done.err) == (2, "", True)
     done = shell("armor-apply", file, "--probe")
     assert (done.code, done.out) == (2, "")
     assert "--probe measures for a plan: give --plan, too" in done.err

@@ -39,8 +39,9 @@ def test_armor_report_writes_a_run_anew_and_runs_side_by_side(llama: Path, tmp_p
 def test_a_damaged_report_changes_nothing(llama: Path, tmp_path: Path, shell: Shell) -> None:
     run = armor_recipes.apply(recipe(llama, tmp_path / "out")).output
     report, before = json.loads((run / "report.json").read_text()), (run / "report.html").read_bytes()
-    for key in ("cpu_seconds", "size_after_bytes", "peak_memory_bytes"):
-        (run / "report.json").write_text(json.dumps({**report, key: "12 s"}))
+    damage = [(key, "12 s") for key in ("cpu_seconds", "size_after_bytes", "peak_memory_bytes")]
+    for key, value in (*damage, ("cpu_seconds_estimated", []), ("peak_memory_bytes", 10**400)):
+        (run / "report.json").write_text(json.dumps({**report, key: value}))
         for words in ((run,), (run, run, "--output", tmp_path / "both.html")):
             done = shell("armor", "report", *words)
             assert (done.code, "Traceback" in done.err) == (5, False), done.err
@@ -71,6 +72,7 @@ def test_evaluations_that_were_taken_later_are_shown_from_then_on(llama: Path, t
     assert later["after"]["decode_tokens_per_second"] == json.loads(found)["after"]["decode_tokens_per_second"]
     assert later["before"]["decode_tokens_per_second"] == json.loads(found)["before"]["decode_tokens_per_second"]
     assert "speed decode tokens per second (armor eval)" in (run / "report.html").read_text()
+    twice = shutil.copy(file, tmp_path / "twice.json")
     other = shutil.copytree(run, tmp_path / "other")
     (other / "armor_manifest.json").write_bytes((run / "armor_manifest.json").read_bytes() + b"\n")
     for code, words in (
@@ -78,6 +80,7 @@ def test_evaluations_that_were_taken_later_are_shown_from_then_on(llama: Path, t
         (5, (run, "--eval", run / "report.json")),
         (5, (run, "--eval", tmp_path / "none.json")),
         (2, (run, run, "--eval", file, "--output", tmp_path / "both.html")),
+        (2, (run, "--eval", file, "--eval", twice)),
     ):
         done = shell("armor", "report", *words)
         assert (done.code, done.out) == (code, ""), done.err

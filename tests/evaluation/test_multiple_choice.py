@@ -56,6 +56,13 @@ def row(context: str, choices: list[str], answer: int = 0) -> dict[str, Any]:
     return {"context": context, "choices": choices, "answer": answer}
 
 
+def test_answers_are_hashed_with_the_texts(tmp_path: Path) -> None:
+    right, wrong = (read([row("is", ["a", "b"], answer)], tmp_path) for answer in (0, 1))
+    shifted = read([row("i", ["sa", "sb"], 0)], tmp_path)  # the same texts, of which the choices are longer
+    assert right.texts.hash() == wrong.texts.hash() == shifted.texts.hash()
+    assert len({right.sha256, wrong.sha256, shifted.sha256}) == 3
+
+
 ROWS = [
     row("is", ["a", "bb"], 0),  # a by its sum, and by its bytes
     row("is", ["bb", "c"], 0),  # two likely letters are less likely than one, and more by bytes

@@ -50,6 +50,21 @@ def test_a_text_is_nearest_to_itself(tmp_path: Path, bert: BertModel) -> None:
     assert found.size == "12 samples (documents 12, pooling mean)"
 
 
+def test_plain_text_has_no_queries(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("One text.")
+    for dataset in (str(tmp_path / "notes.txt"), "builtin:speeches"):
+        with pytest.raises(InputError, match="is plain text and has no `query_column`"):
+            Retrieval.read(RetrievalSpec(dataset=dataset, samples=1), Reading(byte_tokenizer(), MODEL, no_inputs))
+
+
+def test_what_each_query_asks_for_is_hashed(tmp_path: Path) -> None:
+    pairs = [("a", "one"), ("b", "two")]
+    first, same, other = (read(tmp_path, *pairs), read(tmp_path, *pairs), read(tmp_path, *pairs, ("c", "one")))
+    crossed = read(tmp_path, *pairs, ("c", "two"))
+    assert first.sha256 == same.sha256
+    assert len({first.sha256, other.sha256, crossed.sha256}) == 3
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_against_embeddings_one_by_one(tmp_path: Path, bert: BertModel, pooling: Any) -> None:
     pairs = [(f"a {word}", f"about the {other}") for word, other in zip(WORDS, WORDS[1:] + WORDS[:1], strict=True)]
