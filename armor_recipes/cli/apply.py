@@ -91,7 +91,7 @@ def apply_command(
         from armor_recipes.cli.view import progress_view
         from armor_recipes.compute.ranks import joined
         from armor_recipes.events import both
-        from armor_recipes.report.metrics import metrics_to
+        from armor_recipes.report.metrics import check_files, metrics_to
         from armor_recipes.run import execute, follow, prepare
         from armor_recipes.run.job import read_recipe
         from armor_recipes.run.recipe_lock import lock_file, read_lock
@@ -111,6 +111,7 @@ def apply_command(
             return
         if report is not None:
             check_report_file(report)
+        check_files(metrics or (), job.recipe.output.path)
         for note in (*job.plan.notes, *warning_lines(job.plan)) if not quiet else ():
             err.print(note, markup=False)
         with progress_view(err, quiet=quiet) as view, metrics_to(metrics or ()) as logged:

@@ -143,6 +143,22 @@ def _no_results() -> AbstractContextManager[Any]:
     return redirect_stdout(sys.stderr)
 
 
+def check_files(asked: Sequence[str], output: str) -> None:
+    """Raise RecipeError for a file that lies in the output folder, whose place the run takes, and for one that is named twice."""
+    seen: dict[Path, str] = {}
+    for name in asked:
+        if name.partition(":")[0] in _TRACKERS or not name.endswith(".jsonl"):
+            continue
+        file = user_path(name).resolve()
+        if file.is_relative_to(user_path(output).resolve()):
+            raise RecipeError(
+                f"--metrics {name} lies in the output folder {output}, which the run makes: name a file elsewhere"
+            )
+        if file in seen:
+            raise RecipeError(f"--metrics {seen[file]} and {name} are one file: leave one of them out")
+        seen[file] = name
+
+
 def open_sink(asked: str) -> Sink:
     """`FILE.jsonl`, `tensorboard:FOLDER`, `trackio:PROJECT`, `wandb:PROJECT` or `mlflow:EXPERIMENT`, or one of these names alone.
 

@@ -129,11 +129,18 @@ def test_a_package_that_is_missing_names_its_extra(shell: Shell, llama: Path, tm
         shell.monkeypatch.setitem(sys.modules, name, None)
         done = shell("armor-apply", file, "--metrics", name)
         assert (done.code, f"pip install 'armor-recipes[{name}]'" in done.err) == (2, True), done.err
-    for words in (("--metrics", "m.txt"), ("--metrics", "m.jsonl", "--plan"), ("--metrics", "d.jsonl")):
+    for words in (
+        ("--metrics", "m.txt"),
+        ("--metrics", "m.jsonl", "--plan"),
+        ("--metrics", "d.jsonl"),
+        ("--metrics", "out/m.jsonl"),
+        ("--metrics", "e.jsonl", "--metrics", "./e.jsonl"),
+    ):
         (tmp_path / "d.jsonl").mkdir(exist_ok=True)
         done = shell("armor-apply", file, *words)
         assert (done.code, "--metrics" in done.err) == (2, True), done.err
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "e.jsonl").exists()
 
 
 def test_a_sink_that_fails_is_left_out_and_told(tmp_path: Path) -> None:
