@@ -222,11 +222,11 @@ def _check_tokens(
     if not isinstance(ready, _OF_TOKENS) or load_tokenizer(other[0]) is None:
         return
     if type(ready).read(spec, _reading(*other)).sha256 != ready.sha256:
-        advice = (
-            "name the dense model that the other was made of"
-            if ready.keeps
-            else "measure each without --against, and compare byte_perplexity"
-        )
+        advice = "measure each without --against"
+        if ready.keeps:
+            advice = "name the dense model that the other was made of"
+        elif ready.name == "perplexity":
+            advice += ", and compare byte_perplexity"
         raise PlanError(
             f"the tokenizers of {names[0]} and {names[1]} write the text in different tokens, so that figures do not compare: "
             f"{advice}"

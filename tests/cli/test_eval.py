@@ -182,6 +182,7 @@ def test_what_does_not_compare(
         done = shell("armor", "eval", MODEL, "--against", "other", "--measure", measure, *words)
         assert (done.code, done.out) == (3, "")
         assert f"the tokenizers of {MODEL} and other write the text in different tokens" in done.err
+        assert ("compare byte_perplexity" in done.err) == (measure == "perplexity")
 
 
 def test_the_model_to_compare_with_is_checked_as_the_first(
