@@ -98,6 +98,7 @@ class Classification(Measure[ClassificationSpec]):
             len(ranks),
             self.sha256,
             {"classes": classes, "texts_cut": self.cut} if isinstance(self.samples, Texts) else {"classes": classes},
+            {f"top{k}_accuracy": tuple((ranks <= k).double().tolist()) for k in tops},
         )
 
     def _logits(self, model: nn.Module, batch: object, places: Sequence[int]) -> Tensor:

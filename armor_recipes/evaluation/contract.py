@@ -90,10 +90,11 @@ class Measurement:
         return self.values
 
     def against(self, dense: object) -> tuple[Value, ...]:
-        """Of each figure that has `rows` the difference to that of the same samples."""
+        """Of each figure that has `rows` in both the difference to that of the same samples."""
         if not isinstance(dense, Measurement) or dense.sha256 != self.sha256:
             return ()
-        pairs = {name: np.array(row) - np.array(dense.rows[name]) for name, row in self.rows.items()}
+        both = [name for name in self.rows if name in dense.rows]
+        pairs = {name: np.array(self.rows[name]) - np.array(dense.rows[name]) for name in both}
         return tuple(Value(f"{name}_difference", float(row.mean()), bootstrap(row)) for name, row in pairs.items())
 
     @property

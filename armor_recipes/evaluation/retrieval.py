@@ -91,6 +91,10 @@ class Retrieval(Measure[RetrievalSpec]):
                 "pooling": self.spec.pooling,
                 "texts_cut": self.queries.cut + self.documents.cut,
             },
+            {
+                **{f"recall_at_{k}": tuple((ranks <= k).double().tolist()) for k in tops},
+                "mean_reciprocal_rank": tuple(reciprocal.tolist()),
+            },
         )
 
     def _embedded(self, model: nn.Module, texts: Texts, room: Room) -> Tensor:

@@ -108,6 +108,15 @@ def test_a_tie_is_no_hit() -> None:
     assert ranks_of(torch.zeros(1, 3), torch.tensor([0])).tolist() == [3]
 
 
+def test_models_are_compared_sample_by_sample(tmp_path: Path) -> None:
+    data = read(rows(tmp_path, *({"text": word, "label": n % 2} for n, word in enumerate(("a", "bb", "ccc", "dd")))))
+    found, few = (data.after(bert(classes), Room(tmp_path)) for classes in (7, 2))
+    assert [value.value for value in found.against(found)] == [0.0, 0.0]
+    (difference,) = few.against(found)  # few classes have no top 5
+    assert difference.name == "top1_accuracy_difference"
+    assert difference.value == few["top1_accuracy"].value - found["top1_accuracy"].value
+
+
 def test_few_classes_have_no_top_5(tmp_path: Path) -> None:
     path = rows(tmp_path, {"text": "a", "label": 1}, {"text": "b", "label": 0})
     found = read(path).after(bert(2), Room(tmp_path))

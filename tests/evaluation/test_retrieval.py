@@ -48,6 +48,12 @@ def test_a_text_is_nearest_to_itself(tmp_path: Path, bert: BertModel) -> None:
         "mean_reciprocal_rank": 1.0,
     }
     assert found.size == "12 samples (documents 12, pooling mean)"
+    assert {value.name: value.value for value in found.against(found)} == {
+        "recall_at_1_difference": 0.0,
+        "recall_at_10_difference": 0.0,
+        "mean_reciprocal_rank_difference": 0.0,
+    }
+    assert {name: np.mean(row) for name, row in found.rows.items()} == {v.name: v.value for v in found.values}
 
 
 def test_plain_text_has_no_queries(tmp_path: Path) -> None:
