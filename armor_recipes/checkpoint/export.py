@@ -21,7 +21,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from armor_recipes.checkpoint.companions import is_inside, is_stale, without_missing_code
@@ -43,6 +42,7 @@ from armor_recipes.checkpoint.files import (
     INDEX_FILE,
     MANIFEST_FILE,
     WEIGHTS_FILE,
+    config_dtype,
     read_config,
     read_header,
     read_tensor,
@@ -161,7 +161,7 @@ class Source:
 
     def dequantized(self, name: str) -> Tensor:
         """The weight `(O, I)` of a plain quantised layer, in the folder's dtype."""
-        return read_plain(name, self.plain[name], self.tensors).dequantize(getattr(torch, str(self.config["dtype"])))
+        return read_plain(name, self.plain[name], self.tensors).dequantize(config_dtype(self.folder, self.config))
 
     def converts(self, tensor: str) -> bool:
         """Whether a tensor is one of a layer that is converted, bias aside."""

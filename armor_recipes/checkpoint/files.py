@@ -46,6 +46,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG_FILE)
 
 
+def config_dtype(folder: Path, config: Mapping[str, Any]) -> torch.dtype:
+    """That of the weights that no quantisation takes, bfloat16 where none is named. Raises CheckpointError."""
+    named = config.get("dtype") or "bfloat16"
+    found = getattr(torch, named, None) if isinstance(named, str) else None
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: dtype is {named!r:.80}, which torch does not have; correct it")
+    return found
+
+
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file, or leave what is there: an error on the way, a full disk say, leaves no part of it."""
     beside = file.with_name(f".{file.name}")

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from armor_recipes.checkpoint.config import (
     BITMASK,
     FORMAT_VERSION,
@@ -23,7 +21,14 @@ from armor_recipes.checkpoint.config import (
     layer_specs,
     tensor_names,
 )
-from armor_recipes.checkpoint.files import CONFIG_FILE, MANIFEST_FILE, check_index, check_sizes, read_tensor
+from armor_recipes.checkpoint.files import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    check_index,
+    check_sizes,
+    config_dtype,
+    read_tensor,
+)
 from armor_recipes.checkpoint.files import read_config as read_config
 from armor_recipes.checkpoint.files import read_header as read_header
 from armor_recipes.checkpoint.header import TensorInfo, read_json, shown
@@ -215,23 +220,12 @@ def inspect(folder: Path) -> CheckpointSize:
             shape, floats = _weight_shape(tensors[f"{name}.{VALUES}"], spec), _float_dtype(name, spec, tensors)
             found.append(_layer_size(name, tensors, spec, stored_names(spec), shape, floats))
         layers = tuple(found)
-        itemsize = _dtype(folder, config).itemsize
+        itemsize = config_dtype(folder, config).itemsize
         schemes = plain_layers(folder, quantization, tensors)
         plain = tuple(_plain_size(name, scheme, tensors, itemsize) for name, scheme in schemes.items())
     total = sum(info.nbytes for info in tensors.values())
     own = sum(layer.nbytes for layer in layers) + sum(layer.nbytes for layer in plain)
     return CheckpointSize(layers, total - own, kind, plain)
-
-
-def _dtype(folder: Path, config: Mapping[str, Any]) -> torch.dtype:
-    """That of the weights that no quantisation takes. Raises CheckpointError."""
-    named = config.get("dtype") or "bfloat16"
-    found = getattr(torch, named, None) if isinstance(named, str) else None
-    if not isinstance(found, torch.dtype):
-        raise CheckpointError(
-            f"{folder / 'config.json'}: dtype is {named!r:.80}, which torch does not have; correct it"
-        )
-    return found
 
 
 def check_folder(folder: Path) -> None:

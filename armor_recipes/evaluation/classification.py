@@ -19,7 +19,7 @@ from armor_recipes.evaluation.contract import Measure, Measurement, Reading, Roo
 from armor_recipes.evaluation.images import labelled, read_pictures
 from armor_recipes.evaluation.intervals import wilson
 from armor_recipes.evaluation.outputs import inference, outputs
-from armor_recipes.evaluation.samples import Rows, Samples, Texts, column, hash_with, label_of, text_of, tokenised
+from armor_recipes.evaluation.samples import Rows, Samples, Texts, hash_with, label_of, table, text_of, tokenised
 from armor_recipes.recipe.schema import ClassificationSpec, Strict
 
 _CLASSIFIER = re.compile("For(?!Token)[A-Za-z]*Classification")
@@ -57,15 +57,18 @@ class Classification(Measure[ClassificationSpec]):
             return cls(rows, labels, spec.dataset, spec.batch_size, 0)
         if spec.image_column is not None:
             return cls._of_images(spec, spec.image_column, reading)
-        cells = column(spec.dataset, spec.split, spec.text_column, "text_column", spec.samples)
-        marks = column(spec.dataset, spec.split, spec.label_column or "label", "label_column", spec.samples)
+        columns = ((spec.text_column, "text_column"), (spec.label_column or "label", "label_column"))
+        pairs = table(spec.dataset, spec.split, columns, spec.samples)
         texts = tokenised(
-            [text_of(cell, "text_column") for cell in cells], reading, length=spec.sequence_length, dataset=spec.dataset
+            [text_of(cell, "text_column") for cell, _ in pairs],
+            reading,
+            length=spec.sequence_length,
+            dataset=spec.dataset,
         )
         assert reading.tokenizer is not None
         # Without a padding token a classifier finds the last token of single texts only.
         size = spec.batch_size if reading.tokenizer.pad_token_id is not None else 1
-        labels = torch.tensor([label_of(cell, reading) for cell in marks])
+        labels = torch.tensor([label_of(mark, reading) for _, mark in pairs])
         return cls(texts, labels, spec.dataset, size, texts.cut)
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from armor_recipes.calibration.files import Cell, Column, Columns
+from armor_recipes.calibration.files import Cell
 from armor_recipes.calibration.images import (
     Picture,
     folder_cells,
@@ -20,10 +20,10 @@ from armor_recipes.calibration.images import (
 from armor_recipes.calibration.inputs import Batch, form_of, hash_inputs, places_by_form, stacked
 from armor_recipes.calibration.pools import tensors_path
 from armor_recipes.calibration.tensors import check_arguments, check_values
-from armor_recipes.calibration.text import cells, local_path
+from armor_recipes.calibration.text import local_path
 from armor_recipes.errors import InputError
 from armor_recipes.evaluation.contract import Reading
-from armor_recipes.evaluation.samples import first_rows, label_of
+from armor_recipes.evaluation.samples import first_rows, label_of, table
 from armor_recipes.recipe.schema import ClassificationSpec
 
 
@@ -78,14 +78,12 @@ def labelled(spec: ClassificationSpec, image_column: str, reading: Reading) -> l
     if path is not None and is_image_folder(path):
         files = first_rows(spec.dataset, folder_cells(path), spec.samples)
         return [(_picture(Path(), cell), _class_of_folder(path, spec, cell, reading)) for cell in files]
-    columns = Columns((Column(image_column, "image_column"), Column(spec.label_column or "label", "label_column")))
+    columns = ((image_column, "image_column"), (spec.label_column or "label", "label_column"))
     folder = Path() if path is None else path if path.is_dir() else path.parent
-    found = []
-    for cell in first_rows(spec.dataset, cells(spec.dataset, spec.split, columns), spec.samples):
-        assert isinstance(cell.value, tuple)
-        image, label = cell.value
-        found.append((_picture(folder, Cell((image,), cell.where)), label_of(Cell(label, cell.where), reading)))
-    return found
+    return [
+        (_picture(folder, Cell((image.value,), image.where)), label_of(label, reading))
+        for image, label in table(spec.dataset, spec.split, columns, spec.samples)
+    ]
 
 
 def _picture(folder: Path, cell: Cell) -> Picture:

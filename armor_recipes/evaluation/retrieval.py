@@ -19,7 +19,7 @@ from armor_recipes.evaluation.classification import rate
 from armor_recipes.evaluation.contract import Measure, Measurement, Reading, Room, Value
 from armor_recipes.evaluation.intervals import bootstrap
 from armor_recipes.evaluation.outputs import inference, outputs
-from armor_recipes.evaluation.samples import Texts, column, hash_with, text_of, tokenised
+from armor_recipes.evaluation.samples import Texts, hash_with, table, text_of, tokenised
 from armor_recipes.model.facts import model_facts
 from armor_recipes.model.replay import parameters_of
 from armor_recipes.recipe.schema import RetrievalSpec, Strict
@@ -53,10 +53,9 @@ class Retrieval(Measure[RetrievalSpec]):
     @classmethod
     def read(cls, spec: RetrievalSpec, reading: Reading) -> Self:
         """Read queries and documents."""
-        asked, there = (
-            [text_of(cell, key) for cell in column(spec.dataset, spec.split, name, key, spec.samples)]
-            for name, key in ((spec.query_column, "query_column"), (spec.document_column, "document_column"))
-        )
+        columns = ((spec.query_column, "query_column"), (spec.document_column, "document_column"))
+        rows = table(spec.dataset, spec.split, columns, spec.samples)
+        asked, there = ([text_of(row[n], key) for row in rows] for n, (_, key) in enumerate(columns))
         places = {text: place for place, text in enumerate(dict.fromkeys(there))}
         if len(places) < 2:
             raise InputError(f"{spec.dataset} has {len(places)} different documents; retrieval needs two or more")

@@ -124,15 +124,17 @@ def hash_with(samples: str, *numbers: int) -> str:
     return hashlib.sha256(" ".join((samples, *map(str, numbers))).encode()).hexdigest()
 
 
-def column(dataset: str, split: str, name: str, key: str, at_most: int | None) -> list[Cell]:
-    """The first values of a dataset's column (None: all), which the recipe's key `key` names. Raises InputError.
+def table(dataset: str, split: str, columns: Sequence[tuple[str, str]], at_most: int | None) -> list[tuple[Cell, ...]]:
+    """The first rows of a dataset (None: all), a cell for each of the columns, which are told by name and by the recipe's key.
 
-    Plain text has no columns: a measure takes several of one table.
+    They are read together, so that text without columns is none. Raises InputError.
     """
-    return [
-        Cell(row.value[0], row.where)  # type: ignore[index]
-        for row in first_rows(dataset, cells(dataset, split, Columns((Column(name, key),))), at_most)
-    ]
+    wanted = Columns(tuple(Column(name, key) for name, key in columns))
+    found = []
+    for row in first_rows(dataset, cells(dataset, split, wanted), at_most):
+        assert isinstance(row.value, tuple)
+        found.append(tuple(Cell(value, row.where) for value in row.value))
+    return found
 
 
 def first_rows(dataset: str, rows: Iterable[Cell], at_most: int | None) -> list[Cell]:

@@ -39,6 +39,26 @@ def test_shared_factors_are_shown_and_stored_once(shell: Shell, shared: Path) ->
     assert ["layers.0.self_attn.k_proj", "32x32", "8x8", "q_proj"] in [line[:4] for line in lines]
 
 
+@pytest.mark.parametrize("dtype", ["float99", "Tensor", 16])
+def test_a_dtype_that_torch_does_not_have_is_told(shell: Shell, llama: Path, tmp_path: Path, dtype: object) -> None:
+    file = write_recipe(tmp_path, llama, QuantizationModifier={"scheme": "W8A8", "targets": [MLP]})
+    assert shell("armor-apply", file, "--quiet").code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
+    for words, said in (
+        (("inspect", "out"), "config.json: dtype is "),
+        (("export", "out", "dense", "--to", "dense"), ""),
+    ):
+        done = shell("armor", *words)
+        assert (done.code, done.out, said in done.err, "Traceback" in done.err) == (5, "", True, False), done.err
+    assert not (tmp_path / "dense").exists()
+    del config["dtype"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    for words in (("inspect", "out"), ("export", "out", "dense", "--to", "dense")):
+        done = shell("armor", *words)
+        assert done.code == 0, done.err
+
+
 def test_export_and_verify(shell: Shell, shared: Path, tmp_path: Path) -> None:
     done = shell("armor", "verify", "out")
     assert (done.code, "14 packed layers are well formed" in done.out, "format version 2" in done.out) == (
