@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -103,6 +104,17 @@ def test_what_exists_is_not_run_again_and_other_windows_are_refused(forks: Forks
     assert run(forks, place, "--rows", "dense;Q4_0") == ""
     assert run(forks, place, "--rows", "dense", windows=3) == "exit 2\n"
     assert run(forks, place, "--rows", "dense;Q5_0") == "exit 2\n"
+
+
+def test_the_page_s_rows_are_of_the_windows_and_passages_that_its_command_reads_today(
+    forks: Forks, tmp_path: Path
+) -> None:
+    kept = ROOT / "docs" / "benchmarks" / "neighbours"
+    shutil.copytree(kept / "builtin-stdlib-llama", tmp_path / "results" / "builtin-stdlib-llama")
+    size = ["--windows", "100", "--passages", "500"]
+    assert forks.run(PROGRAM, *size, "--rows", "dense", "--results", "results", folder=tmp_path, path=ROOT) == ""
+    file = "builtin-stdlib-llama.json"
+    assert (tmp_path / "results" / file).read_text(encoding="utf-8") == (kept / file).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
