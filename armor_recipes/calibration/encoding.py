@@ -51,7 +51,9 @@ def encoded(
     `prefix`, that is left out, since every window brings it. Raises InputError without a tokenizer.
     """
     if tokenizer is None:
-        raise InputError(f"the model has no tokenizer, so that text cannot be used; add one, or name {RANDOM_TOKENS}")
+        raise InputError(
+            f"the model has no tokenizer, so that text cannot be used; add one, or, to calibrate, name {RANDOM_TOKENS}"
+        )
     eos = tokenizer.eos_token_id if end else None
     tail = np.array([] if eos is None else [eos], dtype=np.int32)
     return (np.append(_without(ids, prefix), tail) for ids in _encoded(texts, tokenizer))

@@ -78,8 +78,8 @@ def _print_folder(folder: Path, *, as_json: bool, every: bool) -> None:
     Console().print(_table(str(folder), found, every=every))
     beside = f", {len(found.plain)} plain quantised layers" if found.plain else ""
     print(
-        f"{len(found.layers)} {_KINDS[found.format]}{beside}; {found.nbytes} bytes with all other tensors, dense "
-        f"{found.dense_nbytes}, ratio {found.ratio:.3f}"
+        f"{len(found.layers)} {_KINDS[found.format]}{beside}\n"
+        f"{found.nbytes} bytes with all other tensors, dense {found.dense_nbytes}, ratio {found.ratio:.3f}"
     )
 
 

@@ -61,11 +61,11 @@ def plan_table(planned: Sequence[Planned]) -> Group:
 
 
 def result_table(rows: Sequence[Row]) -> Table:
-    """A line for each point; left out are figures that no point has, losses where there are perplexities, one of the times."""
+    """A line for each point; left out are figures that no point has, losses where perplexities are compared, one of the times."""
     columns = {heading: [show(row) for row in rows] for heading, show in _COLUMNS.items()}
     columns = {heading: cells for heading, cells in columns.items() if any(cells)}
     columns.pop("time" if time_of(rows) == "cpu_seconds" else "CPU time", None)
-    if "perplexity" in columns:
+    if quality_of(rows) == "perplexity_after":
         columns.pop("loss", None)
     table = _empty(*columns)
     for row, *cells in zip(rows, *columns.values(), strict=True):

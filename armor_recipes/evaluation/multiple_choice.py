@@ -79,10 +79,14 @@ class MultipleChoice(Measure[MultipleChoiceSpec]):
             start = [*prefix, *context] or _start(reading, row)
             most = spec.sequence_length - max(1, len(prefix))
             for choice in choices:
-                room = spec.sequence_length - len(choice)
-                if not 1 <= len(choice) <= most:
+                if not len(choice):
                     raise InputError(
-                        f"{row.where}: a choice has {len(choice)} tokens, and may have 1 to {most} with `sequence_length` "
+                        f"{row.where}: the tokenizer makes no token of a choice behind its context; correct or remove the row"
+                    )
+                room = spec.sequence_length - len(choice)
+                if len(choice) > most:
+                    raise InputError(
+                        f"{row.where}: a choice has {len(choice)} tokens, and may have {most} with `sequence_length` "
                         f"{spec.sequence_length}; raise that, or remove the row"
                     )
                 cut += len(start) > room

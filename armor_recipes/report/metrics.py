@@ -25,6 +25,9 @@ from armor_recipes.events import (
 from armor_recipes.paths import user_path
 from armor_recipes.report.measure import peak_memory_bytes
 
+#: Phases in which a run may still be refused: until they are over nothing is logged.
+_REFUSING = ("preflight", "tokenize")
+
 
 class Sink(Protocol):
     """Where figures go."""
@@ -40,20 +43,25 @@ class JsonLines:
     """A line for each call: `{"time": seconds since 1970, "step": 3, "loss/model.layers.0.q_proj": 0.0412}`.
 
     Lines are added to what the file holds: a run that was cut short and is gone on with has one file. Not finite numbers are null.
+    A file that is not there is made at once, so that one that cannot be is told, and removed where no line was written.
     """
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
+        self.unused = None if file.exists() else file
         self.stream = file.open("a", encoding="utf-8", buffering=1)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Write a line."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.unused = None
         self.stream.write(json.dumps({"time": round(time.time(), 3), "step": step, **finite}) + "\n")
 
     def close(self) -> None:
         """Close the file."""
         self.stream.close()
+        if self.unused is not None:
+            self.unused.unlink(missing_ok=True)
 
 
 class TensorBoard:
@@ -189,11 +197,14 @@ class Metrics:
         self.modules = 0
         self.begin = self.mark = time.perf_counter()
         self.phase = ""
+        self.held: dict[str, float] = {}
+        self.told = False
 
     def __call__(self, event: Event) -> None:
         """Log what an event tells."""
         values, step = self._values(event)
         if values:
+            self.told = True
             self._all(lambda sink: sink.log(values, step))
 
     def _values(self, event: Event) -> tuple[dict[str, float], int]:
@@ -221,17 +232,21 @@ class Metrics:
         return {"share": share, "peak_memory_bytes": float(peak_memory_bytes())}
 
     def _phase(self, name: str) -> dict[str, float]:
-        """What the phase that ends took, in seconds and memory."""
+        """What the phase that ends took, in seconds and memory, with those before it that were held."""
         now, ended = time.perf_counter(), self.phase
         seconds, self.mark, self.phase = now - self.mark, now, name
-        if not ended:
+        if ended:
+            self.held[f"phase_seconds/{ended}"] = seconds
+        if name in _REFUSING or not self.held:
             return {}
-        return {f"phase_seconds/{ended}": seconds, "peak_memory_bytes": float(peak_memory_bytes())}
+        held, self.held = self.held, {}
+        return {**held, "peak_memory_bytes": float(peak_memory_bytes())}
 
     def close(self) -> None:
-        """Log the last phase and the whole time, and close the sinks."""
-        values = {**self._phase(""), "run_seconds": time.perf_counter() - self.begin}
-        self._all(lambda sink: sink.log(values, self.modules))
+        """Log the last phase and the whole time, and close the sinks. Of a run that was refused nothing is logged."""
+        if self.told:
+            values = {**self._phase(""), "run_seconds": time.perf_counter() - self.begin}
+            self._all(lambda sink: sink.log(values, self.modules))
         self._all(lambda sink: sink.close())
 
     def _all(self, do: Callable[[Sink], None]) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from armor_recipes.calibration.files import TEXT
 from armor_recipes.calibration.inputs import InputSet
+from armor_recipes.calibration.text import BUILTIN, CONTINUATIONS, local_path
 from armor_recipes.calibration.tokens import build_inputs, has_length
 from armor_recipes.checkpoint.files import MANIFEST_FILE
 from armor_recipes.checkpoint.header import read_json
@@ -41,7 +43,7 @@ from armor_recipes.model.facts import class_numbers
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.paths import user_path
 from armor_recipes.recipe import load_section
-from armor_recipes.recipe.schema import DType, InputsSpec, ModelSpec, Strict
+from armor_recipes.recipe.schema import DType, InputsSpec, ModelSpec, Strict, datasets_of
 from armor_recipes.report.machine import machine_class
 from armor_recipes.report.manifest import state_hash
 from armor_recipes.report.saved import Saved, is_saved, read_saved
@@ -92,11 +94,26 @@ def evaluate_model(
     measure = known[name]
     keys = {**({} if preset is None else PRESETS[preset]), **keys}
     spec = load_section(measure.spec_type, ("evaluation", name), keys, flags=flags, overrides=overrides)
+    _check_flags(flags or {}, spec)
     if measure.keeps and against is None:
         raise RecipeError(f"{name} compares a model with the dense one: name that with --against MODEL")
     if measure.keeps and against is not None and is_saved(against):
         raise RecipeError(f"{name} compares outputs, and {against} holds figures alone: name the dense model itself")
     return _evaluate(model, measure, spec, against, parse_device(device), preset=preset)
+
+
+def _check_flags(flags: Mapping[str, object], spec: Strict) -> None:
+    """Raise RecipeError for a flag that says where to look in a dataset that has no such place."""
+    for dataset in datasets_of(spec):
+        inside = dataset.startswith(BUILTIN)
+        path = None if inside else local_path(dataset)
+        if "split" in flags and (inside or path is not None):
+            raise RecipeError(f"--split {flags['split']}: {dataset} is no hub dataset and has no splits; leave it out")
+        plain = dataset != CONTINUATIONS if inside else path is not None and path.suffix.lower() in TEXT
+        if "text_column" in flags and plain:
+            raise RecipeError(
+                f"--text-column {flags['text_column']}: {dataset} is plain text and has no columns; leave it out"
+            )
 
 
 @plain_torch()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from armor_recipes.calibration.text import BUILTIN, check_there, local_path
+from armor_recipes.calibration.text import BUILTIN, CONTINUATIONS, check_there, local_path
 from armor_recipes.checkpoint.files import write_whole
-from armor_recipes.errors import RecipeError
+from armor_recipes.errors import InputError, RecipeError
 from armor_recipes.evaluation.perplexity import why_none
 from armor_recipes.model.inputs import model_inputs
 from armor_recipes.model.ties import tied_output
@@ -196,6 +196,10 @@ def dataset_for(file: Path, named: str) -> str:
     if named == "mix":
         return named
     check_there(named)
+    if named == CONTINUATIONS:
+        raise InputError(
+            f"{named} is questions for an evaluation: calibrate on a text, such as builtin:pydoc, or on mix"
+        )
     path = None if named.startswith(BUILTIN) else local_path(named)
     if path is None or path.is_absolute():
         return named

@@ -102,6 +102,12 @@ def test_retrieval_before_and_after(shell: Shell, tmp_path: Path, pruned: tuple[
             "sequence_length 2048 is longer than the 1024 positions of",
         ),
         (("--set", "documents=rolling", "--stride", "3"), 2, "`documents: rolling` has windows of its own"),
+        (("--split", "train"), 2, "--split train: builtin:pydoc-heldout is no hub dataset and has no splits"),
+        (
+            ("--preset", "c4", "--dataset", "a.md", "--text-column", "body"),
+            2,
+            "a.md is plain text and has no columns; leave it out",
+        ),
         (("--sequence-length", "2000"), 3, "sequence_length 2000 is longer than the 1024 positions of"),
         (
             ("--measure", "speed", "--set", "prompt_tokens=1000", "--set", "new_tokens=30"),

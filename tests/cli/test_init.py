@@ -106,6 +106,11 @@ def test_what_cannot_be_is_told_and_nothing_is_written(shell: Shell, tmp_path: P
             2,
             "is none of those for this model: 8, 16,",
         ),
+        (
+            ("--model", "builtin:stdlib-llama", "--calibration", "builtin:continuations", "--block-size", "32"),
+            5,
+            "builtin:continuations is questions for an evaluation",
+        ),
         ((), 2, "give --model, --calibration, --block-size, too"),
         (("--model", "builtin:stdlib-llama", "--block-size", "32"), 2, "give --calibration, too"),
         (("--model", "builtin:stdlib-llama", "--calibration", "none.txt", "--block-size", "32"), 5, "none.txt"),

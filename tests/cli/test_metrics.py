@@ -135,12 +135,25 @@ def test_a_package_that_is_missing_names_its_extra(shell: Shell, llama: Path, tm
         ("--metrics", "d.jsonl"),
         ("--metrics", "out/m.jsonl"),
         ("--metrics", "e.jsonl", "--metrics", "./e.jsonl"),
+        ("--metrics", "e.jsonl", "--metrics", "wandb"),
     ):
         (tmp_path / "d.jsonl").mkdir(exist_ok=True)
         done = shell("armor-apply", file, *words)
         assert (done.code, "--metrics" in done.err) == (2, True), done.err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "e.jsonl").exists()
+
+
+@pytest.mark.parametrize("before", [None, '{"step": 0}\n'])
+def test_a_run_that_is_refused_leaves_no_file_and_no_line(
+    before: str | None, shell: Shell, llama: Path, tmp_path: Path
+) -> None:
+    file, log = write_recipe(tmp_path, llama), tmp_path / "m.jsonl"
+    if before is not None:
+        log.write_text(before)
+    done = shell("armor-apply", file, "--metrics", log, "--set", "calibration.dataset=missing.txt")
+    assert done.code == 5, done.err
+    assert (log.read_text() if log.exists() else None) == before
 
 
 def test_a_sink_that_fails_is_left_out_and_told(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from armor_recipes.cli import apart
+from armor_recipes.cli.sweep_tables import result_table
 from armor_recipes.errors import ResourceError
 from armor_recipes.recipe import Recipe
 from armor_recipes.recipe.sweep import SweepSpec
@@ -454,3 +455,15 @@ def test_sweeps_of_larger_models_plan(file: Path, tmp_path: Path) -> None:
     points = sweeping.read_sweep(file, overrides=(f"model.id={model}",)).points
     assert len(points) > 2
     assert all(len({module.name for module in prepare(point.recipe).plan.modules}) == 210 for point in points)
+
+
+def test_losses_are_shown_where_not_all_points_have_a_perplexity() -> None:
+    figures = {"agreement": None, "size_after_bytes": 2**20, "factor_overhead": 0.1, "cpu_seconds": 3.0, "seconds": 2.0}
+    common = {**figures, "status": "done", "front": [], "resumed": False, "device": "cpu", "loss": 0.25}
+    rows = [{**common, "name": name, "perplexity_after": value} for name, value in (("a", 40.0), ("b", None))]
+    heads = [[str(column.header) for column in result_table(some).columns] for some in (rows, rows[:1], rows[1:])]
+    assert [[head for head in found if head in ("perplexity", "loss")] for found in heads] == [
+        ["perplexity", "loss"],
+        ["perplexity"],
+        ["loss"],
+    ]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 
 from armor_recipes import builtin
 from armor_recipes.builtin.continuations import questions
@@ -133,13 +133,20 @@ def test_without_a_context_a_text_begins(tmp_path: Path) -> None:
         (row("a", ["b", "c"], 2), "the answer is 2, not the number of one of 2 choices, from 0"),
         ({**row("a", ["b", "c"]), "answer": True}, "the answer is True"),
         ({**row("a", ["b", "c"]), "context": 7}, "the context is 7, not text"),
-        (row("a", ["b", "c" * 9]), "a choice has 9 tokens, and may have 1 to 7 with `sequence_length` 8"),
+        (row("a", ["b", "c" * 9]), "a choice has 9 tokens, and may have 7 with `sequence_length` 8"),
         ({"context": "a", "choices": ["b", "c"]}, "no column 'answer'; set `answer_column` to one of its columns"),
     ],
 )
 def test_what_is_no_question(wrong: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=said):
         read([wrong], tmp_path, sequence_length=8)
+
+
+def test_a_choice_that_becomes_one_token_with_its_context(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(builtin.model_folder("stdlib-llama"))
+    assert [len(tokenizer(text)["input_ids"]) for text in ("d", "def")] == [1, 1]
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: the tokenizer makes no token of a choice behind its context"):
+        read([row("d", ["ef", " x"])], tmp_path, tokenizer)
 
 
 def test_likelihoods_that_are_not_finite(tmp_path: Path) -> None:
