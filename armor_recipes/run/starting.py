@@ -30,11 +30,12 @@ _SAMPLES, _LENGTH = 128, 512
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A block size: how many of the weights it divides both sides of, and bytes after in percent of the dense ones."""
+    """A block size: how many of the weights it divides both sides of, bytes after in percent of dense, and how many grow."""
 
     block: int
     fits: int
     percent: float
+    grow: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,9 @@ class Start:
 
     @property
     def block_size(self) -> int:
-        """What to take by default: the largest up to 64."""
-        return max((size.block for size in self.sizes if size.block <= 64), default=self.sizes[0].block)
+        """What to take by default: the largest up to 64 with which no weight grows."""
+        good = (size.block for size in self.sizes if size.block <= 64 and not size.grow)
+        return max(good, default=self.sizes[0].block)
 
     @property
     def calibration(self) -> str:
@@ -112,9 +114,11 @@ def _sizes(shapes: Sequence[tuple[int, int]], itemsize: int) -> tuple[Size, ...]
     found = []
     for block in _SIZES:
         fit = [(o, i) for o, i in shapes if o % block == i % block == 0]
-        after = sum(o * i * (itemsize / 2 + 1 / 8) + itemsize * block * (o + i) for o, i in fit)
-        if fit and after < itemsize * sum(o * i for o, i in fit):
-            found.append(Size(block, len(fit), 100 * after / (itemsize * sum(o * i for o, i in fit))))
+        after = [o * i * (itemsize / 2 + 1 / 8) + itemsize * block * (o + i) for o, i in fit]
+        before = [itemsize * o * i for o, i in fit]
+        if fit and sum(after) < sum(before):
+            grow = sum(a >= b for a, b in zip(after, before, strict=True))
+            found.append(Size(block, len(fit), 100 * sum(after) / sum(before), grow))
     most = max((size.fits for size in found), default=0)
     if not most:
         raise RecipeError(
@@ -155,6 +159,7 @@ def _lines(start: Start, calibration: str, size: Size) -> list[str]:
         "    ARMORModifier:",
         "      targets: preset:all-linear  # all linear weights of the repeated layers",
         f"      block_size: {size.block}  # {size.percent:.0f} % of the dense bytes"
+        + (f"; {size.grow} weights take more than dense with it" if size.grow else "")
         + (f"; others: {others}" if others else ""),
         *(
             [f"      unfit: skip  # {skipped} weights whose sides {size.block} does not divide stay dense"]

@@ -15,8 +15,8 @@ from tests.support.pages import planned_model
 FLAGS = ("--calibration", "mix", "--block-size", "32")
 
 
-@pytest.mark.parametrize("block", ["32", "64"])
-def test_a_recipe_passes_check_and_plan(shell: Shell, tmp_path: Path, block: str) -> None:
+@pytest.mark.parametrize(("block", "grow"), [("32", 0), ("48", 0), ("64", 60)])
+def test_a_recipe_passes_check_and_plan(shell: Shell, tmp_path: Path, block: str, grow: int) -> None:
     model = planned_model("smollm2", tmp_path / "my model")
     done = shell("armor", "init", "sub/my.yaml", "--model", model, "--calibration", "mix", "--block-size", block)
     assert (done.code, done.err) == (0, "")
@@ -32,7 +32,9 @@ def test_a_recipe_passes_check_and_plan(shell: Shell, tmp_path: Path, block: str
     assert done.code == 0, done.err
     plan = json.loads(done.out)["plan"]
     percent = 100 * plan["totals"]["bytes_after"] / plan["totals"]["bytes_before"]
-    assert f"block_size: {block}  # {percent:.0f} % of the dense bytes; others: 8 (" in text
+    told = f"; {grow} weights take more than dense with it" if grow else ""
+    assert f"block_size: {block}  # {percent:.0f} % of the dense bytes{told}; others: 8 (" in text
+    assert sum(row["bytes_after"] >= row["bytes_before"] for row in plan["modules"]) == grow
 
 
 def test_a_run_of_it(shell: Shell, tmp_path: Path) -> None:
@@ -176,5 +178,7 @@ def test_three_questions_on_a_terminal(shell: Shell, tmp_path: Path) -> None:
     assert done.err.count("3. Block size") == 2
     assert "give one of 8, 16, " in done.err  # not for 7
     recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
-    assert recipe["prune_stage"]["armor_modifiers"]["ARMORModifier"]["block_size"] == 64
+    assert (
+        recipe["prune_stage"]["armor_modifiers"]["ARMORModifier"]["block_size"] == 32
+    )  # with 64, 16 weights would grow
     assert len(recipe["calibration"]["dataset"]) == 4
