@@ -1,6 +1,6 @@
 """The Triton kernels of the backend `cuda`, compiled without a card: registers, spills and shared memory, as a Markdown table.
 
-    python benchmarks/gpu_compiled.py [--capability 80 86 89 90 100]
+    python benchmarks/gpu_compiled.py [--capability 80 86 89 90 100] [--json FILE]
 
 Each kernel is compiled by Triton for bfloat16 layers of block 128, as its default plan launches it, and assembled by the `ptxas`
 that comes with Triton, which says what a thread takes. `loads` are loads of 16 bytes from global memory, `shared` instructions that
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from losses import Row, show
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -147,24 +148,21 @@ def _assembled(ptx: str, capability: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def table(capabilities: Sequence[int]) -> str:
+def table(capabilities: Sequence[int]) -> list[Row]:
     """A row for each kernel, a column for each capability."""
     found: dict[str, dict[int, Compiled]] = {}
     for capability in capabilities:
         for contender in contenders(capability):
             found.setdefault(contender.name, {})[capability] = compile_kernel(contender, capability)
-    lines = [
-        "| kernel | " + " | ".join(f"{capability / 10:.1f}" for capability in capabilities) + " |",
-        "|---" * (1 + len(capabilities)) + "|",
+    return [
+        {"kernel": name, **{f"sm_{capability}": _cell(row.get(capability)) for capability in capabilities}}
+        for name, row in found.items()
     ]
-    for name, row in found.items():
-        lines.append(f"| {name} | " + " | ".join(_cell(row.get(capability)) for capability in capabilities) + " |")
-    return "\n".join(lines)
 
 
-def _cell(found: Compiled | None) -> str:
+def _cell(found: Compiled | None) -> str | None:
     if found is None:
-        return "–"
+        return None
     parts = (
         found.registers,
         found.spilled_bytes,
@@ -177,12 +175,13 @@ def _cell(found: Compiled | None) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, and keep it where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="+", choices=CAPABILITIES, default=list(CAPABILITIES))
+    parser.add_argument("--json", type=Path, help="also write the table's rows there")
     options = parser.parse_args()
     print(f"Triton {triton.__version__}; registers, spilled bytes, shared bytes, loads, shared, shuffles:\n")
-    print(table(options.capability))
+    show(table(options.capability), {}, options.json)
 
 
 if __name__ == "__main__":
