@@ -111,9 +111,10 @@ def by_name(rows: Rows, figure: Any) -> None:
 def calibration_domain(rows: Rows, figure: Any) -> None:
     """Each objective on each text: like the test text, and on prose."""
     near, far = figure.subplots(1, 2)
-    for shift, method in enumerate(("diagonal", "hessian", "matched")):
-        own = [row for row in rows if row["name"].startswith(method)]
-        x = [place + 0.15 * (shift - 1) for place in range(len(own))]
+    methods = list(dict.fromkeys(row["name"].rpartition(", dataset=")[0] for row in rows))
+    for number, method in enumerate(methods):
+        own = [row for row in rows if row["name"].rpartition(", dataset=")[0] == method]
+        x = [place + 0.15 * (number - (len(methods) - 1) / 2) for place in range(len(own))]
         near.plot(x, [row["perplexity_after"] for row in own], "o", label=method)
         y, below, above = zip(*map(fidelity, own), strict=True)
         far.errorbar(x, y, (below, above), fmt="o", capsize=3)

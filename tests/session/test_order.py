@@ -163,7 +163,10 @@ def test_integer_activations_without_a_gauge_are_warned_of(llama: Path, scheme: 
     ("fields", "figure"),
     [
         ({"objective": "hessian"}, "`objective: hessian` calibrated on one kind of text was 4 %"),
+        ({"objective": "hessian", "shrinkage": 0.25}, "`objective: hessian` calibrated on one kind of text was 4 %"),
+        ({"objective": "hessian", "shrinkage": 0.5}, ""),
         ({"propagate": "matched"}, "`propagate: matched` calibrated on one kind of text was 5 %"),
+        ({"propagate": "matched", "shrinkage": 0.5}, "`propagate: matched` calibrated on one kind of text was 5 %"),
         ({}, ""),
     ],
 )

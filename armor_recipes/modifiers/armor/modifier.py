@@ -56,6 +56,8 @@ _GRAM_PRODUCTS = 4
 _FINISHING, _MATCHED_FINISHING = 17, 4
 #: In a solve after that: H, G, and one of them in float64; for `matched` C and XXᵀ/n besides.
 _SOLVING, _MATCHED_SOLVING = 4, 2
+#: λ from which `hessian` fits one text hardly more than others (docs/experiments.md).
+_FAR_SHRINKAGE = 0.5
 _TOO_FEW_WINDOWS = (
     "`shrinkage: auto` cannot be chosen on fewer than 4 calibration windows: raise `calibration.samples`, or set `shrinkage` to a "
     "number from 0 to 1"
@@ -126,13 +128,19 @@ class ARMORModifier(Modifier[ARMORConfig]):
 
     def poor_on(self, datasets: int) -> str:
         """What `hessian` and `matched` were measured to cost elsewhere, calibrated on one text (docs/experiments.md)."""
-        if datasets > 1 or not self.config.needs_gram:
+        config = self.config
+        if datasets > 1 or not config.needs_gram:
             return ""
-        hessian = self.config.objective == "hessian"
-        name, better, worse = ("objective: hessian", 4, 75) if hessian else ("propagate: matched", 5, 28)
+        if config.propagate == "matched":
+            name, better, worse, advice = "propagate: matched", 5, 28, ""
+        elif config.shrinkage == "auto" or config.shrinkage < _FAR_SHRINKAGE:
+            name, better, worse = "objective: hessian", 4, 75
+            advice = f"set `shrinkage: {_FAR_SHRINKAGE}` (8 % better on its like, 8 % worse on other text), "
+        else:
+            return ""
         return (
             f"`{name}` calibrated on one kind of text was {better} % better than without on its like on SmolLM2-135M, and up to "
-            f"{worse} % worse on other text: name several datasets, or leave it out where other text is to come"
+            f"{worse} % worse on other text: {advice}name several datasets, or leave it out where other text is to come"
         )
 
     def check_windows(self, origins: Sequence[int]) -> None:
