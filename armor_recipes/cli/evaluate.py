@@ -86,7 +86,10 @@ def eval_command(
 ) -> None:
     """Measure perplexity, or what --measure says (armor eval out/quickstart --dataset notes.txt)."""
     with loading():
+        from rich.console import Console
+
         from armor_recipes.cli.quiet import quiet_libraries
+        from armor_recipes.cli.view import progress_view
         from armor_recipes.errors import RecipeError
         from armor_recipes.report.machine import machine_class
         from armor_recipes.report.saved import saved_dict
@@ -111,16 +114,18 @@ def eval_command(
         raise RecipeError("--include and --limit go with --tasks: give that, or leave them out")
     else:
         default = {} if preset is not None else _DATASETS.get(measure, {})
-        found = evaluate_model(
-            model,
-            measure,
-            default,
-            flags=keys,
-            preset=None if preset is None else preset.value,
-            overrides=overrides or (),
-            against=against,
-            device=device,
-        )
+        with progress_view(Console(stderr=True), quiet=False, phases=False) as view:
+            found = evaluate_model(
+                model,
+                measure,
+                default,
+                flags=keys,
+                preset=None if preset is None else preset.value,
+                overrides=overrides or (),
+                against=against,
+                device=device,
+                observer=view,
+            )
     if as_json:
         saved = saved_dict(found, model, machine_class(device))
         print(json.dumps({**_data(found, against), **saved}, indent=2))

@@ -118,7 +118,9 @@ def result_lines(rows: Sequence[Row], output: str) -> list[str]:
     ]
     what = "perplexity" if quality_of(rows) == "perplexity_after" else "loss"
     clock = "CPU time" if time_of(rows) == "cpu_seconds" else "time"
-    lines.append(f"best: no other point has no more {what} and size (or {clock}), and less of one")
+    lines.append(
+        f"best: no other point, nor the dense model, has no more {what} and size (or {clock}), and less of one"
+    )
     lines += [f"{row['name']}: {row['status']}: {row['error']}" for row in rows if row["error"]]
     lines += [
         f"{row['name']}: went on from a journal; time is of its last process" for row in rows if row.get("resumed")

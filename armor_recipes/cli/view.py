@@ -35,15 +35,15 @@ class View(Protocol):
 
 
 @contextmanager
-def progress_view(console: Console, *, quiet: bool) -> Iterator[View]:
-    """A live view on a terminal, plain lines elsewhere, nothing when quiet."""
+def progress_view(console: Console, *, quiet: bool, phases: bool = True) -> Iterator[View]:
+    """A live view on a terminal, plain lines elsewhere (without `phases` only where it takes long), nothing when quiet."""
     if quiet:
         yield ignore_events
     elif console.is_terminal:
         with _progress(console) as progress:
             yield LiveView(progress)
     else:
-        yield PlainView(console)
+        yield PlainView(console, phases=phases)
 
 
 def _progress(console: Console) -> Progress:
@@ -91,8 +91,9 @@ class LiveView:
 class PlainView:
     """One line a phase, one a layer with its losses and the time left, and one where nothing was told for a minute."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, phases: bool = True) -> None:
         self.console = console
+        self.phases = phases
         self.told = time.monotonic()
         self.work = WorkDone()
         self.losses: list[tuple[float, float]] = []
@@ -104,7 +105,7 @@ class PlainView:
             self._finish_layer()  # with what was left as it ended
         self.work(event)
         match event:
-            case PhaseStarted(name):
+            case PhaseStarted(name) if self.phases:
                 self._line(name)
             case LayerStarted(_, index, total):
                 self.layer = f"  layer {index + 1}/{total}"

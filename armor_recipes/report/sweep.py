@@ -64,11 +64,13 @@ def _figures(manifest: Row, report: Row, losses: Sequence[float]) -> dict[str, A
 def with_fronts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows with `front`: `size`, `time` or both, where no other point is as good in quality and in this, and better in one.
 
-    Only points that are done take part; in the front of time none that went on from a journal, of which the time is not the whole.
+    Only points that are done take part; in the front of time none that went on from a journal, of which the time is not the whole,
+    and in that of size none that is no smaller than its dense model, which is as good.
     """
     done = [row for row in rows if row["status"] == "done"]
     whole, quality = [row for row in done if not row["resumed"]], quality_of(rows)
-    fronts = {"size": set(_front(done, quality, SIZE)), "time": set(_front(whole, quality, time_of(rows)))}
+    smaller = [row for row in done if not _dense_is_better(row, quality)]
+    fronts = {"size": set(_front(smaller, quality, SIZE)), "time": set(_front(whole, quality, time_of(rows)))}
     return [{**row, "front": [what for what, names in fronts.items() if row["name"] in names]} for row in rows]
 
 
@@ -81,6 +83,14 @@ def quality_of(rows: Iterable[Row]) -> str:
 def time_of(rows: Iterable[Row]) -> str:
     """The key of what tells how long a point takes: CPU time, which others on the machine change less, but where a GPU computes."""
     return "seconds" if any(row["device"] != "cpu" for row in rows if row["status"] == "done") else "cpu_seconds"
+
+
+def _dense_is_better(row: Row, quality: str) -> bool:
+    """Whether the point's dense model has no more perplexity and no more bytes. By losses dense models are not compared."""
+    dense, size = row.get("perplexity_before"), row.get("size_before_bytes")
+    if quality != "perplexity_after" or dense is None or None in (size, row[SIZE]):
+        return False
+    return bool(dense <= row[quality] and size <= row[SIZE])
 
 
 def _front(rows: Sequence[Row], quality: str, cost: str) -> Iterable[str]:

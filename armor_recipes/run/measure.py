@@ -29,6 +29,7 @@ from armor_recipes.evaluation.perplexity import PerplexityMeasure
 from armor_recipes.evaluation.presets import PRESETS
 from armor_recipes.evaluation.speed import Speed, SpeedSpec
 from armor_recipes.evaluation.tasks import measure_tasks
+from armor_recipes.events import EvaluationProgressed, Observer, PhaseStarted, WorkEstimated, ignore_events
 from armor_recipes.integrations.models import (
     ModelSource,
     load_model,
@@ -66,6 +67,7 @@ def evaluate_model(
     overrides: Sequence[str] = (),
     against: str | None = None,
     device: str = "cpu",
+    observer: Observer = ignore_events,
 ) -> Evaluation:
     """Take one measure of a checkpoint folder of ours or of a dense model, computed in float32 on a CPU.
 
@@ -78,6 +80,7 @@ def evaluate_model(
         overrides: `key=value`, laid over both.
         against: the dense model, which is measured before; or a file `NAME.json` with what was measured of it (`read_saved`).
         device: where to compute.
+        observer: is told how far it has come.
 
     Raises:
         RecipeError: there is no such measure, its keys are wrong, or it needs a dense model to compare with.
@@ -99,7 +102,7 @@ def evaluate_model(
         raise RecipeError(f"{name} compares a model with the dense one: name that with --against MODEL")
     if measure.keeps and against is not None and is_saved(against):
         raise RecipeError(f"{name} compares outputs, and {against} holds figures alone: name the dense model itself")
-    return _evaluate(model, measure, spec, against, parse_device(device), preset=preset)
+    return _evaluate(model, measure, spec, against, parse_device(device), preset=preset, observer=observer)
 
 
 def _check_flags(flags: Mapping[str, object], spec: Strict) -> None:
@@ -161,6 +164,7 @@ def _evaluate(
     device: torch.device,
     *,
     preset: str | None,
+    observer: Observer,
 ) -> Evaluation:
     compute = spec.compute_dtype if isinstance(spec, SpeedSpec) else None
     keys = {**spec.model_dump(mode="json"), "preset": preset}
@@ -170,7 +174,10 @@ def _evaluate(
     source, shapes = _checked(model, measure, spec, device, compute)
     other = None if against is None or saved is not None else _checked(against, measure, spec, device, compute)
     with resource_errors(), tempfile.TemporaryDirectory(prefix="armor-eval-") as folder:
-        ready, room = measure.read(spec, _reading(source, shapes)), Room(Path(folder))
+        ready = measure.read(spec, _reading(source, shapes))
+        room = Room(Path(folder), lambda done, total: observer(EvaluationProgressed(done, total, ready.name)))
+        phases = ["evaluate"] if other is None else ["evaluate before", "evaluate after"]
+        observer(WorkEstimated(dict.fromkeys(phases, 1.0), 0.0, {ready.name: 1}))
         before = None
         if saved is not None:
             saved.check_data(ready.sha256)
@@ -178,11 +185,13 @@ def _evaluate(
             before = saved.after
         elif against is not None and other is not None:
             _check_tokens(ready, spec, other, (model, against))
+            observer(PhaseStarted(phases[0]))
             dense = _loaded(against, other[0], device, timed=measure is Speed)
             if preset is not None:
                 _check_origin(model, against, _dense_hash(against, other[0], dense))
             before = taken(partial(ready.before, dense, room), dense)
             del dense  # two models need not be held
+        observer(PhaseStarted(phases[-1]))
         found = _loaded(model, source, device, timed=measure is Speed)
         origin = None if preset is None else _dense_hash(model, source, found)
         after = taken(partial(ready.after, found, room), found)

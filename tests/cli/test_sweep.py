@@ -373,6 +373,26 @@ def test_fronts() -> None:
     assert found["c"] == ["size"]
 
 
+def test_what_the_dense_model_beats_is_not_best_at_size() -> None:
+    figures = {"small": (41.0, 50), "large": (39.0, 120), "better": (38.0, 120)}
+    rows = [
+        {
+            "name": name,
+            "status": "done",
+            "resumed": False,
+            "device": "cpu",
+            "perplexity_before": 38.8,
+            "perplexity_after": after,
+            "size_before_bytes": 100,
+            "size_after_bytes": size,
+            "cpu_seconds": 1.0,
+        }
+        for name, (after, size) in figures.items()
+    ]
+    found = {row["name"]: row["front"] for row in with_fronts(rows)}
+    assert found == {"small": ["size"], "large": [], "better": ["size", "time"]}
+
+
 def test_an_interrupted_sweep_goes_on(llama: Path, tmp_path: Path, forks: Forks) -> None:
     adam = {"prune_stage.armor_modifiers.ARMORModifier.solver": "adam"}
     file = write_sweep(tmp_path, llama, grid={ITERATIONS: [10**7]}, set=adam)
