@@ -356,7 +356,8 @@ def layer_specs(config: object, *, where: str) -> dict[str, LayerSpec]:
     """
     if not isinstance(config, Mapping) or config.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
-            f"{where}: no quantization_config with quant_method {QUANT_METHOD!r}: not an ARMOR checkpoint"
+            f"{where}: no quantization_config with quant_method {QUANT_METHOD!r}: not an ARMOR checkpoint, but dense weights or "
+            "another tool's; `armor export FOLDER OUT --to armor` packs weights that are 2:4"
         )
     groups = config.get("config_groups")
     if not groups and rotations_of(config):

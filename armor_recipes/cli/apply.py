@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from armor_recipes.cli.completion import complete_recipes
+from armor_recipes.cli.flags import Version
 from armor_recipes.cli.guard import run_command
 from armor_recipes.cli.loading import loading
 from armor_recipes.errors import RecipeError
@@ -83,6 +84,7 @@ def apply_command(
         bool, typer.Option("--fresh", help="Start over, where a run on this output was cut short and left a journal.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary; errors only.")] = False,
+    version: Version = False,  # noqa: ARG001 - its callback ends the command
 ) -> None:
     """Prune a language model as RECIPE says, and write a checkpoint that loads in transformers."""
     with loading():
@@ -168,7 +170,7 @@ def _print_plan(job: Job, out: Console, err: Console, *, as_json: bool, every: b
         print(json.dumps(found, indent=2))
     else:
         out.print(plan_table(job.plan, job.estimate, every=every))
-        out.print(*resolved_recipe(job.recipe), sep="\n", soft_wrap=True)
+        out.print(*resolved_recipe(job.recipe, every=every), sep="\n", soft_wrap=True)
 
 
 def main() -> NoReturn:

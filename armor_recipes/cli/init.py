@@ -51,7 +51,7 @@ def init_command(
     """Write a commented recipe for a model; asks for what flags leave out (armor init my.yaml --model builtin:stdlib-llama)."""
     with loading():
         from armor_recipes.cli.quiet import quiet_libraries
-        from armor_recipes.errors import RecipeError
+        from armor_recipes.errors import ArmorError, RecipeError
         from armor_recipes.run.starting import check_recipe_file, dataset_for, look, recipe_text, write_recipe
 
     quiet_libraries()
@@ -63,9 +63,18 @@ def init_command(
     start = look(model or _ask("1. Model (a folder, a hub id, or builtin:NAME)"))
     if missing:
         typer.echo("\n".join(f"   {line}" for line in start.lines()), err=True)
-    data = calibration or _ask(
-        "2. Calibrate on (a file, a hub id, builtin:NAME, or mix: the package's texts)", default=start.calibration
-    )
+
+    def dataset_of(answer: str) -> str:
+        try:
+            return dataset_for(place, answer)
+        except ArmorError as error:  # is told, and asked again
+            raise typer.BadParameter(str(error)) from error
+
+    if calibration is not None:
+        data = dataset_for(place, calibration)
+    else:
+        question = "2. Calibrate on (a file, a hub id, builtin:NAME, or mix: the package's texts)"
+        data = _ask(question, default=start.calibration, value_proc=dataset_of)
     sizes = {str(size.block): size.block for size in start.sizes}
 
     def size_of(answer: str) -> int:
@@ -74,6 +83,6 @@ def init_command(
         return sizes[answer]
 
     block = block_size or _ask("3. Block size", default=str(start.block_size), value_proc=size_of)
-    write_recipe(place, recipe_text(start, calibration=dataset_for(place, data), block_size=block))
+    write_recipe(place, recipe_text(start, calibration=data, block_size=block))
     named = f"./{file}" if str(file).startswith("-") else str(file)  # or it would be read as a flag
     print(f"{file} is written; next: armor-apply {shlex.quote(named)} --plan")

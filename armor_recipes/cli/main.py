@@ -12,6 +12,7 @@ from armor_recipes.cli.diff import diff_command
 from armor_recipes.cli.doctor import doctor_command
 from armor_recipes.cli.evaluate import eval_command
 from armor_recipes.cli.export import export_command
+from armor_recipes.cli.flags import Version
 from armor_recipes.cli.guard import run_command
 from armor_recipes.cli.init import init_command
 from armor_recipes.cli.inspect import inspect_command
@@ -27,8 +28,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Look at, measure, check and convert models and recipes. To run a recipe: armor-apply.",
 )
+
+
+@app.callback()
+def common(*, version: Version = False) -> None:
+    """Look at, measure, check and convert models and recipes. To run a recipe: armor-apply."""
+
+
 app.command("eval")(eval_command)
 app.command("sweep")(sweep_command)
 app.command("inspect")(inspect_command)

@@ -28,6 +28,8 @@ from armor_recipes.report.experts import totals_done
 from armor_recipes.report.manifest import sections
 from armor_recipes.run import Result
 
+#: Sizes of single modules that a resolved recipe shows.
+_MOST_SIZES = 20
 #: Lists of blocks that a plan's title names.
 _MOST_LISTS = 6
 
@@ -52,6 +54,7 @@ def plan_table(plan: Plan, estimate: RunEstimate, *, every: bool = False) -> Ren
             f"{folded} factorised weights cannot be packed (that needs 2:4, blocks of a multiple of 4 columns, and rows of a "
             "multiple of 8): stored as the dense product A·S·B, without factors and no smaller than before"
         )
+    lines += _zeros_lines(plan)
     if plan.ignored:
         lines.append(f"held back by ignore: {', '.join(short(plan.ignored))}")
     lines += skipped_lines(plan) + overridden_lines(plan)
@@ -136,6 +139,16 @@ def warning_lines(plan: Plan) -> list[str]:
     return [
         f"warning {number} of {count}: {entry_name(one.modifier)}: {one.text}"
         for number, one in enumerate(plan.warnings, 1)
+    ]
+
+
+def _zeros_lines(plan: Plan) -> list[str]:
+    """A line for plain pruned weights, whose bytes stay."""
+    plain = sum(row.stored_as == "dense" and row.block_size is None for row in plan.stored.values())
+    if not plain:
+        return []
+    return [
+        f"{plain} weights are stored dense, zeros and all, and no smaller: `armor export FOLDER OUT --to armor` packs 2:4"
     ]
 
 
@@ -249,12 +262,27 @@ def _stored_as(row: ModulePlan) -> str:
     return row.stored_as if row.core == "float" else f"{row.stored_as} {row.core}"
 
 
-def resolved_recipe(recipe: Recipe) -> tuple[Text, Text]:
-    """The recipe as it was resolved, with its hash. Print it with `soft_wrap`: lines of YAML are whole on any screen."""
-    yaml = recipe.resolved_yaml()
+def resolved_recipe(recipe: Recipe, *, every: bool = False) -> tuple[Text, Text]:
+    """The recipe as it was resolved, with its hash; without `every` no sizes of single modules that a budget found.
+
+    Print it with `soft_wrap`: lines of YAML are whole on any screen.
+    """
+    yaml = (recipe if every else replace(recipe, resolved=_without_sizes(recipe.resolved))).resolved_yaml()
     return Text(f"\nResolved recipe\nsha256 {recipe.hash()}"), Syntax(
         yaml, "yaml", background_color="default"
     ).highlight(yaml)
+
+
+def _without_sizes(value: Any) -> Any:
+    """The same with the number of modules in the place of more sizes than fit on a screen."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: f"{len(one)} modules, shown with --all"
+        if key == "sizes" and isinstance(one, Mapping) and len(one) > _MOST_SIZES
+        else _without_sizes(one)
+        for key, one in value.items()
+    }
 
 
 def summary(result: Result) -> RenderableType:
@@ -289,6 +317,7 @@ def summary(result: Result) -> RenderableType:
     lines += _rearrangement_lines(result)
     lines += _refinement_lines(result)
     lines += _change_lines(result) + _expert_lines(result)
+    lines += _zeros_lines(result.plan)
     lines += skipped_lines(result.plan) + overridden_lines(result.plan) + warning_lines(result.plan)
     lines += [f"{name}: {count}" for name, count in sorted(total_counts(result).items())]
     lines.append(

@@ -184,6 +184,8 @@ class WorkDone:
     def _evaluated(self, measure: str, part: float) -> None:
         """One measure after the other, in their order."""
         names, whole = list(self.measures), sum(self.measures.values())
+        if measure == self.phase and measure in self.phases:  # not of the evaluation, but all of its phase
+            self.done[measure] = part
         if self.phase in self.phases and measure in names and whole:
             before = sum(self.measures[name] for name in names[: names.index(measure)])
             self.done[self.phase] = (before + part * self.measures[measure]) / whole

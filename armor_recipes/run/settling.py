@@ -35,7 +35,7 @@ from armor_recipes.run.checks import check_weights
 from armor_recipes.run.measurements import keep_costs, kept_costs
 from armor_recipes.run.planning import Job, planned
 from armor_recipes.run.refusals import resource_errors
-from armor_recipes.session.measuring import Trial, change_costs
+from armor_recipes.session.measuring import MEASURING, Trial, change_costs
 from armor_recipes.solver.sweep import sweep_form
 from armor_recipes.version import __version__, release_of
 
@@ -125,11 +125,11 @@ class _Asked:
             },
         }
 
-    def costs(self, windows: Sequence[Batch]) -> dict[str, float]:
+    def costs(self, windows: Sequence[Batch], observer: Observer) -> dict[str, float]:
         """Measured now."""
         trials = [Trial(shape, partial(self.modifier.trial, shape), self.unsettled.gradients) for shape in self.shapes]
         batches = [on_device(window, self.model) for window in windows]
-        return change_costs(self.model, trials, batches, seed=self.entry.config.seed)
+        return change_costs(self.model, trials, batches, seed=self.entry.config.seed, observer=observer)
 
 
 def _unsettled(modifier: AnyModifier[Any]) -> Unsettled | None:
@@ -147,7 +147,7 @@ def _measured(asked: _Asked, tokens: Mapping[CalibrationSpec, InputSet], observe
         return Measured(key, len(windows), costs, kept=True, seconds=time.perf_counter() - started)
     if wrong:
         observer(PhaseStarted(wrong))
-    costs = asked.costs(windows)
+    costs = asked.costs(windows, observer)
     not_kept = first(partial(keep_costs, of, costs))
     notes = tuple(text for text in (wrong, not_kept) if text)
     return Measured(key, len(windows), costs, kept=False, seconds=time.perf_counter() - started, notes=notes)
@@ -169,8 +169,10 @@ def settled_before(job: Job, observer: Observer) -> Job:
         return job
     with resource_errors():
         data = job.data(evaluation=False)
+        observer(PhaseStarted("load weights"))
         model = load_model(job.source, device=job.device)
         linearise(model, job.plan.forms)
         check_weights(model, job.plan)
+        observer(PhaseStarted(MEASURING))
         found, _ = settled(job, model, data.tokens, observer)
     return replace(found, estimate=estimate_run(found.plan, found.recipe, found.shapes, found.modifiers))

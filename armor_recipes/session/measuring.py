@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from math import isfinite
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from armor_recipes.calibration.inputs import Batch
 from armor_recipes.calibration.statistics import InputSecondMoment
 from armor_recipes.compute.threads import in_order as each_in_order
 from armor_recipes.errors import NumericalError, PlanError
+from armor_recipes.events import EvaluationProgressed, Observer, ignore_events, one_at_a_time
 from armor_recipes.model.blocks import find_stacks
 from armor_recipes.model.calls import LayerCall
 from armor_recipes.model.experts import expert_of
@@ -32,6 +34,8 @@ from armor_recipes.session.gradients import GradientPass, output_gradients
 T = TypeVar("T")
 #: Rows from which on an expert's cost is its own; below it is the mean of the layer's experts.
 ENOUGH_ROWS = 256
+#: The name of what is done, where progress is told.
+MEASURING = "measure"
 #: Dtype in which changes wait for their pass: all of them are there at once.
 _KEPT = torch.bfloat16
 
@@ -54,17 +58,25 @@ class Trial:
 
 
 @torch.no_grad()
-def change_costs(model: nn.Module, trials: Sequence[Trial], batches: Sequence[Batch], *, seed: int) -> dict[str, float]:
+def change_costs(
+    model: nn.Module,
+    trials: Sequence[Trial],
+    batches: Sequence[Batch],
+    *,
+    seed: int,
+    observer: Observer = ignore_events,
+) -> dict[str, float]:
     """What each change alone would cost, by module: KL(model ‖ changed model) in nats a token, to second order.
 
     With δ_t the gradient of the loss at a module's output row t, its input x_t and the change Δ it is ½ Σ_t (δ_tᵀ Δ x_t)² over the
     number of tokens, the loss being that of `output_gradients`: the Fisher information along Δ, without what two rows have in
     common. An expert that fewer than `ENOUGH_ROWS` rows reach counts as the mean of its layer's. A CPU runs several batches at
-    once, each on one thread, and sums them in order.
+    once, each on one thread, and sums them in order. `observer` is told how many trials and passes are done.
 
     Raises NumericalError where a cost is not finite.
     """
-    network = _Network.of(model, trials, batches)
+    told, total, done = one_at_a_time(observer), len(trials) + 2 * len(batches), count(1)
+    network = _Network.of(model, trials, batches, lambda: told(EvaluationProgressed(next(done), total, MEASURING)))
     changes = _changes(network, trials, seed)
     costs, rows = _costs(network, changes, seed)
     broken = next((name for name, cost in costs.items() if not isfinite(cost)), None)
@@ -77,19 +89,25 @@ def change_costs(model: nn.Module, trials: Sequence[Trial], batches: Sequence[Ba
 
 @dataclass(frozen=True, slots=True)
 class _Network:
-    """The model and its windows: `users` has for each module all that have its weight, `doors` where gradients go back to."""
+    """The model and its windows: `users` has for each module all that have its weight, `doors` where gradients go back to.
+
+    `tell` is called for each trial and each pass that is done.
+    """
 
     model: nn.Module
     batches: Sequence[Batch]
     users: Mapping[str, Sequence[str]]
     doors: Sequence[str]
+    tell: Callable[[], None]
 
     @classmethod
-    def of(cls, model: nn.Module, trials: Sequence[Trial], batches: Sequence[Batch]) -> _Network:
+    def of(
+        cls, model: nn.Module, trials: Sequence[Trial], batches: Sequence[Batch], tell: Callable[[], None]
+    ) -> _Network:
         sharing, stacks = linears_that_share(model), find_stacks(model)
         users = {trial.name: sharing.get(trial.name, (trial.name,)) for trial in trials}
         outside = (stack.name for stack in stacks.outside if stack.name in users)
-        return cls(model, batches, users, [*(stack.names[0] for stack in stacks.all), *outside])
+        return cls(model, batches, users, [*(stack.names[0] for stack in stacks.all), *outside], tell)
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +116,9 @@ class _Network:
 
     def of_each(self, function: Callable[[int], T]) -> Iterator[T]:
         """What a function gives for the number of each batch, in order."""
-        return each_in_order(function, range(len(self.batches)), on_cpu=self.device.type == "cpu")
+        for found in each_in_order(function, range(len(self.batches)), on_cpu=self.device.type == "cpu"):
+            self.tell()
+            yield found
 
 
 def _changes(network: _Network, trials: Sequence[Trial], seed: int) -> dict[str, Tensor]:
@@ -114,7 +134,9 @@ def _changes(network: _Network, trials: Sequence[Trial], seed: int) -> dict[str,
             g = felt.mean_square(trial.name, trial.shape.d_out).to(network.device)
             statistic = WithGradients(statistic, g)
         weight = network.model.get_parameter(f"{trial.name}.weight").detach()
-        return trial.change(weight, statistic).to(_KEPT)
+        tried = trial.change(weight, statistic).to(_KEPT)
+        network.tell()
+        return tried
 
     found = in_order([partial(change, trial) for trial in reached], network.device)
     return {trial.name: tried for trial, tried in zip(reached, found, strict=True)}

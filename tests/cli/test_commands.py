@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from armor_recipes.events import (
 from armor_recipes.recipe import builtin_recipes
 from armor_recipes.run import apply, prepare
 from armor_recipes.run.job import builtin_recipe_dir, read_recipe
-from tests.support.commands import Shell, finished, process, write_recipe
+from tests.support.commands import Done, Shell, finished, process, write_recipe
 from tests.support.engine import ARMOR, ATTENTION, MLP
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -468,3 +469,8 @@ def test_a_run_tells_what_it_is_thought_to_take(tmp_path: Path) -> None:
         shares.append(work.share)
     assert shares == sorted(shares)
     assert 0.6 < shares[-1] <= 1
+
+
+@pytest.mark.parametrize("name", ["armor", "armor-apply"])
+def test_the_release(name: str, shell: Shell) -> None:
+    assert shell(name, "--version") == Done(0, f"armor-recipes {version('armor-recipes')}\n", "")

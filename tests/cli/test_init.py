@@ -170,12 +170,13 @@ def test_three_questions_on_a_terminal(shell: Shell, tmp_path: Path) -> None:
         def isatty(self) -> bool:
             return True
 
-    shell.monkeypatch.setattr("sys.stdin", Terminal("builtin:stdlib-llama\n\n7\n\n"))
+    shell.monkeypatch.setattr("sys.stdin", Terminal("builtin:stdlib-llama\nnone.txt\n\n7\n\n"))
     done = shell("armor", "init")
     assert done.code == 0, done.err
     assert [number in done.err for number in ("1. Model", "2. Calibrate on", "3. Block size")] == [True] * 3
     assert "block sizes and bytes after: 8 (" in done.err
-    assert done.err.count("3. Block size") == 2
+    assert done.err.count("2. Calibrate on") == done.err.count("3. Block size") == 2
+    assert "none.txt: No such file" in done.err
     assert "give one of 8, 16, " in done.err  # not for 7
     recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
     assert (

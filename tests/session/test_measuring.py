@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from armor_recipes.errors import NumericalError, PlanError
+from armor_recipes.events import EvaluationProgressed
 from armor_recipes.model.experts import expert_of
 from armor_recipes.modifiers.base import ModuleShape, WithGradients
 from armor_recipes.session.measuring import Trial, change_costs
@@ -59,10 +60,13 @@ def test_nothing_is_changed_and_equal_calls_give_equal_bits_on_any_number_of_thr
     first = change_costs(model, trials(model, NAMES), batches, seed=0)
     torch.set_num_threads(2)
     try:
-        again = change_costs(model, trials(model, NAMES), batches, seed=0)
+        told: list[Any] = []
+        again = change_costs(model, trials(model, NAMES), batches, seed=0, observer=told.append)
     finally:
         torch.set_num_threads(1)
     assert first == again
+    total = len(NAMES) + 2 * len(batches)
+    assert told == [EvaluationProgressed(done, total, "measure") for done in range(1, total + 1)]
     assert first != change_costs(model, trials(model, NAMES), batches, seed=1)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert hook_count(model) == 0
