@@ -59,11 +59,16 @@ def test_in_a_browser(run: Path, tmp_path: Path, width: int, dark: bool) -> None
 def test_runs_side_by_side_in_a_browser(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "both.html"
     without = {key: [] if key in ("depth", "modules") else value for key, value in run_view(run).items()}
-    file.write_text(page([run_view(run), run_view(run, "another"), without]), encoding="utf-8")
+    another = run_view(run, "another")
+    another["keys"] = [[key, "24" if key.endswith(".block_size") else value] for key, value in another["keys"]]
+    file.write_text(page([run_view(run), another, without]), encoding="utf-8")
     with browser(tmp_path / "profile") as tab:
         tab.show(file, width=360, dark=False)
         assert tab.complaints == []
         assert tab.ask("document.querySelectorAll('#summary thead th').length") == 10
+        marked = tab.ask("[...document.querySelectorAll('#origin tr:has(.differs)')].map((row) => row.innerText)")
+        (said,) = marked
+        assert said.split() == ["prune_stage.armor_modifiers.ARMORModifier.block_size", "8", "24", "8"]
         assert tab.ask("document.querySelectorAll('.chart svg').length") > 3
         assert tab.ask("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
 

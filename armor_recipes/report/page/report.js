@@ -30,8 +30,9 @@
   }
 
   function origin() {
-    const rows = beside("origin", (row) => [row ? row[1] : null]).map(([key, ...values]) => [key, ...values.map((text) => ({
+    const marked = (part) => beside(part, (row) => [row ? row[1] : null]).map(([key, ...values]) => [key, ...values.map((text) => ({
       text, differs: several && unique(values).length > 1 }))]);
+    const rows = [...marked("origin"), ...marked("keys").filter(([, { differs }]) => differs)];
     const recipes = runs.map((run) => details(`${named(run)}The recipe`, element("pre", { tabindex: 0 }, run.recipe || "not in the folder")));
     section("origin", "Recipe and origin", table("Where the run came from", ["", ...(several ? titles : [""])], rows), ...recipes,
       several ? note("What differs between the runs is marked.") : null);
