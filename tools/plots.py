@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +186,32 @@ def selection(rows: Rows, figure: Any) -> None:
     axes.legend(fontsize=8)
 
 
+def speed(rows: Rows, figure: Any) -> None:
+    """Tokens a second, of transformers' own dense model, one below the other; one line is the dense model by our kernels."""
+    decode = [share(row, "decode of dense", "decode_of_dense") for row in rows]
+    prompt = [share(row, "prefill of dense", "prompt_of_dense") for row in rows]
+    parts = [(label, found) for label, found in (("decoding", decode), ("a prompt", prompt)) if any(found)]
+    labels = [row["row"] if "row" in row else row["name"] for row in rows]
+    for axes, (label, found) in zip(figure.subplots(1, len(parts), sharey=True, squeeze=False)[0], parts, strict=True):
+        points = [(1.0, 1.0, 1.0) if one is None else one for one in found]
+        x, below, above = zip(*((value, value - low, high - value) for value, low, high in points), strict=True)
+        axes.errorbar(x, range(len(rows)), xerr=(below, above), fmt="o", capsize=3)
+        for place, name in enumerate(labels):
+            if name.startswith("dense by our kernels"):
+                axes.axvline(x[place], color=COLOURS[1], linestyle="--")
+        axes.set(yticks=range(len(rows)), yticklabels=labels, xlabel=f"{label}, of transformers' dense")
+    axes.invert_yaxis()
+
+
+def share(row: dict[str, Any], *keys: str) -> tuple[float, float, float] | None:
+    """A ratio and the ends of its interval, kept as numbers or as a table shows them; None where there is none."""
+    found = next((row[key] for key in keys if key in row), "-")
+    if isinstance(found, dict):
+        return found["value"], *found["interval"]
+    numbers = [float(number) for number in re.findall(r"[\d.]+", found)]
+    return (numbers[0], numbers[1], numbers[2]) if numbers else None
+
+
 PLOTS: dict[str, Callable[[Rows, Any], None]] = {
     "block-size": block_size,
     "calibration-domain": calibration_domain,
@@ -195,6 +222,7 @@ PLOTS: dict[str, Callable[[Rows, Any], None]] = {
     "permutation": by_name,
     "quantised-weights": by_name,
     "selection": selection,
+    "speed": speed,
 }
 
 
