@@ -36,8 +36,9 @@ def test_a_plan_measures_and_the_run_takes_its_sizes(
 
 @pytest.mark.parametrize("count", [20, 21])
 def test_many_sizes_are_counted_and_not_listed(llama: Path, count: int) -> None:
-    resolved = {"block_size": {"budget": 0.85, "sizes": {f"layers.{number}.up": [8, 16] for number in range(count)}}}
-    made = replace(make_job(recipe(llama)).recipe, resolved=resolved)
+    plain = make_job(recipe(llama)).recipe
+    sizes = {f"layers.{number}.up": [8, 16] for number in range(count)}
+    made = replace(plain, resolved={**plain.resolved, "block_size": {"budget": 0.85, "sizes": sizes}})
     short, whole = (resolved_recipe(made, every=every)[1].plain for every in (False, True))
     assert "layers.19.up" in whole
     assert ("layers.19.up" in short) == (count == 20)

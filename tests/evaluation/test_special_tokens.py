@@ -130,7 +130,7 @@ def test_a_long_text_is_encoded_in_pieces(text, monkeypatch):
 
 @pytest.mark.parametrize("bos", Bos)
 def test_armor_eval_says_how_windows_begin(folder, text, model, bos, capsys):
-    keys = {"split": "test", "text_column": "text", "sequence_length": 16, "windows": 3, "device": "cpu"}
+    keys = {"sequence_length": 16, "windows": 3, "device": "cpu"}
     eval_command(str(folder), dataset=str(text), bos=bos, as_json=True, **keys)
     found = json.loads(capsys.readouterr().out)
     wanted = spec(text, sequence_length=16, windows=3, bos=bos.value)
