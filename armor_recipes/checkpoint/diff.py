@@ -17,7 +17,7 @@ from armor_recipes.checkpoint.packing import PackedLinear
 from armor_recipes.checkpoint.verify import RECIPE_FILE, has_recipe, read_resolved
 from armor_recipes.errors import CheckpointError
 from armor_recipes.paths import user_path
-from armor_recipes.recipe.leaves import Differing, differing
+from armor_recipes.recipe.leaves import Differing, differing, of_the_run
 from armor_recipes.solver.patterns import TWO_OF_FOUR
 from armor_recipes.solver.rows import stable_sum
 
@@ -122,13 +122,11 @@ def diff(first: Path, second: Path) -> Diff:
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    """The resolved recipe without what it says of itself and where the output goes; empty without one."""
+    """What `of_the_run` leaves of the resolved recipe; empty without one."""
     found = read_resolved(folder / RECIPE_FILE) if has_recipe(folder) else {}
     if found is None:
         raise CheckpointError(f"{folder / RECIPE_FILE} holds no recipe: restore it, or remove it to leave it out")
-    output = found.get("output")
-    kept = {key: value for key, value in found.items() if key != "metadata"}
-    return {**kept, "output": {k: v for k, v in output.items() if k != "path"}} if isinstance(output, dict) else kept
+    return of_the_run(found)
 
 
 def _owner(tensor: str) -> str:

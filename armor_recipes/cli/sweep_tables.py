@@ -116,11 +116,11 @@ def result_lines(rows: Sequence[Row], output: str) -> list[str]:
         for before, nbytes in sorted(dense, key=str)
         if (before, nbytes) != (None, None)
     ]
-    what = "perplexity" if quality_of(rows) == "perplexity_after" else "loss"
+    compared = quality_of(rows) == "perplexity_after"
+    what = "perplexity" if compared else "loss"
     clock = "CPU time" if time_of(rows) == "cpu_seconds" else "time"
-    lines.append(
-        f"best: no other point, nor the dense model, has no more {what} and size (or {clock}), and less of one"
-    )
+    dense_too = "; nor has the dense model, of size" if compared else ""
+    lines.append(f"best: no other point has no more {what} and size (or {clock}), and less of one{dense_too}")
     lines += [f"{row['name']}: {row['status']}: {row['error']}" for row in rows if row["error"]]
     lines += [
         f"{row['name']}: went on from a journal; time is of its last process" for row in rows if row.get("resumed")

@@ -54,7 +54,7 @@ def plan_table(plan: Plan, estimate: RunEstimate, *, every: bool = False) -> Ren
             f"{folded} factorised weights cannot be packed (that needs 2:4, blocks of a multiple of 4 columns, and rows of a "
             "multiple of 8): stored as the dense product A·S·B, without factors and no smaller than before"
         )
-    lines += _zeros_lines(plan)
+    lines += _dense_lines(plan)
     if plan.ignored:
         lines.append(f"held back by ignore: {', '.join(short(plan.ignored))}")
     lines += skipped_lines(plan) + overridden_lines(plan)
@@ -142,13 +142,13 @@ def warning_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _zeros_lines(plan: Plan) -> list[str]:
-    """A line for plain pruned weights, whose bytes stay."""
+def _dense_lines(plan: Plan) -> list[str]:
+    """A line for plain changed weights, whose bytes stay."""
     plain = sum(row.stored_as == "dense" and row.block_size is None for row in plan.stored.values())
     if not plain:
         return []
     return [
-        f"{plain} weights are stored dense, zeros and all, and no smaller: `armor export FOLDER OUT --to armor` packs 2:4"
+        f"{plain} weights are stored dense, and no smaller: `armor export FOLDER OUT --to armor` packs those that are 2:4"
     ]
 
 
@@ -317,7 +317,7 @@ def summary(result: Result) -> RenderableType:
     lines += _rearrangement_lines(result)
     lines += _refinement_lines(result)
     lines += _change_lines(result) + _expert_lines(result)
-    lines += _zeros_lines(result.plan)
+    lines += _dense_lines(result.plan)
     lines += skipped_lines(result.plan) + overridden_lines(result.plan) + warning_lines(result.plan)
     lines += [f"{name}: {count}" for name, count in sorted(total_counts(result).items())]
     lines.append(

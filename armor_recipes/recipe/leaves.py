@@ -28,17 +28,24 @@ class Differing(NamedTuple):
 
 def differing(first: Any, second: Any) -> Iterator[Differing]:
     """What differs, in the order of `first`, and then what only `second` has. Nothing deeper than recipes may be is looked at."""
-    one, two = (dict(_leaves(value)) for value in (first, second))
+    one, two = (dict(leaves(value)) for value in (first, second))
     for path in dict.fromkeys([*one, *two]):
         said = Differing(path, one.get(path, NOTHING), two.get(path, NOTHING))
         if said.first != said.second:
             yield said
 
 
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every value that holds no other, by the path of keys to it, as JSON; `…` where recipes may not be so deep."""
     inner = dict(value) if isinstance(value, Mapping) else dict(enumerate(value)) if isinstance(value, list) else {}
     if not inner or len(path) == MAX_DEPTH:
         yield path, "…" if inner else printable(json.dumps(value, ensure_ascii=False))
         return
     for key, child in inner.items():
-        yield from _leaves(child, (*path, str(key)))
+        yield from leaves(child, (*path, str(key)))
+
+
+def of_the_run(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved recipe without what it says of itself, and where the output goes."""
+    kept, output = {key: value for key, value in recipe.items() if key != "metadata"}, recipe.get("output")
+    return {**kept, "output": {k: v for k, v in output.items() if k != "path"}} if isinstance(output, dict) else kept

@@ -27,7 +27,10 @@ def write_page(folder: Path, name: str | None = None) -> None:
 
 def page(runs: Sequence[Mapping[str, Any]]) -> str:
     """The page of one run, or of several side by side. Whatever text they hold is shown as text."""
-    title = runs[0]["model"] if len(runs) == 1 else f"{len(runs)} runs side by side"
+    if len(runs) == 1:  # whose recipe it shows, and no key that another run has otherwise
+        title, runs = runs[0]["model"], [{**runs[0], "keys": []}]
+    else:
+        title = f"{len(runs)} runs side by side"
     return filled("report", title, list(runs), beside="report.md, report.json and armor_manifest.json beside it")
 
 

@@ -15,7 +15,7 @@ from armor_recipes.checkpoint.files import MANIFEST_FILE
 from armor_recipes.checkpoint.header import read_json
 from armor_recipes.checkpoint.verify import RECIPE_FILE, has_recipe, read_resolved
 from armor_recipes.errors import CheckpointError
-from armor_recipes.recipe.leaves import differing
+from armor_recipes.recipe.leaves import leaves, of_the_run
 from armor_recipes.report.names import shared
 
 #: What lies in a name before its first number, and that.
@@ -87,14 +87,15 @@ def _view(name: str, manifest: Json, report: Json, recipe: Json | None) -> dict[
     places = report.get("modules", {})
     modules = [_module(n, row, places.get(n, {}), report) for n, row in manifest.get("modules", {}).items()]
     depth, seeds = report.get("depth", {}), list(_seeds(recipe))
+    told = {} if recipe is None else shared(recipe)
     return {
         "name": name,
         "model": str(manifest["model"]["id"]),
         "version": str(manifest["armor_recipes"]),
         "summary": list(_summary(manifest, report, modules)),
         "origin": [*_origin(manifest, report), *([["seeds", ", ".join(seeds)]] if seeds else [])],
-        "recipe": "" if recipe is None else yaml.safe_dump(shared(recipe), sort_keys=False, allow_unicode=True),
-        "keys": [] if recipe is None else list(_keys(shared(recipe))),
+        "recipe": yaml.safe_dump(told, sort_keys=False, allow_unicode=True) if told else "",
+        "keys": [[".".join(path), text] for path, text in leaves(of_the_run(told))] if told else [],
         "modules": modules,
         "depth": [[row["block"], row["error"]] for row in depth.get("blocks", [])],
         "depth_note": depth.get("note", "This run did not record it."),
@@ -200,13 +201,6 @@ def _origin(manifest: Json, report: Json) -> Iterator[list[str]]:
     yield ["threads and processes", f"{report['threads']}, {report.get('processes', 1)}"]
     if "resumed" in report:
         yield ["taken from a run before", f"{report['resumed']['steps']} steps"]
-
-
-def _keys(recipe: Json) -> Iterator[list[str]]:
-    """The recipe's values by the path of keys to each, but for where the output goes and what it says of itself."""
-    for leaf in differing(recipe, {}):
-        if leaf.path[:1] not in ((), ("metadata",)) and leaf.path != ("output", "path"):
-            yield [leaf.key, leaf.first]
 
 
 def _seeds(value: Any, place: str = "") -> Iterator[str]:

@@ -61,6 +61,7 @@ from armor_recipes.run.settling import Measured, is_settled, settled
 from armor_recipes.run.verify import verify_reloaded
 from armor_recipes.session import Session
 from armor_recipes.session.journal import FileJournal, Journal
+from armor_recipes.session.measuring import MEASURING
 from armor_recipes.session.shared import SharedJournal
 from armor_recipes.solver.sweep import sweep_form
 
@@ -351,7 +352,7 @@ class _Run:
             self.take_steps()
         untie(self.model, self.job.plan.untied)
         if not is_settled(self.job):
-            self.watch.phase("measure")
+            self.watch.phase(MEASURING)
             self.job, self.measured = settled(self.job, self.model, self.ready.data.tokens, self.watch.observer)
             journal.same("plan as settled", self.job.plan.sha256)
         job, teacher = self.job, None

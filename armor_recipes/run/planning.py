@@ -34,6 +34,7 @@ from armor_recipes.run.checks import check_compressed, check_fits, check_lengths
 from armor_recipes.run.data import Data, read_data
 from armor_recipes.run.evaluating import check_measures
 from armor_recipes.run.refusals import Refusals, resource_errors
+from armor_recipes.session.measuring import MEASURING
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ def work_estimated(job: Job, measures: Mapping[str, int]) -> WorkEstimated:
     seconds = dict(job.estimate.cpu_seconds_by)
     ends, evaluation, measuring = (seconds.pop(name, 0.0) for name in ("ends", "evaluation", "measuring"))
     each = evaluation / 2
-    phases = {"evaluate before": each, "measure": measuring, "compress": sum(seconds.values()), "evaluate after": each}
+    phases = {"evaluate before": each, MEASURING: measuring, "compress": sum(seconds.values()), "evaluate after": each}
     return WorkEstimated(phases, ends, measures)
 
 

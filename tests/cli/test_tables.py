@@ -39,14 +39,14 @@ def test_a_plan_is_titled_by_its_blocks(job: Job, names: tuple[str, ...], said: 
 
 
 @pytest.mark.parametrize(("quantised", "said"), [(False, True), (True, False)])
-def test_weights_that_stay_dense_with_zeros_are_told(tmp_path: Path, *, quantised: bool, said: bool) -> None:
+def test_pruned_weights_that_stay_dense_are_told(tmp_path: Path, *, quantised: bool, said: bool) -> None:
     entry = {"targets": "preset:mlp"}
     later = {"QuantizationModifier": {**entry, "scheme": "W8A8"}} if quantised else {}
     job = make_job(recipe(save_model(tmp_path / "m"), NoWagModifier=entry, **later))
     console = Console(width=400, no_color=True)
     with console.capture() as captured:
         console.print(plan_table(job.plan, job.estimate))
-    assert ("weights are stored dense, zeros and all, and no smaller: `armor export" in captured.get()) == said
+    assert ("weights are stored dense, and no smaller: `armor export" in captured.get()) == said
 
 
 # --- names -------------------------------------------------------------------------------------------------------------------

@@ -166,6 +166,10 @@ def test_integer_activations_without_a_gauge_are_warned_of(llama: Path, scheme: 
         ({"objective": "hessian", "shrinkage": 0.25}, "`objective: hessian` calibrated on one kind of text was 4 %"),
         ({"objective": "hessian", "shrinkage": 0.5}, ""),
         ({"propagate": "matched"}, "`propagate: matched` calibrated on one kind of text was 5 %"),
+        (
+            {"objective": "hessian", "propagate": "matched"},
+            "`objective: hessian` calibrated on one kind of text was 4 %",
+        ),
         ({"propagate": "matched", "shrinkage": 0.5}, "`propagate: matched` calibrated on one kind of text was 5 %"),
         ({}, ""),
     ],
